@@ -1,0 +1,115 @@
+"""What the benchmarks share: model shapes without weights, measured ceilings, results with their circumstances."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-4b": {
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def write_shape(name: str) -> str:
+    """A folder with the config.json of a model shape, to be run with `load_format="dummy"`."""
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "max_position_embeddings": 40960,
+        "dtype": "bfloat16",
+        **SHAPES[name],
+    }
+    folder = tempfile.mkdtemp(prefix=f"{name}-")
+    (Path(folder) / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def median_ms(function: Any, repeats: int = 20) -> float:
+    """Median GPU time of a call, by events, after a warm-up."""
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def streaming_bandwidth() -> float:
+    """Bytes per second at which this GPU reads memory that is in no cache: a sum over 4 GiB of random numbers."""
+    data = torch.empty(2**31, dtype=torch.bfloat16, device="cuda").normal_()
+    rows = data.view(torch.int32).view(-1, 2**20)
+    return data.nbytes / median_ms(lambda: torch.amax(rows, dim=1)) * 1e3
+
+
+def gemm_rate() -> float:
+    """FLOP per second of a large bfloat16 matrix product on random data."""
+    size = 8192
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    return 2 * size**3 / median_ms(lambda: a @ b) * 1e3
+
+
+def circumstances() -> dict[str, Any]:
+    """Commit, hardware, versions and command of a measurement."""
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"], capture_output=True, text=True
+    )
+    return {
+        "commit": os.environ.get("NANOVLLM_COMMIT") or _git_commit(),
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver.stdout.strip(),
+        "torch": torch.__version__,
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
+def report(name: str, result: dict[str, Any], output: str | None) -> None:
+    """Prints the JSON line that ends every benchmark, and writes it to `output` if given."""
+    line = json.dumps({"benchmark": name, **circumstances(), **result})
+    if output:
+        Path(output).write_text(line + "\n")
+    print(line)
+
+
+def _git_commit() -> str:
+    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return run.stdout.strip() or "unknown"

@@ -1,0 +1,40 @@
+"""nanovllm: a small, readable LLM inference engine."""
+
+from nanovllm.errors import (
+    BackendUnavailableError,
+    ConfigError,
+    EngineClosedError,
+    GreenContextError,
+    HandoffError,
+    HandoffTimeout,
+    ModelLoadError,
+    NanoVLLMError,
+    OutOfKVCacheError,
+    RequestError,
+    UnknownRequestError,
+    WorkerError,
+)
+from nanovllm.llm import LLM
+from nanovllm.outputs import RequestOutput, TokenLogprobs
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.version import __version__
+
+__all__ = [
+    "LLM",
+    "BackendUnavailableError",
+    "ConfigError",
+    "EngineClosedError",
+    "GreenContextError",
+    "HandoffError",
+    "HandoffTimeout",
+    "ModelLoadError",
+    "NanoVLLMError",
+    "OutOfKVCacheError",
+    "RequestError",
+    "RequestOutput",
+    "SamplingParams",
+    "TokenLogprobs",
+    "UnknownRequestError",
+    "WorkerError",
+    "__version__",
+]

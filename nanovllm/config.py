@@ -1,0 +1,119 @@
+"""The engine's options: names, defaults, ranges. A leaf: knows nothing about models or devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from nanovllm.errors import ConfigError
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+ATTENTION_BACKENDS = ("auto", "torch", "triton", "flash_attn")
+BLOCK_SIZE_MULTIPLE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """The options of `LLM(model, ...)`; frozen.
+
+    Args:
+        model: folder of a Hugging Face checkpoint.
+        max_num_batched_tokens: most tokens of one prefill step.
+        prefill_chunk_tokens: most tokens of a prefill step on a device that also has requests to decode.
+        max_num_seqs: most requests that hold KV blocks at a time.
+        max_model_len: most tokens of a request, prompt and output; None takes 4096, or what the model allows if less.
+        gpu_memory_utilization: share of a GPU's memory that weights, workspace and KV pool may take together.
+        tensor_parallel_size: only 1 in this version.
+        kvcache_block_size: tokens in a KV block, a multiple of 16; None takes the attention backend's best.
+        num_kvcache_blocks: blocks of the KV pool, on each device; None measures what fits on a GPU; on a CPU it
+            makes a pool of 512 MiB, or of one request of `max_model_len` tokens if that is more.
+        device: `auto` (a GPU if there is one), `cuda`, `cuda:N` or `cpu`.
+        dtype: `auto` (the checkpoint's on a GPU, float32 on a CPU), `float32`, `float16` or `bfloat16`.
+        load_format: `auto` and `safetensors` read the checkpoint's weights; `dummy` makes random ones.
+        attention_backend: `auto`, `torch`, `triton` or `flash_attn`.
+        enable_prefix_caching: share the KV blocks of equal prompt beginnings.
+        seed: where requests without a seed of their own get theirs from; also of `dummy` weights.
+
+    Raises:
+        ConfigError: a value is of the wrong type, out of range or contradicts another.
+    """
+
+    model: str
+    max_num_batched_tokens: int = 16384
+    prefill_chunk_tokens: int = 2048
+    max_num_seqs: int = 512
+    max_model_len: int | None = None
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    kvcache_block_size: int | None = None
+    num_kvcache_blocks: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    load_format: str = "auto"
+    attention_backend: str = "auto"
+    enable_prefix_caching: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_batched_tokens", "prefill_chunk_tokens", "max_num_seqs"):
+            _check_positive(name, getattr(self, name))
+        for name in ("max_model_len", "kvcache_block_size", "num_kvcache_blocks"):
+            if getattr(self, name) is not None:
+                _check_positive(name, getattr(self, name))
+        if self.kvcache_block_size is not None and self.kvcache_block_size % BLOCK_SIZE_MULTIPLE:
+            raise ConfigError(
+                f"kvcache_block_size={self.kvcache_block_size} is not a multiple of {BLOCK_SIZE_MULTIPLE}; "
+                "pass one, or None for the attention backend's best"
+            )
+        share = self.gpu_memory_utilization
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:
+            raise ConfigError(f"gpu_memory_utilization={share!r} is not a number above 0 and at most 1")
+        _check_positive("tensor_parallel_size", self.tensor_parallel_size)
+        if self.tensor_parallel_size != 1:
+            raise ConfigError(
+                f"tensor_parallel_size={self.tensor_parallel_size} is not available in this version; pass 1"
+            )
+        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"device={self.device!r} is not one of 'auto', 'cuda', 'cuda:N', 'cpu'")
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("load_format", self.load_format, LOAD_FORMATS)
+        _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        _check_bool("enable_prefix_caching", self.enable_prefix_caching)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed={self.seed!r} is not an integer from 0 to 2**63 - 1")
+
+    @classmethod
+    def from_options(cls, model: str, options: dict[str, Any]) -> EngineConfig:
+        """Makes a config from keyword options.
+
+        Raises:
+            ConfigError: an option is unknown (with the nearest known name) or its value is refused.
+        """
+        known = [field.name for field in dataclasses.fields(cls) if field.name != "model"]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}"
+                raise ConfigError(f"unknown option {name!r}; {hint}")
+        return cls(model=model, **options)
+
+
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}={value!r} is not a positive integer")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}{hint}")
+
+
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r} is not a bool; pass True or False")

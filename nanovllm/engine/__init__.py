@@ -1,0 +1,1 @@
+"""Requests, scheduling, KV bookkeeping and the loop."""

@@ -1,0 +1,105 @@
+"""One request's state: its tokens, where its KV blocks are, how far it has come. No torch, no devices."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from nanovllm.outputs import FinishReason, TokenLogprobs
+from nanovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.engine.block_manager import BlockManager
+
+
+class SequenceStatus(Enum):
+    WAITING = auto()
+    """In the queue, holding no blocks."""
+    PREFILLING = auto()
+    """Holds a lease and prefill blocks; some of its tokens are not yet computed."""
+    HANDING_OFF = auto()
+    """Prefill has ended; its KV is on the way to the decode pool."""
+    DECODING = auto()
+    """Its KV is in the decode pool."""
+    FINISHED = auto()
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request on its way through the engine.
+
+    `token_ids` holds prompt and output. `prefill_table` and `decode_table` list the ids of the KV blocks that the
+    request holds in either pool, in token order; with one pool they list the same blocks, held twice.
+    """
+
+    request_id: int
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    arrival_s: float
+    stop_token_ids: frozenset[int] = frozenset()
+    """All tokens that end this request: its own and, unless ignored, the checkpoint's."""
+
+    status: SequenceStatus = SequenceStatus.WAITING
+    token_ids: list[int] = field(init=False)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: Exception | None = None
+
+    prefill_pool: BlockManager | None = None
+    """The pool its prefill writes to, set when the lease is granted."""
+    prefill_table: list[int] = field(default_factory=list)
+    decode_table: list[int] = field(default_factory=list)
+    num_prefilled_tokens: int = 0
+    """Tokens whose KV is in the prefill pool, or will be once the steps in flight have ended."""
+    num_handed_off_blocks: int = 0
+    """Leading blocks of `decode_table` whose KV was there before the lease, or was sent there since."""
+    in_flight: int = 0
+    """Steps and copies in flight that touch its blocks; while above 0, no block is freed."""
+    failures: int = 0
+
+    first_token_s: float | None = None
+    finished_s: float | None = None
+
+    _block_hashes: list[int] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - len(self.prompt_token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is SequenceStatus.FINISHED
+
+    def block_hash(self, index: int, block_size: int) -> int:
+        """64-bit hash of full block `index` and all tokens before it."""
+        while len(self._block_hashes) <= index:
+            start = len(self._block_hashes) * block_size
+            parent = self._block_hashes[-1] if self._block_hashes else 0
+            self._block_hashes.append(hash_block(parent, self.token_ids[start : start + block_size]))
+        return self._block_hashes[index]
+
+
+def hash_block(parent: int, token_ids: list[int]) -> int:
+    """64-bit xxhash of a block's tokens, chained to the hash of the blocks before it (0 for none)."""
+    digest = xxhash.xxh64(array("q", token_ids).tobytes(), seed=parent)
+    return digest.intdigest()

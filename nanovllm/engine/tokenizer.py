@@ -1,0 +1,171 @@
+"""Text in, text out: the checkpoint's tokenizer and the text of a request as its tokens come."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from tokenizers.decoders import DecodeStream
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from nanovllm.errors import ModelLoadError, RequestError
+from nanovllm.utils.loader import read_json
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a checkpoint, None if it has no tokenizer files.
+
+    Raises:
+        ModelLoadError: the files cannot be read.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many types, all of which mean the same here
+        raise ModelLoadError(f"the tokenizer of {folder} cannot be loaded: {error}") from error
+    if not tokenizer.is_fast:
+        raise ModelLoadError(f"{folder} has no tokenizer.json; save its tokenizer with transformers' save_pretrained")
+    return tokenizer
+
+
+def end_of_sequence_ids(folder: Path, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
+    """Tokens that end a text: generation_config.json's (or else config.json's), and the tokenizer's own.
+
+    Raises:
+        ModelLoadError: an entry is not a token id or a list of them.
+    """
+    generation = read_json(folder, "generation_config.json") or {}
+    listed = generation.get("eos_token_id")
+    if listed is None:
+        listed = config.get("eos_token_id")
+    ids = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise ModelLoadError(f"eos_token_id={listed!r} in {folder} is not a token id or a list of them")
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        ids = [*ids, tokenizer.eos_token_id]
+    return set(ids)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase | None, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of a text prompt.
+
+    Raises:
+        RequestError: the checkpoint has no tokenizer.
+    """
+    if tokenizer is None:
+        raise RequestError("this checkpoint has no tokenizer files; pass the prompt as a list of token ids")
+    return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase | None, messages: Any) -> str:
+    """A conversation as the prompt of the assistant's next message.
+
+    Raises:
+        RequestError: the checkpoint has no chat template, or the messages do not fit it.
+    """
+    if tokenizer is None or not tokenizer.chat_template:
+        raise RequestError("this checkpoint has no chat template; use generate() with a prompt of your own")
+    well_formed = isinstance(messages, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
+        for message in messages
+    )
+    if not well_formed or not messages:
+        raise RequestError(f"messages={messages!r} is not a non-empty list of dicts with 'role' and 'content'")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # whatever the template raises, the conversation does not fit it
+        raise RequestError(f"the chat template refuses these messages: {error}") from error
+
+
+class RequestText(Protocol):
+    """The text of one request. `add` takes its next tokens and gives the next piece of text."""
+
+    stopped: bool
+    """Whether a stop string was found; the text ends before it."""
+
+    def add(self, token_ids: list[int], *, may_stop: bool) -> str: ...
+
+    def finish(self) -> str:
+        """What is left to show when no more tokens come."""
+
+
+class NoText:
+    """For checkpoints without a tokenizer."""
+
+    stopped = False
+
+    def add(self, token_ids: list[int], *, may_stop: bool) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
+class WholeText:
+    """Decodes once, at the end: for requests that nobody watches."""
+
+    stopped = False
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._token_ids: list[int] = []
+
+    def add(self, token_ids: list[int], *, may_stop: bool) -> str:
+        self._token_ids += token_ids
+        return ""
+
+    def finish(self) -> str:
+        return str(self._tokenizer.decode(self._token_ids, skip_special_tokens=True))
+
+
+class StreamedText:
+    """Decodes as tokens come; holds back what ends inside a character or may be the beginning of a stop string."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...] = ()) -> None:
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._longest_stop = max(map(len, stop), default=0)
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._token_ids: list[int] = []
+        self._text = ""
+        self._num_shown = 0
+
+    def add(self, token_ids: list[int], *, may_stop: bool) -> str:
+        self._token_ids += token_ids
+        for token_id in token_ids:
+            piece = self._stream.step(self._tokenizer.backend_tokenizer, token_id)
+            if piece:
+                self._append(piece, may_stop)
+        return self._show(len(self._text) if self.stopped else len(self._text) - self._held_back())
+
+    def finish(self) -> str:
+        if not self.stopped:
+            whole = str(self._tokenizer.decode(self._token_ids, skip_special_tokens=True))
+            # A character that was never completed shows as a replacement character at the end.
+            if whole.startswith(self._text):
+                self._text = whole
+        return self._show(len(self._text))
+
+    def _append(self, piece: str, may_stop: bool) -> None:
+        searched = max(0, len(self._text) - self._longest_stop + 1)
+        self._text += piece
+        found = [place for stop in self._stop if (place := self._text.find(stop, searched)) >= 0] if may_stop else []
+        if found:
+            self._text = self._text[: min(found)]
+            self.stopped = True
+
+    def _held_back(self) -> int:
+        """Length of the longest end of the text that is the beginning of a stop string."""
+        for length in range(min(self._longest_stop - 1, len(self._text) - self._num_shown), 0, -1):
+            if any(stop.startswith(self._text[-length:]) for stop in self._stop):
+                return length
+        return 0
+
+    def _show(self, end: int) -> str:
+        shown = self._text[self._num_shown : end]
+        self._num_shown = max(self._num_shown, end)
+        return shown

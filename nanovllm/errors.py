@@ -1,0 +1,83 @@
+"""The exception tree. Knows nothing about the rest of the package.
+
+NanoVLLMError
+├── ConfigError(ValueError)                an option of `LLM(...)`
+├── ModelLoadError(ValueError)             a checkpoint: path, config, architecture, tensors
+├── RequestError(ValueError)               a prompt or a sampling parameter
+├── UnknownRequestError(KeyError)          a request id that is not, or no longer, known
+├── EngineClosedError(RuntimeError)        use after `close()`
+├── BackendUnavailableError(ImportError)   an attention backend that cannot serve here
+├── OutOfKVCacheError(MemoryError)         the pool cannot be made, or a request cannot fit in it alone
+├── WorkerError(RuntimeError)              a tensor-parallel worker died
+├── GreenContextError(RuntimeError)        an SM partition that cannot be had
+└── HandoffError(RuntimeError)             a request's KV did not reach the decode device
+    └── HandoffTimeout(TimeoutError)
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackendUnavailableError",
+    "ConfigError",
+    "EngineClosedError",
+    "GreenContextError",
+    "HandoffError",
+    "HandoffTimeout",
+    "ModelLoadError",
+    "NanoVLLMError",
+    "OutOfKVCacheError",
+    "RequestError",
+    "UnknownRequestError",
+    "WorkerError",
+]
+
+
+class NanoVLLMError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(NanoVLLMError, ValueError):
+    """An option of `LLM(...)` is unknown, out of range or contradicts another."""
+
+
+class ModelLoadError(NanoVLLMError, ValueError):
+    """A checkpoint cannot be served: its path, config, architecture or tensors."""
+
+
+class RequestError(NanoVLLMError, ValueError):
+    """A prompt or a sampling parameter is refused."""
+
+
+class UnknownRequestError(NanoVLLMError, KeyError):
+    """No request of this id is known."""
+
+    def __str__(self) -> str:  # KeyError would show the message's repr
+        return str(self.args[0]) if self.args else ""
+
+
+class EngineClosedError(NanoVLLMError, RuntimeError):
+    """The engine was closed."""
+
+
+class BackendUnavailableError(NanoVLLMError, ImportError):
+    """An attention backend cannot serve here; the message names every reason."""
+
+
+class OutOfKVCacheError(NanoVLLMError, MemoryError):
+    """The KV pool cannot be made, or a request cannot fit in it alone."""
+
+
+class WorkerError(NanoVLLMError, RuntimeError):
+    """A tensor-parallel worker died; the message carries its traceback."""
+
+
+class GreenContextError(NanoVLLMError, RuntimeError):
+    """A driver call for an SM partition failed."""
+
+
+class HandoffError(NanoVLLMError, RuntimeError):
+    """A request's KV did not reach the decode device whole."""
+
+
+class HandoffTimeout(HandoffError, TimeoutError):
+    """A handoff did not end within `handoff_timeout_s`; the message carries both sides' state."""

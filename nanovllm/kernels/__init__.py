@@ -1,0 +1,122 @@
+"""Attention over a paged KV pool: the interface that layers call and the backends behind it.
+
+`resolve_backend` picks one and can say why not another. Backends are imported only when asked for, so that none of
+triton and flash_attn needs to be installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from nanovllm.errors import BackendUnavailableError
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """Where the tokens of one step belong. B requests, T tokens in all, one after another.
+
+    Attributes:
+        slot_mapping: [T] int64, the pool slot of each token: block id * block size + place in the block.
+        block_tables: [B, max_blocks] int32, each request's blocks in token order; what lies beyond its context
+            is never read.
+        context_lens: [B] int32, tokens of each request up to and with this step's last.
+        query_starts: [B + 1] int32, where each request's tokens begin in T.
+        max_query_len: most tokens that one request has in this step.
+        max_context_len: the largest of `context_lens`, or a bound of it.
+    """
+
+    slot_mapping: torch.Tensor
+    block_tables: torch.Tensor
+    context_lens: torch.Tensor
+    query_starts: torch.Tensor
+    max_query_len: int
+    max_context_len: int
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every request has exactly one token."""
+        return self.max_query_len == 1
+
+
+class AttentionBackend(Protocol):
+    """One way to store and attend to paged KV.
+
+    `kv_cache` is one layer's view of the pool, [num_blocks, 2, num_kv_heads, block_size, head_dim]: keys at 0,
+    values at 1. Block strides exceed the block's own size, since a block is contiguous over all layers.
+    """
+
+    name: str
+
+    def store_kv(
+        self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata
+    ) -> None:
+        """Writes `key` and `value`, [T, num_kv_heads, head_dim], to the slots of `metadata.slot_mapping`."""
+
+    def attend(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata, scale: float
+    ) -> torch.Tensor:
+        """Causal attention of `query`, [T, num_heads, head_dim], to each request's whole context; same shape out."""
+
+
+@dataclass(frozen=True)
+class BackendRequirements:
+    """What an engine needs of a backend; `block_size` None lets the backend choose."""
+
+    device_type: str
+    dtype: torch.dtype
+    head_dim: int
+    block_size: int | None = None
+
+
+@dataclass(frozen=True)
+class ResolvedBackend:
+    backend: AttentionBackend
+    block_size: int
+    reason: str
+
+
+_MODULES = {
+    "triton": "nanovllm.kernels.triton_attention",
+    "flash_attn": "nanovllm.kernels.flash_attn",
+    "torch": "nanovllm.kernels.torch_reference",
+}
+
+
+def unsupported_reasons(name: str, needs: BackendRequirements) -> list[str]:
+    """Every reason why backend `name` cannot serve `needs`; empty if it can."""
+    try:
+        module = importlib.import_module(_MODULES[name])
+    except ImportError as error:
+        return [f"{error.name or name} cannot be imported ({error}); pip install {(error.name or name).split('.')[0]}"]
+    return module.unsupported_reasons(needs)
+
+
+def resolve_backend(name: str, needs: BackendRequirements) -> ResolvedBackend:
+    """The attention backend `name`, or for `auto` the first that can serve: triton on a GPU, torch on a CPU.
+
+    Raises:
+        BackendUnavailableError: the named backend cannot serve; the message lists the reasons.
+    """
+    if name != "auto":
+        reasons = unsupported_reasons(name, needs)
+        if reasons:
+            raise BackendUnavailableError(f"attention_backend={name!r} cannot serve here: {'; '.join(reasons)}")
+        return _make(name, needs, "asked for")
+    candidates = ("triton", "torch") if needs.device_type == "cuda" else ("torch",)
+    passed_over: list[str] = []
+    for candidate in candidates:
+        reasons = unsupported_reasons(candidate, needs)
+        if not reasons:
+            because = f"the best for {needs.device_type}"
+            return _make(candidate, needs, "; ".join([because, *passed_over]))
+        passed_over.append(f"not {candidate}: {', '.join(reasons)}")
+    raise BackendUnavailableError(f"no attention backend can serve here: {'; '.join(passed_over)}")
+
+
+def _make(name: str, needs: BackendRequirements, reason: str) -> ResolvedBackend:
+    module = importlib.import_module(_MODULES[name])
+    return ResolvedBackend(module.Backend(), needs.block_size or module.DEFAULT_BLOCK_SIZE, reason)

@@ -1,0 +1,41 @@
+"""Linear layers whose weights are those of several checkpoint tensors stacked by rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class Linear(nn.Module):
+    """y = x W^T + b, [num_tokens, in_features] -> [num_tokens, sum(out_features)].
+
+    `out_features` lists the rows of each stacked part: one GEMM serves query, key and value, or gate and up.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: Sequence[int],
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.out_features = tuple(out_features)
+        total = sum(self.out_features)
+        self.weight = nn.Parameter(torch.empty(total, in_features, dtype=dtype, device=device), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(total, dtype=dtype, device=device), requires_grad=False) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+    def parts(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The views that checkpoint tensors `<name>.weight` (and `<name>.bias`) are loaded into, one name a part."""
+        views = dict(zip((f"{name}.weight" for name in names), self.weight.split(self.out_features), strict=True))
+        if self.bias is not None:
+            views |= zip((f"{name}.bias" for name in names), self.bias.split(self.out_features), strict=True)
+        return views

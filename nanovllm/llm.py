@@ -1,0 +1,213 @@
+"""`LLM`: prompts in, answers out, on top of the engine's `add_request` and `step`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tqdm import tqdm
+
+from nanovllm.engine.llm_engine import LLMEngine, Prompt
+from nanovllm.engine.tokenizer import render_chat
+from nanovllm.errors import RequestError
+from nanovllm.outputs import RequestOutput, TokenLogprobs
+from nanovllm.sampling_params import SamplingParams
+
+
+@dataclass
+class _Answer:
+    """What has come of one request so far."""
+
+    prompt_token_ids: list[int]
+    wants_logprobs: bool
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    last: RequestOutput | None = None
+
+    def add(self, output: RequestOutput) -> None:
+        self.text += output.text
+        self.token_ids += output.new_token_ids
+        self.logprobs += output.new_logprobs or []
+        self.last = output
+
+    def as_dict(self) -> dict[str, Any]:
+        assert self.last is not None, "an answer is given out when it is complete"
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "finish_reason": self.last.finish_reason,
+            "prompt_token_ids": self.prompt_token_ids,
+            "ttft_s": self.last.ttft_s,
+            "latency_s": self.last.latency_s,
+            "logprobs": self.logprobs if self.wants_logprobs else None,
+            "error": self.last.error,
+        }
+
+
+class LLM(LLMEngine):
+    """A model that answers prompts; see `LLMEngine` for its arguments and `EngineConfig` for the options."""
+
+    def __init__(self, model: str, **options: Any) -> None:
+        super().__init__(model, **options)
+        # Outputs of requests that a `generate` or `generate_stream` waits for; all others come from `step()`.
+        self._inboxes: dict[int, list[RequestOutput]] = {}
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[dict[str, Any]]:
+        """Answers every prompt.
+
+        Args:
+            prompts: a text, or a list of texts and lists of token ids.
+            sampling_params: one for all prompts, or one for each.
+            use_tqdm: show progress, with prefill and decode tokens per second.
+
+        Returns:
+            For each prompt, in order, a dict of `text`, `token_ids` (the stop token, if one ended it, included),
+            `finish_reason` (`stop`, `length`, `abort` or `error`), `prompt_token_ids`, `ttft_s` and `latency_s`
+            (seconds from arrival to first token and to the end), `logprobs` (a `TokenLogprobs` per token, or None)
+            and `error` (the exception of a failed request, or None).
+
+        Raises:
+            RequestError: a prompt or parameter is refused, by its index, before anything runs.
+            EngineClosedError: the engine was closed.
+        """
+        self._check_open()
+        requests = self._checked_requests(prompts, sampling_params, add_special_tokens=True)
+        return self._answer(requests, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[dict[str, Any]]:
+        """Answers conversations through the checkpoint's chat template.
+
+        Args:
+            messages: a list of dicts with `role` and `content`, or a list of such lists.
+            sampling_params: as for `generate`.
+            use_tqdm: as for `generate`.
+
+        Returns:
+            As `generate`, one dict for each conversation.
+
+        Raises:
+            RequestError: there is no chat template, it refuses the messages, or as `generate`.
+            EngineClosedError: the engine was closed.
+        """
+        self._check_open()
+        is_one = isinstance(messages, (list, tuple)) and bool(messages) and isinstance(messages[0], dict)
+        conversations = [messages] if is_one else messages
+        if not isinstance(conversations, (list, tuple)):
+            raise RequestError(f"messages={messages!r} is not a list of messages or a list of such lists")
+        prompts = []
+        for index, conversation in enumerate(conversations):
+            try:
+                prompts.append(render_chat(self.tokenizer, conversation))
+            except RequestError as error:
+                raise RequestError(f"conversation {index}: {error}") from error
+        requests = self._checked_requests(prompts, sampling_params, add_special_tokens=False)
+        return self._answer(requests, use_tqdm)
+
+    def generate_stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Yields the outputs of one request as they come. Closing the iterator early aborts the request.
+
+        Raises:
+            RequestError: the prompt or a parameter is refused.
+            EngineClosedError: the engine was closed.
+        """
+        self._check_open()
+        request_id = self.add_request(prompt, sampling_params)
+        self._inboxes[request_id] = []
+        return self._stream(request_id)
+
+    def _stream(self, request_id: int) -> Iterator[RequestOutput]:
+        finished = False
+        try:
+            while not finished:
+                if not self._inboxes[request_id]:
+                    self._check_open()
+                    self._advance()
+                for output in self._take(request_id):
+                    finished = output.finished
+                    yield output
+        finally:
+            self._abandon([request_id])
+
+    def _checked_requests(
+        self, prompts: Any, sampling_params: Any, *, add_special_tokens: bool
+    ) -> list[tuple[list[int], SamplingParams]]:
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        if not isinstance(prompts, (list, tuple)):
+            raise RequestError(f"prompts of type {type(prompts).__name__}: pass a text or a list of prompts")
+        if isinstance(sampling_params, (list, tuple)):
+            if len(sampling_params) != len(prompts):
+                raise RequestError(
+                    f"{len(prompts)} prompts and {len(sampling_params)} sampling_params; pass one, or one for each"
+                )
+        else:
+            sampling_params = [sampling_params] * len(prompts)
+        requests = []
+        for index, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
+            try:
+                token_ids = self._checked_prompt(prompt, add_special_tokens=add_special_tokens)
+                requests.append((token_ids, self._checked_params(params)))
+            except RequestError as error:
+                raise RequestError(f"prompt {index}: {error}") from error
+        return requests
+
+    def _answer(self, requests: list[tuple[list[int], SamplingParams]], use_tqdm: bool) -> list[dict[str, Any]]:
+        answers: dict[int, _Answer] = {}
+        progress = tqdm(total=len(requests), desc="Generating", disable=not use_tqdm, dynamic_ncols=True)
+        try:
+            for token_ids, params in requests:
+                request_id = self._enqueue(token_ids, params, streamed=False)
+                self._inboxes[request_id] = []
+                answers[request_id] = _Answer(token_ids, params.logprobs is not None)
+            self._run(answers, progress)
+        finally:
+            self._abandon(answers)
+            progress.close()
+        return [answer.as_dict() for answer in answers.values()]
+
+    def _run(self, answers: dict[int, _Answer], progress: tqdm[Any]) -> None:
+        started = progress.format_dict["elapsed"]
+        before = replace(self.counters)
+        num_open = len(answers)
+        while num_open:
+            self._advance()
+            num_ended = 0
+            for request_id, answer in answers.items():
+                for output in self._take(request_id):
+                    answer.add(output)
+                    num_ended += output.finished
+            if num_ended:
+                num_open -= num_ended
+                seconds = max(progress.format_dict["elapsed"] - started, 1e-9)
+                progress.set_postfix_str(
+                    f"prefill {(self.counters.prefill_tokens - before.prefill_tokens) / seconds:.0f} tok/s, "
+                    f"decode {(self.counters.decode_tokens - before.decode_tokens) / seconds:.0f} tok/s",
+                    refresh=False,
+                )
+                progress.update(num_ended)
+
+    def _deliver(self, output: RequestOutput) -> None:
+        self._inboxes.get(output.request_id, self._outputs).append(output)
+
+    def _take(self, request_id: int) -> list[RequestOutput]:
+        outputs, self._inboxes[request_id] = self._inboxes[request_id], []
+        return outputs
+
+    def _abandon(self, request_ids: Any) -> None:
+        """Ends what is still running of these requests; nobody waits for their outputs any more."""
+        for request_id in request_ids:
+            if request_id in self._sequences and not self._closed:
+                self.abort(request_id)
+            self._inboxes.pop(request_id, None)

@@ -1,0 +1,371 @@
+"""Dense Qwen3: this file is the specification of the model. It knows nothing about requests or scheduling.
+
+A layer is four pieces, `project_qkv`, `attend`, `project_out` and `feed_forward`; the first three are its attention
+stage, the last is its FFN stage, and `forward` is their composition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nanovllm.errors import ModelLoadError
+from nanovllm.kernels import AttentionBackend, AttentionMetadata
+from nanovllm.layers.activation import silu_and_mul
+from nanovllm.layers.attention import PagedAttention
+from nanovllm.layers.embed_head import TokenEmbedding
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import Linear
+from nanovllm.layers.rotary_embedding import ROPE_TYPES, RopeConfig, RotaryEmbedding
+
+
+@dataclass(frozen=True)
+class Qwen3Config:
+    """The fields of a Qwen3 `config.json` that its inference needs."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool
+    rope: RopeConfig
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the GEMMs of one forward pass, the output head included, the embedding look-up not."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_key_value_heads)
+        layer = attention + 3 * self.hidden_size * self.intermediate_size
+        return self.num_hidden_layers * layer + self.vocab_size * self.hidden_size
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> Qwen3Config:
+        """Reads `config.json`.
+
+        Raises:
+            ModelLoadError: a field is missing or of the wrong type, or asks for something that is not supported.
+        """
+        if config.get("use_sliding_window"):
+            raise ModelLoadError("use_sliding_window=true is not supported; only full attention is")
+        if config.get("hidden_act", "silu") != "silu":
+            raise ModelLoadError(f"hidden_act={config['hidden_act']!r} is not supported; only 'silu' is")
+        heads = _positive(config, "num_attention_heads")
+        kv_heads = _positive(config, "num_key_value_heads", default=heads)
+        if heads % kv_heads:
+            raise ModelLoadError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
+        hidden_size = _positive(config, "hidden_size")
+        head_dim = _positive(config, "head_dim", default=128)
+        if head_dim % 2:
+            raise ModelLoadError(f"head_dim={head_dim} is odd; rotary embedding needs pairs")
+        return cls(
+            vocab_size=_positive(config, "vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=_positive(config, "intermediate_size"),
+            num_hidden_layers=_positive(config, "num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
+            max_position_embeddings=_positive(config, "max_position_embeddings"),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            attention_bias=bool(config.get("attention_bias", False)),
+            rope=_rope_config(config, head_dim),
+        )
+
+
+class Qwen3DecoderLayer(nn.Module):
+    """One layer. Hidden states and residual travel apart: the norms add them."""
+
+    def __init__(
+        self,
+        config: Qwen3Config,
+        rotary: RotaryEmbedding,
+        backend: AttentionBackend,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.rotary = rotary
+        hidden, dim = config.hidden_size, config.head_dim
+        query_size, kv_size = config.num_attention_heads * dim, config.num_key_value_heads * dim
+        bias = config.attention_bias
+        self.qkv_proj = Linear(hidden, [query_size, kv_size, kv_size], bias=bias, dtype=dtype, device=device)
+        self.o_proj = Linear(query_size, [hidden], bias=bias, dtype=dtype, device=device)
+        ffn = config.intermediate_size
+        self.gate_up_proj = Linear(hidden, [ffn, ffn], bias=False, dtype=dtype, device=device)
+        self.down_proj = Linear(ffn, [hidden], bias=False, dtype=dtype, device=device)
+        self.q_norm = RMSNorm(dim, config.rms_norm_eps, dtype=dtype, device=device)
+        self.k_norm = RMSNorm(dim, config.rms_norm_eps, dtype=dtype, device=device)
+        self.input_layernorm = RMSNorm(hidden, config.rms_norm_eps, dtype=dtype, device=device)
+        self.post_attention_layernorm = RMSNorm(hidden, config.rms_norm_eps, dtype=dtype, device=device)
+        self.attention = PagedAttention(backend, dim)
+
+    def project_qkv(
+        self, hidden: torch.Tensor, residual: torch.Tensor | None, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[T, hidden_size] -> query [T, num_heads, head_dim], key and value [T, num_kv_heads, head_dim], residual."""
+        hidden, residual = self.input_layernorm.add(hidden, residual)
+        query, key, value = self.qkv_proj(hidden).split(self.qkv_proj.out_features, dim=-1)
+        query, key, value = (x.unflatten(-1, (-1, self.config.head_dim)) for x in (query, key, value))
+        query, key = self.rotary(positions, self.q_norm(query), self.k_norm(key))
+        return query, key, value, residual
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """Stores key and value, then attends; [T, num_heads, head_dim] out."""
+        return self.attention(query, key, value, kv_cache, metadata)
+
+    def project_out(self, attended: torch.Tensor) -> torch.Tensor:
+        """[T, num_heads, head_dim] -> [T, hidden_size]."""
+        return self.o_proj(attended.flatten(1))
+
+    def feed_forward(self, hidden: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, hidden_size] twice -> the same."""
+        hidden, residual = self.post_attention_layernorm.add(hidden, residual)
+        return self.down_proj(silu_and_mul(self.gate_up_proj(hidden))), residual
+
+    def forward_attention_stage(
+        self,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        positions: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`project_qkv`, `attend`, `project_out`."""
+        query, key, value, residual = self.project_qkv(hidden, residual, positions)
+        return self.project_out(self.attend(query, key, value, kv_cache, metadata)), residual
+
+    def forward_ffn_stage(self, hidden: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`feed_forward`."""
+        return self.feed_forward(hidden, residual)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        positions: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, residual = self.forward_attention_stage(hidden, residual, positions, kv_cache, metadata)
+        return self.forward_ffn_stage(hidden, residual)
+
+    def checkpoint_tensors(self) -> dict[str, torch.Tensor]:
+        """Names within the layer, as Hugging Face has them, and the views they are loaded into."""
+        return {
+            **self.qkv_proj.parts(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
+            **self.o_proj.parts(["self_attn.o_proj"]),
+            **self.gate_up_proj.parts(["mlp.gate_proj", "mlp.up_proj"]),
+            **self.down_proj.parts(["mlp.down_proj"]),
+            "self_attn.q_norm.weight": self.q_norm.weight,
+            "self_attn.k_norm.weight": self.k_norm.weight,
+            "input_layernorm.weight": self.input_layernorm.weight,
+            "post_attention_layernorm.weight": self.post_attention_layernorm.weight,
+        }
+
+
+class Qwen3Model(nn.Module):
+    """Embedding, layers and final norm, with one rotary table for all layers."""
+
+    def __init__(
+        self,
+        config: Qwen3Config,
+        backend: AttentionBackend,
+        max_positions: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        rotary = RotaryEmbedding(config.rope, max_positions, device)
+        self.layers = nn.ModuleList(
+            Qwen3DecoderLayer(config, rotary, backend, dtype=dtype, device=device)
+            for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kv_pool: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        hidden, residual = self.embed_tokens(input_ids), None
+        for index, layer in enumerate(self.layers):
+            hidden, residual = layer(hidden, residual, positions, kv_pool[:, index], metadata)
+        return self.norm.add(hidden, residual)[0]
+
+    def forward_attention_stage(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        positions: torch.Tensor,
+        kv_pool: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The attention stage of layer `layer` alone."""
+        stage = self.layers[layer].forward_attention_stage
+        return stage(hidden, residual, positions, kv_pool[:, layer], metadata)
+
+    def forward_ffn_stage(
+        self, layer: int, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The FFN stage of layer `layer` alone."""
+        return self.layers[layer].forward_ffn_stage(hidden, residual)
+
+
+class Qwen3ForCausalLM(nn.Module):
+    """The model and its output head.
+
+    Args:
+        config: the checkpoint's.
+        backend: attends to the KV pool.
+        max_positions: length of the rotary table.
+        dtype, device: of all weights.
+    """
+
+    def __init__(
+        self,
+        config: Qwen3Config,
+        backend: AttentionBackend,
+        max_positions: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Qwen3Model(config, backend, max_positions, dtype=dtype, device=device)
+        self.lm_head = (
+            self.model.embed_tokens
+            if config.tie_word_embeddings
+            else TokenEmbedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kv_pool: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """Runs T tokens of B requests.
+
+        Args:
+            input_ids: [T] int64.
+            positions: [T] int64, each token's place in its request.
+            kv_pool: [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]; the tokens' KV is stored in it.
+            metadata: which tokens and blocks belong to which request.
+
+        Returns:
+            Hidden states [T, hidden_size] after the final norm.
+        """
+        return self.model(input_ids, positions, kv_pool, metadata)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, hidden_size] -> [N, vocab_size]."""
+        return self.lm_head.project(hidden)
+
+    def forward_attention_stage(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        positions: torch.Tensor,
+        kv_pool: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The attention stage of layer `layer` alone."""
+        return self.model.forward_attention_stage(layer, hidden, residual, positions, kv_pool, metadata)
+
+    def forward_ffn_stage(
+        self, layer: int, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The FFN stage of layer `layer` alone."""
+        return self.model.forward_ffn_stage(layer, hidden, residual)
+
+    def checkpoint_tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor name that a checkpoint must have, and the view it is loaded into."""
+        views: dict[str, torch.Tensor] = {
+            "model.embed_tokens.weight": self.model.embed_tokens.weight,
+            "model.norm.weight": self.model.norm.weight,
+        }
+        for index, layer in enumerate(self.model.layers):
+            views |= {f"model.layers.{index}.{name}": view for name, view in layer.checkpoint_tensors().items()}
+        if not self.config.tie_word_embeddings:
+            views["lm_head.weight"] = self.lm_head.weight
+        return views
+
+    def ignored_checkpoint_tensors(self) -> set[str]:
+        """Names that a checkpoint may have and that are not loaded: a tied head is the embedding."""
+        return {"lm_head.weight"} if self.config.tie_word_embeddings else set()
+
+
+def _rope_config(config: dict[str, Any], head_dim: int) -> RopeConfig:
+    # `rope_parameters` since transformers 5; before, `rope_theta` and an optional `rope_scaling`.
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ROPE_TYPES:
+        raise ModelLoadError(f"rope type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ModelLoadError(f"partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported; only 1.0 is")
+    theta = _number(rope, "rope_theta", config.get("rope_theta", 10000.0))
+    if rope_type == "default":
+        return RopeConfig(head_dim, theta)
+    if "factor" not in rope:
+        raise ModelLoadError(f"rope type {rope_type!r} needs a 'factor'; the config has {rope!r}")
+    factor = _number(rope, "factor")
+    if rope_type == "linear":
+        return RopeConfig(head_dim, theta, "linear", factor)
+    original = rope.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+    return RopeConfig(
+        head_dim,
+        theta,
+        "yarn",
+        factor,
+        original_max_positions=_positive(
+            {"original_max_position_embeddings": original}, "original_max_position_embeddings"
+        ),
+        beta_fast=rope.get("beta_fast") or 32.0,
+        beta_slow=rope.get("beta_slow") or 1.0,
+        attention_factor=rope.get("attention_factor"),
+        mscale=rope.get("mscale"),
+        mscale_all_dim=rope.get("mscale_all_dim"),
+        truncate=rope.get("truncate", True),
+    )
+
+
+def _positive(config: dict[str, Any], name: str, default: int | None = None) -> int:
+    value = config.get(name, default)
+    if value is None and default is not None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ModelLoadError(f"config.json: {name}={value!r} is not a positive integer")
+    return value
+
+
+def _number(config: dict[str, Any], name: str, default: float | None = None) -> float:
+    value = config.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        raise ModelLoadError(f"config.json: {name}={value!r} is not a positive number")
+    return float(value)

@@ -1,0 +1,107 @@
+"""What a request asks of sampling and stopping. A leaf: knows nothing about engines or tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nanovllm.errors import RequestError
+
+MAX_SEED = 2**63 - 1
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request is sampled and when it ends.
+
+    Args:
+        temperature: 0 takes the most probable token (greedy); otherwise logits are divided by it.
+        top_k: keep the k most probable tokens; 0 or -1 keeps all.
+        top_p: keep the smallest set of tokens whose probabilities reach this sum, in (0, 1].
+        min_p: drop tokens less probable than this share of the most probable one, in [0, 1].
+        seed: makes the request's random numbers its own: the same tokens in any batch and mode.
+            None derives one from the engine's `seed` and the request's number.
+        max_tokens: most tokens to generate, at least 1.
+        min_tokens: tokens to generate before any end-of-sequence token, stop token or stop string counts.
+        stop: a string, or several, that end the request; the text ends before the first one found.
+        stop_token_ids: token ids that end the request, in addition to the checkpoint's own.
+        ignore_eos: do not end on the checkpoint's end-of-sequence tokens.
+        logprobs: None, or the number of most probable tokens (0 to 20) to report beside the chosen one.
+            Log-probabilities are those of the model, before temperature and filters.
+
+    Raises:
+        RequestError: a value is of the wrong type or out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int = 64
+    min_tokens: int = 0
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_number("temperature", self.temperature, 0.0, math.inf, "0 (greedy) or more")
+        _check_integer("top_k", self.top_k, -1, None, "0 or -1 (all tokens) or a positive integer")
+        _check_number("top_p", self.top_p, 0.0, 1.0, "above 0 and at most 1", open_low=True)
+        _check_number("min_p", self.min_p, 0.0, 1.0, "between 0 and 1")
+        _check_integer("max_tokens", self.max_tokens, 1, None, "a positive integer")
+        _check_integer("min_tokens", self.min_tokens, 0, None, "0 or a positive integer")
+        if self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}; raise the one or lower the other"
+            )
+        if self.seed is not None:
+            _check_integer("seed", self.seed, 0, MAX_SEED, f"None or an integer from 0 to {MAX_SEED}")
+        if self.logprobs is not None:
+            _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, f"None or 0 to {MAX_LOGPROBS}")
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos={self.ignore_eos!r} is not a bool; pass True or False")
+        object.__setattr__(self, "stop", _checked_stop_strings(self.stop))
+        object.__setattr__(self, "stop_token_ids", _checked_stop_token_ids(self.stop_token_ids))
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def needs_filter(self) -> bool:
+        """Whether top_k, top_p or min_p narrows the choice, which takes a sort."""
+        return not self.is_greedy and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
+
+
+def _check_number(name: str, value: object, low: float, high: float, allowed: str, *, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise RequestError(f"{name}={value!r} is not a number; it must be {allowed}")
+    below = value <= low if open_low else value < low
+    if math.isnan(value) or math.isinf(value) or below or value > high:
+        raise RequestError(f"{name}={value!r} is out of range; it must be {allowed}")
+
+
+def _check_integer(name: str, value: object, low: int, high: int | None, allowed: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(f"{name}={value!r} is not an integer; it must be {allowed}")
+    if value < low or (high is not None and value > high):
+        raise RequestError(f"{name}={value!r} is out of range; it must be {allowed}")
+
+
+def _checked_stop_strings(stop: object) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(strings, (list, tuple)) or not all(isinstance(text, str) and text for text in strings):
+        raise RequestError(f"stop={stop!r} is not a non-empty string or a list of them")
+    return tuple(strings)
+
+
+def _checked_stop_token_ids(token_ids: object) -> tuple[int, ...]:
+    if not isinstance(token_ids, (list, tuple)) or not all(
+        isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in token_ids
+    ):
+        raise RequestError(f"stop_token_ids={token_ids!r} is not a list of token ids (integers, 0 or more)")
+    return tuple(token_ids)

@@ -1,0 +1,1 @@
+"""Devices, checkpoints, driver calls."""

@@ -1,0 +1,97 @@
+"""Devices by an index of our own, their events and memory. Knows nothing about models or requests.
+
+`torch.device("cpu", 1)` is the same device as `cpu`; a `Device` keeps its index, so that several logical CPU devices
+can stand for several GPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nanovllm.errors import ConfigError
+
+
+class DoneEvent:
+    """The event of work that has ended when the call that launched it returns, as on a CPU."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        return
+
+
+Event = torch.cuda.Event | DoneEvent
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU, or a logical CPU device."""
+
+    kind: str
+    index: int
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.kind == "cuda"
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device("cuda", self.index) if self.is_cuda else torch.device("cpu")
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.index}"
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """Makes a GPU the current one: Triton and torch launch on the current device's context."""
+        if self.is_cuda:
+            with torch.cuda.device(self.index):
+                yield
+        else:
+            yield
+
+    def record_event(self) -> Event:
+        """An event after everything launched on this device's current stream."""
+        if not self.is_cuda:
+            return DoneEvent()
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.index))
+        return event
+
+    def tensor(self, array: np.ndarray) -> torch.Tensor:
+        """`array` on this device, copied without waiting for work that is running there."""
+        tensor = torch.from_numpy(array)
+        if not self.is_cuda:
+            return tensor
+        return tensor.pin_memory().to(self.torch_device, non_blocking=True)
+
+    def memory_info(self) -> tuple[int, int]:
+        """Free and total bytes of a GPU, other processes' use counted."""
+        assert self.is_cuda, "a CPU device has no memory of its own to measure"
+        with self.current():
+            torch.cuda.empty_cache()
+            free, total = torch.cuda.mem_get_info(self.index)
+        return free, total
+
+
+def resolve_device(option: str) -> Device:
+    """The device that an option `auto`, `cuda`, `cuda:N` or `cpu` names.
+
+    Raises:
+        ConfigError: the GPU does not exist.
+    """
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if option == "cpu" or (option == "auto" and num_gpus == 0):
+        return Device("cpu", 0)
+    if num_gpus == 0:
+        raise ConfigError(f"device={option!r}, but torch sees no GPU; pass device='cpu' or 'auto'")
+    index = int(option.split(":")[1]) if ":" in option else torch.cuda.current_device()
+    if index >= num_gpus:
+        raise ConfigError(f"device={option!r} does not exist; torch sees GPUs 0 to {num_gpus - 1}")
+    return Device("cuda", index)

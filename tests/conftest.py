@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen3ForCausalLM
+
+from tests import tiny
+
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-gpu", action="store_true", help="fail, instead of skip, tests whose GPUs are missing")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    needed = 2 if item.get_closest_marker("two_gpu") else 1 if item.get_closest_marker("gpu") else 0
+    if num_gpus < needed:
+        reason = f"needs {needed} CUDA GPU{'s' if needed > 1 else ''}, torch sees {num_gpus}"
+        if item.config.getoption("--require-gpu"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[str, Qwen3ForCausalLM]]:
+    """A tiny checkpoint of a variant of `tiny.VARIANTS`: its folder and transformers' model."""
+    made: dict[str, tuple[str, Qwen3ForCausalLM]] = {}
+
+    def make(variant: str) -> tuple[str, Qwen3ForCausalLM]:
+        if variant not in made:
+            model = tiny.make_reference(seed=len(variant), **tiny.VARIANTS[variant])
+            made[variant] = tiny.save(model, tmp_path_factory.mktemp(variant)), model
+        return made[variant]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_path(checkpoint: Any) -> str:
+    return str(checkpoint("gqa2")[0])
+
+
+@pytest.fixture
+def tiny_copy(tiny_path: str, tmp_path: Path) -> Path:
+    """A copy of a checkpoint that a test may damage."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for file in Path(tiny_path).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder

@@ -1,0 +1,75 @@
+"""The engine on one card: tokens of transformers in float32, the demo model's answers in bfloat16."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanovllm import LLM, OutOfKVCacheError, SamplingParams
+from nanovllm.demo import DEMO_MODEL_PATH
+from tests import tiny
+
+pytestmark = pytest.mark.gpu
+
+QUESTIONS = json.loads((Path(DEMO_MODEL_PATH) / "questions.json").read_text(encoding="utf-8"))
+GREEDY = SamplingParams(temperature=0, max_tokens=40)
+TINY_FOR_TRITON = {"head_dim": 64}
+
+
+@pytest.fixture(scope="module")
+def tiny_on_disk(tmp_path_factory):
+    model = tiny.make_reference(seed=1, **TINY_FOR_TRITON)
+    return tiny.save(model, tmp_path_factory.mktemp("tiny64")), model
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    "mode", [{}, {"max_num_batched_tokens": 24, "prefill_chunk_tokens": 7}, {"num_kvcache_blocks": 9}]
+)
+def test_float32_tokens_equal_transformers(tiny_on_disk, backend, mode):
+    path, reference = tiny_on_disk
+    prompts = tiny.random_prompts(8, seed=1) + tiny.random_prompts(4, seed=2, longest=40, shared=48)
+    options = {"gpu_memory_utilization": 0.3, "kvcache_block_size": 16, **mode}
+    with LLM(path, device="cuda", dtype="float32", attention_backend=backend, **options) as llm:
+        answers = llm.generate(prompts, GREEDY, use_tqdm=False)
+        llm.scheduler.check_integrity()
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 40)
+
+
+def test_seeded_tokens_equal_those_of_a_cpu(tiny_on_disk):
+    path, _ = tiny_on_disk
+    prompts = tiny.random_prompts(6, seed=3)
+    params = [SamplingParams(temperature=0.8, top_k=20 * (i % 2), top_p=0.9, seed=i, max_tokens=30) for i in range(6)]
+    with LLM(path, device="cpu") as llm:
+        expected = [answer["token_ids"] for answer in llm.generate(prompts, params, use_tqdm=False)]
+    with LLM(path, device="cuda", dtype="float32", gpu_memory_utilization=0.3) as llm:
+        assert [answer["token_ids"] for answer in llm.generate(prompts, params, use_tqdm=False)] == expected
+
+
+@pytest.mark.parametrize("batched_tokens", [16384, 64])
+def test_demo_answers_in_bfloat16_equal_the_written_ones(batched_tokens):
+    conversations = [[{"role": "user", "content": pair["question"]}] for pair in QUESTIONS]
+    with LLM(DEMO_MODEL_PATH, device="cuda", max_num_batched_tokens=batched_tokens, gpu_memory_utilization=0.3) as llm:
+        assert llm.decode_runner.kv_pool.dtype == torch.bfloat16
+        assert llm.decode_runner.spec.attention.backend.name == "triton"
+        answers = llm.chat(conversations, SamplingParams(temperature=0, max_tokens=512), use_tqdm=False)
+    wrong = [p["question"] for p, a in zip(QUESTIONS, answers, strict=True) if a["text"] != p["answer"]]
+    assert not wrong
+
+
+def test_pool_fills_what_it_may_and_close_gives_it_back(tiny_on_disk):
+    path, _ = tiny_on_disk
+    free_before, total = torch.cuda.mem_get_info()
+    llm = LLM(path, device="cuda", gpu_memory_utilization=0.5, max_num_batched_tokens=2048, max_num_seqs=16)
+    used = total - torch.cuda.mem_get_info()[0]
+    assert abs(used / total - 0.5) < 0.01
+    llm.generate(tiny.random_prompts(4), GREEDY, use_tqdm=False)
+    llm.close()
+    torch.cuda.empty_cache()
+    assert free_before - torch.cuda.mem_get_info()[0] < 1024**3
+    with pytest.raises(OutOfKVCacheError, match="GiB"):
+        LLM(path, device="cuda", num_kvcache_blocks=10**9)

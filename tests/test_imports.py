@@ -1,0 +1,79 @@
+"""Imports go one way, decisions do without torch, and optional packages stay optional."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "nanovllm"
+LEVELS = ["llm", "engine", "models", "layers", "kernels", "utils", "errors"]
+LEAVES = {"config", "sampling_params", "outputs", "errors", "version"}
+WITHOUT_TORCH = ["sequence", "block_manager", "scheduler"]
+
+
+def imported_modules(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def level_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if parts[0] == "nanovllm" and len(parts) > 1 else None
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    targets = {level for module in imported_modules(path) if (level := level_of(module)) and level != own}
+    if own == "__init__" or own == "demo":
+        return
+    if own in LEAVES:
+        assert targets <= LEAVES
+        return
+    for target in targets & set(LEVELS):
+        assert LEVELS.index(target) >= LEVELS.index(own), f"{own} imports {target}"
+    if own not in ("llm", "engine"):
+        assert not targets & {"config", "sampling_params"}, f"{own} reads an engine's options"
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_decisions_import_no_torch(module):
+    code = f"import sys; sys.modules['torch'] = None; import importlib.util as u; import nanovllm.engine.{module}"
+    # The package's own __init__ imports torch; the module is run with the package's folder alone on the path.
+    code = (
+        "import sys, types; sys.modules['torch'] = None\n"
+        "package = types.ModuleType('nanovllm'); "
+        f"package.__path__ = [{str(PACKAGE)!r}]; sys.modules['nanovllm'] = package\n"
+        f"import nanovllm.engine.{module}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+@pytest.mark.parametrize("package", ["triton", "cuda", "flash_attn"])
+def test_only_its_own_modules_import_an_optional_package(package):
+    allowed = {"triton": "kernels/triton_", "flash_attn": "kernels/flash_attn", "cuda": "utils/"}[package]
+    for path in PACKAGE.rglob("*.py"):
+        if any(name.split(".")[0] == package for name in imported_modules(path)):
+            assert str(path.relative_to(PACKAGE)).startswith(allowed), f"{path} imports {package}"
+
+
+def test_runs_without_optional_packages(tiny_path):
+    code = (
+        "import sys\n"
+        "for name in ('triton', 'cuda', 'flash_attn'): sys.modules[name] = None\n"
+        "from nanovllm import LLM, SamplingParams\n"
+        f"llm = LLM({tiny_path!r}, device='cpu')\n"
+        "print(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=3), use_tqdm=False)[0]['token_ids'])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert run.stdout.startswith("[")
