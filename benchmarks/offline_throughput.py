@@ -12,6 +12,7 @@ import random
 import time
 
 from common import SHAPES, gemm_rate, report, streaming_bandwidth, write_shape
+
 from nanovllm import LLM, SamplingParams
 
 

@@ -44,7 +44,7 @@ Prompt = str | SequenceOf[int]
 
 @dataclass
 class Counters:
-    """What the engine has run since it was made. A prefill token is one that went through the model, not a cached one."""
+    """What the engine has run since it was made; tokens found in a prefix cache are not counted."""
 
     prefill_steps: int = 0
     prefill_tokens: int = 0

@@ -213,7 +213,7 @@ class Scheduler:
                 tables += [seq.decode_table for seq in holders]
             pool.check_integrity(tables)
         for seq in self._waiting:
-            assert not (seq.prefill_table or seq.decode_table), f"waiting request {seq.request_id} holds blocks"
+            assert seq.prefill_table == seq.decode_table == [], f"waiting request {seq.request_id} holds blocks"
             assert seq.status is SequenceStatus.WAITING, f"request {seq.request_id} waits but is {seq.status}"
 
     # Inside
