@@ -44,7 +44,7 @@ def main() -> None:
         llm.generate([[1] * 100] * 8, SamplingParams(ignore_eos=True, max_tokens=20), use_tqdm=False)
         steps_before = llm.counters.decode_steps
         started = time.perf_counter()
-        answers = llm.generate(prompts, params)
+        answers = llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - started
         steps = llm.counters.decode_steps - steps_before
         spec = llm.decode_runner.spec

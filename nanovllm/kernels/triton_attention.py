@@ -289,11 +289,13 @@ def _decode_kernel(
         accumulator = accumulator * correction[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         maximum = new_maximum
 
-    # A piece beyond a short context has nothing to add: weight 2^-inf, and a sum that is not divided by zero.
+    # A piece beyond a short context has nothing to add: its weight is 2^-inf.
+    has_tokens = total > 0.0
+    total = tl.where(has_tokens, total, 1.0)
     rows = ((row * NUM_KV_HEADS * GROUP + heads) * NUM_SPLITS + split).to(tl.int64)
-    result = accumulator / tl.where(total > 0.0, total, 1.0)[:, None]
+    result = accumulator / total[:, None]
     tl.store(partial + rows[:, None] * HEAD_DIM + dims[None, :], result, mask=there[:, None])
-    tl.store(log_sums + rows, tl.where(total > 0.0, maximum + tl.log2(total), float("-inf")), mask=there)
+    tl.store(log_sums + rows, tl.where(has_tokens, maximum + tl.log2(total), float("-inf")), mask=there)
 
 
 @triton.jit

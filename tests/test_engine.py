@@ -1,0 +1,186 @@
+"""The request-level API: steps, streams, aborts, times, and requests that fail without taking others down."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from nanovllm import LLM, OutOfKVCacheError, RequestOutput, SamplingParams
+from nanovllm.engine.scheduler import DecodeStep, PrefillStep
+from tests import tiny
+
+GREEDY = SamplingParams(temperature=0, max_tokens=20)
+
+
+def drain(llm: LLM) -> dict[int, list[RequestOutput]]:
+    outputs: dict[int, list[RequestOutput]] = {}
+    while not llm.is_finished():
+        for output in llm.step():
+            outputs.setdefault(output.request_id, []).append(output)
+        llm.scheduler.check_integrity()
+    return outputs
+
+
+def tokens_of(outputs: list[RequestOutput]) -> list[int]:
+    return [token for output in outputs for token in output.new_token_ids]
+
+
+@pytest.fixture
+def llm(tiny_path):
+    with LLM(tiny_path, device="cpu", max_num_batched_tokens=64, prefill_chunk_tokens=16) as llm:
+        yield llm
+        llm.scheduler.check_integrity()
+
+
+def test_requests_join_and_leave_while_others_run(checkpoint, llm):
+    _, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(10, seed=20)
+    ids, outputs = [], {}
+    for prompt in prompts:
+        ids.append(llm.add_request(prompt, GREEDY))
+        for _ in range(3):
+            for output in llm.step():
+                outputs.setdefault(output.request_id, []).append(output)
+    for request_id, more in drain(llm).items():
+        outputs.setdefault(request_id, []).extend(more)
+    for request_id, prompt in zip(ids, prompts, strict=True):
+        assert tokens_of(outputs[request_id]) == tiny.reference_tokens(reference, prompt, 20)
+        last = outputs[request_id][-1]
+        assert [output.finished for output in outputs[request_id]] == [False] * 19 + [True]
+        assert last.finish_reason == "length"
+        assert 0 < last.ttft_s <= last.latency_s
+    assert llm.is_finished()
+    assert llm.step() == []
+
+
+def test_abort_in_every_state_leaves_the_others_alone(checkpoint, llm):
+    _, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(6, seed=21, longest=80)
+    for aborted_after in range(12):
+        ids = [llm.add_request(prompt, GREEDY) for prompt in prompts]
+        outputs: dict[int, list[RequestOutput]] = {}
+        for turn in range(12):
+            if turn == aborted_after:
+                llm.abort(ids[3])
+                llm.scheduler.check_integrity()
+            for output in llm.step():
+                outputs.setdefault(output.request_id, []).append(output)
+        for request_id, more in drain(llm).items():
+            outputs.setdefault(request_id, []).extend(more)
+        assert outputs[ids[3]][-1].finish_reason == "abort"
+        assert sum(output.finished for output in outputs[ids[3]]) == 1
+        for index in (0, 1, 2, 4, 5):
+            assert tokens_of(outputs[ids[index]]) == tiny.reference_tokens(reference, prompts[index], 20)
+        assert llm.scheduler.decode_pool.num_held_blocks == 0
+
+
+def test_decode_goes_on_while_a_long_prompt_is_prefilled(llm):
+    first = llm.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=60))
+    while not any(output.new_token_ids for output in llm.step()):
+        pass
+    late = llm.add_request(tiny.random_prompts(1, longest=1, shared=150)[0], GREEDY)
+    before_late = 0
+    while True:
+        ids = [output.request_id for output in llm.step()]
+        if late in ids:
+            break
+        before_late += ids.count(first)
+    # 151 tokens in chunks of 16: a token of the first request beside each but the last.
+    assert before_late >= 9
+
+
+def test_max_model_len_ends_a_request(checkpoint):
+    path, reference = checkpoint("gqa2")
+    prompt = tiny.random_prompts(1, seed=22)[0][:20]
+    with LLM(path, device="cpu", max_model_len=32) as llm:
+        answer = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=100), use_tqdm=False)[0]
+    assert answer["finish_reason"] == "length"
+    assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 32 - len(prompt))
+
+
+def test_generate_leaves_outputs_of_other_requests_for_step(checkpoint, llm):
+    _, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(3, seed=23)
+    mine = llm.add_request(prompts[0], GREEDY)
+    answer = llm.generate([prompts[1]], GREEDY, use_tqdm=False)[0]
+    assert answer["token_ids"] == tiny.reference_tokens(reference, prompts[1], 20)
+    stream = llm.generate_stream(prompts[2], GREEDY)
+    next(stream)
+    stream.close()
+    assert tokens_of(drain(llm)[mine]) == tiny.reference_tokens(reference, prompts[0], 20)
+
+
+def failing_launch(llm, monkeypatch, request_id: int, kind: type, times: int) -> None:
+    """Makes steps of one kind that have this request in them fail, `times` times when it stands alone in one."""
+    launch, left = llm.prefill_runner.launch, [times]
+
+    def fail(step):
+        if isinstance(step, kind) and any(seq.request_id == request_id for seq in step.sequences()):
+            if len(step.sequences()) > 1:
+                raise RuntimeError("injected")
+            if left[0] > 0:
+                left[0] -= 1
+                raise RuntimeError("injected")
+        return launch(step)
+
+    monkeypatch.setattr(llm.prefill_runner, "launch", fail)
+
+
+@pytest.mark.parametrize("kind", [PrefillStep, DecodeStep])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_failing_request_is_retried_once_and_the_others_go_on(checkpoint, llm, monkeypatch, caplog, kind, times):
+    _, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(6, seed=24)
+    ids = [llm.add_request(prompt, GREEDY) for prompt in prompts]
+    failing_launch(llm, monkeypatch, ids[2], kind, times)
+    with caplog.at_level(logging.WARNING):
+        outputs = drain(llm)
+    assert f"request {ids[2]} failed" in caplog.text
+    for index, prompt in enumerate(prompts):
+        expected = tiny.reference_tokens(reference, prompt, 20)
+        if index == 2 and times == 2:
+            last = outputs[ids[2]][-1]
+            assert last.finish_reason == "error"
+            assert "injected" in str(last.error)
+            assert tokens_of(outputs[ids[2]]) == expected[: len(tokens_of(outputs[ids[2]]))]
+        else:
+            assert tokens_of(outputs[ids[index]]) == expected
+    assert llm.scheduler.decode_pool.num_held_blocks == 0
+
+
+def test_a_request_that_outgrows_the_pool_ends_with_an_error_and_keeps_its_tokens(checkpoint):
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(2, seed=25, longest=20)
+    with LLM(path, device="cpu", num_kvcache_blocks=3) as llm:
+        params = [SamplingParams(temperature=0, max_tokens=n) for n in (100, 8)]
+        outgrown, other = llm.generate(prompts, params, use_tqdm=False)
+        llm.scheduler.check_integrity()
+    assert outgrown["finish_reason"] == "error"
+    assert isinstance(outgrown["error"], OutOfKVCacheError)
+    assert len(prompts[0]) + len(outgrown["token_ids"]) == 3 * 16 + 1
+    assert outgrown["token_ids"] == tiny.reference_tokens(reference, prompts[0], len(outgrown["token_ids"]))
+    assert other["token_ids"] == tiny.reference_tokens(reference, prompts[1], 8)
+
+
+def test_progress_shows_prefill_and_decode_rates(llm, capsys):
+    llm.generate([[1, 2, 3]] * 2, GREEDY)
+    shown = capsys.readouterr().err
+    assert "prefill" in shown
+    assert "decode" in shown
+    llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_dummy_weights_need_no_weight_files(tiny_copy):
+    (tiny_copy / "model.safetensors").unlink()
+    with LLM(str(tiny_copy), device="cpu", load_format="dummy", seed=3) as llm:
+        first = llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)[0]["token_ids"]
+    with LLM(str(tiny_copy), device="cpu", load_format="dummy", seed=3) as llm:
+        assert llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)[0]["token_ids"] == first
+
+
+def test_the_choice_of_backend_is_logged_with_its_reason(tiny_path, caplog):
+    with caplog.at_level(logging.INFO, logger="nanovllm"), LLM(tiny_path, device="cpu"):
+        pass
+    assert "attention backend torch (the best for cpu)" in caplog.text

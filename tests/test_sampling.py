@@ -1,0 +1,124 @@
+"""Sampling draws from the right distribution, with random numbers that belong to the request."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.layers.sampler import SamplingInputs, gumbel_noise, sample
+from tests import tiny
+
+
+def inputs(count: int, *, temperature: float = 1.0, top_k: int = 10**6, top_p: float = 1.0, min_p: float = 0.0):
+    return SamplingInputs(
+        temperatures=torch.full((count,), temperature),
+        seeds=torch.arange(count) * 7919,
+        output_indices=torch.arange(count) % 13,
+        filters=(torch.full((count,), top_k), torch.full((count,), top_p), torch.full((count,), min_p)),
+    )
+
+
+def frequencies(probabilities: list[float], **options: float) -> torch.Tensor:
+    count = 20_000
+    logits = torch.tensor(probabilities).log().expand(count, -1)
+    drawn = sample(logits, inputs(count, **options)).token_ids
+    return torch.bincount(drawn, minlength=len(probabilities)) / count
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0.4, 0.3, 0.2, 0.1]),
+        ({"temperature": 0.5}, [0.16 / 0.3, 0.09 / 0.3, 0.04 / 0.3, 0.01 / 0.3]),
+        ({"temperature": 0.0}, [1, 0, 0, 0]),
+        ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0]),
+        ({"top_k": 1}, [1, 0, 0, 0]),
+        ({"top_p": 0.69}, [4 / 7, 3 / 7, 0, 0]),
+        ({"top_p": 0.71}, [4 / 9, 3 / 9, 2 / 9, 0]),
+        ({"top_p": 0.01}, [1, 0, 0, 0]),
+        ({"min_p": 0.4}, [4 / 9, 3 / 9, 2 / 9, 0]),
+        ({"top_k": 3, "top_p": 0.7}, [4 / 7, 3 / 7, 0, 0]),  # 0.7 of what top_k leaves: 0.444 + 0.333
+    ],
+)
+def test_frequencies(options, expected):
+    order = [2, 0, 3, 1]  # the filters must not depend on tokens being sorted
+    drawn = frequencies([[0.4, 0.3, 0.2, 0.1][i] for i in order], **options)
+    torch.testing.assert_close(drawn, torch.tensor(expected, dtype=torch.float32)[order], atol=0.012, rtol=0)
+
+
+def test_noise_is_gumbel_and_differs_by_seed_index_and_token():
+    noise = gumbel_noise(torch.arange(64), torch.zeros(64, dtype=torch.int64), 4096).double()
+    assert noise.isfinite().all()
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)
+    assert noise.var().item() == pytest.approx(torch.pi**2 / 6, abs=0.03)
+    correlations = torch.corrcoef(noise) - torch.eye(64)
+    assert correlations.abs().max() < 0.1
+    indices = gumbel_noise(torch.zeros(64, dtype=torch.int64), torch.arange(64), 4096).double()
+    assert (torch.corrcoef(indices) - torch.eye(64)).abs().max() < 0.1
+    large = torch.tensor([2**63 - 1, 2**62, 2**32, 0])
+    assert len({row.tobytes() for row in gumbel_noise(large, torch.zeros(4, dtype=torch.int64), 64).numpy()}) == 4
+
+
+def test_noise_has_fixed_values():
+    """The numbers are part of what a seed means: a change of the hash changes everyone's tokens."""
+    noise = gumbel_noise(torch.tensor([0, 12345678901]), torch.tensor([0, 7]), 3)
+    expected = torch.tensor(NOISE_SAMPLES)
+    torch.testing.assert_close(noise, expected, atol=1e-5, rtol=0)
+
+
+NOISE_SAMPLES = [[0.76926, 0.52098, 0.2949], [1.49122, 0.64739, 1.49163]]
+
+
+def test_seeded_tokens_do_not_depend_on_batch_or_preemption(tiny_path):
+    prompts = tiny.random_prompts(8, seed=11)
+    params = [
+        SamplingParams(temperature=0.9, top_p=0.9 if i % 2 else 1.0, seed=i, max_tokens=30, ignore_eos=True)
+        for i in range(8)
+    ]
+    with LLM(tiny_path, device="cpu") as llm:
+        alone = [llm.generate([p], s, use_tqdm=False)[0]["token_ids"] for p, s in zip(prompts, params, strict=True)]
+        together = [a["token_ids"] for a in llm.generate(prompts, params, use_tqdm=False)]
+    with LLM(tiny_path, device="cpu", num_kvcache_blocks=9, max_num_batched_tokens=32) as llm:
+        squeezed = [a["token_ids"] for a in llm.generate(prompts, params, use_tqdm=False)]
+        assert llm.scheduler.num_preemptions > 0
+    assert alone == together == squeezed
+
+
+def test_requests_without_a_seed_differ_and_an_engine_seed_repeats_them(tiny_path):
+    def run(seed: int) -> list[list[int]]:
+        with LLM(tiny_path, device="cpu", seed=seed) as llm:
+            params = SamplingParams(temperature=1.0, max_tokens=12)
+            return [answer["token_ids"] for answer in llm.generate([[1, 2, 3]] * 3, params, use_tqdm=False)]
+
+    first = run(0)
+    assert len({tuple(tokens) for tokens in first}) == 3
+    assert run(0) == first != run(1)
+
+
+def test_min_tokens_bans_stop_tokens_and_logprobs_are_those_of_the_model(tiny_path):
+    with LLM(tiny_path, device="cpu") as llm:
+        greedy = llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)[0]
+        first = greedy["token_ids"][0]
+        stopped = llm.generate([[5, 6, 7]], SamplingParams(temperature=0, stop_token_ids=[first]), use_tqdm=False)[0]
+        assert stopped["token_ids"] == [first]
+        assert stopped["finish_reason"] == "stop"
+        params = SamplingParams(temperature=0, stop_token_ids=[first], min_tokens=4, max_tokens=8, logprobs=2)
+        kept = llm.generate([[5, 6, 7]], params, use_tqdm=False)[0]
+        assert first not in kept["token_ids"][:4]
+        # The banned token stays the most probable one of the model; the chosen one is the second.
+        top = kept["logprobs"][0].top
+        assert next(iter(top)) == first
+        assert list(top)[1] == kept["token_ids"][0]
+        assert kept["logprobs"][0].logprob == pytest.approx(top[kept["token_ids"][0]])
+        assert all(len(entry.top) == 2 for entry in kept["logprobs"])
+
+
+def test_logprobs_are_cut_to_each_request_and_absent_where_not_asked_for(tiny_path):
+    params = [SamplingParams(temperature=0, max_tokens=3, logprobs=n) for n in (None, 0, 3)]
+    with LLM(tiny_path, device="cpu") as llm:
+        none, zero, three = llm.generate([[1, 2]] * 3, params, use_tqdm=False)
+    assert none["logprobs"] is None
+    assert [len(entry.top) for entry in zero["logprobs"]] == [0, 0, 0]
+    assert [len(entry.top) for entry in three["logprobs"]] == [3, 3, 3]
+    assert none["token_ids"] == [entry.token_id for entry in three["logprobs"]]

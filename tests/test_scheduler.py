@@ -1,0 +1,236 @@
+"""Scheduler and block managers without a model: any order of events leaves every block accounted for."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from nanovllm import SamplingParams
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.scheduler import DecodeStep, PrefillStep, Scheduler, SchedulerLimits
+from nanovllm.engine.sequence import Sequence, SequenceStatus
+
+BLOCK_SIZE = 4
+NUM_BLOCKS = 10
+MAX_MODEL_LEN = 36
+LIMITS = SchedulerLimits(max_num_batched_tokens=14, prefill_chunk_tokens=5, max_num_seqs=4, max_model_len=MAX_MODEL_LEN)
+
+
+def make_sequence(request_id: int, tokens: list[int], max_tokens: int = 8) -> Sequence:
+    params = SamplingParams(max_tokens=max_tokens)
+    return Sequence(request_id, tokens, params, seed=request_id, arrival_s=0.0)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Plays the engine: launches steps, ends them in any order, aborts and fails requests at any moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = BlockManager(NUM_BLOCKS, BLOCK_SIZE)
+        self.scheduler = Scheduler(LIMITS, self.pool, self.pool)
+        self.seqs: list[Sequence] = []
+        self.prefill: PrefillStep | None = None
+        self.decode: DecodeStep | None = None
+
+    @rule(length=st.integers(1, 30), seed=st.integers(0, 2), max_tokens=st.integers(1, 20))
+    def add(self, length: int, seed: int, max_tokens: int) -> None:
+        # Few seeds: prompts share beginnings, so that prefix hits are common.
+        tokens = [seed * 100 + place for place in range(length)]
+        seq = make_sequence(len(self.seqs), tokens, max_tokens)
+        self.seqs.append(seq)
+        self.scheduler.add(seq)
+
+    @precondition(lambda self: self.prefill is None)
+    @rule()
+    def launch_prefill(self) -> None:
+        self.prefill = self.scheduler.schedule_prefill()
+        for chunk in self.prefill.chunks if self.prefill else []:
+            assert chunk.start < chunk.end <= chunk.seq.num_tokens
+            assert len(chunk.seq.prefill_table) == self.pool.blocks_for(chunk.seq.num_tokens)
+
+    @precondition(lambda self: self.prefill is not None)
+    @rule()
+    def end_prefill(self) -> None:
+        step, self.prefill = self.prefill, None
+        for chunk in step.chunks:
+            self.scheduler.prefill_done(chunk)
+            if chunk.is_last:
+                self.append(chunk.seq)
+        for seq in self.scheduler.get_prefilled_sequences():
+            self.scheduler.handoff_done(seq)
+
+    @precondition(lambda self: self.prefill is not None)
+    @rule(retry=st.booleans())
+    def fail_prefill(self, retry: bool) -> None:
+        step, self.prefill = self.prefill, None
+        for chunk in step.chunks:
+            self.scheduler.step_failed(chunk.seq, RuntimeError("injected"), retry)
+
+    @precondition(lambda self: self.decode is None)
+    @rule()
+    def launch_decode(self) -> None:
+        self.decode = self.scheduler.schedule_decode()
+        written = (
+            [seq.decode_table[(seq.num_tokens - 1) // BLOCK_SIZE] for seq in self.decode.seqs] if self.decode else []
+        )
+        assert len(set(written)) == len(written), "two requests write to one block"
+        for block in written:
+            assert self.pool._holders[block] == 1, "a request writes to a block that others hold"
+
+    @precondition(lambda self: self.decode is not None)
+    @rule()
+    def end_decode(self) -> None:
+        step, self.decode = self.decode, None
+        for seq in step.seqs:
+            self.scheduler.decode_done(seq)
+            self.append(seq)
+
+    @precondition(lambda self: self.decode is not None)
+    @rule(retry=st.booleans())
+    def fail_decode(self, retry: bool) -> None:
+        step, self.decode = self.decode, None
+        for seq in step.seqs:
+            self.scheduler.step_failed(seq, RuntimeError("injected"), retry)
+
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        running = [seq for seq in self.seqs if not seq.is_finished]
+        if running:
+            self.scheduler.finish(data.draw(st.sampled_from(running)), "abort")
+
+    def append(self, seq: Sequence) -> None:
+        if seq.is_finished:
+            return
+        seq.token_ids.append(seq.request_id)
+        self.scheduler.token_appended(seq)
+        if seq.num_output_tokens >= seq.params.max_tokens or seq.num_tokens >= MAX_MODEL_LEN:
+            self.scheduler.finish(seq, "length")
+
+    @invariant()
+    def every_block_is_accounted_for(self) -> None:
+        self.scheduler.check_integrity()
+        assert self.pool.num_free_blocks + self.pool.num_held_blocks == NUM_BLOCKS
+
+    def teardown(self) -> None:
+        """Left alone, the engine's loop ends every request and returns every block."""
+        for _ in range(3000):
+            if self.prefill is None:
+                self.launch_prefill()
+            if self.decode is None:
+                self.launch_decode()
+            if self.prefill is not None:
+                self.end_prefill()
+            if self.decode is not None:
+                self.end_decode()
+            if not self.scheduler.has_unfinished():
+                break
+        assert all(seq.is_finished for seq in self.seqs), "a request is lost"
+        assert self.pool.num_held_blocks == 0
+        self.scheduler.check_integrity()
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+
+
+def scheduler_with(num_blocks: int, *prompts: list[int], **limits: int) -> tuple[Scheduler, list[Sequence]]:
+    pool = BlockManager(num_blocks, BLOCK_SIZE)
+    defaults = {"max_num_batched_tokens": 100, "prefill_chunk_tokens": 5, "max_num_seqs": 8, "max_model_len": 100}
+    scheduler = Scheduler(SchedulerLimits(**{**defaults, **limits}), pool, pool)
+    seqs = [make_sequence(index, tokens, max_tokens=50) for index, tokens in enumerate(prompts)]
+    for seq in seqs:
+        scheduler.add(seq)
+    return scheduler, seqs
+
+
+def run_prefill(scheduler: Scheduler) -> list[tuple[int, int, int]]:
+    step = scheduler.schedule_prefill()
+    chunks = step.chunks if step else []
+    for chunk in chunks:
+        scheduler.prefill_done(chunk)
+        if chunk.is_last:
+            chunk.seq.token_ids.append(9)
+            scheduler.token_appended(chunk.seq)
+    for seq in scheduler.get_prefilled_sequences():
+        scheduler.handoff_done(seq)
+    return [(chunk.seq.request_id, chunk.start, chunk.end) for chunk in chunks]
+
+
+def run_decode(scheduler: Scheduler) -> list[int]:
+    step = scheduler.schedule_decode()
+    for seq in step.seqs if step else []:
+        scheduler.decode_done(seq)
+        seq.token_ids.append(9)
+        scheduler.token_appended(seq)
+    return [seq.request_id for seq in step.seqs] if step else []
+
+
+def test_chunks_are_small_only_while_others_decode():
+    scheduler, _ = scheduler_with(40, [1] * 6, max_num_batched_tokens=20)
+    assert run_prefill(scheduler) == [(0, 0, 6)]
+    late = make_sequence(1, list(range(12)))
+    scheduler.add(late)
+    assert run_prefill(scheduler) == [(1, 0, 5)]
+    assert run_decode(scheduler) == [0]
+    assert run_prefill(scheduler) == [(1, 5, 10)]
+    scheduler.finish(scheduler.unfinished()[0], "abort")
+    scheduler.add(make_sequence(2, [7] * 30))
+    assert run_prefill(scheduler) == [(1, 10, 12), (2, 0, 18)]
+
+
+def test_first_come_first_served_even_if_a_younger_one_would_fit():
+    scheduler, _ = scheduler_with(8, [1] * 16, [2] * 20, [3] * 2)
+    assert run_prefill(scheduler) == [(0, 0, 16)]
+    assert run_prefill(scheduler) == []
+    scheduler.finish(scheduler.unfinished()[0], "abort")
+    assert [chunk[0] for chunk in run_prefill(scheduler)] == [1, 2]
+
+
+def test_the_youngest_is_preempted_and_keeps_its_place():
+    scheduler, (first, second, third, _) = scheduler_with(6, [1] * 3, [2] * 3, [3] * 3, [4] * 3)
+    run_prefill(scheduler)
+    assert [seq.status for seq in (first, second, third)] == [SequenceStatus.DECODING] * 3
+    for _ in range(6):
+        run_decode(scheduler)
+    assert scheduler.num_preemptions == 1
+    assert third.status is SequenceStatus.WAITING
+    assert third.num_tokens > third.num_prompt_tokens
+    assert scheduler.unfinished()[2] is third, "it waits before the request that came after it"
+
+
+def test_a_request_that_outgrows_the_pool_ends_by_name():
+    scheduler, (first, second) = scheduler_with(3, [1] * 3, [2] * 2)
+    for _ in range(40):
+        run_prefill(scheduler)
+        run_decode(scheduler)
+        scheduler.check_integrity()
+    failed = scheduler.get_failed_sequences()
+    assert {seq.request_id for seq in failed} == {0, 1}
+    assert all("raise num_kvcache_blocks" in str(seq.error) for seq in failed)
+    assert first.num_tokens == second.num_tokens == 3 * BLOCK_SIZE + 1
+    assert scheduler.decode_pool.num_held_blocks == 0
+
+
+def test_a_hash_hit_with_other_tokens_is_no_hit():
+    pool = BlockManager(8, BLOCK_SIZE)
+    seq = make_sequence(0, list(range(8)))
+    table = pool.take((), 2)
+    pool.cache(seq, table, 0, 8)
+    assert pool.match_prefix(make_sequence(1, list(range(8))), 8) == table
+    forged = make_sequence(2, [9] * 8)
+    forged._block_hashes = [seq.block_hash(0, BLOCK_SIZE), seq.block_hash(1, BLOCK_SIZE)]
+    assert pool.match_prefix(forged, 8) == []
+
+
+def test_free_blocks_without_content_are_given_out_first_then_the_oldest():
+    pool = BlockManager(4, BLOCK_SIZE)
+    old, new = make_sequence(0, [1] * 4), make_sequence(1, [2] * 4)
+    first, second = pool.take((), 1), pool.take((), 1)
+    pool.cache(old, first, 0, 4)
+    pool.cache(new, second, 0, 4)
+    pool.free(first)
+    pool.free(second)
+    assert set(pool.take((), 3)) == {2, 3, *first}
+    assert pool.match_prefix(old, 4) == []
+    assert pool.match_prefix(new, 4) == second

@@ -1,0 +1,94 @@
+"""What a machine without a GPU can prove of the Triton kernels: that they are right, and that they compile."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanovllm import BackendUnavailableError
+from nanovllm.kernels import BackendRequirements, resolve_backend, unsupported_reasons
+
+triton = pytest.importorskip("triton")
+SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@pytest.mark.slow
+def test_kernels_in_the_interpreter_equal_the_reference():
+    """In a process of its own: the interpreter replaces the compiler when a kernel is defined."""
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreted_kernels.py"]
+    run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+
+
+POINTER_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+STORE = {"NUM_KV_HEADS": 8, "PADDED_KV_HEADS": 8, "BLOCK_SIZE": 64}
+PREFILL = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "BLOCK_SIZE": 64}
+DECODE = {"NUM_KV_HEADS": 8, "GROUP": 4, "PADDED_GROUP": 16, "BLOCK_SIZE": 64, "NUM_SPLITS": 4}
+COMBINE = {"NUM_SPLITS": 4, "PADDED_SPLITS": 4}
+
+
+def kernel_cases():
+    for head_dim in (64, 128):
+        for dtype in POINTER_TYPES:
+            wide = dtype == "float32"
+            tiles = {"TILE_M": 32, "TILE_N": 32} if wide else {"TILE_M": 128, "TILE_N": 64}
+            warps = 8 if not wide and head_dim == 128 else 4
+            yield "_store_kv_kernel", dtype, {**STORE, "HEAD_DIM": head_dim}, {}
+            yield "_prefill_kernel", dtype, {**PREFILL, **tiles, "HEAD_DIM": head_dim}, {"num_warps": warps}
+            tile = {"TILE_N": 32 if wide else 64}
+            yield "_decode_kernel", dtype, {**DECODE, **tile, "HEAD_DIM": head_dim}, {"num_warps": 2, "num_stages": 3}
+            yield "_combine_splits_kernel", dtype, {**COMBINE, "HEAD_DIM": head_dim}, {"num_warps": 2}
+
+
+INTEGER_POINTERS = {"slot_mapping": "*i64", "block_tables": "*i32", "context_lens": "*i32", "query_starts": "*i32"}
+FLOAT_POINTERS = {"partial", "log_sums"}
+
+
+def argument_type(name: str, dtype: str) -> str:
+    if name in INTEGER_POINTERS:
+        return INTEGER_POINTERS[name]
+    if name in FLOAT_POINTERS:
+        return "*fp32"
+    if name == "scale_log2":
+        return "fp32"
+    return "i64" if name.endswith("_stride") else POINTER_TYPES[dtype]
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY_BYTES)
+def test_kernels_compile_without_a_gpu(capability):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from nanovllm.kernels import triton_attention
+
+    for name, dtype, constants, options in kernel_cases():
+        kernel = getattr(triton_attention, name)
+        signature = {
+            argument: "constexpr" if argument in constants else argument_type(argument, dtype)
+            for argument in kernel.arg_names
+        }
+        source = ASTSource(kernel, signature=signature, constexprs=constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        assert len(compiled.asm["cubin"]) > 0
+        assert compiled.metadata.shared <= SHARED_MEMORY_BYTES[capability], f"{name} {dtype} {constants}"
+
+
+def test_resolve_backend_answers_with_reasons():
+    needs = BackendRequirements("cpu", torch.float32, 48)
+    assert resolve_backend("auto", needs).backend.name == "torch"
+    reasons = unsupported_reasons("triton", needs)
+    assert any("CUDA" in reason for reason in reasons)
+    assert any("48" in reason for reason in reasons)
+    with pytest.raises(BackendUnavailableError, match=r"triton.*CUDA, not on cpu; .*not 48"):
+        resolve_backend("triton", needs)
+    resolved = resolve_backend("auto", BackendRequirements("cuda", torch.bfloat16, 48))
+    assert resolved.backend.name == "torch"
+    assert "not triton" in resolved.reason
+    assert resolve_backend("auto", BackendRequirements("cuda", torch.bfloat16, 128)).backend.name == "triton"
