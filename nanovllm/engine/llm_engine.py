@@ -8,7 +8,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
@@ -35,6 +35,9 @@ from nanovllm.outputs import FinishReason, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.device import Device, resolve_device
 from nanovllm.utils.loader import checkpoint_folder, read_json
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +152,7 @@ class LLMEngine:
         for runner in {self.prefill_runner, self.decode_runner}:
             runner.close()
 
-    def __enter__(self) -> LLMEngine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

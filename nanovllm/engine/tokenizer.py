@@ -75,7 +75,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase | None, messages: Any) -> str
     if not well_formed or not messages:
         raise RequestError(f"messages={messages!r} is not a non-empty list of dicts with 'role' and 'content'")
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # whatever the template raises, the conversation does not fit it
         raise RequestError(f"the chat template refuses these messages: {error}") from error
 

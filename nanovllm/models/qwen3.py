@@ -196,10 +196,11 @@ class Qwen3Model(nn.Module):
         super().__init__()
         self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         rotary = RotaryEmbedding(config.rope, max_positions, device)
-        self.layers = nn.ModuleList(
+        layers = [
             Qwen3DecoderLayer(config, rotary, backend, dtype=dtype, device=device)
             for _ in range(config.num_hidden_layers)
-        )
+        ]
+        self.layers: list[Qwen3DecoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment] # it is not generic
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
 
     def forward(
