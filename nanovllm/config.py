@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
-from nanovllm.errors import ConfigError
+from nanovllm.errors import ConfigError, shown
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 ATTENTION_BACKENDS = ("auto", "torch", "triton", "flash_attn")
+KV_HANDOFFS = ("auto", "copy", "push")
 BLOCK_SIZE_MULTIPLE = 16
+TWO_GPU_OPTIONS = ("prefill_device_id", "decode_device_id", "kv_handoff", "verify_kv_handoff", "handoff_timeout_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,12 @@ class EngineConfig:
         attention_backend: `auto`, `torch`, `triton` or `flash_attn`.
         enable_prefix_caching: share the KV blocks of equal prompt beginnings.
         seed: where requests without a seed of their own get theirs from; also of `dummy` weights.
+        enable_two_gpu_pd: prefill on one GPU and decode on another; with `device="cpu"`, on two logical CPU devices.
+        prefill_device_id, decode_device_id: which ones.
+        kv_handoff: how KV crosses: `copy` (torch's copies), `push` (one kernel for all blocks, over peer access), or
+            `auto`, which takes `push` where there is peer access.
+        verify_kv_handoff: checksum every block on both sides; a difference is an error of its request. Slow.
+        handoff_timeout_s: seconds after which a handoff that has not ended fails its request.
 
     Raises:
         ConfigError: a value is of the wrong type, out of range or contradicts another.
@@ -57,6 +66,12 @@ class EngineConfig:
     attention_backend: str = "auto"
     enable_prefix_caching: bool = True
     seed: int = 0
+    enable_two_gpu_pd: bool = False
+    prefill_device_id: int = 0
+    decode_device_id: int = 1
+    kv_handoff: str = "auto"
+    verify_kv_handoff: bool = False
+    handoff_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
         for name in ("max_num_batched_tokens", "prefill_chunk_tokens", "max_num_seqs"):
@@ -64,6 +79,8 @@ class EngineConfig:
         for name in ("max_model_len", "kvcache_block_size", "num_kvcache_blocks"):
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
+        if self.max_model_len == 1:
+            raise ConfigError("max_model_len=1 leaves no room for an answer; pass at least 2")
         if self.kvcache_block_size is not None and self.kvcache_block_size % BLOCK_SIZE_MULTIPLE:
             raise ConfigError(
                 f"kvcache_block_size={self.kvcache_block_size} is not a multiple of {BLOCK_SIZE_MULTIPLE}; "
@@ -71,20 +88,45 @@ class EngineConfig:
             )
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:
-            raise ConfigError(f"gpu_memory_utilization={share!r} is not a number above 0 and at most 1")
+            raise ConfigError(f"gpu_memory_utilization={shown(share)} is not a number above 0 and at most 1")
         _check_positive("tensor_parallel_size", self.tensor_parallel_size)
         if self.tensor_parallel_size != 1:
             raise ConfigError(
                 f"tensor_parallel_size={self.tensor_parallel_size} is not available in this version; pass 1"
             )
-        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise ConfigError(f"device={self.device!r} is not one of 'auto', 'cuda', 'cuda:N', 'cpu'")
+        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
+            raise ConfigError(f"device={shown(self.device)} is not one of 'auto', 'cuda', 'cuda:N', 'cpu'")
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         _check_bool("enable_prefix_caching", self.enable_prefix_caching)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed={self.seed!r} is not an integer from 0 to 2**63 - 1")
+            raise ConfigError(f"seed={shown(self.seed)} is not an integer from 0 to 2**63 - 1")
+        self._check_two_gpu_options()
+
+    def _check_two_gpu_options(self) -> None:
+        _check_bool("enable_two_gpu_pd", self.enable_two_gpu_pd)
+        _check_bool("verify_kv_handoff", self.verify_kv_handoff)
+        _check_choice("kv_handoff", self.kv_handoff, KV_HANDOFFS)
+        for name in ("prefill_device_id", "decode_device_id"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1000:
+                raise ConfigError(f"{name}={shown(value)} is not a device id (0, 1, ...)")
+        seconds = self.handoff_timeout_s
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0.0 < seconds < math.inf:
+            raise ConfigError(f"handoff_timeout_s={shown(seconds)} is not a positive number of seconds")
+        if not self.enable_two_gpu_pd:
+            return
+        if self.prefill_device_id == self.decode_device_id:
+            raise ConfigError(
+                f"prefill_device_id and decode_device_id are both {self.prefill_device_id}; pass two different ids, "
+                "or leave enable_two_gpu_pd out to use one device"
+            )
+        if ":" in self.device:
+            raise ConfigError(
+                f"device={self.device!r} names one GPU, enable_two_gpu_pd uses two; pass device='cuda' with "
+                "prefill_device_id and decode_device_id"
+            )
 
     @classmethod
     def from_options(cls, model: str, options: dict[str, Any]) -> EngineConfig:
@@ -99,21 +141,24 @@ class EngineConfig:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}"
                 raise ConfigError(f"unknown option {name!r}; {hint}")
+        unused = [name for name in TWO_GPU_OPTIONS if name in options]
+        if unused and not options.get("enable_two_gpu_pd"):
+            raise ConfigError(f"{', '.join(unused)} given without enable_two_gpu_pd=True; add it or leave them out")
         return cls(model=model, **options)
 
 
 def _check_positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name}={value!r} is not a positive integer")
+        raise ConfigError(f"{name}={shown(value)} is not a positive integer")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}{hint}")
+        raise ConfigError(f"{name}={shown(value)} is not one of {', '.join(map(repr, choices))}{hint}")
 
 
 def _check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise ConfigError(f"{name}={value!r} is not a bool; pass True or False")
+        raise ConfigError(f"{name}={shown(value)} is not a bool; pass True or False")

@@ -32,6 +32,15 @@ __all__ = [
 ]
 
 
+def shown(value: object) -> str:
+    """`repr` for a message: cut where it is long, and of any integer (Python refuses to write out huge ones)."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return f"<{type(value).__name__} too long to show>"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 class NanoVLLMError(Exception):
     """Base of every error that this package raises on purpose."""
 

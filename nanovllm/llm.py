@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tqdm import tqdm
 
-from nanovllm.engine.llm_engine import LLMEngine, Prompt
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.requests import Prompt
 from nanovllm.engine.tokenizer import render_chat
 from nanovllm.errors import RequestError
 from nanovllm.outputs import RequestOutput, TokenLogprobs
@@ -49,7 +51,7 @@ class _Answer:
 class LLM(LLMEngine):
     """A model that answers prompts; see `LLMEngine` for its arguments and `EngineConfig` for the options."""
 
-    def __init__(self, model: str, **options: Any) -> None:
+    def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
         super().__init__(model, **options)
         # Outputs of requests that a `generate` or `generate_stream` waits for; all others come from `step()`.
         self._inboxes: dict[int, list[RequestOutput]] = {}
@@ -78,7 +80,7 @@ class LLM(LLMEngine):
             EngineClosedError: the engine was closed.
         """
         self._check_open()
-        requests = self._checked_requests(prompts, sampling_params, add_special_tokens=True)
+        requests = self._checked_requests(prompts, sampling_params, "prompt", add_special_tokens=True)
         return self._answer(requests, use_tqdm)
 
     def chat(
@@ -112,7 +114,7 @@ class LLM(LLMEngine):
                 prompts.append(render_chat(self.tokenizer, conversation))
             except RequestError as error:
                 raise RequestError(f"conversation {index}: {error}") from error
-        requests = self._checked_requests(prompts, sampling_params, add_special_tokens=False)
+        requests = self._checked_requests(prompts, sampling_params, "conversation", add_special_tokens=False)
         return self._answer(requests, use_tqdm)
 
     def generate_stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
@@ -122,26 +124,12 @@ class LLM(LLMEngine):
             RequestError: the prompt or a parameter is refused.
             EngineClosedError: the engine was closed.
         """
-        self._check_open()
         request_id = self.add_request(prompt, sampling_params)
         self._inboxes[request_id] = []
-        return self._stream(request_id)
-
-    def _stream(self, request_id: int) -> Iterator[RequestOutput]:
-        finished = False
-        try:
-            while not finished:
-                if not self._inboxes[request_id]:
-                    self._check_open()
-                    self._advance()
-                for output in self._take(request_id):
-                    finished = output.finished
-                    yield output
-        finally:
-            self._abandon([request_id])
+        return _Stream(self, request_id)
 
     def _checked_requests(
-        self, prompts: Any, sampling_params: Any, *, add_special_tokens: bool
+        self, prompts: Any, sampling_params: Any, what: str, *, add_special_tokens: bool
     ) -> list[tuple[list[int], SamplingParams]]:
         if isinstance(prompts, str):
             prompts = [prompts]
@@ -153,14 +141,14 @@ class LLM(LLMEngine):
                     f"{len(prompts)} prompts and {len(sampling_params)} sampling_params; pass one, or one for each"
                 )
         else:
-            sampling_params = [sampling_params] * len(prompts)
+            sampling_params = [self._intake.checked_params(sampling_params)] * len(prompts)
         requests = []
         for index, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
             try:
-                token_ids = self._checked_prompt(prompt, add_special_tokens=add_special_tokens)
-                requests.append((token_ids, self._checked_params(params)))
+                token_ids = self._intake.checked_prompt(prompt, add_special_tokens=add_special_tokens)
+                requests.append((token_ids, self._intake.checked_params(params)))
             except RequestError as error:
-                raise RequestError(f"prompt {index}: {error}") from error
+                raise RequestError(f"{what} {index}: {error}") from error
         return requests
 
     def _answer(self, requests: list[tuple[list[int], SamplingParams]], use_tqdm: bool) -> list[dict[str, Any]]:
@@ -208,6 +196,43 @@ class LLM(LLMEngine):
     def _abandon(self, request_ids: Any) -> None:
         """Ends what is still running of these requests; nobody waits for their outputs any more."""
         for request_id in request_ids:
-            if request_id in self._sequences and not self._closed:
+            if request_id in self._sequences:
                 self.abort(request_id)
             self._inboxes.pop(request_id, None)
+
+
+class _Stream(Iterator[RequestOutput]):
+    """The outputs of one request. Aborts it when closed or dropped, even before the first `next`."""
+
+    def __init__(self, llm: LLM, request_id: int) -> None:
+        self._llm = llm
+        self._request_id = request_id
+        self._ready: list[RequestOutput] = []
+        self._finished = False
+
+    def __next__(self) -> RequestOutput:
+        if self._finished and not self._ready:
+            raise StopIteration
+        try:
+            while not self._ready:
+                self._ready = self._llm._take(self._request_id)
+                if not self._ready:
+                    self._llm._check_open()
+                    self._llm._advance()
+        except BaseException:
+            self.close()
+            raise
+        output = self._ready.pop(0)
+        if output.finished:
+            self.close()
+        return output
+
+    def close(self) -> None:
+        """Aborts the request if it is still running; no more outputs come."""
+        if not self._finished:
+            self._finished = True
+            self._ready = []
+            self._llm._abandon([self._request_id])
+
+    def __del__(self) -> None:
+        self.close()

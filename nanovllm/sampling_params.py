@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanovllm.errors import RequestError
+from nanovllm.errors import RequestError, shown
 
-MAX_SEED = 2**63 - 1
+MAX_INTEGER = 2**63 - 1
 MAX_LOGPROBS = 20
 
 
@@ -42,30 +43,43 @@ class SamplingParams:
     seed: int | None = None
     max_tokens: int = 64
     min_tokens: int = 0
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
+    stop: str | Sequence[str] | None = ()
+    stop_token_ids: Sequence[int] | None = ()
     ignore_eos: bool = False
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, 0.0, math.inf, "0 (greedy) or more")
-        _check_integer("top_k", self.top_k, -1, None, "0 or -1 (all tokens) or a positive integer")
+        self._set_integer("top_k", -1, MAX_INTEGER, "0 or -1 (all tokens) or a positive integer")
         _check_number("top_p", self.top_p, 0.0, 1.0, "above 0 and at most 1", open_low=True)
         _check_number("min_p", self.min_p, 0.0, 1.0, "between 0 and 1")
-        _check_integer("max_tokens", self.max_tokens, 1, None, "a positive integer")
-        _check_integer("min_tokens", self.min_tokens, 0, None, "0 or a positive integer")
+        self._set_integer("max_tokens", 1, MAX_INTEGER, "a positive integer")
+        self._set_integer("min_tokens", 0, MAX_INTEGER, "0 or a positive integer")
         if self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}; raise the one or lower the other"
             )
         if self.seed is not None:
-            _check_integer("seed", self.seed, 0, MAX_SEED, f"None or an integer from 0 to {MAX_SEED}")
+            self._set_integer("seed", 0, MAX_INTEGER, f"None or an integer from 0 to {MAX_INTEGER}")
         if self.logprobs is not None:
-            _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, f"None or 0 to {MAX_LOGPROBS}")
+            self._set_integer("logprobs", 0, MAX_LOGPROBS, f"None or 0 to {MAX_LOGPROBS}")
         if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos={self.ignore_eos!r} is not a bool; pass True or False")
+            raise RequestError(f"ignore_eos={shown(self.ignore_eos)} is not a bool; pass True or False")
         object.__setattr__(self, "stop", _checked_stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _checked_stop_token_ids(self.stop_token_ids))
+
+    def _set_integer(self, name: str, low: int, high: int, allowed: str) -> None:
+        """Checks an integer field, of any integer type, and keeps it as an int."""
+        value = getattr(self, name)
+        try:
+            number = operator.index(value)
+        except TypeError:
+            number = None
+        if number is None or isinstance(value, bool):
+            raise RequestError(f"{name}={shown(value)} is not an integer; it must be {allowed}")
+        if not low <= number <= high:
+            raise RequestError(f"{name}={shown(value)} is out of range; it must be {allowed}")
+        object.__setattr__(self, name, number)
 
     @property
     def is_greedy(self) -> bool:
@@ -79,29 +93,27 @@ class SamplingParams:
 
 def _check_number(name: str, value: object, low: float, high: float, allowed: str, *, open_low: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise RequestError(f"{name}={value!r} is not a number; it must be {allowed}")
-    below = value <= low if open_low else value < low
-    if math.isnan(value) or math.isinf(value) or below or value > high:
-        raise RequestError(f"{name}={value!r} is out of range; it must be {allowed}")
-
-
-def _check_integer(name: str, value: object, low: int, high: int | None, allowed: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise RequestError(f"{name}={value!r} is not an integer; it must be {allowed}")
-    if value < low or (high is not None and value > high):
-        raise RequestError(f"{name}={value!r} is out of range; it must be {allowed}")
+        raise RequestError(f"{name}={shown(value)} is not a number; it must be {allowed}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    below = number <= low if open_low else number < low
+    if not math.isfinite(number) or below or number > high:
+        raise RequestError(f"{name}={shown(value)} is out of range; it must be {allowed}")
 
 
 def _checked_stop_strings(stop: object) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else stop
+    strings = () if stop is None else (stop,) if isinstance(stop, str) else stop
     if not isinstance(strings, (list, tuple)) or not all(isinstance(text, str) and text for text in strings):
-        raise RequestError(f"stop={stop!r} is not a non-empty string or a list of them")
+        raise RequestError(f"stop={shown(stop)} is not a non-empty string or a list of them")
     return tuple(strings)
 
 
 def _checked_stop_token_ids(token_ids: object) -> tuple[int, ...]:
-    if not isinstance(token_ids, (list, tuple)) or not all(
-        isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in token_ids
+    listed = () if token_ids is None else token_ids
+    if not isinstance(listed, (list, tuple)) or not all(
+        isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in listed
     ):
-        raise RequestError(f"stop_token_ids={token_ids!r} is not a list of token ids (integers, 0 or more)")
-    return tuple(token_ids)
+        raise RequestError(f"stop_token_ids={shown(token_ids)} is not a list of token ids (integers, 0 or more)")
+    return tuple(listed)

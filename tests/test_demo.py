@@ -95,7 +95,7 @@ def test_a_stop_string_is_not_heeded_before_min_tokens(llm):
 def test_ignore_eos_and_the_several_eos_tokens_of_generation_config(llm):
     eos = json.loads((Path(DEMO_MODEL_PATH) / "generation_config.json").read_text())["eos_token_id"]
     assert len(eos) > 1
-    assert llm._eos_ids == set(eos)
+    assert llm._intake.eos_ids == set(eos)
     params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
     answer = llm.chat(ask("What is the capital of France?"), params, use_tqdm=False)[0]
     assert answer["finish_reason"] == "length"

@@ -116,8 +116,8 @@ def failing_launch(llm, monkeypatch, request_id: int, kind: type, times: int) ->
     launch, left = llm.prefill_runner.launch, [times]
 
     def fail(step):
-        if isinstance(step, kind) and any(seq.request_id == request_id for seq in step.sequences()):
-            if len(step.sequences()) > 1:
+        if isinstance(step, kind) and any(row.seq.request_id == request_id for row in step.rows):
+            if len(step.rows) > 1:
                 raise RuntimeError("injected")
             if left[0] > 0:
                 left[0] -= 1

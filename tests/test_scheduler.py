@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -45,35 +47,32 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def launch_prefill(self) -> None:
         self.prefill = self.scheduler.schedule_prefill()
-        for chunk in self.prefill.chunks if self.prefill else []:
+        for chunk in self.prefill.rows if self.prefill else []:
             assert chunk.start < chunk.end <= chunk.seq.num_tokens
-            assert len(chunk.seq.prefill_table) == self.pool.blocks_for(chunk.seq.num_tokens)
+            assert len(chunk.lease.prefill_table) == self.pool.blocks_for(chunk.seq.num_tokens)
 
     @precondition(lambda self: self.prefill is not None)
     @rule()
     def end_prefill(self) -> None:
         step, self.prefill = self.prefill, None
-        for chunk in step.chunks:
-            self.scheduler.prefill_done(chunk)
-            if chunk.is_last:
+        for chunk in step.rows:
+            if self.scheduler.prefill_done(chunk) and chunk.is_last:
                 self.append(chunk.seq)
         for seq in self.scheduler.get_prefilled_sequences():
             self.scheduler.handoff_done(seq)
 
     @precondition(lambda self: self.prefill is not None)
-    @rule(retry=st.booleans())
-    def fail_prefill(self, retry: bool) -> None:
+    @rule()
+    def fail_prefill(self) -> None:
         step, self.prefill = self.prefill, None
-        for chunk in step.chunks:
-            self.scheduler.step_failed(chunk.seq, RuntimeError("injected"), retry)
+        self.fail(step.rows)
 
     @precondition(lambda self: self.decode is None)
     @rule()
     def launch_decode(self) -> None:
         self.decode = self.scheduler.schedule_decode()
-        written = (
-            [seq.decode_table[(seq.num_tokens - 1) // BLOCK_SIZE] for seq in self.decode.seqs] if self.decode else []
-        )
+        rows = self.decode.rows if self.decode else []
+        written = [row.lease.decode_table[(row.seq.num_tokens - 1) // BLOCK_SIZE] for row in rows]
         assert len(set(written)) == len(written), "two requests write to one block"
         for block in written:
             assert self.pool._holders[block] == 1, "a request writes to a block that others hold"
@@ -82,16 +81,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def end_decode(self) -> None:
         step, self.decode = self.decode, None
-        for seq in step.seqs:
-            self.scheduler.decode_done(seq)
-            self.append(seq)
+        for row in step.rows:
+            if self.scheduler.decode_done(row):
+                self.append(row.seq)
 
     @precondition(lambda self: self.decode is not None)
-    @rule(retry=st.booleans())
-    def fail_decode(self, retry: bool) -> None:
+    @rule()
+    def fail_decode(self) -> None:
         step, self.decode = self.decode, None
-        for seq in step.seqs:
-            self.scheduler.step_failed(seq, RuntimeError("injected"), retry)
+        self.fail(step.rows)
 
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
@@ -99,9 +97,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         if running:
             self.scheduler.finish(data.draw(st.sampled_from(running)), "abort")
 
+    def fail(self, rows: list[Any]) -> None:
+        for row in rows:
+            self.scheduler.release(row.lease)
+            if row.seq.lease is row.lease:
+                self.scheduler.fail(row.seq, RuntimeError("injected"))
+
     def append(self, seq: Sequence) -> None:
-        if seq.is_finished:
-            return
         seq.token_ids.append(seq.request_id)
         self.scheduler.token_appended(seq)
         if seq.num_output_tokens >= seq.params.max_tokens or seq.num_tokens >= MAX_MODEL_LEN:
@@ -146,10 +148,9 @@ def scheduler_with(num_blocks: int, *prompts: list[int], **limits: int) -> tuple
 
 def run_prefill(scheduler: Scheduler) -> list[tuple[int, int, int]]:
     step = scheduler.schedule_prefill()
-    chunks = step.chunks if step else []
+    chunks = step.rows if step else []
     for chunk in chunks:
-        scheduler.prefill_done(chunk)
-        if chunk.is_last:
+        if scheduler.prefill_done(chunk) and chunk.is_last:
             chunk.seq.token_ids.append(9)
             scheduler.token_appended(chunk.seq)
     for seq in scheduler.get_prefilled_sequences():
@@ -159,11 +160,12 @@ def run_prefill(scheduler: Scheduler) -> list[tuple[int, int, int]]:
 
 def run_decode(scheduler: Scheduler) -> list[int]:
     step = scheduler.schedule_decode()
-    for seq in step.seqs if step else []:
-        scheduler.decode_done(seq)
-        seq.token_ids.append(9)
-        scheduler.token_appended(seq)
-    return [seq.request_id for seq in step.seqs] if step else []
+    rows = step.rows if step else []
+    for row in rows:
+        scheduler.decode_done(row)
+        row.seq.token_ids.append(9)
+        scheduler.token_appended(row.seq)
+    return [row.seq.request_id for row in rows]
 
 
 def test_chunks_are_small_only_while_others_decode():

@@ -3,46 +3,31 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
-import xxhash
-
 from nanovllm.config import EngineConfig
-from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.model_runner import ModelRunner, RunnerSpec, SampledRow, StepHandle
-from nanovllm.engine.scheduler import DecodeStep, PrefillStep, Scheduler, SchedulerLimits
-from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.tokenizer import (
-    NoText,
-    RequestText,
-    StreamedText,
-    WholeText,
-    encode,
-    end_of_sequence_ids,
-    load_tokenizer,
-)
-from nanovllm.errors import ConfigError, EngineClosedError, ModelLoadError, RequestError, UnknownRequestError
-from nanovllm.kernels import BackendRequirements, resolve_backend
-from nanovllm.models import resolve_model
-from nanovllm.models.qwen3 import Qwen3Config
+from nanovllm.engine.builder import build_engine
+from nanovllm.engine.kv_transfer import TransferHandle
+from nanovllm.engine.model_runner import ModelRunner, SampledRow, StepHandle
+from nanovllm.engine.requests import Prompt
+from nanovllm.engine.scheduler import BlockPair, DecodeRow, DecodeStep, PrefillChunk, PrefillStep
+from nanovllm.engine.sequence import Lease, Sequence, SequenceStatus
+from nanovllm.engine.tokenizer import NoText, RequestText
+from nanovllm.errors import EngineClosedError, HandoffError, HandoffTimeout, UnknownRequestError, shown
 from nanovllm.outputs import FinishReason, RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.device import Device, resolve_device
-from nanovllm.utils.loader import checkpoint_folder, read_json
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MAX_MODEL_LEN = 4096
-Prompt = str | SequenceOf[int]
+Step = PrefillStep | DecodeStep
 
 
 @dataclass
@@ -53,14 +38,29 @@ class Counters:
     prefill_tokens: int = 0
     decode_steps: int = 0
     decode_tokens: int = 0
+    handoffs: int = 0
+    handoff_blocks: int = 0
 
 
 @dataclass(frozen=True)
 class InFlight:
-    """A launched step and the handle to collect it by."""
+    """A launched step, where it runs and the handle to collect it by."""
 
-    step: PrefillStep | DecodeStep
+    runner: ModelRunner
+    step: Step
     handle: StepHandle
+
+
+@dataclass
+class Handoff:
+    """Blocks of one request on their way to the decode pool."""
+
+    seq: Sequence
+    lease: Lease
+    pairs: SequenceOf[BlockPair]
+    handle: TransferHandle
+    deadline_s: float
+    timed_out: bool = False
 
 
 class LLMEngine:
@@ -77,24 +77,24 @@ class LLMEngine:
         OutOfKVCacheError: the KV pool does not fit.
     """
 
-    def __init__(self, model: str, **options: Any) -> None:
+    def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
         self._closed = True
-        self.config = EngineConfig.from_options(model, options)
-        folder = checkpoint_folder(self.config.model)
-        hf_config = read_json(folder, "config.json") or {}
-        device = resolve_device(self.config.device)
-        spec = runner_spec(self.config, folder, hf_config, device)
-        self.model_config = spec.model_config
-        self.max_model_len = spec.max_model_len
-        self.tokenizer = load_tokenizer(folder)
-        self._eos_ids = frozenset(end_of_sequence_ids(folder, hf_config, self.tokenizer))
-        self.prefill_runner, self.decode_runner = build_runners(spec, device)
-        self.scheduler = build_scheduler(self.config, spec, self.prefill_runner, self.decode_runner)
+        path = os.fspath(model) if isinstance(model, os.PathLike) else model
+        self.config = EngineConfig.from_options(path, options)
+        parts = build_engine(self.config)
+        self.tokenizer = parts.tokenizer
+        self.prefill_runner = parts.prefill_runner
+        self.decode_runner = parts.decode_runner
+        self.kv_transfer = parts.kv_transfer
+        self.scheduler = parts.scheduler
         self.counters = Counters()
+        self._intake = parts.intake
         self._next_request_id = 0
         self._sequences: dict[int, Sequence] = {}
         self._texts: dict[int, RequestText] = {}
         self._in_flight: list[InFlight] = []
+        self._handoffs: list[Handoff] = []
+        self._handing_off: list[Sequence] = []
         self._outputs: list[RequestOutput] = []
         self._closed = False
 
@@ -108,7 +108,8 @@ class LLMEngine:
             EngineClosedError: the engine was closed.
         """
         self._check_open()
-        return self._enqueue(self._checked_prompt(prompt), self._checked_params(sampling_params), streamed=True)
+        token_ids = self._intake.checked_prompt(prompt)
+        return self._enqueue(token_ids, self._intake.checked_params(sampling_params), streamed=True)
 
     def abort(self, request_id: int) -> None:
         """Ends a request where it is; its last output, with `finish_reason="abort"`, comes from the next `step()`.
@@ -118,19 +119,22 @@ class LLMEngine:
             EngineClosedError: the engine was closed.
         """
         self._check_open()
-        seq = self._sequences.get(request_id) if isinstance(request_id, int) else None
+        known = isinstance(request_id, int) and not isinstance(request_id, bool)
+        seq = self._sequences.get(request_id) if known else None
         if seq is None or seq.is_finished:
-            raise UnknownRequestError(f"request {request_id!r} is not known or has ended; abort takes a running one")
+            raise UnknownRequestError(
+                f"request {shown(request_id)} is not known or has ended; abort takes a running one"
+            )
         self._finish(seq, "abort")
 
     def is_finished(self) -> bool:
         """Whether no request is left to serve and no output to give out."""
-        return not (self._outputs or self._sequences or self.scheduler.has_unfinished())
+        return not (self._outputs or self._sequences)
 
     def step(self) -> list[RequestOutput]:
         """Launches what can be launched and returns what has completed since the last call, perhaps nothing.
 
-        Waits for the device only when there was nothing to launch.
+        Waits for a device only when there was nothing to launch.
 
         Raises:
             EngineClosedError: the engine was closed.
@@ -141,14 +145,16 @@ class LLMEngine:
         return outputs
 
     def close(self) -> None:
-        """Aborts everything, waits for the device, gives its memory back. A second call does nothing."""
+        """Aborts everything, waits for the devices, gives their memory back. A second call does nothing."""
         if self._closed:
             return
+        self._closed = True
         for seq in self.scheduler.unfinished():
             self.scheduler.finish(seq, "abort")
         for work in self._in_flight:
             work.handle.wait()
-        self._closed = True
+        for state in (self._sequences, self._texts, self._in_flight, self._handoffs, self._handing_off, self._outputs):
+            state.clear()
         for runner in {self.prefill_runner, self.decode_runner}:
             runner.close()
 
@@ -160,161 +166,215 @@ class LLMEngine:
     ) -> None:
         self.close()
 
-    # Checking what comes in
-
     def _check_open(self) -> None:
         if self._closed:
             raise EngineClosedError("this engine was closed; make a new one")
 
-    def _checked_params(self, params: object) -> SamplingParams:
-        if params is None:
-            params = SamplingParams()
-        if not isinstance(params, SamplingParams):
-            raise RequestError(f"sampling_params={params!r} is not a SamplingParams")
-        vocab_size = self.model_config.vocab_size
-        for token_id in params.stop_token_ids:
-            if token_id >= vocab_size:
-                raise RequestError(f"stop_token_ids has {token_id}; the vocabulary has {vocab_size} tokens")
-        if params.logprobs is not None and params.logprobs > vocab_size:
-            raise RequestError(f"logprobs={params.logprobs} is above the vocabulary's {vocab_size} tokens")
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, which this checkpoint lacks; use stop_token_ids")
-        return params
-
-    def _checked_prompt(self, prompt: object, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt that can be served."""
-        if isinstance(prompt, str):
-            if not prompt:
-                raise RequestError("the prompt is empty; it needs at least one token")
-            token_ids = encode(self.tokenizer, prompt, add_special_tokens=add_special_tokens)
-        elif isinstance(prompt, (list, tuple)):
-            token_ids = [self._checked_token_id(token) for token in prompt]
-        else:
-            raise RequestError(f"a prompt of type {type(prompt).__name__} is neither text nor a list of token ids")
-        if not token_ids:
-            raise RequestError("the prompt is empty; it needs at least one token")
-        if len(token_ids) >= self.max_model_len:
-            raise RequestError(
-                f"the prompt has {len(token_ids)} tokens; with max_model_len={self.max_model_len} at most "
-                f"{self.max_model_len - 1} leave room for an answer"
-            )
-        for pool in (self.scheduler.prefill_pool, self.scheduler.decode_pool):
-            if pool.blocks_for(len(token_ids)) > pool.num_blocks:
-                raise RequestError(
-                    f"the prompt has {len(token_ids)} tokens; the KV pool holds {pool.num_blocks * pool.block_size}; "
-                    "raise num_kvcache_blocks or gpu_memory_utilization"
-                )
-        return token_ids
-
-    def _checked_token_id(self, token: object) -> int:
-        vocab_size = self.model_config.vocab_size
-        if isinstance(token, bool) or not isinstance(token, int):
-            raise RequestError(f"the prompt has {token!r}, which is not a token id (an integer)")
-        if not 0 <= token < vocab_size:
-            raise RequestError(f"the prompt has token id {token}; the vocabulary has ids 0 to {vocab_size - 1}")
-        return token
-
     def _enqueue(self, token_ids: list[int], params: SamplingParams, *, streamed: bool) -> int:
         request_id = self._next_request_id
         self._next_request_id += 1
-        seq = Sequence(
-            request_id=request_id,
-            prompt_token_ids=token_ids,
-            params=params,
-            seed=params.seed if params.seed is not None else derived_seed(self.config.seed, request_id),
-            arrival_s=time.perf_counter(),
-            stop_token_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids),
-        )
+        seq, self._texts[request_id] = self._intake.make(request_id, token_ids, params, streamed=streamed)
         self._sequences[request_id] = seq
-        self._texts[request_id] = self._request_text(params, streamed)
         self.scheduler.add(seq)
         return request_id
-
-    def _request_text(self, params: SamplingParams, streamed: bool) -> RequestText:
-        if self.tokenizer is None:
-            return NoText()
-        if streamed or params.stop:
-            return StreamedText(self.tokenizer, tuple(params.stop))
-        return WholeText(self.tokenizer)
 
     # The loop
 
     def _advance(self) -> None:
-        """One turn: launch, then collect what has ended; wait for the oldest step if nothing was launched."""
+        """One turn: launch what can be launched, else wait; then collect what has ended."""
         launched = self._launch_prefill()
         launched = self._launch_decode() or launched
-        if not launched and self._in_flight:
-            self._in_flight[0].handle.wait()
-        self._collect()
-        for seq in self.scheduler.get_prefilled_sequences():
-            self.scheduler.handoff_done(seq)
+        if not launched:
+            self._wait()
+        self._collect_steps()
+        self._collect_handoffs()
         for seq in self.scheduler.get_failed_sequences():
             self._give_out(seq, [])
 
     def _launch_prefill(self) -> bool:
-        if any(isinstance(work.step, PrefillStep) for work in self._in_flight):
-            return False
-        step = self.scheduler.schedule_prefill()
-        return step is not None and self._launch(self.prefill_runner, step)
+        launched = False
+        # With one pool this is one entry; the decode device prefills what has failed once.
+        pools = {self.scheduler.decode_pool: self.decode_runner, self.scheduler.prefill_pool: self.prefill_runner}
+        for pool, runner in pools.items():
+            if self._is_idle(runner, PrefillStep) and (step := self.scheduler.schedule_prefill(pool)) is not None:
+                launched = self._launch(runner, step) or launched
+        return launched
 
     def _launch_decode(self) -> bool:
-        if any(isinstance(work.step, DecodeStep) for work in self._in_flight):
+        if not self._is_idle(self.decode_runner, DecodeStep):
             return False
         step = self.scheduler.schedule_decode()
         return step is not None and self._launch(self.decode_runner, step)
 
-    def _launch(self, runner: ModelRunner, step: PrefillStep | DecodeStep) -> bool:
+    def _is_idle(self, runner: ModelRunner, kind: type) -> bool:
+        return not any(work.runner is runner and isinstance(work.step, kind) for work in self._in_flight)
+
+    def _launch(self, runner: ModelRunner, step: Step) -> bool:
         """Launches a step. If that fails, its halves, until the request that makes it fail stands alone."""
         try:
             handle = runner.launch(step)
         except Exception as error:  # noqa: BLE001 - whatever a forward pass raises ends one request, not the engine
             halves = step.halves()
             if halves is not None:
-                launched = [self._launch(runner, half) for half in halves]
-                return any(launched)
-            self._step_failed(step.sequences()[0], error)
+                return self._launch_each(runner, halves)
+            row = step.rows[0]
+            self.scheduler.release(row.lease)
+            self._fail(row.seq, error)
             return False
-        self._in_flight.append(InFlight(step, handle))
+        except BaseException:
+            self._requeue(step.rows)
+            raise
+        self._in_flight.append(InFlight(runner, step, handle))
+        if isinstance(step, PrefillStep):
+            self._send(step, handle)
         return True
 
-    def _step_failed(self, seq: Sequence, error: Exception) -> None:
+    def _launch_each(self, runner: ModelRunner, halves: tuple[Step, Step]) -> bool:
+        first, second = halves
+        try:
+            launched = self._launch(runner, first)
+        except BaseException:
+            self._requeue(second.rows)
+            raise
+        return self._launch(runner, second) or launched
+
+    def _requeue(self, rows: SequenceOf[PrefillChunk | DecodeRow]) -> None:
+        """Rows whose step was interrupted before it ran: their requests are recomputed."""
+        for row in rows:
+            self.scheduler.release(row.lease)
+            if row.seq.lease is row.lease:
+                self.scheduler.preempt(row.seq)
+
+    def _fail(self, seq: Sequence, error: Exception) -> None:
         retry = seq.failures == 0
         logger.warning("request %d failed (%s); %s", seq.request_id, error, "retrying" if retry else "giving up")
-        self.scheduler.step_failed(seq, error, retry)
+        self.scheduler.fail(seq, error)
 
-    def _collect(self) -> None:
-        ended = [work for work in self._in_flight if work.handle.is_done()]
-        for work in ended:
+    def _wait(self) -> None:
+        """Until a step or a handoff has ended, or a handoff's time is up."""
+        if len(self._in_flight) == 1 and not self._handoffs:
+            self._in_flight[0].handle.wait()
+            return
+        handoffs = [handoff for handoff in self._handoffs if not handoff.timed_out]
+        if not self._in_flight and not handoffs:
+            self._give_up_on_stuck_blocks()
+            return
+        while not (
+            any(work.handle.is_done() for work in self._in_flight)
+            or any(handoff.handle.is_done() or time.perf_counter() > handoff.deadline_s for handoff in handoffs)
+        ):
+            time.sleep(0)
+
+    def _collect_steps(self) -> None:
+        for work in [work for work in self._in_flight if work.handle.is_done()]:
             self._in_flight.remove(work)
-            rows = work.handle.collect()
             if isinstance(work.step, PrefillStep):
-                self._prefill_ended(work.step, rows)
+                self._prefill_ended(work.step, work.handle.collect())
             else:
-                self._decode_ended(work.step, rows)
+                self._decode_ended(work.step, work.handle.collect())
 
-    def _prefill_ended(self, step: PrefillStep, rows: list[SampledRow]) -> None:
+    def _prefill_ended(self, step: PrefillStep, sampled: list[SampledRow]) -> None:
         self.counters.prefill_steps += 1
-        remaining = iter(rows)
-        for chunk in step.chunks:
-            self.counters.prefill_tokens += chunk.end - chunk.start
-            self.scheduler.prefill_done(chunk)
-            if chunk.is_last:
-                self._append(chunk.seq, next(remaining))
+        self.counters.prefill_tokens += sum(chunk.end - chunk.start for chunk in step.rows)
+        counting = [(chunk, self.scheduler.prefill_done(chunk)) for chunk in step.rows]
+        last = [(chunk.seq, counts) for chunk, counts in counting if chunk.is_last]
+        self._append_all([(seq, token) for (seq, counts), token in zip(last, sampled, strict=True) if counts])
+        self._handing_off += self.scheduler.get_prefilled_sequences()
 
-    def _decode_ended(self, step: DecodeStep, rows: list[SampledRow]) -> None:
+    def _decode_ended(self, step: DecodeStep, sampled: list[SampledRow]) -> None:
         self.counters.decode_steps += 1
-        self.counters.decode_tokens += len(rows)
-        for seq, row in zip(step.seqs, rows, strict=True):
-            self.scheduler.decode_done(seq)
-            self._append(seq, row)
+        self.counters.decode_tokens += len(sampled)
+        rows = [(row.seq, self.scheduler.decode_done(row)) for row in step.rows]
+        self._append_all([(seq, token) for (seq, counts), token in zip(rows, sampled, strict=True) if counts])
+
+    # Handoffs
+
+    def _send(self, step: PrefillStep, handle: StepHandle) -> None:
+        """Sends the blocks that a prefill step completes; the copies wait for the step on the device."""
+        for chunk in step.rows:
+            if not chunk.handoff:
+                continue
+            try:
+                transfer = self.kv_transfer.send(chunk.handoff, handle.event)
+            except Exception as error:  # noqa: BLE001 - a copy that cannot be launched fails its request alone
+                self._fail_handoff(chunk.seq, HandoffError(f"{self._about(chunk.seq)}: {error}"))
+                continue
+            self.scheduler.hold(chunk.lease)
+            deadline_s = time.perf_counter() + self.config.handoff_timeout_s
+            self._handoffs.append(Handoff(chunk.seq, chunk.lease, chunk.handoff, transfer, deadline_s))
+
+    def _collect_handoffs(self) -> None:
+        for handoff in list(self._handoffs):
+            if handoff.handle.is_done():
+                self._handoffs.remove(handoff)
+                self._handoff_ended(handoff)
+            elif time.perf_counter() > handoff.deadline_s and not handoff.timed_out:
+                handoff.timed_out = True
+                if handoff.seq.lease is handoff.lease:
+                    self._fail_handoff(handoff.seq, HandoffTimeout(self._timeout_message(handoff)))
+        underway = [handoff.lease for handoff in self._handoffs]
+        for seq in [seq for seq in self._handing_off if seq.lease not in underway]:
+            self._handing_off.remove(seq)
+            if seq.status is SequenceStatus.HANDING_OFF:
+                self.scheduler.handoff_done(seq)
+
+    def _handoff_ended(self, handoff: Handoff) -> None:
+        self.counters.handoffs += 1
+        self.counters.handoff_blocks += len(handoff.pairs)
+        try:
+            handoff.handle.wait()
+        except Exception as error:  # noqa: BLE001 - whatever went wrong on the way fails this request alone
+            self.scheduler.release(handoff.lease)
+            if handoff.seq.lease is handoff.lease:
+                self._fail_handoff(handoff.seq, HandoffError(f"{self._about(handoff.seq)}: {error}"))
+            return
+        self.scheduler.release(handoff.lease)
+
+    def _fail_handoff(self, seq: Sequence, error: HandoffError) -> None:
+        self._handing_off = [other for other in self._handing_off if other is not seq]
+        self._fail(seq, error)
+
+    def _about(self, seq: Sequence) -> str:
+        devices = f"{self.prefill_runner.device} to {self.decode_runner.device}"
+        return f"handoff of request {seq.request_id} from {devices} by {self.kv_transfer.name!r}"
+
+    def _timeout_message(self, handoff: Handoff) -> str:
+        pools = (self.scheduler.prefill_pool, self.scheduler.decode_pool)
+        prefill_state, decode_state = (f"{pool.num_held_blocks} of {pool.num_blocks} blocks held" for pool in pools)
+        return (
+            f"{self._about(handoff.seq)}: {len(handoff.pairs)} blocks, from {handoff.pairs[0][0]} to "
+            f"{handoff.pairs[0][1]} on, have not arrived within handoff_timeout_s={self.config.handoff_timeout_s}; "
+            f"prefill pool: {prefill_state}; decode pool: {decode_state}; handoffs under way: {len(self._handoffs)}; "
+            f"steps in flight: {len(self._in_flight)}. The blocks stay held until the copy ends"
+        )
+
+    def _give_up_on_stuck_blocks(self) -> None:
+        """Nothing runs and nothing can be launched: what waits does so for blocks that copies without end hold."""
+        stuck = next((handoff for handoff in self._handoffs if not handoff.handle.is_done()), None)
+        waiting = self.scheduler.unfinished()
+        if stuck is not None and waiting:
+            message = f"request {waiting[0].request_id} waits for blocks of a handoff that does not end"
+            self.scheduler.give_up(waiting[0], HandoffTimeout(f"{message}: {self._timeout_message(stuck)}"))
+
+    # Tokens
+
+    def _append_all(self, tokens: list[tuple[Sequence, SampledRow]]) -> None:
+        """Gives each request its token. One that this fails for ends by name; an interrupt requeues the rest."""
+        remaining = iter(tokens)
+        try:
+            for seq, row in remaining:
+                try:
+                    self._append(seq, row)
+                except Exception as error:  # noqa: BLE001 - such as a tokenizer's; it ends one request, not the engine
+                    self._end_by_error(seq, error)
+        except BaseException:
+            self._interrupted(seq, [seq for seq, _ in remaining])
+            raise
 
     def _append(self, seq: Sequence, row: SampledRow) -> None:
         """Gives a request its next token and ends it if that was the last."""
-        if seq.is_finished:
-            return
-        now = time.perf_counter()
         if seq.first_token_s is None:
-            seq.first_token_s = now
+            seq.first_token_s = time.perf_counter()
         seq.token_ids.append(row.token_id)
         if row.logprobs is not None and seq.params.logprobs is not None:
             seq.logprobs.append(row.logprobs.first(seq.params.logprobs))
@@ -325,10 +385,31 @@ class LLMEngine:
         piece = "" if is_stop_token else text.add([row.token_id], may_stop=may_stop)
         if is_stop_token or text.stopped:
             self._finish(seq, "stop", [row.token_id], piece)
-        elif seq.num_output_tokens >= seq.params.max_tokens or seq.num_tokens >= self.max_model_len:
+        elif seq.num_output_tokens >= seq.params.max_tokens or seq.num_tokens >= self._intake.max_model_len:
             self._finish(seq, "length", [row.token_id], piece)
         else:
             self._give_out(seq, [row.token_id], piece)
+
+    def _end_by_error(self, seq: Sequence, error: Exception) -> None:
+        logger.warning("request %d failed (%s); giving up", seq.request_id, error)
+        if seq.request_id in self._sequences:
+            if not seq.is_finished:
+                self.scheduler.finish(seq, "error", error)
+            seq.finish_reason, seq.error = "error", error
+            self._texts[seq.request_id] = NoText()
+            self._give_out(seq, [])
+
+    def _interrupted(self, current: Sequence, others: list[Sequence]) -> None:
+        """An interrupt while tokens were given out: the request it hit ends, those after it compute theirs again."""
+        self._handing_off += self.scheduler.get_prefilled_sequences()
+        for seq in others:
+            self.scheduler.preempt(seq)
+        if current.request_id in self._sequences:
+            self._texts[current.request_id] = NoText()
+            if current.is_finished:
+                self._give_out(current, [])
+            else:
+                self._finish(current, "abort")
 
     def _finish(
         self, seq: Sequence, reason: FinishReason, new_token_ids: SequenceOf[int] = (), piece: str = ""
@@ -339,8 +420,8 @@ class LLMEngine:
     def _give_out(self, seq: Sequence, new_token_ids: list[int], piece: str = "") -> None:
         if seq.is_finished:
             seq.finished_s = time.perf_counter()
-            piece += self._texts.pop(seq.request_id).finish()
-            del self._sequences[seq.request_id]
+            piece += self._texts[seq.request_id].finish()
+            del self._texts[seq.request_id], self._sequences[seq.request_id]
         wants_logprobs = seq.params.logprobs is not None
         self._deliver(
             RequestOutput(
@@ -358,98 +439,3 @@ class LLMEngine:
 
     def _deliver(self, output: RequestOutput) -> None:
         self._outputs.append(output)
-
-
-def runner_spec(config: EngineConfig, folder: Path, hf_config: dict[str, Any], device: Device) -> RunnerSpec:
-    """Resolves every `auto` and None of the options against the checkpoint and the device.
-
-    Raises:
-        ConfigError: an option contradicts the checkpoint.
-        ModelLoadError: the checkpoint cannot be served.
-        BackendUnavailableError: the attention backend that was asked for cannot serve.
-    """
-    model_class, model_config = resolve_model(hf_config)
-    dtype = resolve_dtype(config.dtype, hf_config, device)
-    needs = BackendRequirements(device.kind, dtype, model_config.head_dim, config.kvcache_block_size)
-    attention = resolve_backend(config.attention_backend, needs)
-    logger.info(
-        "%s on %s: attention backend %s (%s), %s, blocks of %d tokens",
-        folder.name,
-        device,
-        attention.backend.name,
-        attention.reason,
-        dtype,
-        attention.block_size,
-    )
-    return RunnerSpec(
-        folder=folder,
-        model_class=model_class,
-        model_config=model_config,
-        attention=attention,
-        dtype=dtype,
-        load_format=config.load_format,
-        seed=config.seed,
-        max_model_len=resolve_max_model_len(config.max_model_len, model_config),
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_num_seqs=config.max_num_seqs,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        num_kvcache_blocks=config.num_kvcache_blocks,
-    )
-
-
-def resolve_dtype(option: str, hf_config: dict[str, Any], device: Device) -> torch.dtype:
-    """The type of weights and KV: as asked for, else the checkpoint's on a GPU and float32 on a CPU.
-
-    Raises:
-        ModelLoadError: the checkpoint names a type that is not served.
-    """
-    named = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
-    name = option if option != "auto" else named if device.is_cuda else "float32"
-    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if name not in dtypes:
-        raise ModelLoadError(f"config.json: dtype={name!r} is not one of {', '.join(dtypes)}; pass dtype=...")
-    return dtypes[name]
-
-
-def resolve_max_model_len(option: int | None, model_config: Qwen3Config) -> int:
-    """The longest request: as asked for, else 4096 or the model's limit.
-
-    Raises:
-        ConfigError: more than the model's positions.
-    """
-    rope = model_config.rope
-    stretched = int(rope.original_max_positions * rope.factor) if rope.rope_type == "yarn" else 0
-    most = max(model_config.max_position_embeddings, stretched)
-    if option is None:
-        return min(DEFAULT_MAX_MODEL_LEN, most)
-    if option > most:
-        raise ConfigError(f"max_model_len={option} is above the model's {most} positions; pass at most that")
-    return option
-
-
-def build_runners(spec: RunnerSpec, device: Device) -> tuple[ModelRunner, ModelRunner]:
-    """Prefill runner and decode runner; on one device they are one object."""
-    runner = ModelRunner(spec, device, is_decode_runner=True)
-    return runner, runner
-
-
-def build_scheduler(
-    config: EngineConfig, spec: RunnerSpec, prefill_runner: ModelRunner, decode_runner: ModelRunner
-) -> Scheduler:
-    """A scheduler with one block manager for each pool."""
-    pools = {
-        runner: BlockManager(runner.num_kv_blocks, runner.block_size, config.enable_prefix_caching)
-        for runner in (prefill_runner, decode_runner)
-    }
-    limits = SchedulerLimits(
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        prefill_chunk_tokens=config.prefill_chunk_tokens,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=spec.max_model_len,
-    )
-    return Scheduler(limits, pools[prefill_runner], pools[decode_runner])
-
-
-def derived_seed(engine_seed: int, request_id: int) -> int:
-    """The seed of a request that has none of its own."""
-    return xxhash.xxh64(request_id.to_bytes(8, "little"), seed=engine_seed).intdigest() >> 1

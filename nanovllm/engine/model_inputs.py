@@ -44,18 +44,19 @@ class _Span:
 
 
 def prefill_inputs(step: PrefillStep, block_size: int, vocab_size: int, device: Device) -> ModelInputs:
-    """The tensors of a prefill step; its blocks are those of the prefill pool."""
-    spans = [_Span(chunk.seq, chunk.start, chunk.end, chunk.seq.prefill_table) for chunk in step.chunks]
-    last_rows = np.cumsum([chunk.end - chunk.start for chunk in step.chunks]) - 1
-    sampled = [row for row, chunk in zip(last_rows, step.chunks, strict=True) if chunk.is_last]
-    seqs = [chunk.seq for chunk in step.chunks if chunk.is_last]
+    """The tensors of a prefill step, whose KV goes to the blocks of each lease's prefill table."""
+    spans = [_Span(chunk.seq, chunk.start, chunk.end, chunk.lease.prefill_table) for chunk in step.rows]
+    last_rows = np.cumsum([chunk.end - chunk.start for chunk in step.rows]) - 1
+    sampled = [row for row, chunk in zip(last_rows, step.rows, strict=True) if chunk.is_last]
+    seqs = [chunk.seq for chunk in step.rows if chunk.is_last]
     return _inputs(spans, np.array(sampled, dtype=np.int64), seqs, block_size, vocab_size, device)
 
 
 def decode_inputs(step: DecodeStep, block_size: int, vocab_size: int, device: Device) -> ModelInputs:
     """The tensors of a decode step: the last token of every request."""
-    spans = [_Span(seq, seq.num_tokens - 1, seq.num_tokens, seq.decode_table) for seq in step.seqs]
-    return _inputs(spans, None, step.seqs, block_size, vocab_size, device)
+    seqs = [row.seq for row in step.rows]
+    spans = [_Span(row.seq, row.seq.num_tokens - 1, row.seq.num_tokens, row.lease.decode_table) for row in step.rows]
+    return _inputs(spans, None, seqs, block_size, vocab_size, device)
 
 
 def _inputs(
@@ -103,11 +104,13 @@ def sampling_inputs(seqs: SequenceOf[Sequence], vocab_size: int, device: Device)
         return device.tensor(np.array(values, dtype=dtype))
 
     return SamplingInputs(
-        temperatures=None if all(p.is_greedy for p in params) else column([p.temperature for p in params], np.float32),
+        temperatures=None
+        if all(p.is_greedy for p in params)
+        else column([_in_float32_range(p.temperature) for p in params], np.float32),
         seeds=column([seq.seed for seq in seqs], np.int64),
         output_indices=column([seq.num_output_tokens for seq in seqs], np.int64),
         filters=(
-            column([p.top_k if p.top_k > 0 else vocab_size for p in params], np.int64),
+            column([min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params], np.int64),
             column([p.top_p for p in params], np.float32),
             column([p.min_p for p in params], np.float32),
         )
@@ -116,6 +119,11 @@ def sampling_inputs(seqs: SequenceOf[Sequence], vocab_size: int, device: Device)
         banned=_banned_tokens(seqs, device),
         num_logprobs=max(wanted_logprobs) if wanted_logprobs else None,
     )
+
+
+def _in_float32_range(temperature: float) -> float:
+    """Logits divided by it stay finite; 0 stays 0, and the ends act like greedy and like uniform sampling."""
+    return temperature and min(max(temperature, 1e-6), 1e30)
 
 
 def _banned_tokens(seqs: SequenceOf[Sequence], device: Device) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -6,19 +6,21 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from nanovllm.engine.model_inputs import ModelInputs, decode_inputs, prefill_inputs
-from nanovllm.engine.scheduler import DecodeStep, PrefillStep
-from nanovllm.errors import OutOfKVCacheError
+from nanovllm.engine.scheduler import BlockPair, DecodeStep, PrefillStep
+from nanovllm.errors import ModelLoadError, OutOfKVCacheError
 from nanovllm.kernels import AttentionMetadata, ResolvedBackend
 from nanovllm.layers.sampler import SampledTokens, SamplingInputs, sample
 from nanovllm.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 from nanovllm.outputs import TokenLogprobs
-from nanovllm.utils.device import Device, Event
+from nanovllm.utils.device import Device, Event, enable_peer_access, wait_event
 from nanovllm.utils.loader import fill_randomly, load_weights
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,6 @@ class RunnerSpec:
     load_format: str
     seed: int
     max_model_len: int
-    max_num_batched_tokens: int
     max_num_seqs: int
     gpu_memory_utilization: float
     num_kvcache_blocks: int | None
@@ -63,13 +64,13 @@ class StepHandle:
 
     def __init__(self, device: Device, sampled: SampledTokens | None) -> None:
         self._host = None if sampled is None else _to_host(sampled, device)
-        self._event: Event = device.record_event()
+        self.event: Event = device.record_event()
 
     def is_done(self) -> bool:
-        return self._event.query()
+        return self.event.query()
 
     def wait(self) -> None:
-        self._event.synchronize()
+        self.event.synchronize()
 
     def collect(self) -> list[SampledRow]:
         self.wait()
@@ -77,26 +78,38 @@ class StepHandle:
 
 
 class ModelRunner:
-    """A model's weights, KV pool and stream on one device.
+    """A model's weights, KV pool and streams on one device.
 
     Args:
         spec: model and sizes.
         device: where everything lives; whichever device is current elsewhere does not matter.
         is_decode_runner: whether decode steps run here (they may run beside prefill steps).
+        max_step_tokens: most tokens of a step; workspace for them is kept free.
+        weights_of: a runner to copy the weights from, instead of reading them.
 
     Raises:
-        ModelLoadError: the weights cannot be loaded.
+        ModelLoadError: the weights cannot be loaded or do not fit.
         OutOfKVCacheError: the KV pool does not fit.
     """
 
-    def __init__(self, spec: RunnerSpec, device: Device, *, is_decode_runner: bool) -> None:
+    def __init__(
+        self,
+        spec: RunnerSpec,
+        device: Device,
+        *,
+        is_decode_runner: bool,
+        max_step_tokens: int,
+        weights_of: ModelRunner | None = None,
+    ) -> None:
         self.spec = spec
         self.device = device
         self.is_decode_runner = is_decode_runner
+        self.max_step_tokens = max_step_tokens
         with device.current():
             self.stream = torch.cuda.Stream(device.index) if device.is_cuda else None
+            self.copy_stream = torch.cuda.Stream(device.index) if device.is_cuda else None
         with self._on_device():
-            self.model = self._load_model()
+            self.model = self._load_model(weights_of)
             self.num_kv_blocks = self._num_kv_blocks()
             self.kv_pool = self._make_pool(self.num_kv_blocks)
 
@@ -111,6 +124,7 @@ class ModelRunner:
             if isinstance(step, PrefillStep):
                 sampled = self._run(prefill_inputs(step, self.block_size, vocab_size, self.device))
             else:
+                assert self.is_decode_runner, f"{self.device} was made for prefill, it cannot run a decode step"
                 sampled = self.run_decode_core(decode_inputs(step, self.block_size, vocab_size, self.device))
             return StepHandle(self.device, sampled)
 
@@ -118,11 +132,51 @@ class ModelRunner:
         """One decode step on the device, from inputs to sampled tokens."""
         return self._run(inputs)
 
+    def sync_kv_cache_to(
+        self, other: ModelRunner, pairs: SequenceOf[BlockPair], *, method: str = "copy", after: Event | None = None
+    ) -> Event:
+        """Copies blocks of this pool into another runner's, on streams of their own; waits for nothing.
+
+        Args:
+            other: the runner whose pool receives them; of the same spec.
+            pairs: (block of this pool, block of the other pool), any number.
+            method: `copy` (torch's copies), `push` (one kernel, over peer access) or `staged` (through pinned host
+                memory, for GPUs without peer access).
+            after: an event of this device that the copies wait for, such as the step that computes the blocks.
+
+        Returns:
+            An event that is done when all blocks have arrived.
+        """
+        assert method in COPY_METHODS, f"{method!r} is not one of {', '.join(COPY_METHODS)}"
+        with torch.inference_mode(), other._copying(), self._copying():
+            wait_event(self.copy_stream, after)
+            COPY_METHODS[method](self, other, pairs)
+            return (self if method == "push" else other).record_copy_event()
+
+    def record_copy_event(self) -> Event:
+        """An event after all copies that were launched on this device."""
+        with self._copying():
+            return self.device.record_event()
+
+    def wait_for(self, event: Event) -> None:
+        """What is launched here from now on runs after `event`, of any device."""
+        wait_event(self.stream, event)
+
+    def checksum_blocks(self, blocks: SequenceOf[int], after: Event) -> torch.Tensor:
+        """One number for each block and layer, [N, num_layers] int64 on the host, computed after `after`; waits for it.
+
+        Any changed word shows.
+        """
+        with torch.inference_mode(), self._copying():
+            wait_event(self.copy_stream, after)
+            return torch.stack([_checksum_layers(self.kv_pool[block]) for block in blocks]).cpu()
+
     def close(self) -> None:
         """Gives weights and pool back; the runner is of no use afterwards."""
         with self._on_device():
-            if self.stream is not None:
-                self.stream.synchronize()
+            for stream in (self.stream, self.copy_stream):
+                if stream is not None:
+                    stream.synchronize()
             del self.model, self.kv_pool
             if self.device.is_cuda:
                 torch.cuda.empty_cache()
@@ -145,20 +199,45 @@ class ModelRunner:
                 with torch.cuda.stream(self.stream):
                     yield
 
-    def _load_model(self) -> Qwen3ForCausalLM:
+    @contextlib.contextmanager
+    def _copying(self) -> Iterator[None]:
+        """Makes this device's copy stream the current one of the device."""
+        with self.device.current():
+            if self.copy_stream is None:
+                yield
+            else:
+                with torch.cuda.stream(self.copy_stream):
+                    yield
+
+    def _load_model(self, weights_of: ModelRunner | None) -> Qwen3ForCausalLM:
         spec = self.spec
-        model = spec.model_class(
-            spec.model_config,
-            spec.attention.backend,
-            spec.max_model_len,
-            dtype=spec.dtype,
-            device=self.device.torch_device,
-        )
-        if spec.load_format == "dummy":
+        self._check_weights_fit()
+        model = self._make_model(self.device.torch_device)
+        if weights_of is not None:
+            theirs = weights_of.model.checkpoint_tensors()
+            for name, view in model.checkpoint_tensors().items():
+                view.copy_(theirs[name])
+        elif spec.load_format == "dummy":
             fill_randomly(model.checkpoint_tensors(), spec.seed)
         else:
             load_weights(spec.folder, model.checkpoint_tensors(), model.ignored_checkpoint_tensors())
         return model
+
+    def _make_model(self, device: torch.device) -> Qwen3ForCausalLM:
+        spec = self.spec
+        return spec.model_class(
+            spec.model_config, spec.attention.backend, spec.max_model_len, dtype=spec.dtype, device=device
+        )
+
+    def _check_weights_fit(self) -> None:
+        shapes = self._make_model(torch.device("meta")).checkpoint_tensors()
+        needed = sum(view.nbytes for view in shapes.values())
+        available = self.device.memory_info()[0] if self.device.is_cuda else _host_memory_bytes()
+        if needed > available:
+            raise ModelLoadError(
+                f"the weights take {needed / GIB:.2f} GiB, {self.device} has {available / GIB:.2f} GiB free: "
+                f"{(needed - available) / GIB:.2f} GiB are missing; free memory there or choose another device"
+            )
 
     # The KV pool
 
@@ -172,15 +251,23 @@ class ModelRunner:
             self.block_size,
             config.head_dim,
         )
-        return torch.zeros(shape, dtype=self.spec.dtype, device=self.device.torch_device)
+        try:
+            return torch.zeros(shape, dtype=self.spec.dtype, device=self.device.torch_device)
+        except RuntimeError as error:
+            raise OutOfKVCacheError(
+                f"{self.device} refused {num_blocks * self.spec.block_bytes / GIB:.2f} GiB for the KV pool ({error}); "
+                "lower num_kvcache_blocks or gpu_memory_utilization"
+            ) from error
 
     def _num_kv_blocks(self) -> int:
         if self.device.is_cuda:
-            available, where = self._gpu_bytes_for_pool(), f"{self.device} at gpu_memory_utilization"
-            where += f"={self.spec.gpu_memory_utilization}"
+            available = self._gpu_bytes_for_pool()
+            where = f"{self.device} at gpu_memory_utilization={self.spec.gpu_memory_utilization}"
+            remedy = "lower num_kvcache_blocks, max_num_batched_tokens or max_num_seqs, or raise gpu_memory_utilization"
             default = available // self.spec.block_bytes
         else:
             available, where = _host_memory_bytes(), "this machine's memory"
+            remedy = "lower num_kvcache_blocks, kvcache_block_size or max_model_len"
             one_request = -(-self.spec.max_model_len // self.block_size)
             default = max(CPU_POOL_BYTES // self.spec.block_bytes, one_request)
         num_blocks = self.spec.num_kvcache_blocks or default
@@ -188,8 +275,7 @@ class ModelRunner:
         if needed > available:
             raise OutOfKVCacheError(
                 f"a KV pool of {max(num_blocks, 1)} blocks takes {needed / GIB:.2f} GiB, but {where} leaves "
-                f"{max(available, 0) / GIB:.2f} GiB for it; lower num_kvcache_blocks, max_num_batched_tokens or "
-                "max_num_seqs, or raise gpu_memory_utilization"
+                f"{max(available, 0) / GIB:.2f} GiB for it; {remedy}"
             )
         logger.info(
             "%s: KV pool of %d blocks of %d tokens, %.2f GiB", self.device, num_blocks, self.block_size, needed / GIB
@@ -209,9 +295,9 @@ class ModelRunner:
     def _largest_step(self) -> ModelInputs:
         """A prefill step of most tokens and most sampled rows, all of them reading and writing block 0."""
         device, spec = self.device.torch_device, self.spec
-        num_rows = min(spec.max_num_seqs, spec.max_num_batched_tokens)
-        lengths = torch.full((num_rows,), spec.max_num_batched_tokens // num_rows, dtype=torch.int32)
-        lengths[0] += spec.max_num_batched_tokens - int(lengths.sum())
+        num_rows = min(spec.max_num_seqs, self.max_step_tokens)
+        lengths = torch.full((num_rows,), self.max_step_tokens // num_rows, dtype=torch.int32)
+        lengths[0] += self.max_step_tokens - int(lengths.sum())
         positions = torch.cat([torch.arange(n) for n in lengths.tolist()]) % spec.max_model_len
         longest = int(lengths.max())
         metadata = AttentionMetadata(
@@ -236,6 +322,38 @@ class ModelRunner:
         tokens = torch.zeros(len(positions), dtype=torch.int64, device=device)
         rows = metadata.query_starts[1:].long() - 1
         return ModelInputs(tokens, positions.to(device), metadata, rows, sampling)
+
+
+def _copy_blocks(source: ModelRunner, target: ModelRunner, pairs: SequenceOf[BlockPair]) -> None:
+    # Across GPUs torch copies on the source's current stream and makes both current streams wait on each other.
+    for block, goal in pairs:
+        target.kv_pool[goal].copy_(source.kv_pool[block], non_blocking=True)
+
+
+def _push_blocks(source: ModelRunner, target: ModelRunner, pairs: SequenceOf[BlockPair]) -> None:
+    from nanovllm.kernels.triton_transfer import push_blocks  # needs triton, which a machine without GPUs may lack
+
+    enable_peer_access(source.device, target.device)
+    push_blocks(source.kv_pool, target.kv_pool, source.device.tensor(np.array(pairs, dtype=np.int64)))
+
+
+def _stage_blocks(source: ModelRunner, target: ModelRunner, pairs: SequenceOf[BlockPair]) -> None:
+    for block, goal in pairs:
+        host = torch.empty(source.kv_pool[block].shape, dtype=source.kv_pool.dtype, pin_memory=True)
+        host.copy_(source.kv_pool[block], non_blocking=True)
+        staged = source.record_copy_event()
+        with target._copying():
+            wait_event(target.copy_stream, staged)
+            target.kv_pool[goal].copy_(host, non_blocking=True)
+
+
+COPY_METHODS = {"copy": _copy_blocks, "push": _push_blocks, "staged": _stage_blocks}
+
+
+def _checksum_layers(block: torch.Tensor) -> torch.Tensor:
+    """[num_layers] int64 of one block: its words, each times an odd number of its own, summed modulo 2^64."""
+    words = block.flatten(1).view(torch.int16).long()
+    return (words * torch.arange(1, 2 * words.shape[1], 2, device=words.device)).sum(dim=1)
 
 
 def _host_memory_bytes() -> int:

@@ -1,7 +1,7 @@
 """Which tokens of which requests run next, and who gives up blocks. Decides only: no torch, no devices.
 
-A request waits, gets a lease (its blocks in the decode pool) and prefill blocks, is prefilled in chunks, handed off
-and decoded. On one device the two pools are one object and the prefill blocks are the leased ones, held twice.
+A request waits, gets a lease (its blocks in the decode pool, and blocks to prefill into), is prefilled in chunks,
+handed off and decoded. On one device the two pools are one object, and the blocks to prefill into are the leased ones.
 """
 
 from __future__ import annotations
@@ -11,49 +11,55 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.sequence import Lease, Sequence, SequenceStatus
 from nanovllm.errors import OutOfKVCacheError
 from nanovllm.outputs import FinishReason
+
+BlockPair = tuple[int, int]
+"""A block of the prefill pool and the block of the decode pool that its KV goes to."""
 
 
 @dataclass(frozen=True)
 class PrefillChunk:
     """Tokens [start, end) of a request to run through the model; `is_last` samples a token after them.
 
-    `handoff` lists (prefill block, decode block) pairs whose KV is ready to cross once this chunk has run.
+    `handoff` lists the blocks whose KV is ready to cross to the decode pool once this chunk has run.
     """
 
     seq: Sequence
+    lease: Lease
     start: int
     end: int
     is_last: bool
-    handoff: tuple[tuple[int, int], ...]
+    handoff: tuple[BlockPair, ...]
+
+
+@dataclass(frozen=True)
+class DecodeRow:
+    """The last token of a request, to run through the model and sample after."""
+
+    seq: Sequence
+    lease: Lease
 
 
 @dataclass(frozen=True)
 class PrefillStep:
-    chunks: list[PrefillChunk]
-
-    def sequences(self) -> list[Sequence]:
-        return [chunk.seq for chunk in self.chunks]
+    rows: list[PrefillChunk]
 
     def halves(self) -> tuple[PrefillStep, PrefillStep] | None:
         """The step as two smaller ones, None if one request is all it has."""
-        middle = len(self.chunks) // 2
-        return (PrefillStep(self.chunks[:middle]), PrefillStep(self.chunks[middle:])) if middle else None
+        middle = len(self.rows) // 2
+        return (PrefillStep(self.rows[:middle]), PrefillStep(self.rows[middle:])) if middle else None
 
 
 @dataclass(frozen=True)
 class DecodeStep:
-    seqs: list[Sequence]
-
-    def sequences(self) -> list[Sequence]:
-        return self.seqs
+    rows: list[DecodeRow]
 
     def halves(self) -> tuple[DecodeStep, DecodeStep] | None:
         """The step as two smaller ones, None if one request is all it has."""
-        middle = len(self.seqs) // 2
-        return (DecodeStep(self.seqs[:middle]), DecodeStep(self.seqs[middle:])) if middle else None
+        middle = len(self.rows) // 2
+        return (DecodeStep(self.rows[:middle]), DecodeStep(self.rows[middle:])) if middle else None
 
 
 @dataclass(frozen=True)
@@ -67,9 +73,8 @@ class SchedulerLimits:
 class Scheduler:
     """First come, first served: a request is never overtaken by a younger one for a lease.
 
-    Whoever launches a scheduled step reports its end for every request in it (`prefill_done`, `decode_done`, or
-    `step_failed`), so that blocks in use by work in flight are freed only after it. One step of each kind is in
-    flight at a time.
+    Whoever launches a scheduled step or a handoff reports its end (`prefill_done`, `decode_done`, `release`), so that
+    blocks in use by work in flight are freed only after it. One step of each kind is in flight on a device at a time.
     """
 
     def __init__(self, limits: SchedulerLimits, prefill_pool: BlockManager, decode_pool: BlockManager) -> None:
@@ -79,17 +84,19 @@ class Scheduler:
         self.num_preemptions = 0
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
-        self._closing: list[Sequence] = []
+        self._closing: list[Lease] = []
+        """Leases that nobody wants any more and that work in flight still touches."""
         self._prefilled: list[Sequence] = []
         self._failed: list[Sequence] = []
 
     # Entering and leaving
 
     def add(self, seq: Sequence) -> None:
+        """Queues a request in the place of its arrival."""
         bisect.insort(self._waiting, seq, key=lambda waiting: waiting.request_id)
 
     def has_unfinished(self) -> bool:
-        return bool(self._waiting or self._running or self._closing)
+        return bool(self._waiting or self._running)
 
     def unfinished(self) -> list[Sequence]:
         """Requests that have not ended, oldest first."""
@@ -100,17 +107,28 @@ class Scheduler:
         assert not seq.is_finished, f"request {seq.request_id} finishes twice"
         (self._waiting if seq.status is SequenceStatus.WAITING else self._running).remove(seq)
         seq.status, seq.finish_reason, seq.error = SequenceStatus.FINISHED, reason, error
-        self._closing.append(seq)
-        self._close_if_idle(seq)
+        self._end_lease(seq)
 
     def preempt(self, seq: Sequence) -> None:
         """Takes all blocks from a running request and puts it back in its place in the queue, to be recomputed."""
-        assert seq.in_flight == 0, f"request {seq.request_id} is preempted with work in flight"
         self._running.remove(seq)
-        self._free_blocks(seq)
+        self._end_lease(seq)
         seq.status = SequenceStatus.WAITING
         self.add(seq)
         self.num_preemptions += 1
+
+    def fail(self, seq: Sequence, error: Exception) -> None:
+        """Something went wrong for this request alone: the first time it is recomputed, on the decode device."""
+        seq.failures += 1
+        if seq.failures == 1:
+            self.preempt(seq)
+        else:
+            self.give_up(seq, error)
+
+    def give_up(self, seq: Sequence, error: Exception) -> None:
+        """Ends a request by name; `get_failed_sequences` tells of it."""
+        self.finish(seq, "error", error)
+        self._failed.append(seq)
 
     def get_failed_sequences(self) -> list[Sequence]:
         """Requests that have ended with an error since the last call."""
@@ -119,27 +137,36 @@ class Scheduler:
 
     # Prefill
 
-    def schedule_prefill(self) -> PrefillStep | None:
-        """The next prefill step, or None if no request waits that could have a lease."""
-        budget = self._prefill_budget()
+    def schedule_prefill(self, pool: BlockManager | None = None) -> PrefillStep | None:
+        """The next step of the requests that are prefilled into `pool`, the prefill pool by default.
+
+        Into the decode pool go, besides all requests where there is one pool, those that failed once and those that
+        have outgrown the prefill pool. None if there is nothing to run, or no lease to be had.
+        """
+        pool = self.prefill_pool if pool is None else pool
+        budget = self._prefill_budget(pool)
         chunks: list[PrefillChunk] = []
-        candidates = self._prefill_candidates()
+        candidates = self._prefill_candidates(pool)
         while budget > 0 and (seq := next(candidates, None)) is not None:
             chunk = self._next_chunk(seq, budget)
             budget -= chunk.end - chunk.start
             chunks.append(chunk)
         return PrefillStep(chunks) if chunks else None
 
-    def prefill_done(self, chunk: PrefillChunk) -> None:
-        """The chunk has run: its full blocks are shareable on the prefill device."""
-        seq = chunk.seq
-        if not seq.is_finished:
-            assert seq.prefill_pool is not None, "a request that is prefilled has a prefill pool"
-            seq.prefill_pool.cache(seq, seq.prefill_table, chunk.start, chunk.end)
+    def prefill_done(self, chunk: PrefillChunk) -> bool:
+        """The chunk has run: its full blocks are shareable where it ran.
+
+        Returns whether it still counts: False if the request has ended or lost its lease meanwhile.
+        """
+        seq, lease = chunk.seq, chunk.lease
+        counts = seq.lease is lease
+        if counts:
+            lease.prefill_pool.cache(seq, lease.prefill_table, chunk.start, chunk.end)
             if chunk.is_last:
                 seq.status = SequenceStatus.HANDING_OFF
                 self._prefilled.append(seq)
-        self.release(seq)
+        self.release(lease)
+        return counts
 
     def get_prefilled_sequences(self) -> list[Sequence]:
         """Requests whose prefill has ended since the last call and which have not ended themselves."""
@@ -149,10 +176,11 @@ class Scheduler:
     def handoff_done(self, seq: Sequence) -> None:
         """All KV of the request is in the decode pool: it is shareable there, and the prefill blocks return."""
         assert seq.status is SequenceStatus.HANDING_OFF, f"request {seq.request_id} was not being handed off"
-        assert seq.prefill_pool is not None, "a request that is handed off has a prefill pool"
-        self.decode_pool.cache(seq, seq.decode_table, 0, seq.num_prefilled_tokens)
-        seq.prefill_pool.free(seq.prefill_table)
-        seq.prefill_table, seq.prefill_pool = [], None
+        assert seq.lease is not None, f"request {seq.request_id} is handed off without a lease"
+        lease = seq.lease
+        self.decode_pool.cache(seq, lease.decode_table, 0, seq.num_prefilled_tokens)
+        lease.prefill_pool.free(lease.prefill_table)
+        lease.prefill_table = []
         seq.status = SequenceStatus.DECODING
 
     # Decode
@@ -161,146 +189,154 @@ class Scheduler:
         """One token for every request that decodes and has, or can get, the block its KV goes to.
 
         Where the pool runs out, the youngest request is preempted. A request that cannot get a block while all
-        others that hold some have work in flight sits this step out.
+        younger ones that hold some have work in flight sits this step out.
         """
-        seqs: list[Sequence] = []
+        rows: list[DecodeRow] = []
         for seq in sorted(self._running, key=lambda seq: seq.request_id):
             if seq.status is SequenceStatus.DECODING and self._grow(seq):
-                self.hold(seq)
-                seqs.append(seq)
-        return DecodeStep(seqs) if seqs else None
+                assert seq.lease is not None, f"request {seq.request_id} decodes without a lease"
+                self.hold(seq.lease)
+                rows.append(DecodeRow(seq, seq.lease))
+        return DecodeStep(rows) if rows else None
 
-    def decode_done(self, seq: Sequence) -> None:
-        """The step has run: the KV of the token it was fed is in the decode pool."""
-        self.release(seq)
+    def decode_done(self, row: DecodeRow) -> bool:
+        """The step has run: the KV of the token it was fed is in the decode pool.
 
-    def step_failed(self, seq: Sequence, error: Exception, retry: bool) -> None:
-        """A step that held the request failed because of it: it is recomputed from the start, or ends by name."""
-        self.release(seq)
-        if seq.is_finished:
-            return
-        seq.failures += 1
-        if retry:
-            self.preempt(seq)
-        else:
-            self._fail(seq, error)
+        Returns whether it still counts: False if the request has ended or lost its lease meanwhile.
+        """
+        self.release(row.lease)
+        return row.seq.lease is row.lease
 
     def token_appended(self, seq: Sequence) -> None:
         """A decoding request got a token: the block that its predecessor filled, if it did, is shareable."""
         num_computed = seq.num_tokens - 1
         if seq.status is SequenceStatus.DECODING and num_computed % self.decode_pool.block_size == 0:
+            assert seq.lease is not None, f"request {seq.request_id} decodes without a lease"
             start = num_computed - self.decode_pool.block_size
-            self.decode_pool.cache(seq, seq.decode_table, start, num_computed)
+            self.decode_pool.cache(seq, seq.lease.decode_table, start, num_computed)
 
     # Work in flight
 
-    def hold(self, seq: Sequence) -> None:
-        """Work that touches the request's blocks was launched."""
-        seq.in_flight += 1
+    def hold(self, lease: Lease) -> None:
+        """Work that touches the lease's blocks was launched."""
+        lease.in_flight += 1
 
-    def release(self, seq: Sequence) -> None:
+    def release(self, lease: Lease) -> None:
         """Such work has ended."""
-        assert seq.in_flight > 0, f"request {seq.request_id} has no work in flight"
-        seq.in_flight -= 1
-        self._close_if_idle(seq)
+        assert lease.in_flight > 0, "no work is in flight on this lease"
+        lease.in_flight -= 1
+        if lease.in_flight == 0 and lease in self._closing:
+            self._closing.remove(lease)
+            self._free(lease)
 
     def check_integrity(self) -> None:
         """Asserts that every block of both pools is accounted for."""
-        holders = [*self._running, *self._closing]
+        leases = [*self._closing, *(seq.lease for seq in self._running if seq.lease is not None)]
         for pool in {id(pool): pool for pool in (self.prefill_pool, self.decode_pool)}.values():
-            tables = [seq.prefill_table for seq in holders if seq.prefill_pool is pool]
+            tables = [lease.prefill_table for lease in leases if lease.prefill_pool is pool]
             if pool is self.decode_pool:
-                tables += [seq.decode_table for seq in holders]
+                tables += [lease.decode_table for lease in leases]
             pool.check_integrity(tables)
+        for seq in self._running:
+            assert seq.lease is not None, f"request {seq.request_id} is {seq.status} without a lease"
         for seq in self._waiting:
-            assert seq.prefill_table == seq.decode_table == [], f"waiting request {seq.request_id} holds blocks"
+            assert seq.lease is None, f"waiting request {seq.request_id} holds a lease"
             assert seq.status is SequenceStatus.WAITING, f"request {seq.request_id} waits but is {seq.status}"
 
     # Inside
 
-    def _prefill_budget(self) -> int:
-        shares_device = self.prefill_pool is self.decode_pool
-        if shares_device and any(seq.status is SequenceStatus.DECODING for seq in self._running):
-            return min(self.limits.prefill_chunk_tokens, self.limits.max_num_batched_tokens)
-        return self.limits.max_num_batched_tokens
+    def _prefill_pool_of(self, seq: Sequence) -> BlockManager:
+        outgrown = self.prefill_pool.blocks_for(seq.num_tokens) > self.prefill_pool.num_blocks
+        return self.decode_pool if seq.failures or outgrown else self.prefill_pool
 
-    def _prefill_candidates(self) -> Iterator[Sequence]:
+    def _prefill_budget(self, pool: BlockManager) -> int:
+        if pool is not self.decode_pool:
+            return self.limits.max_num_batched_tokens
+        chunk_tokens = min(self.limits.prefill_chunk_tokens, self.limits.max_num_batched_tokens)
+        decoding = any(seq.status is SequenceStatus.DECODING for seq in self._running)
+        # A device of its own for decode has workspace for chunks of this size only.
+        return chunk_tokens if decoding or pool is not self.prefill_pool else self.limits.max_num_batched_tokens
+
+    def _prefill_candidates(self, pool: BlockManager) -> Iterator[Sequence]:
         """Requests with tokens left to prefill, oldest lease first, then those of the queue that get a lease."""
         for seq in list(self._running):
-            if seq.status is SequenceStatus.PREFILLING and seq.num_prefilled_tokens < seq.num_tokens:
+            unfinished = seq.status is SequenceStatus.PREFILLING and seq.num_prefilled_tokens < seq.num_tokens
+            if unfinished and seq.lease is not None and seq.lease.prefill_pool is pool:
                 yield seq
-        while self._waiting and len(self._running) + len(self._closing) < self.limits.max_num_seqs:
-            seq = self._waiting[0]
-            if not self._admit(seq):
+        for seq in [seq for seq in self._waiting if self._prefill_pool_of(seq) is pool]:
+            if len(self._running) + len(self._closing) >= self.limits.max_num_seqs or not self._admit(seq, pool):
                 return
-            del self._waiting[0]
+            self._waiting.remove(seq)
             self._running.append(seq)
             yield seq
 
-    def _admit(self, seq: Sequence) -> bool:
-        """Grants the lease and the prefill blocks, or neither."""
-        cached = self.decode_pool.match_prefix(seq, self._max_shared_tokens(seq, self.decode_pool))
-        lease = self.decode_pool.take(cached, self._lease_blocks(seq))
-        if lease is None:
+    def _admit(self, seq: Sequence, pool: BlockManager) -> bool:
+        """Grants blocks in the decode pool and in the pool to prefill into, or none."""
+        into_decode_pool = pool is self.decode_pool
+        # A prefill must run at least the last token to have logits; what is handed off may all be there already.
+        most_cached = seq.num_tokens - 1 if into_decode_pool else seq.num_tokens
+        cached = self.decode_pool.match_prefix(seq, most_cached)
+        decode_table = self.decode_pool.take(cached, self._lease_blocks(seq))
+        if decode_table is None:
             return False
-        if self.prefill_pool is self.decode_pool:
-            table, num_cached = lease[: self.decode_pool.blocks_for(seq.num_tokens)], len(cached)
-            self.prefill_pool.share(table)
+        if into_decode_pool:
+            hit = cached
+            prefill_table = decode_table[: pool.blocks_for(seq.num_tokens)]
+            pool.share(prefill_table)
         else:
-            hit = self.prefill_pool.match_prefix(seq, self._max_shared_tokens(seq, self.prefill_pool))
-            granted = self.prefill_pool.take(hit, self.prefill_pool.blocks_for(seq.num_tokens))
+            hit = pool.match_prefix(seq, seq.num_tokens - 1)
+            granted = pool.take(hit, pool.blocks_for(seq.num_tokens))
             if granted is None:
-                self.decode_pool.free(lease)
+                self.decode_pool.free(decode_table)
                 return False
-            table, num_cached = granted, len(hit)
-        seq.decode_table, seq.num_handed_off_blocks = lease, len(cached)
-        seq.prefill_table, seq.prefill_pool = table, self.prefill_pool
-        seq.num_prefilled_tokens = num_cached * self.prefill_pool.block_size
+            prefill_table = granted
+        seq.lease = Lease(decode_table, prefill_table, pool, num_handed_off_blocks=len(cached))
+        seq.num_prefilled_tokens = len(hit) * pool.block_size
         seq.status = SequenceStatus.PREFILLING
         return True
-
-    def _max_shared_tokens(self, seq: Sequence, pool: BlockManager) -> int:
-        """A prefill must run at least the last token to have logits; a decode pool may hold the whole of it."""
-        return seq.num_tokens - 1 if pool is self.prefill_pool else seq.num_tokens
 
     def _lease_blocks(self, seq: Sequence) -> int:
         """The request's blocks plus one to grow into, if it may grow that far and the pool has one."""
         needed = self.decode_pool.blocks_for(seq.num_tokens)
-        num_output_left = seq.params.max_tokens - seq.num_output_tokens
-        most_tokens = min(seq.num_tokens + num_output_left - 1, self.limits.max_model_len)
+        most_tokens = min(seq.num_tokens + self._num_output_left(seq) - 1, self.limits.max_model_len)
         most = max(needed, min(self.decode_pool.blocks_for(most_tokens), self.decode_pool.num_blocks))
         return min(needed + 1, most)
 
+    def _num_output_left(self, seq: Sequence) -> int:
+        return seq.params.max_tokens - seq.num_output_tokens
+
     def _next_chunk(self, seq: Sequence, budget: int) -> PrefillChunk:
+        assert seq.lease is not None, f"request {seq.request_id} is prefilled without a lease"
         start = seq.num_prefilled_tokens
         end = min(seq.num_tokens, start + budget)
         seq.num_prefilled_tokens = end
-        self.hold(seq)
+        self.hold(seq.lease)
         is_last = end == seq.num_tokens
-        return PrefillChunk(seq, start, end, is_last, self._handoff_pairs(seq, end, is_last))
+        return PrefillChunk(seq, seq.lease, start, end, is_last, self._handoff_pairs(seq, seq.lease, end, is_last))
 
-    def _handoff_pairs(self, seq: Sequence, end: int, is_last: bool) -> tuple[tuple[int, int], ...]:
+    def _handoff_pairs(self, seq: Sequence, lease: Lease, end: int, is_last: bool) -> tuple[BlockPair, ...]:
         """Blocks that are complete once the tokens before `end` are computed, and that the decode pool lacks."""
-        if seq.prefill_pool is self.decode_pool:
+        if lease.prefill_pool is self.decode_pool or self._num_output_left(seq) == 1:
             return ()
-        first = seq.num_handed_off_blocks
-        last = self.decode_pool.blocks_for(end) if is_last else end // self.decode_pool.block_size
-        seq.num_handed_off_blocks = max(first, last)
-        return tuple(zip(seq.prefill_table[first:last], seq.decode_table[first:last], strict=True))
+        first = lease.num_handed_off_blocks
+        complete = self.decode_pool.blocks_for(end) if is_last else end // self.decode_pool.block_size
+        last = max(first, complete)
+        lease.num_handed_off_blocks = last
+        return tuple(zip(lease.prefill_table[first:last], lease.decode_table[first:last], strict=True))
 
     def _grow(self, seq: Sequence) -> bool:
         """Makes room for the KV of the last token; False if the request cannot decode in this step."""
-        while (needed := self.decode_pool.blocks_for(seq.num_tokens)) > len(seq.decode_table):
+        assert seq.lease is not None, f"request {seq.request_id} grows without a lease"
+        while (needed := self.decode_pool.blocks_for(seq.num_tokens)) > len(seq.lease.decode_table):
             if needed > self.decode_pool.num_blocks:
-                self._fail(seq, self._does_not_fit(seq))
+                self.give_up(seq, self._does_not_fit(seq))
                 return False
             block = self.decode_pool.take((), 1)
             if block is not None:
-                seq.decode_table += block
+                seq.lease.decode_table += block
                 continue
-            others = [other for other in self._running if other is not seq]
-            younger = [other for other in others if other.request_id > seq.request_id]
-            idle = [other for other in younger if other.in_flight == 0]
+            younger = [other for other in self._running if other.request_id > seq.request_id and other.lease]
+            idle = [other for other in younger if other.lease is not None and other.lease.in_flight == 0]
             if idle:
                 self.preempt(max(idle, key=lambda other: other.request_id))
             elif younger or self._closing:
@@ -310,10 +346,6 @@ class Scheduler:
                 return False
         return True
 
-    def _fail(self, seq: Sequence, error: Exception) -> None:
-        self.finish(seq, "error", error)
-        self._failed.append(seq)
-
     def _does_not_fit(self, seq: Sequence) -> OutOfKVCacheError:
         return OutOfKVCacheError(
             f"request {seq.request_id} has {seq.num_tokens} tokens and cannot grow: the KV pool of "
@@ -321,14 +353,15 @@ class Scheduler:
             "raise num_kvcache_blocks or gpu_memory_utilization, or lower max_tokens"
         )
 
-    def _close_if_idle(self, seq: Sequence) -> None:
-        if seq.is_finished and seq.in_flight == 0:
-            self._closing.remove(seq)
-            self._free_blocks(seq)
+    def _end_lease(self, seq: Sequence) -> None:
+        lease, seq.lease, seq.num_prefilled_tokens = seq.lease, None, 0
+        if lease is None:
+            return
+        if lease.in_flight:
+            self._closing.append(lease)
+        else:
+            self._free(lease)
 
-    def _free_blocks(self, seq: Sequence) -> None:
-        if seq.prefill_pool is not None:
-            seq.prefill_pool.free(seq.prefill_table)
-        self.decode_pool.free(seq.decode_table)
-        seq.prefill_table, seq.decode_table, seq.prefill_pool = [], [], None
-        seq.num_prefilled_tokens = seq.num_handed_off_blocks = 0
+    def _free(self, lease: Lease) -> None:
+        lease.prefill_pool.free(lease.prefill_table)
+        self.decode_pool.free(lease.decode_table)

@@ -29,12 +29,26 @@ class SequenceStatus(Enum):
 
 
 @dataclass(eq=False)
-class Sequence:
-    """A request on its way through the engine.
+class Lease:
+    """The KV blocks that a request holds, in token order, from before its prefill until it ends or is preempted.
 
-    `token_ids` holds prompt and output. `prefill_table` and `decode_table` list the ids of the KV blocks that the
-    request holds in either pool, in token order; with one pool they list the same blocks, held twice.
+    With one pool both tables list the same blocks, held twice. A lease outlives its request's interest in it while
+    work in flight touches the blocks.
     """
+
+    decode_table: list[int]
+    prefill_table: list[int]
+    prefill_pool: BlockManager
+    """The pool of `prefill_table`: where the request is prefilled."""
+    num_handed_off_blocks: int
+    """Leading blocks of `decode_table` whose KV was there before the lease, or was sent there since."""
+    in_flight: int = 0
+    """Steps and copies in flight that touch the blocks; while above 0, none is freed."""
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request on its way through the engine. `token_ids` holds prompt and output."""
 
     request_id: int
     prompt_token_ids: list[int]
@@ -50,16 +64,9 @@ class Sequence:
     finish_reason: FinishReason | None = None
     error: Exception | None = None
 
-    prefill_pool: BlockManager | None = None
-    """The pool its prefill writes to, set when the lease is granted."""
-    prefill_table: list[int] = field(default_factory=list)
-    decode_table: list[int] = field(default_factory=list)
+    lease: Lease | None = None
     num_prefilled_tokens: int = 0
     """Tokens whose KV is in the prefill pool, or will be once the steps in flight have ended."""
-    num_handed_off_blocks: int = 0
-    """Leading blocks of `decode_table` whose KV was there before the lease, or was sent there since."""
-    in_flight: int = 0
-    """Steps and copies in flight that touch its blocks; while above 0, no block is freed."""
     failures: int = 0
 
     first_token_s: float | None = None

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nanovllm.errors import ModelLoadError, RequestError
+from nanovllm.errors import ModelLoadError, RequestError, shown
 from nanovllm.utils.loader import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
@@ -31,8 +31,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     return tokenizer
 
 
-def end_of_sequence_ids(folder: Path, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
+def end_of_sequence_ids(
+    folder: Path, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
+) -> frozenset[int]:
     """Tokens that end a text: generation_config.json's (or else config.json's), and the tokenizer's own.
+
+    Ids that the model cannot sample are left out.
 
     Raises:
         ModelLoadError: an entry is not a token id or a list of them.
@@ -42,21 +46,25 @@ def end_of_sequence_ids(folder: Path, config: dict[str, Any], tokenizer: PreTrai
     if listed is None:
         listed = config.get("eos_token_id")
     ids = [] if listed is None else listed if isinstance(listed, list) else [listed]
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-        raise ModelLoadError(f"eos_token_id={listed!r} in {folder} is not a token id or a list of them")
+    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
+        raise ModelLoadError(f"eos_token_id={shown(listed)} in {folder} is not a token id or a list of them")
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         ids = [*ids, tokenizer.eos_token_id]
-    return set(ids)
+    return frozenset(token for token in ids if token < vocab_size)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase | None, text: str, *, add_special_tokens: bool = True) -> list[int]:
     """Token ids of a text prompt.
 
     Raises:
-        RequestError: the checkpoint has no tokenizer.
+        RequestError: the checkpoint has no tokenizer, or the text is not valid Unicode.
     """
     if tokenizer is None:
         raise RequestError("this checkpoint has no tokenizer files; pass the prompt as a list of token ids")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the prompt is not valid Unicode ({error}); remove the lone surrogate") from error
     return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
 
@@ -68,14 +76,14 @@ def render_chat(tokenizer: PreTrainedTokenizerBase | None, messages: Any) -> str
     """
     if tokenizer is None or not tokenizer.chat_template:
         raise RequestError("this checkpoint has no chat template; use generate() with a prompt of your own")
-    well_formed = isinstance(messages, list) and all(
+    well_formed = isinstance(messages, (list, tuple)) and all(
         isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
         for message in messages
     )
     if not well_formed or not messages:
-        raise RequestError(f"messages={messages!r} is not a non-empty list of dicts with 'role' and 'content'")
+        raise RequestError(f"messages={shown(messages)} is not a non-empty list of dicts with 'role' and 'content'")
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
     except Exception as error:  # whatever the template raises, the conversation does not fit it
         raise RequestError(f"the chat template refuses these messages: {error}") from error
 

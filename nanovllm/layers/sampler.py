@@ -99,4 +99,5 @@ def _filter(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_
     kept = kept / kept.sum(dim=-1, keepdim=True)
     top_p = top_p.unsqueeze(1)
     keep &= (kept.cumsum(dim=-1) - kept < top_p) | (top_p >= 1.0)
+    keep[:, 0] = True  # whatever rounding makes of the parameters, the most probable token stays
     return scaled.scatter(1, order, torch.where(keep, ordered, float("-inf")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanovllm.errors import ModelLoadError
+from nanovllm.errors import ModelLoadError, shown
 from nanovllm.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
 MODEL_CLASSES: dict[str, type[Qwen3ForCausalLM]] = {"Qwen3ForCausalLM": Qwen3ForCausalLM}
@@ -18,6 +18,8 @@ def resolve_model(config: dict[str, Any]) -> tuple[type[Qwen3ForCausalLM], Qwen3
     """
     architectures = config.get("architectures")
     for name in architectures if isinstance(architectures, list) else ():
-        if name in MODEL_CLASSES:
+        if isinstance(name, str) and name in MODEL_CLASSES:
             return MODEL_CLASSES[name], Qwen3Config.from_dict(config)
-    raise ModelLoadError(f"architectures={architectures!r} is not supported; supported: {', '.join(MODEL_CLASSES)}")
+    raise ModelLoadError(
+        f"architectures={shown(architectures)} is not supported; supported: {', '.join(MODEL_CLASSES)}"
+    )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanovllm.errors import ModelLoadError
+from nanovllm.errors import ModelLoadError, shown
 from nanovllm.kernels import AttentionBackend, AttentionMetadata
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.attention import PagedAttention
@@ -53,8 +53,13 @@ class Qwen3Config:
         Raises:
             ModelLoadError: a field is missing or of the wrong type, or asks for something that is not supported.
         """
-        if config.get("use_sliding_window"):
-            raise ModelLoadError("use_sliding_window=true is not supported; only full attention is")
+        if config.get("quantization_config") is not None:
+            raise ModelLoadError(
+                "quantization_config is not supported; pass a checkpoint in float32, float16 or bfloat16"
+            )
+        layer_types = config.get("layer_types") or []
+        if _flag(config, "use_sliding_window") or any(kind != "full_attention" for kind in layer_types):
+            raise ModelLoadError("sliding-window attention is not supported; only full attention is")
         if config.get("hidden_act", "silu") != "silu":
             raise ModelLoadError(f"hidden_act={config['hidden_act']!r} is not supported; only 'silu' is")
         heads = _positive(config, "num_attention_heads")
@@ -75,8 +80,8 @@ class Qwen3Config:
             head_dim=head_dim,
             rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
             max_position_embeddings=_positive(config, "max_position_embeddings"),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            attention_bias=bool(config.get("attention_bias", False)),
+            tie_word_embeddings=_flag(config, "tie_word_embeddings"),
+            attention_bias=_flag(config, "attention_bias"),
             rope=_rope_config(config, head_dim),
         )
 
@@ -324,13 +329,18 @@ class Qwen3ForCausalLM(nn.Module):
 
 def _rope_config(config: dict[str, Any], head_dim: int) -> RopeConfig:
     # `rope_parameters` since transformers 5; before, `rope_theta` and an optional `rope_scaling`.
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        raise ModelLoadError(f"config.json: rope parameters {shown(given)} are not an object")
+    rope = given
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ROPE_TYPES:
-        raise ModelLoadError(f"rope type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+        raise ModelLoadError(f"rope type {shown(rope_type)} is not supported; supported: {', '.join(ROPE_TYPES)}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ModelLoadError(f"partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported; only 1.0 is")
-    theta = _number(rope, "rope_theta", config.get("rope_theta", 10000.0))
+    theta = _number(rope if "rope_theta" in rope else config, "rope_theta", 10000.0)
+    if theta <= 1.0:
+        raise ModelLoadError(f"config.json: rope_theta={theta} is not above 1")
     if rope_type == "default":
         return RopeConfig(head_dim, theta)
     if "factor" not in rope:
@@ -347,12 +357,12 @@ def _rope_config(config: dict[str, Any], head_dim: int) -> RopeConfig:
         original_max_positions=_positive(
             {"original_max_position_embeddings": original}, "original_max_position_embeddings"
         ),
-        beta_fast=rope.get("beta_fast") or 32.0,
-        beta_slow=rope.get("beta_slow") or 1.0,
-        attention_factor=rope.get("attention_factor"),
-        mscale=rope.get("mscale"),
-        mscale_all_dim=rope.get("mscale_all_dim"),
-        truncate=rope.get("truncate", True),
+        beta_fast=_number(rope, "beta_fast", 32.0),
+        beta_slow=_number(rope, "beta_slow", 1.0),
+        attention_factor=_optional_number(rope, "attention_factor"),
+        mscale=_optional_number(rope, "mscale"),
+        mscale_all_dim=_optional_number(rope, "mscale_all_dim"),
+        truncate=_flag(rope, "truncate", default=True),
     )
 
 
@@ -360,13 +370,28 @@ def _positive(config: dict[str, Any], name: str, default: int | None = None) -> 
     value = config.get(name, default)
     if value is None and default is not None:
         value = default
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ModelLoadError(f"config.json: {name}={value!r} is not a positive integer")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        raise ModelLoadError(f"config.json: {name}={shown(value)} is not a positive integer")
     return value
 
 
 def _number(config: dict[str, Any], name: str, default: float | None = None) -> float:
-    value = config.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        raise ModelLoadError(f"config.json: {name}={value!r} is not a positive number")
-    return float(value)
+    value = config.get(name)
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ModelLoadError(f"config.json: {name}={shown(value)} is not a positive number")
+    return float(min(value, 1e300))
+
+
+def _optional_number(config: dict[str, Any], name: str) -> float | None:
+    return None if config.get(name) is None else _number(config, name)
+
+
+def _flag(config: dict[str, Any], name: str, *, default: bool = False) -> bool:
+    value = config.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise ModelLoadError(f"config.json: {name}={shown(value)} is not true or false")
+    return value

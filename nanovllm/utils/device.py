@@ -7,6 +7,7 @@ can stand for several GPUs.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,6 +28,12 @@ class DoneEvent:
 
 
 Event = torch.cuda.Event | DoneEvent
+
+
+def wait_event(stream: torch.cuda.Stream | None, event: Event | None) -> None:
+    """What is launched on `stream` from now on runs after `event`; nothing to do on a CPU, or for no event."""
+    if stream is not None and isinstance(event, torch.cuda.Event):
+        stream.wait_event(event)
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,39 @@ class Device:
             torch.cuda.empty_cache()
             free, total = torch.cuda.mem_get_info(self.index)
         return free, total
+
+
+def peer_access(source: Device, target: Device) -> bool:
+    """Whether kernels of `source` may read and write `target`'s memory."""
+    if not (source.is_cuda and target.is_cuda):
+        return False
+    return torch.cuda.can_device_access_peer(source.index, target.index)
+
+
+@functools.cache
+def enable_peer_access(source: Device, target: Device) -> None:
+    """Lets kernels of `source` write to `target`'s memory: torch enables that with the first copy between the two."""
+    torch.zeros(1, device=source.torch_device).to(target.torch_device)
+
+
+def resolve_device_pair(option: str, first: int, second: int) -> tuple[Device, Device]:
+    """Two GPUs by their ids, or two logical CPU devices if `option` is `cpu`.
+
+    Raises:
+        ConfigError: there are fewer than two GPUs, or not these two.
+    """
+    if option == "cpu":
+        return Device("cpu", first), Device("cpu", second)
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if num_gpus < 2:
+        raise ConfigError(
+            f"enable_two_gpu_pd needs two GPUs and torch sees {num_gpus}; leave it out to use one device, or pass "
+            "device='cpu' to try it on two logical CPU devices"
+        )
+    for index in (first, second):
+        if index >= num_gpus:
+            raise ConfigError(f"device id {index} does not exist; torch sees GPUs 0 to {num_gpus - 1}")
+    return Device("cuda", first), Device("cuda", second)
 
 
 def resolve_device(option: str) -> Device:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nanovllm.errors import ModelLoadError
+from nanovllm.errors import ModelLoadError, shown
 
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth")
 
 
@@ -27,7 +28,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ModelLoadError(f"{path} is not valid JSON ({error}); download the checkpoint again") from error
     if not isinstance(value, dict):
         raise ModelLoadError(f"{path} holds a {type(value).__name__}, not an object; download the checkpoint again")
@@ -41,9 +42,13 @@ def checkpoint_folder(model: str) -> Path:
         ModelLoadError: it is not there, not a folder, or has no config.
     """
     if not isinstance(model, str) or not model:
-        raise ModelLoadError(f"model={model!r} is not a path; pass the folder of a Hugging Face checkpoint")
-    folder = Path(model).expanduser()
-    if not folder.exists():
+        raise ModelLoadError(f"model={shown(model)} is not a path; pass the folder of a Hugging Face checkpoint")
+    try:
+        folder = Path(model).expanduser()
+        exists = folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelLoadError(f"model path {shown(model)} is not usable ({error}); pass a folder") from error
+    if not exists:
         raise ModelLoadError(f"model path {model!r} does not exist; pass the folder of a Hugging Face checkpoint")
     if not folder.is_dir():
         raise ModelLoadError(f"model path {model!r} is a file; pass the folder that holds config.json and the weights")
@@ -59,12 +64,17 @@ def load_weights(folder: Path, targets: dict[str, torch.Tensor], ignored: Iterab
         ModelLoadError: weights are missing, unexpected, misshapen, truncated or not in safetensors.
     """
     files = _safetensors_files(folder)
-    where = {name: path for path, names in _tensor_names(files).items() for name in names}
+    where: dict[str, Path] = {}
+    for path, names in _tensor_names(files).items():
+        for name in names:
+            if name in where:
+                raise ModelLoadError(f"tensor {name!r} is in both {where[name].name} and {path.name} of {folder}")
+            where[name] = path
     _check_names(folder, set(where), set(targets), set(ignored))
     for path in files:
         with _open(path) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-                if name in targets and where[name] == path:
+                if name in targets:
                     _copy(path, name, tensors, targets[name])
 
 
@@ -83,14 +93,15 @@ def _safetensors_files(folder: Path) -> list[Path]:
         shards = index.get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise ModelLoadError(f"{folder / 'model.safetensors.index.json'} has no weight_map; download it again")
-        files = sorted({folder / str(shard) for shard in shards.values()})
-        missing = [path.name for path in files if not path.is_file()]
-        if missing:
-            raise ModelLoadError(f"the index of {folder} names shards that are not there: {', '.join(missing)}")
-        outside = [path.name for path in files if path.resolve().parent != folder.resolve() and not path.is_symlink()]
+        names = sorted({str(shard) for shard in shards.values()})
+        outside = [name for name in names if Path(name).name != name]
         if outside:
             raise ModelLoadError(f"the index of {folder} names files outside the folder: {', '.join(outside)}")
-        return files
+        there = {path.name for path in folder.iterdir() if path.is_file()}
+        missing = [name for name in names if name not in there]
+        if missing:
+            raise ModelLoadError(f"the index of {folder} names shards that are not there: {_some(missing, 'shard')}")
+        return [folder / name for name in names]
     files = sorted(folder.glob("*.safetensors"))
     if files:
         return files
@@ -129,7 +140,7 @@ def _copy(path: Path, name: str, tensors: Any, target: torch.Tensor) -> None:
         raise ModelLoadError(
             f"{path}: tensor {name!r} has shape {list(tensor.shape)}, config.json implies {list(target.shape)}"
         )
-    if not tensor.is_floating_point():
+    if tensor.dtype not in WEIGHT_DTYPES:
         raise ModelLoadError(f"{path}: tensor {name!r} is {tensor.dtype}; quantized weights are not supported")
     target.copy_(tensor)
 
@@ -144,6 +155,6 @@ def _check_names(folder: Path, found: set[str], wanted: set[str], ignored: set[s
         raise ModelLoadError(f"{folder} has {_some(unexpected)}, which no layer of config.json takes")
 
 
-def _some(names: list[str]) -> str:
+def _some(names: list[str], what: str = "tensor") -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"tensor{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{more}"
+    return f"{what}{'s' if len(names) > 1 else ''} {', '.join(name[:200] for name in names[:3])}{more}"

@@ -1,0 +1,181 @@
+"""Makes the parts of an engine out of its options: resolves every `auto` and places runners on devices."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from nanovllm.config import EngineConfig
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.kv_transfer import KVTransfer, NoTransfer, PeerTransfer, resolve_handoff
+from nanovllm.engine.model_runner import ModelRunner, RunnerSpec
+from nanovllm.engine.requests import RequestIntake
+from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
+from nanovllm.engine.tokenizer import end_of_sequence_ids, load_tokenizer
+from nanovllm.errors import ConfigError, ModelLoadError, shown
+from nanovllm.kernels import BackendRequirements, resolve_backend
+from nanovllm.models import resolve_model
+from nanovllm.models.qwen3 import Qwen3Config
+from nanovllm.utils.device import Device, resolve_device, resolve_device_pair
+from nanovllm.utils.loader import checkpoint_folder, read_json
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_MODEL_LEN = 4096
+
+
+@dataclass(frozen=True)
+class EngineParts:
+    tokenizer: PreTrainedTokenizerBase | None
+    prefill_runner: ModelRunner
+    decode_runner: ModelRunner
+    kv_transfer: KVTransfer
+    scheduler: Scheduler
+    intake: RequestIntake
+
+
+def build_engine(config: EngineConfig) -> EngineParts:
+    """The parts of an engine.
+
+    Raises:
+        ConfigError: an option contradicts the checkpoint or the machine.
+        ModelLoadError: the checkpoint cannot be served, or its weights do not fit.
+        BackendUnavailableError: the attention backend that was asked for cannot serve.
+        OutOfKVCacheError: a KV pool does not fit.
+    """
+    folder = checkpoint_folder(config.model)
+    hf_config = read_json(folder, "config.json") or {}
+    devices = resolve_devices(config)
+    spec = runner_spec(config, folder, hf_config, devices[0])
+    tokenizer = load_tokenizer(folder)
+    eos_ids = end_of_sequence_ids(folder, hf_config, tokenizer, spec.model_config.vocab_size)
+    prefill_runner, decode_runner, kv_transfer = build_runners(config, spec, devices)
+    scheduler = build_scheduler(config, spec, prefill_runner, decode_runner)
+    pools = (scheduler.prefill_pool, scheduler.decode_pool)
+    intake = RequestIntake(
+        tokenizer=tokenizer,
+        vocab_size=spec.model_config.vocab_size,
+        max_model_len=spec.max_model_len,
+        pool_tokens=min(pool.num_blocks * pool.block_size for pool in pools),
+        eos_ids=eos_ids,
+        seed=config.seed,
+    )
+    return EngineParts(tokenizer, prefill_runner, decode_runner, kv_transfer, scheduler, intake)
+
+
+def resolve_devices(config: EngineConfig) -> tuple[Device, Device]:
+    """Prefill device and decode device; the same one twice unless there are to be two.
+
+    Raises:
+        ConfigError: a device does not exist.
+    """
+    if config.enable_two_gpu_pd:
+        return resolve_device_pair(config.device, config.prefill_device_id, config.decode_device_id)
+    device = resolve_device(config.device)
+    return device, device
+
+
+def runner_spec(config: EngineConfig, folder: Path, hf_config: dict[str, Any], device: Device) -> RunnerSpec:
+    """What the runners have in common, with every `auto` and None of the options resolved."""
+    model_class, model_config = resolve_model(hf_config)
+    dtype = resolve_dtype(config.dtype, hf_config, device)
+    needs = BackendRequirements(device.kind, dtype, model_config.head_dim, config.kvcache_block_size)
+    attention = resolve_backend(config.attention_backend, needs)
+    logger.info(
+        "%s on %s: attention backend %s (%s), %s, blocks of %d tokens",
+        folder.name,
+        device.kind,
+        attention.backend.name,
+        attention.reason,
+        dtype,
+        attention.block_size,
+    )
+    return RunnerSpec(
+        folder=folder,
+        model_class=model_class,
+        model_config=model_config,
+        attention=attention,
+        dtype=dtype,
+        load_format=config.load_format,
+        seed=config.seed,
+        max_model_len=resolve_max_model_len(config.max_model_len, model_config),
+        max_num_seqs=config.max_num_seqs,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        num_kvcache_blocks=config.num_kvcache_blocks,
+    )
+
+
+def resolve_dtype(option: str, hf_config: dict[str, Any], device: Device) -> torch.dtype:
+    """The type of weights and KV: as asked for, else the checkpoint's on a GPU and float32 on a CPU.
+
+    Raises:
+        ModelLoadError: the checkpoint names a type that is not served.
+    """
+    named = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
+    name = option if option != "auto" else named if device.is_cuda else "float32"
+    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if not isinstance(name, str) or name not in dtypes:
+        raise ModelLoadError(f"config.json: dtype={shown(name)} is not one of {', '.join(dtypes)}; pass dtype=...")
+    return dtypes[name]
+
+
+def resolve_max_model_len(option: int | None, model_config: Qwen3Config) -> int:
+    """The longest request: as asked for, else 4096 or the model's limit.
+
+    Raises:
+        ConfigError: more than the model's positions.
+    """
+    rope = model_config.rope
+    stretched = int(rope.original_max_positions * rope.factor) if rope.rope_type == "yarn" else 0
+    most = max(model_config.max_position_embeddings, stretched)
+    if option is None:
+        return min(DEFAULT_MAX_MODEL_LEN, most)
+    if option > most:
+        raise ConfigError(f"max_model_len={option} is above the model's {most} positions; pass at most that")
+    return option
+
+
+def build_runners(
+    config: EngineConfig, spec: RunnerSpec, devices: tuple[Device, Device]
+) -> tuple[ModelRunner, ModelRunner, KVTransfer]:
+    """Prefill runner, decode runner and what carries KV between them; on one device the two are one object.
+
+    This is the one place that asks how many devices there are.
+    """
+    prefill_device, decode_device = devices
+    if prefill_device == decode_device:
+        runner = ModelRunner(spec, decode_device, is_decode_runner=True, max_step_tokens=config.max_num_batched_tokens)
+        return runner, runner, NoTransfer()
+    method = resolve_handoff(config.kv_handoff, prefill_device, decode_device)
+    prefill_runner = ModelRunner(
+        spec, prefill_device, is_decode_runner=False, max_step_tokens=config.max_num_batched_tokens
+    )
+    # A request that failed once is prefilled here, in chunks.
+    chunk_tokens = min(config.prefill_chunk_tokens, config.max_num_batched_tokens)
+    decode_runner = ModelRunner(
+        spec, decode_device, is_decode_runner=True, max_step_tokens=chunk_tokens, weights_of=prefill_runner
+    )
+    transfer = PeerTransfer(prefill_runner, decode_runner, method, verify=config.verify_kv_handoff)
+    return prefill_runner, decode_runner, transfer
+
+
+def build_scheduler(
+    config: EngineConfig, spec: RunnerSpec, prefill_runner: ModelRunner, decode_runner: ModelRunner
+) -> Scheduler:
+    """A scheduler with one block manager for each pool."""
+    pools = {
+        runner: BlockManager(runner.num_kv_blocks, runner.block_size, config.enable_prefix_caching)
+        for runner in (prefill_runner, decode_runner)
+    }
+    limits = SchedulerLimits(
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        prefill_chunk_tokens=config.prefill_chunk_tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=spec.max_model_len,
+    )
+    return Scheduler(limits, pools[prefill_runner], pools[decode_runner])

@@ -1,0 +1,110 @@
+"""Carries KV blocks from the prefill pool to the decode pool. Told which blocks; decides nothing about requests."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as SequenceOf
+from typing import Protocol
+
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.scheduler import BlockPair
+from nanovllm.errors import ConfigError, HandoffError
+from nanovllm.utils.device import Device, Event, peer_access
+
+logger = logging.getLogger(__name__)
+
+
+class TransferHandle(Protocol):
+    """Blocks on their way."""
+
+    def is_done(self) -> bool:
+        """Whether the copies have ended; asks, does not wait."""
+
+    def wait(self) -> None:
+        """Called once, when done: what the decode device runs from now on sees the blocks.
+
+        Raises:
+            HandoffError: they did not arrive as they left.
+        """
+
+
+class KVTransfer(Protocol):
+    """One way to carry blocks."""
+
+    name: str
+
+    def send(self, pairs: SequenceOf[BlockPair], after: Event) -> TransferHandle:
+        """Sends blocks, once the work that computes them (`after`) has ended; waits for nothing itself."""
+
+
+class NoTransfer:
+    """For one pool, where every block is where it is needed."""
+
+    name = "none"
+
+    def send(self, pairs: SequenceOf[BlockPair], after: Event) -> TransferHandle:
+        raise AssertionError("with one pool there is nothing to send")
+
+
+class PeerTransfer:
+    """From one runner's pool to another's, by `ModelRunner.sync_kv_cache_to`.
+
+    Args:
+        source, target: the runners.
+        method: `copy`, `push` or `staged` (through pinned host memory).
+        verify: compare checksums of every layer of every block, on both sides, once it has arrived.
+    """
+
+    def __init__(self, source: ModelRunner, target: ModelRunner, method: str, *, verify: bool) -> None:
+        self.name = method
+        self._source, self._target, self._verify = source, target, verify
+
+    def send(self, pairs: SequenceOf[BlockPair], after: Event) -> TransferHandle:
+        arrived = self._source.sync_kv_cache_to(self._target, pairs, method=self.name, after=after)
+        return _PeerHandle(self._source, self._target, pairs if self._verify else (), arrived)
+
+
+class _PeerHandle:
+    def __init__(
+        self, source: ModelRunner, target: ModelRunner, to_verify: SequenceOf[BlockPair], arrived: Event
+    ) -> None:
+        self._source, self._target, self._to_verify, self._arrived = source, target, to_verify, arrived
+
+    def is_done(self) -> bool:
+        return self._arrived.query()
+
+    def wait(self) -> None:
+        self._target.wait_for(self._arrived)
+        if not self._to_verify:
+            return
+        # The blocks that were sent are held, and not written again, until the handoff is over.
+        sent = self._source.checksum_blocks([block for block, _ in self._to_verify], self._arrived)
+        arrived = self._target.checksum_blocks([goal for _, goal in self._to_verify], self._arrived)
+        wrong = (sent != arrived).nonzero()
+        if len(wrong):
+            row, layer = wrong[0].tolist()
+            block, goal = self._to_verify[row]
+            raise HandoffError(
+                f"block {goal} of the decode pool differs in layer {layer} from block {block} of the prefill pool, "
+                f"which was sent there ({len(wrong)} of {sent.numel()} block layers differ)"
+            )
+
+
+def resolve_handoff(option: str, source: Device, target: Device) -> str:
+    """The method behind `kv_handoff`: as asked for, else the fastest that these devices allow.
+
+    Raises:
+        ConfigError: `push` was asked for without peer access.
+    """
+    reachable = peer_access(source, target)
+    if option == "push" and not reachable:
+        raise ConfigError(
+            f"kv_handoff='push' needs two GPUs with peer access, which {source} and {target} have not; "
+            "pass 'copy' or 'auto'"
+        )
+    if option != "push" and source.is_cuda and not reachable:
+        logger.warning("%s and %s have no peer access: KV crosses through pinned host memory", source, target)
+        return "staged"
+    method = option if option != "auto" else "push" if reachable else "copy"
+    logger.info("KV handoff from %s to %s: %s", source, target, method)
+    return method

@@ -1,0 +1,128 @@
+"""Checks prompts and parameters and makes requests of them. Nothing that passes here can fail for what it says."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import xxhash
+from transformers import PreTrainedTokenizerBase
+
+from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.tokenizer import NoText, RequestText, StreamedText, WholeText, encode
+from nanovllm.errors import RequestError, shown
+from nanovllm.sampling_params import SamplingParams
+
+Prompt = str | SequenceOf[int]
+
+
+@dataclass(frozen=True)
+class RequestIntake:
+    """What this engine accepts.
+
+    Attributes:
+        tokenizer: the checkpoint's, None if it has none.
+        vocab_size: token ids are below it.
+        max_model_len: most tokens of prompt and output.
+        pool_tokens: what the smaller of the KV pools holds.
+        eos_ids: the checkpoint's end-of-sequence tokens.
+        seed: where requests without a seed get theirs from.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None
+    vocab_size: int
+    max_model_len: int
+    pool_tokens: int
+    eos_ids: frozenset[int]
+    seed: int
+
+    def checked_params(self, params: object) -> SamplingParams:
+        """The parameters of a request, the defaults for None.
+
+        Raises:
+            RequestError: they are of another type, or do not fit this checkpoint.
+        """
+        if params is None:
+            return SamplingParams()
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling_params={shown(params)} is not a SamplingParams")
+        for token_id in params.stop_token_ids or ():
+            if token_id >= self.vocab_size:
+                raise RequestError(f"stop_token_ids has {shown(token_id)}; the vocabulary has {self.vocab_size} tokens")
+        if params.logprobs is not None and params.logprobs > self.vocab_size:
+            raise RequestError(f"logprobs={params.logprobs} is above the vocabulary's {self.vocab_size} tokens")
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, which this checkpoint lacks; use stop_token_ids")
+        if params.min_tokens and len(self._stop_token_ids(params)) >= self.vocab_size:
+            raise RequestError("every token is a stop token, so min_tokens cannot be met; lower it to 0")
+        return params
+
+    def checked_prompt(self, prompt: object, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt that can be served.
+
+        Raises:
+            RequestError: it is empty, too long, or not text or token ids of this vocabulary.
+        """
+        if isinstance(prompt, str):
+            token_ids = encode(self.tokenizer, prompt, add_special_tokens=add_special_tokens) if prompt else []
+        elif isinstance(prompt, (list, tuple)):
+            token_ids = [_integer(token) for token in prompt]
+        else:
+            raise RequestError(f"a prompt of type {type(prompt).__name__} is neither text nor a list of token ids")
+        if not token_ids:
+            raise RequestError("the prompt is empty; it needs at least one token")
+        for token in (min(token_ids), max(token_ids)):
+            if not 0 <= token < self.vocab_size:
+                raise RequestError(
+                    f"the prompt has token id {shown(token)}; the vocabulary has ids 0 to {self.vocab_size - 1}"
+                )
+        if len(token_ids) >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens; with max_model_len={self.max_model_len} at most "
+                f"{self.max_model_len - 1} leave room for an answer"
+            )
+        if len(token_ids) > self.pool_tokens:
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens; the KV pool holds {self.pool_tokens}; "
+                "raise num_kvcache_blocks or gpu_memory_utilization"
+            )
+        return token_ids
+
+    def make(
+        self, request_id: int, token_ids: list[int], params: SamplingParams, *, streamed: bool
+    ) -> tuple[Sequence, RequestText]:
+        """A request of a checked prompt and parameters, and its text, decoded as it comes if `streamed`."""
+        seq = Sequence(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            params=params,
+            seed=params.seed if params.seed is not None else derived_seed(self.seed, request_id),
+            arrival_s=time.perf_counter(),
+            stop_token_ids=self._stop_token_ids(params),
+        )
+        if self.tokenizer is None:
+            return seq, NoText()
+        if streamed or params.stop:
+            return seq, StreamedText(self.tokenizer, tuple(params.stop or ()))
+        return seq, WholeText(self.tokenizer)
+
+    def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
+        own = frozenset(params.stop_token_ids or ())
+        return own if params.ignore_eos else own | self.eos_ids
+
+
+def derived_seed(engine_seed: int, request_id: int) -> int:
+    """The seed of a request that has none of its own."""
+    return xxhash.xxh64(request_id.to_bytes(8, "little"), seed=engine_seed).intdigest() >> 1
+
+
+def _integer(token: object) -> int:
+    try:
+        number = operator.index(token)  # type: ignore[arg-type] # whether it has one is the question
+    except TypeError:
+        number = None
+    if number is None or isinstance(token, bool):
+        raise RequestError(f"the prompt has {shown(token)}, which is not a token id (an integer)")
+    return number
