@@ -94,7 +94,7 @@ class EngineConfig:
             raise ConfigError(
                 f"tensor_parallel_size={self.tensor_parallel_size} is not available in this version; pass 1"
             )
-        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
+        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,9})?", self.device):
             raise ConfigError(f"device={shown(self.device)} is not one of 'auto', 'cuda', 'cuda:N', 'cpu'")
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)

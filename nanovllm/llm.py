@@ -141,7 +141,7 @@ class LLM(LLMEngine):
                     f"{len(prompts)} prompts and {len(sampling_params)} sampling_params; pass one, or one for each"
                 )
         else:
-            sampling_params = [self._intake.checked_params(sampling_params)] * len(prompts)
+            sampling_params = [sampling_params] * len(prompts)
         requests = []
         for index, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
             try:

@@ -50,11 +50,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, 0.0, math.inf, "0 (greedy) or more")
-        self._set_integer("top_k", -1, MAX_INTEGER, "0 or -1 (all tokens) or a positive integer")
+        self._set_integer("top_k", -1, None, "0 or -1 (all tokens) or a positive integer")
         _check_number("top_p", self.top_p, 0.0, 1.0, "above 0 and at most 1", open_low=True)
         _check_number("min_p", self.min_p, 0.0, 1.0, "between 0 and 1")
-        self._set_integer("max_tokens", 1, MAX_INTEGER, "a positive integer")
-        self._set_integer("min_tokens", 0, MAX_INTEGER, "0 or a positive integer")
+        self._set_integer("max_tokens", 1, None, "a positive integer")
+        self._set_integer("min_tokens", 0, None, "0 or a positive integer")
         if self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}; raise the one or lower the other"
@@ -68,7 +68,7 @@ class SamplingParams:
         object.__setattr__(self, "stop", _checked_stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _checked_stop_token_ids(self.stop_token_ids))
 
-    def _set_integer(self, name: str, low: int, high: int, allowed: str) -> None:
+    def _set_integer(self, name: str, low: int, high: int | None, allowed: str) -> None:
         """Checks an integer field, of any integer type, and keeps it as an int."""
         value = getattr(self, name)
         try:
@@ -77,7 +77,7 @@ class SamplingParams:
             number = None
         if number is None or isinstance(value, bool):
             raise RequestError(f"{name}={shown(value)} is not an integer; it must be {allowed}")
-        if not low <= number <= high:
+        if number < low or (high is not None and number > high):
             raise RequestError(f"{name}={shown(value)} is out of range; it must be {allowed}")
         object.__setattr__(self, name, number)
 

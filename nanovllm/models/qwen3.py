@@ -55,11 +55,14 @@ class Qwen3Config:
         """
         if config.get("quantization_config") is not None:
             raise ModelLoadError(
-                "quantization_config is not supported; pass a checkpoint in float32, float16 or bfloat16"
+                f"quantization_config={shown(config['quantization_config'])} is not supported; "
+                "pass a checkpoint in float32, float16 or bfloat16"
             )
-        layer_types = config.get("layer_types") or []
-        if _flag(config, "use_sliding_window") or any(kind != "full_attention" for kind in layer_types):
-            raise ModelLoadError("sliding-window attention is not supported; only full attention is")
+        if _flag(config, "use_sliding_window"):
+            raise ModelLoadError("use_sliding_window=true is not supported; only full attention is")
+        layer_types = config.get("layer_types") or ["full_attention"]
+        if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+            raise ModelLoadError(f"layer_types={shown(layer_types)} is not supported; only 'full_attention' is")
         if config.get("hidden_act", "silu") != "silu":
             raise ModelLoadError(f"hidden_act={config['hidden_act']!r} is not supported; only 'silu' is")
         heads = _positive(config, "num_attention_heads")
@@ -331,7 +334,7 @@ def _rope_config(config: dict[str, Any], head_dim: int) -> RopeConfig:
     # `rope_parameters` since transformers 5; before, `rope_theta` and an optional `rope_scaling`.
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(given, dict):
-        raise ModelLoadError(f"config.json: rope parameters {shown(given)} are not an object")
+        raise ModelLoadError(f"config.json: rope_parameters={shown(given)} is not an object")
     rope = given
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ROPE_TYPES:
@@ -379,9 +382,9 @@ def _number(config: dict[str, Any], name: str, default: float | None = None) -> 
     value = config.get(name)
     if value is None:
         value = default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1e300:
         raise ModelLoadError(f"config.json: {name}={shown(value)} is not a positive number")
-    return float(min(value, 1e300))
+    return float(value)
 
 
 def _optional_number(config: dict[str, Any], name: str) -> float | None:

@@ -47,7 +47,9 @@ def checkpoint_folder(model: str) -> Path:
         folder = Path(model).expanduser()
         exists = folder.exists()
     except (OSError, RuntimeError, ValueError) as error:
-        raise ModelLoadError(f"model path {shown(model)} is not usable ({error}); pass a folder") from error
+        raise ModelLoadError(
+            f"model path {shown(model)} is not usable ({error}); pass the folder of a checkpoint"
+        ) from error
     if not exists:
         raise ModelLoadError(f"model path {model!r} does not exist; pass the folder of a Hugging Face checkpoint")
     if not folder.is_dir():
@@ -100,7 +102,7 @@ def _safetensors_files(folder: Path) -> list[Path]:
         there = {path.name for path in folder.iterdir() if path.is_file()}
         missing = [name for name in names if name not in there]
         if missing:
-            raise ModelLoadError(f"the index of {folder} names shards that are not there: {_some(missing, 'shard')}")
+            raise ModelLoadError(f"the index of {folder} names shards that are not there: {_first(missing)}")
         return [folder / name for name in names]
     files = sorted(folder.glob("*.safetensors"))
     if files:
@@ -155,6 +157,10 @@ def _check_names(folder: Path, found: set[str], wanted: set[str], ignored: set[s
         raise ModelLoadError(f"{folder} has {_some(unexpected)}, which no layer of config.json takes")
 
 
-def _some(names: list[str], what: str = "tensor") -> str:
+def _some(names: list[str]) -> str:
+    return f"tensor{'s' if len(names) > 1 else ''} {_first(names)}"
+
+
+def _first(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{what}{'s' if len(names) > 1 else ''} {', '.join(name[:200] for name in names[:3])}{more}"
+    return ", ".join(name[:200] for name in names[:3]) + more
