@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from nanovllm import SamplingParams
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.scheduler import DecodeStep, PrefillStep, Scheduler, SchedulerLimits
+from nanovllm.engine.scheduler import DecodeStep, PrefillChunk, PrefillStep, Scheduler, SchedulerLimits
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 
 BLOCK_SIZE = 4
@@ -24,16 +24,22 @@ def make_sequence(request_id: int, tokens: list[int], max_tokens: int = 8) -> Se
     return Sequence(request_id, tokens, params, seed=request_id, arrival_s=0.0)
 
 
-class SchedulerMachine(RuleBasedStateMachine):
+class OnePool(RuleBasedStateMachine):
     """Plays the engine: launches steps, ends them in any order, aborts and fails requests at any moment."""
+
+    def pools(self) -> tuple[BlockManager, BlockManager]:
+        pool = BlockManager(NUM_BLOCKS, BLOCK_SIZE)
+        return pool, pool
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = BlockManager(NUM_BLOCKS, BLOCK_SIZE)
-        self.scheduler = Scheduler(LIMITS, self.pool, self.pool)
+        self.prefill_pool, self.decode_pool = self.pools()
+        self.scheduler = Scheduler(LIMITS, self.prefill_pool, self.decode_pool)
         self.seqs: list[Sequence] = []
-        self.prefill: PrefillStep | None = None
+        self.prefills: dict[BlockManager, PrefillStep] = {}
         self.decode: DecodeStep | None = None
+        self.handoffs: list[PrefillChunk] = []
+        self.handing_off: list[Sequence] = []
 
     @rule(length=st.integers(1, 30), seed=st.integers(0, 2), max_tokens=st.integers(1, 20))
     def add(self, length: int, seed: int, max_tokens: int) -> None:
@@ -43,29 +49,61 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.seqs.append(seq)
         self.scheduler.add(seq)
 
-    @precondition(lambda self: self.prefill is None)
-    @rule()
-    def launch_prefill(self) -> None:
-        self.prefill = self.scheduler.schedule_prefill()
-        for chunk in self.prefill.rows if self.prefill else []:
+    @rule(on_decode_device=st.booleans())
+    def launch_prefill(self, on_decode_device: bool) -> None:
+        pool = self.decode_pool if on_decode_device else self.prefill_pool
+        if pool in self.prefills:
+            return
+        step = self.scheduler.schedule_prefill(pool)
+        if step is None:
+            return
+        self.prefills[pool] = step
+        for chunk in step.rows:
             assert chunk.start < chunk.end <= chunk.seq.num_tokens
-            assert len(chunk.lease.prefill_table) == self.pool.blocks_for(chunk.seq.num_tokens)
+            assert chunk.lease.prefill_pool is pool
+            assert len(chunk.lease.prefill_table) == pool.blocks_for(chunk.seq.num_tokens)
+            for _, target in chunk.handoff:
+                assert self.decode_pool._holders[target] == 1, "a handoff writes to a block that others hold"
+            if chunk.handoff:
+                self.scheduler.hold(chunk.lease)
+                self.handoffs.append(chunk)
 
-    @precondition(lambda self: self.prefill is not None)
-    @rule()
-    def end_prefill(self) -> None:
-        step, self.prefill = self.prefill, None
+    @precondition(lambda self: self.prefills)
+    @rule(data=st.data(), fails=st.booleans())
+    def end_prefill(self, data: st.DataObject, fails: bool) -> None:
+        self.end_prefill_of(data.draw(st.sampled_from(list(self.prefills))), fails)
+
+    def end_prefill_of(self, pool: BlockManager, fails: bool = False) -> None:
+        step = self.prefills.pop(pool)
+        if fails:
+            self.fail(step.rows)
+            return
         for chunk in step.rows:
             if self.scheduler.prefill_done(chunk) and chunk.is_last:
                 self.append(chunk.seq)
-        for seq in self.scheduler.get_prefilled_sequences():
-            self.scheduler.handoff_done(seq)
+        self.handing_off += self.scheduler.get_prefilled_sequences()
+        self.settle_handoffs()
 
-    @precondition(lambda self: self.prefill is not None)
-    @rule()
-    def fail_prefill(self) -> None:
-        step, self.prefill = self.prefill, None
-        self.fail(step.rows)
+    @precondition(lambda self: self.handoffs)
+    @rule(data=st.data(), fails=st.booleans())
+    def end_handoff(self, data: st.DataObject, fails: bool) -> None:
+        self.end_handoff_of(data.draw(st.sampled_from(self.handoffs)), fails)
+
+    def end_handoff_of(self, chunk: PrefillChunk, fails: bool = False) -> None:
+        self.handoffs.remove(chunk)
+        self.scheduler.release(chunk.lease)
+        if fails and chunk.seq.lease is chunk.lease:
+            self.scheduler.fail(chunk.seq, RuntimeError("injected"))
+        self.settle_handoffs()
+
+    def settle_handoffs(self) -> None:
+        underway = [chunk.lease for chunk in self.handoffs]
+        for seq in list(self.handing_off):
+            if seq.status is not SequenceStatus.HANDING_OFF:
+                self.handing_off.remove(seq)
+            elif seq.lease not in underway:
+                self.handing_off.remove(seq)
+                self.scheduler.handoff_done(seq)
 
     @precondition(lambda self: self.decode is None)
     @rule()
@@ -75,21 +113,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         written = [row.lease.decode_table[(row.seq.num_tokens - 1) // BLOCK_SIZE] for row in rows]
         assert len(set(written)) == len(written), "two requests write to one block"
         for block in written:
-            assert self.pool._holders[block] == 1, "a request writes to a block that others hold"
+            assert self.decode_pool._holders[block] == 1, "a request writes to a block that others hold"
 
     @precondition(lambda self: self.decode is not None)
-    @rule()
-    def end_decode(self) -> None:
+    @rule(fails=st.booleans())
+    def end_decode(self, fails: bool) -> None:
         step, self.decode = self.decode, None
+        if fails:
+            self.fail(step.rows)
+            return
         for row in step.rows:
             if self.scheduler.decode_done(row):
                 self.append(row.seq)
-
-    @precondition(lambda self: self.decode is not None)
-    @rule()
-    def fail_decode(self) -> None:
-        step, self.decode = self.decode, None
-        self.fail(step.rows)
 
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
@@ -112,28 +147,39 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def every_block_is_accounted_for(self) -> None:
         self.scheduler.check_integrity()
-        assert self.pool.num_free_blocks + self.pool.num_held_blocks == NUM_BLOCKS
+        for pool in (self.prefill_pool, self.decode_pool):
+            assert pool.num_free_blocks + pool.num_held_blocks == pool.num_blocks
 
     def teardown(self) -> None:
         """Left alone, the engine's loop ends every request and returns every block."""
         for _ in range(3000):
-            if self.prefill is None:
-                self.launch_prefill()
+            for on_decode_device in (False, True):
+                self.launch_prefill(on_decode_device)
             if self.decode is None:
                 self.launch_decode()
-            if self.prefill is not None:
-                self.end_prefill()
+            for pool in list(self.prefills):
+                self.end_prefill_of(pool)
+            for chunk in list(self.handoffs):
+                self.end_handoff_of(chunk)
             if self.decode is not None:
-                self.end_decode()
-            if not self.scheduler.has_unfinished():
+                self.end_decode(fails=False)
+            if not (self.scheduler.has_unfinished() or self.handoffs):
                 break
         assert all(seq.is_finished for seq in self.seqs), "a request is lost"
-        assert self.pool.num_held_blocks == 0
+        assert self.prefill_pool.num_held_blocks == self.decode_pool.num_held_blocks == 0
         self.scheduler.check_integrity()
 
 
-TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+class TwoPools(OnePool):
+    """The same with handoffs between two pools, the smaller of which a growing request can outgrow."""
+
+    def pools(self) -> tuple[BlockManager, BlockManager]:
+        return BlockManager(NUM_BLOCKS - 2, BLOCK_SIZE), BlockManager(NUM_BLOCKS, BLOCK_SIZE)
+
+
+TestOnePool = OnePool.TestCase
+TestTwoPools = TwoPools.TestCase
+TestOnePool.settings = TestTwoPools.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
 
 
 def scheduler_with(num_blocks: int, *prompts: list[int], **limits: int) -> tuple[Scheduler, list[Sequence]]:

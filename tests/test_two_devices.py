@@ -1,0 +1,371 @@
+"""Prefill on one logical CPU device, decode on another: one device's tokens, through every turn a request can take."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from nanovllm import LLM, ConfigError, HandoffError, HandoffTimeout, RequestError, SamplingParams
+from nanovllm.engine.scheduler import PrefillStep
+from tests import tiny
+from tests.test_engine import drain, tokens_of
+from tests.transfers import FaultyTransfer, LazyTransfer, SabotagedTransfer, poison_after_handoff
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+TWO = {"device": "cpu", "enable_two_gpu_pd": True}
+
+MODES = {
+    "plain": {},
+    "other_ids": {"prefill_device_id": 7, "decode_device_id": 3},
+    "chunked": {"max_num_batched_tokens": 24, "prefill_chunk_tokens": 7},
+    "preempted": {"num_kvcache_blocks": 9},
+    "verified": {"verify_kv_handoff": True, "max_num_batched_tokens": 40},
+    "few_at_a_time": {"max_num_seqs": 3, "kvcache_block_size": 32},
+}
+
+
+def two_devices(path: str, lazy: bool = True, **options) -> LLM:
+    llm = LLM(path, **{**TWO, **options})
+    if lazy:
+        llm.kv_transfer = LazyTransfer(llm.kv_transfer)
+    return llm
+
+
+def assert_whole(llm: LLM) -> None:
+    llm.scheduler.check_integrity()
+    assert llm.scheduler.prefill_pool.num_held_blocks == 0
+    assert llm.scheduler.decode_pool.num_held_blocks == 0
+
+
+@pytest.mark.parametrize("caching", [True, False], ids=["cached", "poisoned"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("variant", ["gqa2", "gqa4_bias", "yarn_tied"])
+def test_greedy_tokens_equal_transformers(checkpoint, variant, mode, caching):
+    path, reference = checkpoint(variant)
+    prompts = tiny.random_prompts(4, seed=1) + tiny.random_prompts(4, seed=2, longest=40, shared=48)
+    with two_devices(path, enable_prefix_caching=caching, **MODES[mode]) as llm:
+        if not caching:
+            poison_after_handoff(llm)
+        max_tokens = 40 if mode == "preempted" else 24
+        answers = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=max_tokens), use_tqdm=False)
+        assert_whole(llm)
+        assert llm.counters.handoff_blocks > 0
+        if mode == "preempted":
+            assert llm.scheduler.num_preemptions > 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, max_tokens)
+
+
+def test_seeded_tokens_equal_those_of_one_device(tiny_path):
+    prompts = tiny.random_prompts(8, seed=5)
+    params = [SamplingParams(temperature=0.9, top_p=0.8 + 0.2 * (i % 2), seed=i, max_tokens=24) for i in range(8)]
+    with LLM(tiny_path, device="cpu") as llm:
+        expected = [answer["token_ids"] for answer in llm.generate(prompts, params, use_tqdm=False)]
+    for options in ({}, {"num_kvcache_blocks": 9, "max_num_batched_tokens": 32}):
+        with two_devices(tiny_path, **options) as llm:
+            assert [answer["token_ids"] for answer in llm.generate(prompts, params, use_tqdm=False)] == expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_aborts_at_random_moments_change_no_other_token(checkpoint, seed):
+    path, reference = checkpoint("gqa2")
+    rng = random.Random(seed)
+    prompts = tiny.random_prompts(20, seed=seed, longest=60, shared=20 * (seed % 2))
+    options = {"num_kvcache_blocks": 16, "max_num_batched_tokens": 40} if seed > 1 else {}
+    with two_devices(path, **options) as llm:
+        ids = {llm.add_request(prompt, GREEDY): prompt for prompt in prompts}
+        doomed = {request_id: rng.randint(0, 40) for request_id in rng.sample(list(ids), 6)}
+        outputs: dict[int, list] = {request_id: [] for request_id in ids}
+        turn = 0
+        while not llm.is_finished():
+            for request_id, moment in doomed.items():
+                if moment == turn and not any(output.finished for output in outputs[request_id]):
+                    llm.abort(request_id)
+            for output in llm.step():
+                outputs[output.request_id].append(output)
+            llm.scheduler.check_integrity()
+            turn += 1
+        assert_whole(llm)
+    for request_id, prompt in ids.items():
+        expected = tiny.reference_tokens(reference, prompt, 24)
+        got = tokens_of(outputs[request_id])
+        if outputs[request_id][-1].finish_reason == "abort":
+            assert request_id in doomed
+            assert got == expected[: len(got)]
+        else:
+            assert got == expected
+
+
+def test_prefix_hits_on_both_devices(checkpoint):
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(4, seed=3, shared=70)
+    with two_devices(path, lazy=False) as llm:
+        llm.generate([prompts[0]], GREEDY, use_tqdm=False)
+        computed, sent = llm.counters.prefill_tokens, llm.counters.handoff_blocks
+        answers = llm.generate(prompts[1:], GREEDY, use_tqdm=False)
+        # 64 of the 70 shared tokens are whole blocks: neither computed nor sent again.
+        assert llm.counters.prefill_tokens - computed == sum(map(len, prompts[1:])) - 3 * 64
+        assert llm.counters.handoff_blocks - sent == sum(-(-len(prompt) // 16) - 4 for prompt in prompts[1:])
+    for prompt, answer in zip(prompts[1:], answers, strict=True):
+        assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 24)
+
+
+def test_blocks_cached_on_the_prefill_device_alone_are_sent(checkpoint):
+    path, reference = checkpoint("gqa2")
+    prompt = tiny.random_prompts(1, seed=4, longest=1, shared=79)[0]
+    with two_devices(path, lazy=False) as llm:
+        # A request that ends with its first token leaves KV on the prefill device and hands nothing over.
+        llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+        assert llm.counters.handoffs == 0
+        computed = llm.counters.prefill_tokens
+        answer = llm.generate([prompt], GREEDY, use_tqdm=False)[0]
+        assert llm.counters.prefill_tokens - computed == 16
+        assert llm.counters.handoff_blocks == 5
+    assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 24)
+
+
+def test_the_first_token_comes_before_the_handoff_ends_and_once(checkpoint):
+    path, reference = checkpoint("gqa2")
+    prompt = tiny.random_prompts(1, seed=6, shared=40)[0]
+    with two_devices(path) as llm:
+        llm.kv_transfer = stalled = FaultyTransfer(llm.kv_transfer, "stall", lambda number: True)
+        request_id = llm.add_request(prompt, GREEDY)
+        outputs = []
+        while not outputs:
+            outputs += llm.step()
+        assert llm._handoffs
+        assert llm.counters.handoffs == 0
+        stalled.unstall()
+        outputs += drain(llm)[request_id]
+        assert_whole(llm)
+    assert tokens_of(outputs) == tiny.reference_tokens(reference, prompt, 24)
+
+
+def test_chunks_cross_while_later_chunks_prefill(tiny_path):
+    prompt = tiny.random_prompts(1, seed=7, longest=1, shared=95)[0]
+    with two_devices(tiny_path, lazy=False, max_num_batched_tokens=32) as llm:
+        llm.generate([prompt], GREEDY, use_tqdm=False)
+        assert (llm.counters.prefill_steps, llm.counters.handoffs, llm.counters.handoff_blocks) == (3, 3, 6)
+
+
+def test_nothing_is_shared_between_the_devices(tiny_path):
+    with two_devices(tiny_path) as llm:
+        prefill, decode = llm.prefill_runner, llm.decode_runner
+        assert prefill is not decode
+        assert prefill.device != decode.device
+        assert llm.scheduler.prefill_pool is not llm.scheduler.decode_pool
+        assert prefill.kv_pool.data_ptr() != decode.kv_pool.data_ptr()
+        theirs = decode.model.checkpoint_tensors()
+        for name, tensor in prefill.model.checkpoint_tensors().items():
+            assert tensor.data_ptr() != theirs[name].data_ptr()
+            assert torch.equal(tensor, theirs[name])
+        assert prefill.model.model.layers[0].rotary is not decode.model.model.layers[0].rotary
+        assert prefill.model.model.layers[0].rotary is prefill.model.model.layers[1].rotary
+        assert not torch.distributed.is_initialized()
+
+
+def test_one_device_is_the_same_loop_with_one_runner(tiny_path):
+    with LLM(tiny_path, device="cpu") as llm:
+        assert llm.prefill_runner is llm.decode_runner
+        assert llm.scheduler.prefill_pool is llm.scheduler.decode_pool
+        llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)
+        assert llm.counters.handoffs == 0
+
+
+# Faults
+
+
+def run_with_fault(llm: LLM, prompts: list[list[int]]) -> dict[int, list]:
+    for prompt in prompts:
+        llm.add_request(prompt, GREEDY)
+    return drain(llm)
+
+
+@pytest.mark.parametrize("fault", ["launch", "arrive"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_copy_that_fails_once_costs_a_retry_on_the_decode_device(checkpoint, fault, chunked):
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(6, seed=8, longest=60, shared=20)
+    with two_devices(path, lazy=False, **({"max_num_batched_tokens": 32} if chunked else {})) as llm:
+        llm.kv_transfer = FaultyTransfer(llm.kv_transfer, fault, lambda number: number in (1, 3))
+        prefilled_on_decode = []
+        launch = llm.decode_runner.launch
+        llm.decode_runner.launch = lambda step: (
+            prefilled_on_decode.append(isinstance(step, PrefillStep)),
+            launch(step),
+        )[1]
+        outputs = run_with_fault(llm, prompts)
+        assert llm.kv_transfer.num_faults == 2
+        assert any(prefilled_on_decode)
+        assert_whole(llm)
+    for index, prompt in enumerate(prompts):
+        assert tokens_of(outputs[index]) == tiny.reference_tokens(reference, prompt, 24)
+        assert outputs[index][-1].finish_reason == "length"
+
+
+def test_a_copy_that_never_ends_times_out_with_both_sides_state(checkpoint, caplog):
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(5, seed=9, longest=60)
+    with two_devices(path, lazy=False, handoff_timeout_s=0.05) as llm:
+        llm.kv_transfer = faulty = FaultyTransfer(llm.kv_transfer, "stall", lambda number: number == 2)
+        outputs = run_with_fault(llm, prompts)
+        assert "prefill pool: " in caplog.text
+        assert "decode pool: " in caplog.text
+        assert "handoff_timeout_s=0.05" in caplog.text
+        # What the copy may still write to is held until it ends, and then free.
+        llm.scheduler.check_integrity()
+        assert llm.scheduler.decode_pool.num_held_blocks > 0
+        faulty.unstall()
+        llm.step()
+        assert_whole(llm)
+    for index, prompt in enumerate(prompts):
+        assert tokens_of(outputs[index]) == tiny.reference_tokens(reference, prompt, 24)
+
+
+def test_blocks_that_a_stuck_copy_holds_end_the_requests_that_need_them_by_name(tiny_path):
+    prompts = tiny.random_prompts(2, seed=10, longest=1, shared=100)
+    with two_devices(tiny_path, lazy=False, handoff_timeout_s=0.05, num_kvcache_blocks=10) as llm:
+        llm.kv_transfer = FaultyTransfer(llm.kv_transfer, "stall", lambda number: True)
+        outputs = run_with_fault(llm, prompts)
+        assert llm.is_finished()
+        llm.scheduler.check_integrity()
+        llm.kv_transfer.unstall()
+        llm.step()
+        assert_whole(llm)
+    for index in range(2):
+        assert outputs[index][-1].finish_reason == "error"
+        assert isinstance(outputs[index][-1].error, HandoffTimeout)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("injected"), RuntimeError("injected")])
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("device", ["prefill", "decode"])
+def test_a_request_that_fails_in_a_forward_pass_is_retried_once_then_ends_by_name(checkpoint, error, times, device):
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(6, seed=11, longest=60)
+    with two_devices(path) as llm:
+        left = [times]
+
+        def failing(runner):
+            launch = runner.launch
+
+            def fail(step):
+                hit = any(row.seq.request_id == 2 for row in step.rows)
+                if hit and (len(step.rows) > 1 or left[0] > 0):
+                    left[0] -= len(step.rows) == 1
+                    raise error
+                return launch(step)
+
+            runner.launch = fail
+
+        for runner in (llm.prefill_runner, llm.decode_runner) if device == "prefill" else (llm.decode_runner,):
+            failing(runner)
+        outputs = run_with_fault(llm, prompts)
+        assert_whole(llm)
+    for index, prompt in enumerate(prompts):
+        expected = tiny.reference_tokens(reference, prompt, 24)
+        got = tokens_of(outputs[index])
+        if index == 2 and times == 2:
+            assert outputs[2][-1].finish_reason == "error"
+            assert outputs[2][-1].error is error
+            assert got == expected[: len(got)]
+        else:
+            assert got == expected
+
+
+def test_verify_names_request_block_and_layer(checkpoint, caplog):
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(3, seed=12, longest=60, shared=30)
+    with two_devices(path, lazy=False, verify_kv_handoff=True) as llm:
+        send = llm.prefill_runner.sync_kv_cache_to
+        sent = []
+
+        def corrupt(other, pairs, **options):
+            event = send(other, pairs, **options)
+            if len(sent) == 1:
+                with torch.inference_mode():
+                    other.kv_pool[pairs[0][1], 1, 0, 0, 0, 0] += 1e-3
+            sent.append(pairs)
+            return event
+
+        llm.prefill_runner.sync_kv_cache_to = corrupt
+        outputs = run_with_fault(llm, prompts)
+        assert_whole(llm)
+    assert (
+        f"handoff of request 1 from cpu:0 to cpu:1 by 'copy': block {sent[1][0][1]} of the decode pool" in caplog.text
+    )
+    assert "differs in layer 1" in caplog.text
+    for index, prompt in enumerate(prompts):
+        assert tokens_of(outputs[index]) == tiny.reference_tokens(reference, prompt, 24)
+
+
+@pytest.mark.parametrize("mistake", ["skip_wait", "skip_block", "wrong_slot", "one_block_manager"])
+def test_the_tests_above_would_notice_a_wrong_handoff(checkpoint, mistake):
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(6, seed=13, longest=60, shared=20)
+    with two_devices(path, lazy=False, enable_prefix_caching=False) as llm:
+        if mistake == "one_block_manager":
+            llm.scheduler.prefill_pool = llm.scheduler.decode_pool
+        else:
+            llm.kv_transfer = SabotagedTransfer(llm.kv_transfer, mistake)
+        try:
+            answers = llm.generate(prompts, GREEDY, use_tqdm=False)
+        except AssertionError:
+            return
+        tokens = [answer["token_ids"] for answer in answers]
+    assert tokens != [tiny.reference_tokens(reference, prompt, 24) for prompt in prompts]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prefill_device_id": 1}, "are both 1; pass two different ids"),
+        ({"prefill_device_id": -1}, "prefill_device_id=-1 is not a device id"),
+        ({"decode_device_id": True}, "decode_device_id=True is not a device id"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 is not available"),
+        ({"kv_handoff": "push"}, "kv_handoff='push' needs two GPUs with peer access"),
+        ({"kv_handoff": "pusch"}, "did you mean 'push'"),
+        ({"handoff_timeout_s": 0}, "handoff_timeout_s=0 is not a positive number of seconds"),
+        ({"device": "cuda:1"}, "names one GPU, enable_two_gpu_pd uses two"),
+        ({"enable_two_gpu_pd": False, "kv_handoff": "copy"}, "kv_handoff given without enable_two_gpu_pd=True"),
+        ({"enable_two_gpu_pd": "yes"}, "enable_two_gpu_pd='yes' is not a bool"),
+    ],
+)
+def test_refused_options(tiny_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        LLM(tiny_path, **{**TWO, **options})
+
+
+@pytest.mark.skipif(torch.cuda.device_count() >= 2, reason="two GPUs are here")
+def test_fewer_than_two_gpus_are_refused(tiny_path):
+    with pytest.raises(ConfigError, match="needs two GPUs and torch sees"):
+        LLM(tiny_path, enable_two_gpu_pd=True)
+
+
+def test_a_prompt_larger_than_either_pool_is_refused(tiny_path):
+    with two_devices(tiny_path, num_kvcache_blocks=4) as llm:
+        with pytest.raises(RequestError, match="the KV pool holds 64"):
+            llm.add_request([1] * 65, GREEDY)
+        assert llm.is_finished()
+
+
+def test_sync_kv_cache_to_copies_blocks_between_runners(tiny_path):
+    with two_devices(tiny_path, lazy=False, num_kvcache_blocks=6) as llm:
+        source, target = llm.prefill_runner, llm.decode_runner
+        with torch.inference_mode():
+            source.kv_pool.normal_()
+        event = source.sync_kv_cache_to(target, [(0, 5), (3, 1)])
+        event.synchronize()
+        assert torch.equal(target.kv_pool[5], source.kv_pool[0])
+        assert torch.equal(target.kv_pool[1], source.kv_pool[3])
+        assert not target.kv_pool[[0, 2, 3, 4]].any()
+
+
+def test_handoff_errors_are_errors_of_this_package():
+    assert issubclass(HandoffTimeout, HandoffError)
+    assert issubclass(HandoffTimeout, TimeoutError)
