@@ -25,3 +25,14 @@ def test_attention_equals_reference(spans, dtype, num_heads, num_kv_heads, head_
     shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "block_size": block_size}
     case = make_case(spans, device="cpu", dtype=dtype, **shape)
     assert relative_error(Backend(), case) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("words", [96, 3 * 4096 + 32])
+def test_push_moves_exactly_the_listed_blocks(words):
+    from nanovllm.kernels.triton_transfer import push_blocks
+
+    source = torch.randn(7, 2, words)
+    target = torch.zeros(9, 2, words)
+    push_blocks(source, target, torch.tensor([[6, 0], [2, 8], [0, 3]]))
+    assert torch.equal(target[[0, 8, 3]], source[[6, 2, 0]])
+    assert not target[[1, 2, 4, 5, 6, 7]].any()

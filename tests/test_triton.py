@@ -27,7 +27,8 @@ def test_kernels_in_the_interpreter_equal_the_reference():
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
 
 
-POINTER_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+FLOAT_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+POINTER_TYPES = {**FLOAT_TYPES, "words": "*i32"}
 STORE = {"NUM_KV_HEADS": 8, "PADDED_KV_HEADS": 8, "BLOCK_SIZE": 64}
 PREFILL = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "BLOCK_SIZE": 64}
 DECODE = {"NUM_KV_HEADS": 8, "GROUP": 4, "PADDED_GROUP": 16, "BLOCK_SIZE": 64, "NUM_SPLITS": 4}
@@ -36,7 +37,7 @@ COMBINE = {"NUM_SPLITS": 4, "PADDED_SPLITS": 4}
 
 def kernel_cases():
     for head_dim in (64, 128):
-        for dtype in POINTER_TYPES:
+        for dtype in FLOAT_TYPES:
             wide = dtype == "float32"
             tiles = {"TILE_M": 32, "TILE_N": 32} if wide else {"TILE_M": 128, "TILE_N": 64}
             warps = 8 if not wide and head_dim == 128 else 4
@@ -45,9 +46,16 @@ def kernel_cases():
             tile = {"TILE_N": 32 if wide else 64}
             yield "_decode_kernel", dtype, {**DECODE, **tile, "HEAD_DIM": head_dim}, {"num_warps": 2, "num_stages": 3}
             yield "_combine_splits_kernel", dtype, {**COMBINE, "HEAD_DIM": head_dim}, {"num_warps": 2}
+    yield "_push_kernel", "words", {"PIECE": 4096}, {"num_warps": 8}
 
 
-INTEGER_POINTERS = {"slot_mapping": "*i64", "block_tables": "*i32", "context_lens": "*i32", "query_starts": "*i32"}
+INTEGER_POINTERS = {
+    "slot_mapping": "*i64",
+    "block_tables": "*i32",
+    "context_lens": "*i32",
+    "query_starts": "*i32",
+    "pairs": "*i64",
+}
 FLOAT_POINTERS = {"partial", "log_sums"}
 
 
@@ -58,7 +66,7 @@ def argument_type(name: str, dtype: str) -> str:
         return "*fp32"
     if name == "scale_log2":
         return "fp32"
-    return "i64" if name.endswith("_stride") else POINTER_TYPES[dtype]
+    return "i64" if name.endswith("_stride") or name in ("num_pieces", "words") else POINTER_TYPES[dtype]
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY_BYTES)
@@ -66,10 +74,10 @@ def test_kernels_compile_without_a_gpu(capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from nanovllm.kernels import triton_attention
+    from nanovllm.kernels import triton_attention, triton_transfer
 
     for name, dtype, constants, options in kernel_cases():
-        kernel = getattr(triton_attention, name)
+        kernel = getattr(triton_transfer if name == "_push_kernel" else triton_attention, name)
         signature = {
             argument: "constexpr" if argument in constants else argument_type(argument, dtype)
             for argument in kernel.arg_names

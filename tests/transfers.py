@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
-
 from nanovllm import LLM
 from nanovllm.engine.kv_transfer import KVTransfer, TransferHandle
 from nanovllm.engine.scheduler import BlockPair
@@ -111,7 +109,7 @@ def poison_after_handoff(llm: LLM) -> None:
     def poison(seq):
         for block in seq.lease.prefill_table:
             if seq.lease.prefill_pool is llm.scheduler.prefill_pool:
-                with torch.inference_mode():
+                with llm.prefill_runner._on_device():
                     llm.prefill_runner.kv_pool[block] = float("nan")
         handoff_done(seq)
 

@@ -112,6 +112,8 @@ class ModelRunner:
             self.model = self._load_model(weights_of)
             self.num_kv_blocks = self._num_kv_blocks()
             self.kv_pool = self._make_pool(self.num_kv_blocks)
+        if self.stream is not None:
+            self.stream.synchronize()  # other streams are about to read the weights and write to the pool
 
     @property
     def block_size(self) -> int:
