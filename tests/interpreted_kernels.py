@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from tests.kernel_cases import DECODE, PREFILL, make_case, relative_error
+from tests.kernel_cases import DECODE, PREFILL, check_fused, make_case, relative_error
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/test_triton.py"
 from nanovllm.kernels.triton_attention import Backend  # noqa: E402 - only once the mode is known
@@ -36,3 +36,9 @@ def test_push_moves_exactly_the_listed_blocks(words):
     push_blocks(source, target, torch.tensor([[6, 0], [2, 8], [0, 3]]))
     assert torch.equal(target[[0, 8, 3]], source[[6, 2, 0]])
     assert not target[[1, 2, 4, 5, 6, 7]].any()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
+@pytest.mark.parametrize("size", [64, 600])
+def test_fused_kernels_equal_reference(dtype, size):
+    check_fused(Backend(), device="cpu", dtype=dtype, size=size)

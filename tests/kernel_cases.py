@@ -15,11 +15,17 @@ PREFILL = [(5, 5), (1, 40), (33, 33), (16, 100), (70, 135), (1, 1)]
 
 @dataclass(frozen=True)
 class Case:
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
+    qkv: torch.Tensor
+    weights: tuple[torch.Tensor, torch.Tensor]
+    positions: torch.Tensor
+    tables: tuple[torch.Tensor, torch.Tensor]
     kv_cache: torch.Tensor
     metadata: AttentionMetadata
+
+    def store(self, backend: AttentionBackend, kv_cache: torch.Tensor) -> torch.Tensor:
+        """The query heads; keys and values go to `kv_cache`."""
+        slots = self.metadata.slot_mapping
+        return backend.norm_rotate_store(self.qkv, *self.weights, 1e-6, self.positions, *self.tables, kv_cache, slots)
 
 
 def make_case(
@@ -65,21 +71,54 @@ def make_case(
         max_context_len=int(contexts.max()),
     )
     total = int(lengths.sum())
-    # Keys and values are slices of a wider tensor, as they are behind the stacked projection.
-    packed = normal(total, num_heads + 2 * num_kv_heads, head_dim)
-    query, key, value = packed.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-    return Case(query, key, value, pool[:, 1], metadata)
+    qkv = normal(total, (num_heads + 2 * num_kv_heads) * head_dim)
+    positions = torch.cat([torch.arange(context - query, context) for query, context in spans]).to(device)
+    angles = torch.rand(int(contexts.max()), head_dim // 2, generator=generator).to(device) * 6
+    weights = (1 + 0.1 * normal(head_dim), 1 + 0.1 * normal(head_dim))
+    return Case(qkv, weights, positions, (angles.cos(), angles.sin()), pool[:, 1], metadata)
 
 
 def relative_error(backend: AttentionBackend, case: Case) -> float:
     """Stores and attends with `backend`; ||out - ref|| / ||ref|| against the reference, which stores for itself."""
     expected_cache = case.kv_cache.clone()
     reference = torch_reference.Backend()
-    reference.store_kv(case.key, case.value, expected_cache, case.metadata)
-    scale = case.query.shape[-1] ** -0.5
-    expected = reference.attend(case.query.float(), expected_cache.float(), case.metadata, scale)
-    backend.store_kv(case.key, case.value, case.kv_cache, case.metadata)
-    assert torch.equal(case.kv_cache.nan_to_num(nan=1e4), expected_cache.nan_to_num(nan=1e4)), "KV is stored elsewhere"
-    output = backend.attend(case.query, case.kv_cache, case.metadata, scale).float()
+    expected_query = case.store(reference, expected_cache)
+    scale = expected_query.shape[-1] ** -0.5
+    expected = reference.attend(expected_query.float(), expected_cache.float(), case.metadata, scale)
+    query = case.store(backend, case.kv_cache)
+    tolerance = 2e-2 if query.element_size() == 2 else 1e-5
+    torch.testing.assert_close(query, expected_query, atol=tolerance, rtol=tolerance)
+    # Untouched places are NaN in both; keys are rounded after other orders of summation.
+    torch.testing.assert_close(case.kv_cache, expected_cache, atol=tolerance, rtol=tolerance, equal_nan=True)
+    output = backend.attend(query, case.kv_cache, case.metadata, scale).float()
     assert not output.isnan().any(), "reads beyond a request's context"
     return ((output - expected).norm() / expected.norm()).item()
+
+
+def check_fused(backend: AttentionBackend, *, device: str, dtype: torch.dtype, size: int) -> None:
+    """Norm, gate and sampler of `backend` against the reference."""
+    reference = torch_reference.Backend()
+    generator = torch.Generator().manual_seed(size)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    x, residual, weight, gate_up = normal(5, size), normal(5, size), normal(size), normal(5, 2 * size)
+    for other in (None, residual):
+        expected = reference.add_rms_norm(x, other, weight, 1e-6)
+        torch.testing.assert_close(
+            backend.add_rms_norm(x, other, weight, 1e-6), expected, atol=tolerance, rtol=tolerance
+        )
+    expected_gate = reference.silu_and_mul(gate_up)
+    torch.testing.assert_close(backend.silu_and_mul(gate_up), expected_gate, atol=tolerance, rtol=tolerance)
+    logits = normal(64, 10 * size + 3)
+    temperatures = torch.linspace(0, 3, 64).to(device)
+    seeds = torch.randint(2**62, (64,), generator=generator).to(device)
+    indices = torch.arange(64, device=device) * 1000
+    arguments = (logits, temperatures, seeds, indices)
+    # Logits of 16 bits tie at the top now and then, where the noise does not decide; the score must be the same.
+    chosen, expected_tokens = backend.sample_tokens(*arguments), reference.sample_tokens(*arguments)
+    same = chosen == expected_tokens
+    assert same[temperatures > 0].all()
+    assert torch.equal(logits.gather(1, chosen[:1, None]), logits.gather(1, expected_tokens[:1, None]))

@@ -29,7 +29,7 @@ def test_kernels_in_the_interpreter_equal_the_reference():
 
 FLOAT_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 POINTER_TYPES = {**FLOAT_TYPES, "words": "*i32"}
-STORE = {"NUM_KV_HEADS": 8, "PADDED_KV_HEADS": 8, "BLOCK_SIZE": 64}
+STORE = {"NUM_HEADS": 32, "PADDED_HEADS": 32, "NUM_KV_HEADS": 8, "PADDED_KV_HEADS": 8, "BLOCK_SIZE": 64}
 PREFILL = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "BLOCK_SIZE": 64}
 DECODE = {"NUM_KV_HEADS": 8, "GROUP": 4, "PADDED_GROUP": 16, "BLOCK_SIZE": 64, "NUM_SPLITS": 4}
 COMBINE = {"NUM_SPLITS": 4, "PADDED_SPLITS": 4}
@@ -41,22 +41,33 @@ def kernel_cases():
             wide = dtype == "float32"
             tiles = {"TILE_M": 32, "TILE_N": 32} if wide else {"TILE_M": 128, "TILE_N": 64}
             warps = 8 if not wide and head_dim == 128 else 4
-            yield "_store_kv_kernel", dtype, {**STORE, "HEAD_DIM": head_dim}, {}
+            yield "_norm_rotate_store_kernel", dtype, {**STORE, "HEAD_DIM": head_dim}, {}
             yield "_prefill_kernel", dtype, {**PREFILL, **tiles, "HEAD_DIM": head_dim}, {"num_warps": warps}
             tile = {"TILE_N": 32 if wide else 64}
             yield "_decode_kernel", dtype, {**DECODE, **tile, "HEAD_DIM": head_dim}, {"num_warps": 2, "num_stages": 3}
             yield "_combine_splits_kernel", dtype, {**COMBINE, "HEAD_DIM": head_dim}, {"num_warps": 2}
+    for dtype in FLOAT_TYPES:
+        yield "_add_rms_norm_kernel", dtype, {"HAS_RESIDUAL": True, "PADDED_SIZE": 4096}, {"num_warps": 8}
+        yield "_silu_and_mul_kernel", dtype, {"TILE": 1024}, {}
+        yield "_best_of_tile_kernel", dtype, {"TILE": 4096}, {}
+    yield "_best_of_tiles_kernel", "float32", {"PADDED_TILES": 64}, {"num_warps": 1}
     yield "_push_kernel", "words", {"PIECE": 4096}, {"num_warps": 8}
 
 
 INTEGER_POINTERS = {
     "slot_mapping": "*i64",
+    "positions": "*i64",
+    "seeds": "*i64",
+    "output_indices": "*i64",
+    "token_ids": "*i64",
+    "pairs": "*i64",
+    "places": "*i32",
     "block_tables": "*i32",
     "context_lens": "*i32",
     "query_starts": "*i32",
-    "pairs": "*i64",
 }
-FLOAT_POINTERS = {"partial", "log_sums"}
+COUNTS = {"num_pieces", "words", "size", "vocab_size", "num_tiles"}
+FLOAT_POINTERS = {"partial", "log_sums", "cos", "sin", "best", "temperatures"}
 
 
 def argument_type(name: str, dtype: str) -> str:
@@ -64,9 +75,9 @@ def argument_type(name: str, dtype: str) -> str:
         return INTEGER_POINTERS[name]
     if name in FLOAT_POINTERS:
         return "*fp32"
-    if name == "scale_log2":
+    if name in ("scale_log2", "eps"):
         return "fp32"
-    return "i64" if name.endswith("_stride") or name in ("num_pieces", "words") else POINTER_TYPES[dtype]
+    return "i64" if name.endswith("_stride") or name in COUNTS else POINTER_TYPES[dtype]
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY_BYTES)
@@ -74,10 +85,11 @@ def test_kernels_compile_without_a_gpu(capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from nanovllm.kernels import triton_attention, triton_transfer
+    from nanovllm.kernels import triton_attention, triton_fused, triton_transfer
 
+    kernels = {**vars(triton_attention), **vars(triton_fused), **vars(triton_transfer)}
     for name, dtype, constants, options in kernel_cases():
-        kernel = getattr(triton_transfer if name == "_push_kernel" else triton_attention, name)
+        kernel = kernels[name]
         signature = {
             argument: "constexpr" if argument in constants else argument_type(argument, dtype)
             for argument in kernel.arg_names

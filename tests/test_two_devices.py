@@ -161,8 +161,8 @@ def test_nothing_is_shared_between_the_devices(tiny_path):
         for name, tensor in prefill.model.checkpoint_tensors().items():
             assert tensor.data_ptr() != theirs[name].data_ptr()
             assert torch.equal(tensor, theirs[name])
-        assert prefill.model.model.layers[0].rotary is not decode.model.model.layers[0].rotary
-        assert prefill.model.model.layers[0].rotary is prefill.model.model.layers[1].rotary
+        assert prefill.model.model.layers[0].attention.rotary is not decode.model.model.layers[0].attention.rotary
+        assert prefill.model.model.layers[0].attention.rotary is prefill.model.model.layers[1].attention.rotary
         assert not torch.distributed.is_initialized()
 
 

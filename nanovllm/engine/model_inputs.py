@@ -104,9 +104,7 @@ def sampling_inputs(seqs: SequenceOf[Sequence], vocab_size: int, device: Device)
         return device.tensor(np.array(values, dtype=dtype))
 
     return SamplingInputs(
-        temperatures=None
-        if all(p.is_greedy for p in params)
-        else column([_in_float32_range(p.temperature) for p in params], np.float32),
+        temperatures=column([_in_float32_range(p.temperature) for p in params], np.float32),
         seeds=column([seq.seed for seq in seqs], np.int64),
         output_indices=column([seq.num_output_tokens for seq in seqs], np.int64),
         filters=(

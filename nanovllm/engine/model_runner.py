@@ -190,7 +190,7 @@ class ModelRunner:
             return None
         if inputs.sampled_rows is not None:
             hidden = hidden[inputs.sampled_rows]
-        return sample(self.model.compute_logits(hidden), inputs.sampling)
+        return sample(self.model.compute_logits(hidden), inputs.sampling, self.spec.attention.backend)
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:

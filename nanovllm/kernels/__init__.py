@@ -1,4 +1,4 @@
-"""Attention over a paged KV pool: the interface that layers call and the backends behind it.
+"""Attention over a paged KV pool and the element-wise work around it: the interface and the backends behind it.
 
 `resolve_backend` picks one and can say why not another. Backends are imported only when asked for, so that none of
 triton and flash_attn needs to be installed.
@@ -51,15 +51,55 @@ class AttentionBackend(Protocol):
 
     name: str
 
-    def store_kv(
-        self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata
-    ) -> None:
-        """Writes `key` and `value`, [T, num_kv_heads, head_dim], to the slots of `metadata.slot_mapping`."""
+    def norm_rotate_store(
+        self,
+        qkv: torch.Tensor,
+        query_weight: torch.Tensor,
+        key_weight: torch.Tensor,
+        eps: float,
+        positions: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> torch.Tensor:
+        """Norms and rotates the query and key heads of `qkv`, and stores keys and values in the pool.
+
+        Args:
+            qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim]: query, key and value heads, contiguous.
+            query_weight, key_weight: [head_dim], of the RMSNorm over each head.
+            eps: of the norms.
+            positions: [T] int64, rows of the tables.
+            cos, sin: [max_positions, head_dim / 2] float32; pair (i, i + head_dim / 2) is rotated.
+            kv_cache: the layer's view of the pool.
+            slot_mapping: [T] int64, as in `AttentionMetadata`.
+
+        Returns:
+            The query heads, [T, num_heads, head_dim].
+        """
 
     def attend(
         self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata, scale: float
     ) -> torch.Tensor:
         """Causal attention of `query`, [T, num_heads, head_dim], to each request's whole context; same shape out."""
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """RMSNorm of `x + residual` over the last dimension of [T, size], computed in float32, and the sum itself."""
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up of [T, 2 * size], gate first; [T, size]."""
+
+    def sample_tokens(
+        self, logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, output_indices: torch.Tensor
+    ) -> torch.Tensor:
+        """One token id for each row of [B, vocab_size] logits: [B] int64.
+
+        The largest of the logits where the temperature ([B] float32) is 0, else the largest of logits / temperature
+        plus `torch_reference.gumbel_noise` of the row's seed and output index ([B] int64 each), which draws from
+        their softmax.
+        """
 
 
 @dataclass(frozen=True)

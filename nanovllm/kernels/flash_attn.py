@@ -1,4 +1,4 @@
-"""A thin adapter to the flash-attn package (2.5 or later): paged prefill and decode. Storing KV is plain torch."""
+"""A thin adapter to the flash-attn package (2.5 or later): paged prefill and decode. All else is plain torch."""
 
 from __future__ import annotations
 

@@ -1,12 +1,16 @@
-"""Attention in plain torch: the definition of right, on any device. Slow on purpose: one request at a time."""
+"""Every kernel in plain torch: the definition of right, on any device. Slow on purpose: one request at a time."""
 
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 
 from nanovllm.kernels import AttentionMetadata, BackendRequirements
 
 DEFAULT_BLOCK_SIZE = 16
+
+_MASK32 = 0xFFFFFFFF
+_LARGEST_BELOW_ONE = 1.0 - 2.0**-24
 
 
 def unsupported_reasons(needs: BackendRequirements) -> list[str]:
@@ -16,13 +20,24 @@ def unsupported_reasons(needs: BackendRequirements) -> list[str]:
 class Backend:
     name = "torch"
 
-    def store_kv(
-        self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata
-    ) -> None:
-        block_size = kv_cache.shape[3]
-        blocks, places = metadata.slot_mapping // block_size, metadata.slot_mapping % block_size
-        kv_cache[blocks, 0, :, places] = key
-        kv_cache[blocks, 1, :, places] = value
+    def norm_rotate_store(
+        self,
+        qkv: torch.Tensor,
+        query_weight: torch.Tensor,
+        key_weight: torch.Tensor,
+        eps: float,
+        positions: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> torch.Tensor:
+        num_kv_heads, head_dim = kv_cache.shape[2], kv_cache.shape[4]
+        heads = qkv.unflatten(-1, (-1, head_dim))
+        query, key, value = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+        cos_rows, sin_rows = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+        store_kv(_rotate(_rms_norm(key, key_weight, eps), cos_rows, sin_rows), value, kv_cache, slot_mapping)
+        return _rotate(_rms_norm(query, query_weight, eps), cos_rows, sin_rows)
 
     def attend(
         self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata, scale: float
@@ -35,6 +50,34 @@ class Backend:
             output[rows] = _attend_one(query[rows], key, value, scale)
         return output
 
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total = x if residual is None else x + residual
+        return _rms_norm(total, weight, eps), total
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return functional.silu(gate) * up
+
+    def sample_tokens(
+        self, logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, output_indices: torch.Tensor
+    ) -> torch.Tensor:
+        logits = logits.float()
+        greedy = (temperatures == 0.0).unsqueeze(1)
+        noise = gumbel_noise(seeds, output_indices, logits.shape[1])
+        # The division must not make NaN of a greedy row, whose result is not used.
+        noisy = logits / torch.where(greedy, 1.0, temperatures.unsqueeze(1)) + noise
+        return torch.where(greedy, logits, noisy).argmax(dim=-1)
+
+
+def store_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """Writes [T, num_kv_heads, head_dim] keys and values to their slots."""
+    block_size = kv_cache.shape[3]
+    blocks, places = slot_mapping // block_size, slot_mapping % block_size
+    kv_cache[blocks, 0, :, places] = key
+    kv_cache[blocks, 1, :, places] = value
+
 
 def gather_context(
     kv_cache: torch.Tensor, block_table: torch.Tensor, context_len: int
@@ -44,6 +87,41 @@ def gather_context(
     blocks = block_table[: -(-context_len // block_size)].long()
     context = kv_cache[blocks].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :context_len]
     return context[0], context[1]
+
+
+def gumbel_noise(seeds: torch.Tensor, output_indices: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Standard Gumbel noise, [B, vocab_size] float32, of [B] int64 seeds and output indices.
+
+    A hash of (seed, output index, token id), so that a request draws the same numbers in any batch, on any device,
+    and again after it was preempted.
+    """
+    key = _mix((seeds & _MASK32) ^ 0x9E3779B9)
+    key = _mix(key ^ ((seeds >> 32) & _MASK32))
+    key = _mix((key + output_indices) & _MASK32).unsqueeze(1)
+    token_ids = torch.arange(vocab_size, device=seeds.device, dtype=torch.int64)
+    bits = _mix(_mix(((token_ids * 0x9E3779B1) & _MASK32) ^ key) ^ _mix(key ^ 0x85EBCA6B))
+    # All 32 bits: the tokens that win are those with the smallest exponentials, which need the resolution near 0.
+    uniform = ((bits.float() + 0.5) * 2.0**-32).clamp(max=_LARGEST_BELOW_ONE)
+    exponential = -torch.log1p(-uniform)
+    return -exponential.log()
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """A bijective hash of 32-bit integers held in int64 (C. Wellons' lowbias32 constants)."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK32
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK32
+    return x ^ (x >> 16)
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def _attend_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:

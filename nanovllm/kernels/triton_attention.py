@@ -1,4 +1,4 @@
-"""Paged attention in Triton: KV store, prefill over a cached prefix, split-KV decode. float32, float16, bfloat16.
+"""Paged attention in Triton: prefill over a cached prefix, split-KV decode. float32, float16, bfloat16.
 
 The caller makes the tensors' device the current one: Triton launches on the current device.
 """
@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels import AttentionMetadata, BackendRequirements
+from nanovllm.kernels import AttentionMetadata, BackendRequirements, triton_fused
 
 DEFAULT_BLOCK_SIZE = 64
 HEAD_DIMS = (64, 128)
@@ -33,24 +33,10 @@ def unsupported_reasons(needs: BackendRequirements) -> list[str]:
 
 class Backend:
     name = "triton"
-
-    def store_kv(
-        self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata
-    ) -> None:
-        num_tokens, num_kv_heads, head_dim = key.shape
-        _store_kv_kernel[(num_tokens,)](
-            key,
-            value,
-            kv_cache,
-            metadata.slot_mapping,
-            key.stride(0),
-            value.stride(0),
-            kv_cache.stride(0),
-            NUM_KV_HEADS=num_kv_heads,
-            PADDED_KV_HEADS=triton.next_power_of_2(num_kv_heads),
-            HEAD_DIM=head_dim,
-            BLOCK_SIZE=kv_cache.shape[3],
-        )
+    norm_rotate_store = staticmethod(triton_fused.norm_rotate_store)
+    add_rms_norm = staticmethod(triton_fused.add_rms_norm)
+    silu_and_mul = staticmethod(triton_fused.silu_and_mul)
+    sample_tokens = staticmethod(triton_fused.sample_tokens)
 
     def attend(
         self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata, scale: float
@@ -139,33 +125,6 @@ def _num_splits(num_programs: int, max_context_len: int, device: torch.device) -
 @functools.cache
 def _num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-
-
-@triton.jit
-def _store_kv_kernel(
-    key,
-    value,
-    kv_cache,
-    slot_mapping,
-    key_stride,
-    value_stride,
-    block_stride,
-    NUM_KV_HEADS: tl.constexpr,
-    PADDED_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-):
-    """One program stores all heads of one token."""
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slot_mapping + token)
-    heads = tl.arange(0, PADDED_KV_HEADS)[:, None]
-    dims = tl.arange(0, HEAD_DIM)[None, :]
-    there = heads < NUM_KV_HEADS
-    source = heads * HEAD_DIM + dims
-    target = (slot // BLOCK_SIZE) * block_stride + (heads * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM + dims
-    tl.store(kv_cache + target, tl.load(key + token * key_stride + source, mask=there), mask=there)
-    value_target = target + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
-    tl.store(kv_cache + value_target, tl.load(value + token * value_stride + source, mask=there), mask=there)
 
 
 @triton.jit

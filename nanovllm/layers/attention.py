@@ -1,27 +1,48 @@
-"""The attention of one layer: stores its keys and values in the pool and attends through a backend."""
+"""The attention of one layer: norms and rotates its heads, stores their KV in the pool and attends to it."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from nanovllm.kernels import AttentionBackend, AttentionMetadata
+from nanovllm.layers.rotary_embedding import RotaryEmbedding
 
 
-class PagedAttention:
-    """Holds no state but its scale; the KV of a step's tokens is stored before any of them attends."""
+class PagedAttention(nn.Module):
+    """QK-norm, rotary embedding and paged attention; the KV of a step's tokens is stored before any of them attends."""
 
-    def __init__(self, backend: AttentionBackend, head_dim: int) -> None:
-        self.backend = backend
-        self.scale = head_dim**-0.5
-
-    def __call__(
+    def __init__(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        metadata: AttentionMetadata,
+        head_dim: int,
+        eps: float,
+        rotary: RotaryEmbedding,
+        backend: AttentionBackend,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = head_dim**-0.5
+        self.rotary = rotary
+        self.backend = backend
+        self.query_weight = nn.Parameter(torch.empty(head_dim, dtype=dtype, device=device), requires_grad=False)
+        self.key_weight = nn.Parameter(torch.empty(head_dim, dtype=dtype, device=device), requires_grad=False)
+
+    def forward(
+        self, qkv: torch.Tensor, positions: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
-        """[T, num_heads, head_dim] query, [T, num_kv_heads, head_dim] key and value; gives the query's shape."""
-        self.backend.store_kv(key, value, kv_cache, metadata)
+        """[T, (num_heads + 2 * num_kv_heads) * head_dim] -> [T, num_heads, head_dim]."""
+        query = self.backend.norm_rotate_store(
+            qkv,
+            self.query_weight,
+            self.key_weight,
+            self.eps,
+            positions,
+            self.rotary.cos,
+            self.rotary.sin,
+            kv_cache,
+            metadata.slot_mapping,
+        )
         return self.backend.attend(query, kv_cache, metadata, self.scale)

@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al., 2021): default, linear and YaRN frequencies.
 
-A table belongs to one model on one device; layers are given it.
+Tables of angles only; kernels rotate by them. A table belongs to one model on one device; layers are given it.
 """
 
 from __future__ import annotations
@@ -53,13 +53,6 @@ class RotaryEmbedding:
         self.cos = (angles.cos() * scale).to(device)
         self.sin = (angles.sin() * scale).to(device)
 
-    def __call__(
-        self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotates [T, heads, head_dim] query and key to `positions`, [T] int64."""
-        cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
-        return _rotate(query, cos, sin), _rotate(key, cos, sin)
-
 
 def inverse_frequencies(config: RopeConfig) -> tuple[torch.Tensor, float]:
     """Radians per position of each pair, float32 [head_dim / 2], and the scale of the rotated vectors."""
@@ -102,8 +95,3 @@ def _yarn_attention_factor(config: RopeConfig) -> float:
     if config.mscale and config.mscale_all_dim:
         return scale(config.mscale) / scale(config.mscale_all_dim)
     return scale(1.0)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

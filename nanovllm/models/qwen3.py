@@ -14,7 +14,6 @@ from torch import nn
 
 from nanovllm.errors import ModelLoadError, shown
 from nanovllm.kernels import AttentionBackend, AttentionMetadata
-from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.attention import PagedAttention
 from nanovllm.layers.embed_head import TokenEmbedding
 from nanovllm.layers.layernorm import RMSNorm
@@ -102,9 +101,8 @@ class Qwen3DecoderLayer(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.config = config
-        self.rotary = rotary
-        hidden, dim = config.hidden_size, config.head_dim
+        self.backend = backend
+        hidden, dim, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
         query_size, kv_size = config.num_attention_heads * dim, config.num_key_value_heads * dim
         bias = config.attention_bias
         self.qkv_proj = Linear(hidden, [query_size, kv_size, kv_size], bias=bias, dtype=dtype, device=device)
@@ -112,32 +110,21 @@ class Qwen3DecoderLayer(nn.Module):
         ffn = config.intermediate_size
         self.gate_up_proj = Linear(hidden, [ffn, ffn], bias=False, dtype=dtype, device=device)
         self.down_proj = Linear(ffn, [hidden], bias=False, dtype=dtype, device=device)
-        self.q_norm = RMSNorm(dim, config.rms_norm_eps, dtype=dtype, device=device)
-        self.k_norm = RMSNorm(dim, config.rms_norm_eps, dtype=dtype, device=device)
-        self.input_layernorm = RMSNorm(hidden, config.rms_norm_eps, dtype=dtype, device=device)
-        self.post_attention_layernorm = RMSNorm(hidden, config.rms_norm_eps, dtype=dtype, device=device)
-        self.attention = PagedAttention(backend, dim)
+        self.attention = PagedAttention(dim, eps, rotary, backend, dtype=dtype, device=device)
+        self.input_layernorm = RMSNorm(hidden, eps, backend, dtype=dtype, device=device)
+        self.post_attention_layernorm = RMSNorm(hidden, eps, backend, dtype=dtype, device=device)
 
-    def project_qkv(
-        self, hidden: torch.Tensor, residual: torch.Tensor | None, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[T, hidden_size] -> query [T, num_heads, head_dim], key and value [T, num_kv_heads, head_dim], residual."""
-        hidden, residual = self.input_layernorm.add(hidden, residual)
-        query, key, value = self.qkv_proj(hidden).split(self.qkv_proj.out_features, dim=-1)
-        query, key, value = (x.unflatten(-1, (-1, self.config.head_dim)) for x in (query, key, value))
-        query, key = self.rotary(positions, self.q_norm(query), self.k_norm(key))
-        return query, key, value, residual
+    def project_qkv(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, hidden_size] -> query, key and value heads side by side, [T, (num_heads + 2 * num_kv_heads) * head_dim],
+        and the residual."""
+        hidden, residual = self.input_layernorm(hidden, residual)
+        return self.qkv_proj(hidden), residual
 
     def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        metadata: AttentionMetadata,
+        self, qkv: torch.Tensor, positions: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
-        """Stores key and value, then attends; [T, num_heads, head_dim] out."""
-        return self.attention(query, key, value, kv_cache, metadata)
+        """Norms and rotates the heads, stores their KV and attends; [T, num_heads, head_dim] out."""
+        return self.attention(qkv, positions, kv_cache, metadata)
 
     def project_out(self, attended: torch.Tensor) -> torch.Tensor:
         """[T, num_heads, head_dim] -> [T, hidden_size]."""
@@ -145,8 +132,8 @@ class Qwen3DecoderLayer(nn.Module):
 
     def feed_forward(self, hidden: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, hidden_size] twice -> the same."""
-        hidden, residual = self.post_attention_layernorm.add(hidden, residual)
-        return self.down_proj(silu_and_mul(self.gate_up_proj(hidden))), residual
+        hidden, residual = self.post_attention_layernorm(hidden, residual)
+        return self.down_proj(self.backend.silu_and_mul(self.gate_up_proj(hidden))), residual
 
     def forward_attention_stage(
         self,
@@ -157,8 +144,8 @@ class Qwen3DecoderLayer(nn.Module):
         metadata: AttentionMetadata,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`project_qkv`, `attend`, `project_out`."""
-        query, key, value, residual = self.project_qkv(hidden, residual, positions)
-        return self.project_out(self.attend(query, key, value, kv_cache, metadata)), residual
+        qkv, residual = self.project_qkv(hidden, residual)
+        return self.project_out(self.attend(qkv, positions, kv_cache, metadata)), residual
 
     def forward_ffn_stage(self, hidden: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`feed_forward`."""
@@ -182,8 +169,8 @@ class Qwen3DecoderLayer(nn.Module):
             **self.o_proj.parts(["self_attn.o_proj"]),
             **self.gate_up_proj.parts(["mlp.gate_proj", "mlp.up_proj"]),
             **self.down_proj.parts(["mlp.down_proj"]),
-            "self_attn.q_norm.weight": self.q_norm.weight,
-            "self_attn.k_norm.weight": self.k_norm.weight,
+            "self_attn.q_norm.weight": self.attention.query_weight,
+            "self_attn.k_norm.weight": self.attention.key_weight,
             "input_layernorm.weight": self.input_layernorm.weight,
             "post_attention_layernorm.weight": self.post_attention_layernorm.weight,
         }
@@ -209,7 +196,7 @@ class Qwen3Model(nn.Module):
             for _ in range(config.num_hidden_layers)
         ]
         self.layers: list[Qwen3DecoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment] # it is not generic
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend, dtype=dtype, device=device)
 
     def forward(
         self,
@@ -221,7 +208,7 @@ class Qwen3Model(nn.Module):
         hidden, residual = self.embed_tokens(input_ids), None
         for index, layer in enumerate(self.layers):
             hidden, residual = layer(hidden, residual, positions, kv_pool[:, index], metadata)
-        return self.norm.add(hidden, residual)[0]
+        return self.norm(hidden, residual)[0]
 
     def forward_attention_stage(
         self,

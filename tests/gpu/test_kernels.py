@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernel_cases import DECODE, PREFILL, make_case, relative_error
+from tests.kernel_cases import DECODE, PREFILL, check_fused, make_case, relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -24,6 +24,14 @@ def test_attention_equals_reference(spans, num_heads, num_kv_heads, head_dim, bl
     assert relative_error(Backend(), case) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("size", [64, 1024, 3072, 4096, 12288])
+def test_fused_kernels_equal_reference(dtype, size):
+    from nanovllm.kernels.triton_attention import Backend
+
+    check_fused(Backend(), device="cuda", dtype=dtype, size=size)
+
+
 def test_block_offsets_beyond_two_to_the_31_elements():
     """A pool of more than 2^31 elements: 32-bit offsets would wrap around."""
     from nanovllm.kernels import AttentionMetadata
@@ -40,9 +48,14 @@ def test_block_offsets_beyond_two_to_the_31_elements():
         max_query_len=1,
         max_context_len=1,
     )
-    query, key, value = (torch.randn(1, heads, 128, dtype=torch.bfloat16, device="cuda") for heads in (4, 2, 2))
+    qkv = torch.randn(1, 8 * 128, dtype=torch.bfloat16, device="cuda")
+    ones, angles = torch.ones(128, dtype=torch.bfloat16, device="cuda"), torch.zeros(1, 64, device="cuda")
     backend = Backend()
-    backend.store_kv(key, value, pool[:, 1], metadata)
+    position = torch.zeros(1, dtype=torch.int64, device="cuda")
+    query = backend.norm_rotate_store(
+        qkv, ones, ones, 1e-6, position, angles.cos(), angles.sin(), pool[:, 1], metadata.slot_mapping
+    )
     output = backend.attend(query, pool[:, 1], metadata, 0.1)
-    assert torch.equal(pool[block, 1, 0, :, 0], key[0])
-    assert torch.equal(output[0], value[0].repeat_interleave(2, dim=0))
+    value = qkv.view(8, 128)[6:]
+    assert torch.equal(pool[block, 1, 1, :, 0], value)
+    assert torch.equal(output[0], value.repeat_interleave(2, dim=0))

@@ -107,7 +107,7 @@ def test_everything_is_on_its_own_card_and_both_work(tiny_on_disk):
         for runner, index in ((llm.prefill_runner, 0), (llm.decode_runner, 1)):
             assert runner.kv_pool.get_device() == index
             assert {p.get_device() for p in runner.model.parameters()} == {index}
-            rotary = runner.model.model.layers[0].rotary
+            rotary = runner.model.model.layers[0].attention.rotary
             assert rotary.cos.get_device() == rotary.sin.get_device() == index
             assert runner.stream.device_index == runner.copy_stream.device_index == index
         llm.generate(tiny.random_prompts(4), GREEDY, use_tqdm=False)

@@ -1,0 +1,238 @@
+"""The element-wise work between GEMMs and attention, one kernel for each piece of it: float32, float16, bfloat16.
+
+The caller makes the tensors' device the current one: Triton launches on the current device.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+VOCAB_TILE = 4096
+ELEMENT_TILE = 1024
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMSNorm of `x + residual`, [T, size], and the sum."""
+    num_tokens, size = x.shape
+    output = torch.empty_like(x)
+    total = x if residual is None else torch.empty_like(x)
+    _add_rms_norm_kernel[(num_tokens,)](
+        x,
+        x if residual is None else residual,
+        weight,
+        output,
+        total,
+        eps,
+        size,
+        HAS_RESIDUAL=residual is not None,
+        PADDED_SIZE=triton.next_power_of_2(size),
+        num_warps=4 if size <= 2048 else 8,
+    )
+    return output, total
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of [T, 2 * size], gate first."""
+    num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    output = gate_up.new_empty(num_tokens, size)
+    _silu_and_mul_kernel[(num_tokens, triton.cdiv(size, ELEMENT_TILE))](gate_up, output, size, TILE=ELEMENT_TILE)
+    return output
+
+
+def norm_rotate_store(
+    qkv: torch.Tensor,
+    query_weight: torch.Tensor,
+    key_weight: torch.Tensor,
+    eps: float,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> torch.Tensor:
+    """Norms and rotates query and key heads, stores keys and values in the pool, returns the query heads."""
+    num_kv_heads, block_size, head_dim = kv_cache.shape[2:]
+    num_tokens = qkv.shape[0]
+    num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+    query = qkv.new_empty(num_tokens, num_heads, head_dim)
+    _norm_rotate_store_kernel[(num_tokens,)](
+        qkv,
+        query,
+        query_weight,
+        key_weight,
+        positions,
+        cos,
+        sin,
+        kv_cache,
+        slot_mapping,
+        eps,
+        kv_cache.stride(0),
+        NUM_HEADS=num_heads,
+        PADDED_HEADS=triton.next_power_of_2(num_heads),
+        NUM_KV_HEADS=num_kv_heads,
+        PADDED_KV_HEADS=triton.next_power_of_2(num_kv_heads),
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+    )
+    return query
+
+
+def sample_tokens(
+    logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, output_indices: torch.Tensor
+) -> torch.Tensor:
+    """One token for each row of [B, vocab_size]: the largest logit, or of logits / temperature + Gumbel noise.
+
+    The random numbers are those of `nanovllm.layers.sampler.gumbel_noise`.
+    """
+    num_rows, vocab_size = logits.shape
+    num_tiles = triton.cdiv(vocab_size, VOCAB_TILE)
+    best = torch.empty(num_rows, num_tiles, dtype=torch.float32, device=logits.device)
+    places = torch.empty(num_rows, num_tiles, dtype=torch.int32, device=logits.device)
+    token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    _best_of_tile_kernel[(num_rows, num_tiles)](
+        logits, temperatures, seeds, output_indices, best, places, vocab_size, TILE=VOCAB_TILE
+    )
+    _best_of_tiles_kernel[(num_rows,)](
+        best, places, token_ids, num_tiles, PADDED_TILES=triton.next_power_of_2(num_tiles), num_warps=1
+    )
+    return token_ids
+
+
+@triton.jit
+def _add_rms_norm_kernel(
+    x, residual, weight, output, total, eps, size, HAS_RESIDUAL: tl.constexpr, PADDED_SIZE: tl.constexpr
+):
+    """One program for one token."""
+    start = tl.program_id(0).to(tl.int64) * size
+    places = tl.arange(0, PADDED_SIZE)
+    there = places < size
+    values = tl.load(x + start + places, mask=there, other=0.0)
+    if HAS_RESIDUAL:
+        values += tl.load(residual + start + places, mask=there, other=0.0)
+        tl.store(total + start + places, values, mask=there)
+    wide = values.to(tl.float32)
+    wide *= tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
+    scaled = wide.to(values.dtype) * tl.load(weight + places, mask=there, other=0.0)
+    tl.store(output + start + places, scaled, mask=there)
+
+
+@triton.jit
+def _silu_and_mul_kernel(gate_up, output, size, TILE: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    places = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    there = places < size
+    gate = tl.load(gate_up + token * 2 * size + places, mask=there, other=0.0)
+    up = tl.load(gate_up + token * 2 * size + size + places, mask=there, other=0.0)
+    wide = gate.to(tl.float32)
+    activated = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
+    tl.store(output + token * size + places, activated * up, mask=there)
+
+
+@triton.jit
+def _norm_rotate(source, weight, cos, sin, eps, there, HEAD_DIM: tl.constexpr):
+    """Both halves of [heads, HEAD_DIM] at `source`, normed and rotated, in the source's type."""
+    half = tl.arange(0, HEAD_DIM // 2)[None, :]
+    first = tl.load(source + half, mask=there, other=0.0)
+    second = tl.load(source + HEAD_DIM // 2 + half, mask=there, other=0.0)
+    wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
+    squares = tl.sum(wide_first * wide_first, 1) + tl.sum(wide_second * wide_second, 1)
+    scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+    first = (wide_first * scale).to(first.dtype) * tl.load(weight + half)
+    second = (wide_second * scale).to(second.dtype) * tl.load(weight + HEAD_DIM // 2 + half)
+    wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
+    rotated_first = wide_first * cos - wide_second * sin
+    rotated_second = wide_second * cos + wide_first * sin
+    return rotated_first.to(first.dtype), rotated_second.to(second.dtype)
+
+
+@triton.jit
+def _norm_rotate_store_kernel(
+    qkv,
+    query,
+    query_weight,
+    key_weight,
+    positions,
+    cos,
+    sin,
+    kv_cache,
+    slot_mapping,
+    eps,
+    block_stride,
+    NUM_HEADS: tl.constexpr,
+    PADDED_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    PADDED_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """One program for all heads of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    half = tl.arange(0, HEAD_DIM // 2)[None, :]
+    position = tl.load(positions + token)
+    cos_row = tl.load(cos + position * (HEAD_DIM // 2) + half)
+    sin_row = tl.load(sin + position * (HEAD_DIM // 2) + half)
+    row = qkv + token * (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
+
+    heads = tl.arange(0, PADDED_HEADS)[:, None]
+    there = heads < NUM_HEADS
+    first, second = _norm_rotate(row + heads * HEAD_DIM, query_weight, cos_row, sin_row, eps, there, HEAD_DIM)
+    target = query + (token * NUM_HEADS + heads) * HEAD_DIM
+    tl.store(target + half, first, mask=there)
+    tl.store(target + HEAD_DIM // 2 + half, second, mask=there)
+
+    kv_heads = tl.arange(0, PADDED_KV_HEADS)[:, None]
+    kv_there = kv_heads < NUM_KV_HEADS
+    keys = row + (NUM_HEADS + kv_heads) * HEAD_DIM
+    first, second = _norm_rotate(keys, key_weight, cos_row, sin_row, eps, kv_there, HEAD_DIM)
+    slot = tl.load(slot_mapping + token)
+    place = kv_cache + (slot // BLOCK_SIZE) * block_stride + (kv_heads * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM
+    tl.store(place + half, first, mask=kv_there)
+    tl.store(place + HEAD_DIM // 2 + half, second, mask=kv_there)
+    dims = tl.arange(0, HEAD_DIM)[None, :]
+    values = tl.load(keys + NUM_KV_HEADS * HEAD_DIM + dims, mask=kv_there, other=0.0)
+    tl.store(place + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM + dims, values, mask=kv_there)
+
+
+@triton.jit
+def _mix(x):
+    """The hash of `nanovllm.layers.sampler`, on unsigned 32-bit integers."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _best_of_tile_kernel(logits, temperatures, seeds, output_indices, best, places, vocab_size, TILE: tl.constexpr):
+    row = tl.program_id(0)
+    tile = tl.program_id(1)
+    tokens = tile * TILE + tl.arange(0, TILE)
+    there = tokens < vocab_size
+    scores = tl.load(logits + row.to(tl.int64) * vocab_size + tokens, mask=there, other=float("-inf")).to(tl.float32)
+    temperature = tl.load(temperatures + row)
+    if temperature != 0.0:
+        seed = tl.load(seeds + row)
+        key = _mix(seed.to(tl.uint32) ^ 0x9E3779B9)
+        key = _mix(key ^ (seed >> 32).to(tl.uint32))
+        key = _mix(key + tl.load(output_indices + row).to(tl.uint32))
+        bits = _mix(_mix((tokens.to(tl.uint32) * 0x9E3779B1) ^ key) ^ _mix(key ^ 0x85EBCA6B))
+        uniform = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 1.0 - 5.9604644775390625e-08)
+        # log1p(-u) from log: exact where 1 - u rounds (Kahan); u itself where 1 - u rounds to 1.
+        rest = 1.0 - uniform
+        exponential = tl.where(rest == 1.0, uniform, -tl.log(rest) * uniform / tl.where(rest == 1.0, 1.0, 1.0 - rest))
+        scores = scores / temperature - tl.log(exponential)
+    scores = tl.where(there, scores, float("-inf"))
+    num_tiles = tl.num_programs(1)
+    tl.store(best + row * num_tiles + tile, tl.max(scores, 0))
+    tl.store(places + row * num_tiles + tile, tile * TILE + tl.argmax(scores, 0))
+
+
+@triton.jit
+def _best_of_tiles_kernel(best, places, token_ids, num_tiles, PADDED_TILES: tl.constexpr):
+    row = tl.program_id(0)
+    tiles = tl.arange(0, PADDED_TILES)
+    scores = tl.load(best + row * num_tiles + tiles, mask=tiles < num_tiles, other=float("-inf"))
+    tl.store(token_ids + row, tl.load(places + row * num_tiles + tl.argmax(scores, 0)).to(tl.int64))
