@@ -31,6 +31,7 @@ class EngineConfig:
         max_model_len: most tokens of a request, prompt and output; None takes 4096, or what the model allows if less.
         gpu_memory_utilization: share of a GPU's memory that weights, workspace and KV pool may take together.
         tensor_parallel_size: only 1 in this version.
+        enforce_eager: run decode steps without CUDA graphs.
         kvcache_block_size: tokens in a KV block, a multiple of 16; None takes the attention backend's best.
         num_kvcache_blocks: blocks of the KV pool, on each device; None measures what fits on a GPU; on a CPU it
             makes a pool of 512 MiB, or of one request of `max_model_len` tokens if that is more.
@@ -58,6 +59,7 @@ class EngineConfig:
     max_model_len: int | None = None
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
+    enforce_eager: bool = False
     kvcache_block_size: int | None = None
     num_kvcache_blocks: int | None = None
     device: str = "auto"
@@ -99,6 +101,7 @@ class EngineConfig:
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        _check_bool("enforce_eager", self.enforce_eager)
         _check_bool("enable_prefix_caching", self.enable_prefix_caching)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed={shown(self.seed)} is not an integer from 0 to 2**63 - 1")

@@ -82,6 +82,11 @@ class SamplingParams:
         object.__setattr__(self, name, number)
 
     @property
+    def float32_temperature(self) -> float:
+        """The temperature kept where logits divided by it are finite in float32; 0 stays 0."""
+        return self.temperature and min(max(self.temperature, 1e-6), 1e30)
+
+    @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
 

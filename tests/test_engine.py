@@ -90,6 +90,42 @@ def test_decode_goes_on_while_a_long_prompt_is_prefilled(llm):
     assert before_late >= 9
 
 
+def test_steps_are_launched_ahead_and_no_token_shows_after_a_stop_token(checkpoint, llm):
+    _, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(4, seed=26)
+    expected = [tiny.reference_tokens(reference, prompt, 20) for prompt in prompts]
+    params = [SamplingParams(temperature=0, max_tokens=20, stop_token_ids=[tokens[9]]) for tokens in expected]
+    most_in_flight = 0
+    launch = llm.decode_runner.launch
+
+    def counting(step):
+        nonlocal most_in_flight
+        handle = launch(step)
+        most_in_flight = max(most_in_flight, llm._num_in_flight(llm.decode_runner, DecodeStep) + 1)
+        return handle
+
+    llm.decode_runner.launch = counting
+    # On a CPU a step has ended when it was launched; handles that end late make the steps overlap as on a GPU.
+    ids = [llm.add_request(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+    outputs: dict[int, list[RequestOutput]] = {}
+    while not llm.is_finished():
+        llm._launch_prefill()
+        llm._launch_decode()
+        llm._launch_decode()
+        for output in llm.step():
+            outputs.setdefault(output.request_id, []).append(output)
+        llm.scheduler.check_integrity()
+    assert most_in_flight == 2
+    for request_id, tokens in zip(ids, expected, strict=True):
+        stop = tokens.index(tokens[9]) + 1
+        assert tokens_of(outputs[request_id]) == tokens[:stop]
+        assert outputs[request_id][-1].finish_reason == "stop"
+    assert llm.scheduler.decode_pool.num_held_blocks == 0 or llm._in_flight
+    while llm._in_flight:
+        llm.step()
+    assert llm.scheduler.decode_pool.num_held_blocks == 0
+
+
 def test_max_model_len_ends_a_request(checkpoint):
     path, reference = checkpoint("gqa2")
     prompt = tiny.random_prompts(1, seed=22)[0][:20]

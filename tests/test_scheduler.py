@@ -37,7 +37,7 @@ class OnePool(RuleBasedStateMachine):
         self.scheduler = Scheduler(LIMITS, self.prefill_pool, self.decode_pool)
         self.seqs: list[Sequence] = []
         self.prefills: dict[BlockManager, PrefillStep] = {}
-        self.decode: DecodeStep | None = None
+        self.decodes: list[DecodeStep] = []
         self.handoffs: list[PrefillChunk] = []
         self.handing_off: list[Sequence] = []
 
@@ -105,26 +105,30 @@ class OnePool(RuleBasedStateMachine):
                 self.handing_off.remove(seq)
                 self.scheduler.handoff_done(seq)
 
-    @precondition(lambda self: self.decode is None)
+    @precondition(lambda self: len(self.decodes) < 2)
     @rule()
     def launch_decode(self) -> None:
-        self.decode = self.scheduler.schedule_decode()
-        rows = self.decode.rows if self.decode else []
-        written = [row.lease.decode_table[(row.seq.num_tokens - 1) // BLOCK_SIZE] for row in rows]
-        assert len(set(written)) == len(written), "two requests write to one block"
-        for block in written:
-            assert self.decode_pool._holders[block] == 1, "a request writes to a block that others hold"
-
-    @precondition(lambda self: self.decode is not None)
-    @rule(fails=st.booleans())
-    def end_decode(self, fails: bool) -> None:
-        step, self.decode = self.decode, None
-        if fails:
-            self.fail(step.rows)
+        step = self.scheduler.schedule_decode()
+        if step is None:
             return
-        for row in step.rows:
+        self.decodes.append(step)
+        written = [row.lease.decode_table[row.position // BLOCK_SIZE] for row in step.rows]
+        assert len(set(written)) == len(written), "two requests write to one block"
+        for row, block in zip(step.rows, written, strict=True):
+            assert self.decode_pool._holders[block] == 1, "a request writes to a block that others hold"
+            assert row.output_index < row.seq.params.max_tokens, "a step beyond the request's length"
+
+    @precondition(lambda self: self.decodes)
+    @rule(fails=st.booleans(), stopped=st.sets(st.integers(0, 3)))
+    def end_decode(self, fails: bool, stopped: set[int]) -> None:
+        if fails and len(self.decodes) == 1:
+            self.fail(self.decodes.pop().rows)
+            return
+        for place, row in enumerate(self.decodes.pop(0).rows):
             if self.scheduler.decode_done(row):
                 self.append(row.seq)
+                if place in stopped and not row.seq.is_finished:
+                    self.scheduler.finish(row.seq, "stop")
 
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
@@ -155,14 +159,14 @@ class OnePool(RuleBasedStateMachine):
         for _ in range(3000):
             for on_decode_device in (False, True):
                 self.launch_prefill(on_decode_device)
-            if self.decode is None:
+            for _ in range(2 - len(self.decodes)):
                 self.launch_decode()
             for pool in list(self.prefills):
                 self.end_prefill_of(pool)
             for chunk in list(self.handoffs):
                 self.end_handoff_of(chunk)
-            if self.decode is not None:
-                self.end_decode(fails=False)
+            if self.decodes:
+                self.end_decode(fails=False, stopped=set())
             if not (self.scheduler.has_unfinished() or self.handoffs):
                 break
         assert all(seq.is_finished for seq in self.seqs), "a request is lost"

@@ -107,6 +107,7 @@ def runner_spec(config: EngineConfig, folder: Path, hf_config: dict[str, Any], d
         max_num_seqs=config.max_num_seqs,
         gpu_memory_utilization=config.gpu_memory_utilization,
         num_kvcache_blocks=config.num_kvcache_blocks,
+        enforce_eager=config.enforce_eager,
     )
 
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DECODE_STEPS_AHEAD = 2
+"""Decode steps in flight: one that runs and one queued behind it, launched before the first one's tokens are seen."""
+
 Step = PrefillStep | DecodeStep
 
 
@@ -196,18 +199,21 @@ class LLMEngine:
         # With one pool this is one entry; the decode device prefills what has failed once.
         pools = {self.scheduler.decode_pool: self.decode_runner, self.scheduler.prefill_pool: self.prefill_runner}
         for pool, runner in pools.items():
-            if self._is_idle(runner, PrefillStep) and (step := self.scheduler.schedule_prefill(pool)) is not None:
+            if (
+                not self._num_in_flight(runner, PrefillStep)
+                and (step := self.scheduler.schedule_prefill(pool)) is not None
+            ):
                 launched = self._launch(runner, step) or launched
         return launched
 
     def _launch_decode(self) -> bool:
-        if not self._is_idle(self.decode_runner, DecodeStep):
+        if self._num_in_flight(self.decode_runner, DecodeStep) >= DECODE_STEPS_AHEAD:
             return False
         step = self.scheduler.schedule_decode()
         return step is not None and self._launch(self.decode_runner, step)
 
-    def _is_idle(self, runner: ModelRunner, kind: type) -> bool:
-        return not any(work.runner is runner and isinstance(work.step, kind) for work in self._in_flight)
+    def _num_in_flight(self, runner: ModelRunner, kind: type) -> int:
+        return sum(work.runner is runner and isinstance(work.step, kind) for work in self._in_flight)
 
     def _launch(self, runner: ModelRunner, step: Step) -> bool:
         """Launches a step. If that fails, its halves, until the request that makes it fail stands alone."""
@@ -266,12 +272,22 @@ class LLMEngine:
             time.sleep(0)
 
     def _collect_steps(self) -> None:
-        for work in [work for work in self._in_flight if work.handle.is_done()]:
+        for work in self._ended_steps():
             self._in_flight.remove(work)
             if isinstance(work.step, PrefillStep):
                 self._prefill_ended(work.step, work.handle.collect())
             else:
                 self._decode_ended(work.step, work.handle.collect())
+
+    def _ended_steps(self) -> list[InFlight]:
+        """Steps that have ended, in the order of their launch on each runner."""
+        ended, running = [], set()
+        for work in self._in_flight:
+            if work.runner not in running and work.handle.is_done():
+                ended.append(work)
+            else:
+                running.add(work.runner)
+        return ended
 
     def _prefill_ended(self, step: PrefillStep, sampled: list[SampledRow]) -> None:
         self.counters.prefill_steps += 1
@@ -283,8 +299,8 @@ class LLMEngine:
 
     def _decode_ended(self, step: DecodeStep, sampled: list[SampledRow]) -> None:
         self.counters.decode_steps += 1
-        self.counters.decode_tokens += len(sampled)
         rows = [(row.seq, self.scheduler.decode_done(row)) for row in step.rows]
+        self.counters.decode_tokens += sum(counts for _, counts in rows)
         self._append_all([(seq, token) for (seq, counts), token in zip(rows, sampled, strict=True) if counts])
 
     # Handoffs
@@ -309,7 +325,7 @@ class LLMEngine:
                 self._handoffs.remove(handoff)
                 self._handoff_ended(handoff)
             elif time.perf_counter() > handoff.deadline_s and not handoff.timed_out:
-                handoff.timed_out = True
+                handoff.timed_out = handoff.lease.stuck = True
                 if handoff.seq.lease is handoff.lease:
                     self._fail_handoff(handoff.seq, HandoffTimeout(self._timeout_message(handoff)))
         underway = [handoff.lease for handoff in self._handoffs]

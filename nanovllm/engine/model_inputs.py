@@ -1,4 +1,4 @@
-"""Turns a scheduled step into the tensors of a forward pass. Knows nothing about models or who asked for the step."""
+"""Turns a prefill step, and sampling parameters, into tensors. Knows nothing about models or who asked for them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanovllm.engine.scheduler import DecodeStep, PrefillStep
+from nanovllm.engine.scheduler import DecodeRow, PrefillStep
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels import AttentionMetadata
 from nanovllm.layers.sampler import SamplingInputs
@@ -22,61 +22,30 @@ class ModelInputs:
     Attributes:
         input_ids, positions: [T] int64.
         metadata: where the tokens' KV is.
-        sampled_rows: [N] int64 rows of T whose logits are wanted; None for all of them.
+        sampled_rows: [N] int64 rows of T whose logits are wanted.
         sampling: parameters of the N rows, None if N is 0.
     """
 
     input_ids: torch.Tensor
     positions: torch.Tensor
     metadata: AttentionMetadata
-    sampled_rows: torch.Tensor | None
+    sampled_rows: torch.Tensor
     sampling: SamplingInputs | None
-
-
-@dataclass(frozen=True)
-class _Span:
-    """Tokens [start, end) of a request, whose blocks are `table`."""
-
-    seq: Sequence
-    start: int
-    end: int
-    table: list[int]
 
 
 def prefill_inputs(step: PrefillStep, block_size: int, vocab_size: int, device: Device) -> ModelInputs:
     """The tensors of a prefill step, whose KV goes to the blocks of each lease's prefill table."""
-    spans = [_Span(chunk.seq, chunk.start, chunk.end, chunk.lease.prefill_table) for chunk in step.rows]
-    last_rows = np.cumsum([chunk.end - chunk.start for chunk in step.rows]) - 1
-    sampled = [row for row, chunk in zip(last_rows, step.rows, strict=True) if chunk.is_last]
-    seqs = [chunk.seq for chunk in step.rows if chunk.is_last]
-    return _inputs(spans, np.array(sampled, dtype=np.int64), seqs, block_size, vocab_size, device)
-
-
-def decode_inputs(step: DecodeStep, block_size: int, vocab_size: int, device: Device) -> ModelInputs:
-    """The tensors of a decode step: the last token of every request."""
-    seqs = [row.seq for row in step.rows]
-    spans = [_Span(row.seq, row.seq.num_tokens - 1, row.seq.num_tokens, row.lease.decode_table) for row in step.rows]
-    return _inputs(spans, None, seqs, block_size, vocab_size, device)
-
-
-def _inputs(
-    spans: list[_Span],
-    sampled_rows: np.ndarray | None,
-    sampled_seqs: list[Sequence],
-    block_size: int,
-    vocab_size: int,
-    device: Device,
-) -> ModelInputs:
-    lengths = np.array([span.end - span.start for span in spans])
-    positions = np.concatenate([np.arange(span.start, span.end, dtype=np.int64) for span in spans])
-    tokens = np.concatenate([np.array(span.seq.token_ids[span.start : span.end], dtype=np.int64) for span in spans])
-    tables = np.zeros((len(spans), max(-(-span.end // block_size) for span in spans)), dtype=np.int32)
-    for row, span in enumerate(spans):
-        num_blocks = -(-span.end // block_size)
-        tables[row, :num_blocks] = span.table[:num_blocks]
-    rows = np.repeat(np.arange(len(spans)), lengths)
+    chunks = step.rows
+    lengths = np.array([chunk.end - chunk.start for chunk in chunks])
+    positions = np.concatenate([np.arange(chunk.start, chunk.end, dtype=np.int64) for chunk in chunks])
+    tokens = np.concatenate([np.array(c.seq.token_ids[c.start : c.end], dtype=np.int64) for c in chunks])
+    tables = np.zeros((len(chunks), max(-(-chunk.end // block_size) for chunk in chunks)), dtype=np.int32)
+    for row, chunk in enumerate(chunks):
+        num_blocks = -(-chunk.end // block_size)
+        tables[row, :num_blocks] = chunk.lease.prefill_table[:num_blocks]
+    rows = np.repeat(np.arange(len(chunks)), lengths)
     slots = tables[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    ends = np.array([span.end for span in spans], dtype=np.int32)
+    ends = np.array([chunk.end for chunk in chunks], dtype=np.int32)
     metadata = AttentionMetadata(
         slot_mapping=device.tensor(slots),
         block_tables=device.tensor(tables),
@@ -85,18 +54,21 @@ def _inputs(
         max_query_len=int(lengths.max()),
         max_context_len=int(ends.max()),
     )
+    last_rows = np.cumsum(lengths) - 1
+    sampled = np.array([row for row, chunk in zip(last_rows, chunks, strict=True) if chunk.is_last], dtype=np.int64)
+    last = [(chunk.seq, chunk.end - chunk.seq.num_prompt_tokens) for chunk in chunks if chunk.is_last]
     return ModelInputs(
         input_ids=device.tensor(tokens),
         positions=device.tensor(positions),
         metadata=metadata,
-        sampled_rows=None if sampled_rows is None else device.tensor(sampled_rows),
-        sampling=sampling_inputs(sampled_seqs, vocab_size, device) if sampled_seqs else None,
+        sampled_rows=device.tensor(sampled),
+        sampling=sampling_inputs(last, vocab_size, device) if last else None,
     )
 
 
-def sampling_inputs(seqs: SequenceOf[Sequence], vocab_size: int, device: Device) -> SamplingInputs:
-    """The sampling parameters of one row per request."""
-    params = [seq.params for seq in seqs]
+def sampling_inputs(rows: SequenceOf[tuple[Sequence, int]], vocab_size: int, device: Device) -> SamplingInputs:
+    """The sampling parameters of a row for each request and index of the output token to be sampled."""
+    params = [seq.params for seq, _ in rows]
     needs_filter = any(p.needs_filter for p in params)
     wanted_logprobs = [p.logprobs for p in params if p.logprobs is not None]
 
@@ -104,9 +76,9 @@ def sampling_inputs(seqs: SequenceOf[Sequence], vocab_size: int, device: Device)
         return device.tensor(np.array(values, dtype=dtype))
 
     return SamplingInputs(
-        temperatures=column([_in_float32_range(p.temperature) for p in params], np.float32),
-        seeds=column([seq.seed for seq in seqs], np.int64),
-        output_indices=column([seq.num_output_tokens for seq in seqs], np.int64),
+        temperatures=column([p.float32_temperature for p in params], np.float32),
+        seeds=column([seq.seed for seq, _ in rows], np.int64),
+        output_indices=column([index for _, index in rows], np.int64),
         filters=(
             column([min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params], np.int64),
             column([p.top_p for p in params], np.float32),
@@ -114,25 +86,26 @@ def sampling_inputs(seqs: SequenceOf[Sequence], vocab_size: int, device: Device)
         )
         if needs_filter
         else None,
-        banned=_banned_tokens(seqs, device),
+        banned=_banned_tokens(rows, device),
         num_logprobs=max(wanted_logprobs) if wanted_logprobs else None,
     )
 
 
-def _in_float32_range(temperature: float) -> float:
-    """Logits divided by it stay finite; 0 stays 0, and the ends act like greedy and like uniform sampling."""
-    return temperature and min(max(temperature, 1e-6), 1e30)
+def needs_host_parameters(row: DecodeRow) -> bool:
+    """Whether sampling takes more than temperature, seed and index: filters, log-probabilities, banned tokens."""
+    params = row.seq.params
+    return params.needs_filter or params.logprobs is not None or row.output_index < params.min_tokens
 
 
-def _banned_tokens(seqs: SequenceOf[Sequence], device: Device) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _banned_tokens(rows: SequenceOf[tuple[Sequence, int]], device: Device) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Stop tokens of requests that are still below their `min_tokens`."""
     pairs = [
         (row, token)
-        for row, seq in enumerate(seqs)
-        if seq.num_output_tokens < seq.params.min_tokens
+        for row, (seq, index) in enumerate(rows)
+        if index < seq.params.min_tokens
         for token in seq.stop_token_ids
     ]
     if not pairs:
         return None
-    rows, tokens = np.array(pairs, dtype=np.int64).T.copy()
-    return device.tensor(rows), device.tensor(tokens)
+    places, tokens = np.array(pairs, dtype=np.int64).T.copy()
+    return device.tensor(places), device.tensor(tokens)

@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanovllm.engine.model_inputs import ModelInputs, decode_inputs, prefill_inputs
-from nanovllm.engine.scheduler import BlockPair, DecodeStep, PrefillStep
+from nanovllm.engine.cuda_graph import DecodeGraphs, batch_buckets
+from nanovllm.engine.decode_rows import DecodeInputs, DecodeRows
+from nanovllm.engine.model_inputs import ModelInputs, needs_host_parameters, prefill_inputs, sampling_inputs
+from nanovllm.engine.scheduler import BlockPair, DecodeRow, DecodeStep, PrefillStep
 from nanovllm.errors import ModelLoadError, OutOfKVCacheError
 from nanovllm.kernels import AttentionMetadata, ResolvedBackend
 from nanovllm.layers.sampler import SampledTokens, SamplingInputs, sample
@@ -44,6 +46,7 @@ class RunnerSpec:
     max_num_seqs: int
     gpu_memory_utilization: float
     num_kvcache_blocks: int | None
+    enforce_eager: bool
 
     @property
     def block_bytes(self) -> int:
@@ -111,7 +114,10 @@ class ModelRunner:
         with self._on_device():
             self.model = self._load_model(weights_of)
             self.num_kv_blocks = self._num_kv_blocks()
-            self.kv_pool = self._make_pool(self.num_kv_blocks)
+            # One block more than there are to give out: padded rows of a decode batch write to it.
+            self.kv_pool = self._make_pool(self.num_kv_blocks + 1)
+            self.decode_rows = self._make_decode_rows() if is_decode_runner else None
+            self._graphs = self._capture_graphs()
         if self.stream is not None:
             self.stream.synchronize()  # other streams are about to read the weights and write to the pool
 
@@ -126,13 +132,41 @@ class ModelRunner:
             if isinstance(step, PrefillStep):
                 sampled = self._run(prefill_inputs(step, self.block_size, vocab_size, self.device))
             else:
-                assert self.is_decode_runner, f"{self.device} was made for prefill, it cannot run a decode step"
-                sampled = self.run_decode_core(decode_inputs(step, self.block_size, vocab_size, self.device))
+                sampled = self._launch_decode(step.rows)
             return StepHandle(self.device, sampled)
 
-    def run_decode_core(self, inputs: ModelInputs) -> SampledTokens | None:
-        """One decode step on the device, from inputs to sampled tokens."""
-        return self._run(inputs)
+    def run_decode_core(self, size: int) -> SampledTokens:
+        """One decode step over the first `size` rows of the batch, on the device alone: no host value is read."""
+        assert self.decode_rows is not None, f"{self.device} was made for prefill, it cannot run a decode step"
+        inputs = self.decode_rows.gather(size)
+        sampled = sample(self._decode_logits(inputs), inputs.sampling, self.spec.attention.backend)
+        self.decode_rows.advance(inputs, sampled.token_ids)
+        return sampled
+
+    def _launch_decode(self, rows: SequenceOf[DecodeRow]) -> SampledTokens:
+        assert self.decode_rows is not None, f"{self.device} was made for prefill, it cannot run a decode step"
+        if any(needs_host_parameters(row) for row in rows):
+            self.decode_rows.update(rows, len(rows))
+            return self._decode_with_host_parameters(self.decode_rows, rows)
+        if self._graphs is None:
+            self.decode_rows.update(rows, len(rows))
+            return self.run_decode_core(len(rows))
+        size = self._graphs.size_for(len(rows))
+        self.decode_rows.update(rows, size)
+        return SampledTokens(self._graphs.replay(size).token_ids[: len(rows)])
+
+    def _decode_with_host_parameters(self, decode_rows: DecodeRows, rows: SequenceOf[DecodeRow]) -> SampledTokens:
+        """A step in which some request filters, wants log-probabilities or may not stop yet: sampled eagerly."""
+        inputs = decode_rows.gather(len(rows))
+        places = [(row.seq, row.output_index) for row in rows]
+        parameters = sampling_inputs(places, self.spec.model_config.vocab_size, self.device)
+        sampled = sample(self._decode_logits(inputs), parameters, self.spec.attention.backend)
+        decode_rows.advance(inputs, sampled.token_ids)
+        return sampled
+
+    def _decode_logits(self, inputs: DecodeInputs) -> torch.Tensor:
+        hidden = self.model(inputs.input_ids, inputs.positions, self.kv_pool, inputs.metadata)
+        return self.model.compute_logits(hidden)
 
     def sync_kv_cache_to(
         self, other: ModelRunner, pairs: SequenceOf[BlockPair], *, method: str = "copy", after: Event | None = None
@@ -179,7 +213,7 @@ class ModelRunner:
             for stream in (self.stream, self.copy_stream):
                 if stream is not None:
                     stream.synchronize()
-            del self.model, self.kv_pool
+            del self.model, self.kv_pool, self.decode_rows, self._graphs
             if self.device.is_cuda:
                 torch.cuda.empty_cache()
 
@@ -188,9 +222,8 @@ class ModelRunner:
         hidden = self.model(inputs.input_ids, inputs.positions, kv_pool, inputs.metadata)
         if inputs.sampling is None:
             return None
-        if inputs.sampled_rows is not None:
-            hidden = hidden[inputs.sampled_rows]
-        return sample(self.model.compute_logits(hidden), inputs.sampling, self.spec.attention.backend)
+        logits = self.model.compute_logits(hidden[inputs.sampled_rows])
+        return sample(logits, inputs.sampling, self.spec.attention.backend)
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:
@@ -224,6 +257,23 @@ class ModelRunner:
         else:
             load_weights(spec.folder, model.checkpoint_tensors(), model.ignored_checkpoint_tensors())
         return model
+
+    def _make_decode_rows(self) -> DecodeRows:
+        # A decoding request has a block to itself, the one it writes to.
+        most_rows = min(self.spec.max_num_seqs, self.num_kv_blocks)
+        return DecodeRows(self.device, most_rows, self.spec.max_model_len, self.block_size, self.num_kv_blocks)
+
+    def _capture_graphs(self) -> DecodeGraphs | None:
+        if self.decode_rows is None or not self.device.is_cuda or self.spec.enforce_eager:
+            return None
+        if not self.spec.attention.backend.is_capturable:
+            logger.info(
+                "%s: no decode graphs, the %s backend cannot be captured", self.device, self.spec.attention.backend.name
+            )
+            return None
+        most_rows = self.decode_rows.max_num_rows
+        self.decode_rows.pad(most_rows)
+        return DecodeGraphs(self.run_decode_core, batch_buckets(most_rows))
 
     def _make_model(self, device: torch.device) -> Qwen3ForCausalLM:
         spec = self.spec
@@ -266,7 +316,7 @@ class ModelRunner:
             available = self._gpu_bytes_for_pool()
             where = f"{self.device} at gpu_memory_utilization={self.spec.gpu_memory_utilization}"
             remedy = "lower num_kvcache_blocks, max_num_batched_tokens or max_num_seqs, or raise gpu_memory_utilization"
-            default = available // self.spec.block_bytes
+            default = available // self.spec.block_bytes - 1
         else:
             available, where = _host_memory_bytes(), "this machine's memory"
             remedy = "lower num_kvcache_blocks, kvcache_block_size or max_model_len"

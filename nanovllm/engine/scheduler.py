@@ -36,10 +36,19 @@ class PrefillChunk:
 
 @dataclass(frozen=True)
 class DecodeRow:
-    """The last token of a request, to run through the model and sample after."""
+    """The last token of a request, to run through the model and sample after.
+
+    Its KV goes to `position`. With steps in flight the token itself is not known yet, its place is.
+    """
 
     seq: Sequence
     lease: Lease
+    position: int
+
+    @property
+    def output_index(self) -> int:
+        """How many tokens the request will have sampled before this step's."""
+        return self.position + 1 - self.seq.num_prompt_tokens
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,8 @@ class Scheduler:
     """First come, first served: a request is never overtaken by a younger one for a lease.
 
     Whoever launches a scheduled step or a handoff reports its end (`prefill_done`, `decode_done`, `release`), so that
-    blocks in use by work in flight are freed only after it. One step of each kind is in flight on a device at a time.
+    blocks in use by work in flight are freed only after it. One prefill step is in flight on a device at a time; decode
+    steps may be launched ahead, and end in the order of their launch.
     """
 
     def __init__(self, limits: SchedulerLimits, prefill_pool: BlockManager, decode_pool: BlockManager) -> None:
@@ -86,6 +96,8 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._closing: list[Lease] = []
         """Leases that nobody wants any more and that work in flight still touches."""
+        self._blocks_are_promised = False
+        """Whether a decoding request waits for the blocks of such a lease: no new lease may take them first."""
         self._prefilled: list[Sequence] = []
         self._failed: list[Sequence] = []
 
@@ -186,17 +198,19 @@ class Scheduler:
     # Decode
 
     def schedule_decode(self) -> DecodeStep | None:
-        """One token for every request that decodes and has, or can get, the block its KV goes to.
+        """One token for every request that decodes, has not all its tokens under way, and can get the block it needs.
 
-        Where the pool runs out, the youngest request is preempted. A request that cannot get a block while all
-        younger ones that hold some have work in flight sits this step out.
+        Where the pool runs out, the youngest request is preempted. While blocks that were given up are still touched
+        by work in flight, a request that needs one sits this step out.
         """
+        self._blocks_are_promised = False
         rows: list[DecodeRow] = []
         for seq in sorted(self._running, key=lambda seq: seq.request_id):
-            if seq.status is SequenceStatus.DECODING and self._grow(seq):
+            if seq.status is SequenceStatus.DECODING and self._has_tokens_to_launch(seq) and self._grow(seq):
                 assert seq.lease is not None, f"request {seq.request_id} decodes without a lease"
                 self.hold(seq.lease)
-                rows.append(DecodeRow(seq, seq.lease))
+                rows.append(DecodeRow(seq, seq.lease, seq.num_tokens + seq.num_pending_tokens - 1))
+                seq.num_pending_tokens += 1
         return DecodeStep(rows) if rows else None
 
     def decode_done(self, row: DecodeRow) -> bool:
@@ -204,8 +218,11 @@ class Scheduler:
 
         Returns whether it still counts: False if the request has ended or lost its lease meanwhile.
         """
+        counts = row.seq.lease is row.lease
+        if counts:
+            row.seq.num_pending_tokens -= 1
         self.release(row.lease)
-        return row.seq.lease is row.lease
+        return counts
 
     def token_appended(self, seq: Sequence) -> None:
         """A decoding request got a token: the block that its predecessor filled, if it did, is shareable."""
@@ -264,7 +281,8 @@ class Scheduler:
             if unfinished and seq.lease is not None and seq.lease.prefill_pool is pool:
                 yield seq
         for seq in [seq for seq in self._waiting if self._prefill_pool_of(seq) is pool]:
-            if len(self._running) + len(self._closing) >= self.limits.max_num_seqs or not self._admit(seq, pool):
+            num_leases = len(self._running) + len(self._closing)
+            if self._blocks_are_promised or num_leases >= self.limits.max_num_seqs or not self._admit(seq, pool):
                 return
             self._waiting.remove(seq)
             self._running.append(seq)
@@ -324,26 +342,32 @@ class Scheduler:
         lease.num_handed_off_blocks = last
         return tuple(zip(lease.prefill_table[first:last], lease.decode_table[first:last], strict=True))
 
+    def _has_tokens_to_launch(self, seq: Sequence) -> bool:
+        """A request that ends by length gets no step beyond it."""
+        left = min(self._num_output_left(seq), self.limits.max_model_len - seq.num_tokens)
+        return seq.num_pending_tokens < left
+
     def _grow(self, seq: Sequence) -> bool:
-        """Makes room for the KV of the last token; False if the request cannot decode in this step."""
+        """Makes room for the KV of the next token fed; False if the request cannot decode in this step."""
         assert seq.lease is not None, f"request {seq.request_id} grows without a lease"
-        while (needed := self.decode_pool.blocks_for(seq.num_tokens)) > len(seq.lease.decode_table):
+        needed = self.decode_pool.blocks_for(seq.num_tokens + seq.num_pending_tokens)
+        while needed > len(seq.lease.decode_table):
             if needed > self.decode_pool.num_blocks:
-                self.give_up(seq, self._does_not_fit(seq))
+                # What it has sampled and not yet shown comes first.
+                if seq.num_pending_tokens == 0:
+                    self.give_up(seq, self._does_not_fit(seq))
                 return False
             block = self.decode_pool.take((), 1)
             if block is not None:
                 seq.lease.decode_table += block
-                continue
-            younger = [other for other in self._running if other.request_id > seq.request_id and other.lease]
-            idle = [other for other in younger if other.lease is not None and other.lease.in_flight == 0]
-            if idle:
-                self.preempt(max(idle, key=lambda other: other.request_id))
-            elif younger or self._closing:
+            elif any(not lease.stuck for lease in self._closing):
+                self._blocks_are_promised = True
                 return False
             else:
-                self.preempt(seq)
-                return False
+                youngest = max(self._running, key=lambda other: other.request_id)
+                self.preempt(youngest)
+                if youngest is seq:
+                    return False
         return True
 
     def _does_not_fit(self, seq: Sequence) -> OutOfKVCacheError:
@@ -354,9 +378,11 @@ class Scheduler:
         )
 
     def _end_lease(self, seq: Sequence) -> None:
-        lease, seq.lease, seq.num_prefilled_tokens = seq.lease, None, 0
+        lease, seq.lease = seq.lease, None
+        seq.num_prefilled_tokens = seq.num_pending_tokens = 0
         if lease is None:
             return
+        lease.ended = True
         if lease.in_flight:
             self._closing.append(lease)
         else:

@@ -44,6 +44,10 @@ class Lease:
     """Leading blocks of `decode_table` whose KV was there before the lease, or was sent there since."""
     in_flight: int = 0
     """Steps and copies in flight that touch the blocks; while above 0, none is freed."""
+    ended: bool = False
+    """Whether its request has given it up."""
+    stuck: bool = False
+    """Whether a copy that does not end touches the blocks, so that nobody should wait for them."""
 
 
 @dataclass(eq=False)
@@ -67,6 +71,8 @@ class Sequence:
     lease: Lease | None = None
     num_prefilled_tokens: int = 0
     """Tokens whose KV is in the prefill pool, or will be once the steps in flight have ended."""
+    num_pending_tokens: int = 0
+    """Tokens that decode steps in flight will give it."""
     failures: int = 0
 
     first_token_s: float | None = None

@@ -50,6 +50,8 @@ class AttentionBackend(Protocol):
     """
 
     name: str
+    is_capturable: bool
+    """Whether decode runs in a CUDA graph: no value is read back to the host."""
 
     def norm_rotate_store(
         self,

@@ -25,6 +25,7 @@ def unsupported_reasons(needs: BackendRequirements) -> list[str]:
 
 class Backend(torch_reference.Backend):
     name = "flash_attn"
+    is_capturable = True
 
     def attend(
         self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata, scale: float

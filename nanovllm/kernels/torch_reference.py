@@ -19,6 +19,7 @@ def unsupported_reasons(needs: BackendRequirements) -> list[str]:
 
 class Backend:
     name = "torch"
+    is_capturable = False
 
     def norm_rotate_store(
         self,

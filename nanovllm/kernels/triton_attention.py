@@ -33,6 +33,7 @@ def unsupported_reasons(needs: BackendRequirements) -> list[str]:
 
 class Backend:
     name = "triton"
+    is_capturable = True
     norm_rotate_store = staticmethod(triton_fused.norm_rotate_store)
     add_rms_norm = staticmethod(triton_fused.add_rms_norm)
     silu_and_mul = staticmethod(triton_fused.silu_and_mul)

@@ -27,7 +27,14 @@ def tiny_on_disk(tmp_path_factory):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize(
-    "mode", [{}, {"max_num_batched_tokens": 24, "prefill_chunk_tokens": 7}, {"num_kvcache_blocks": 9}]
+    "mode",
+    [
+        {},
+        {"enforce_eager": True},
+        {"max_num_batched_tokens": 24, "prefill_chunk_tokens": 7},
+        {"num_kvcache_blocks": 9},
+        {"max_num_seqs": 3},
+    ],
 )
 def test_float32_tokens_equal_transformers(tiny_on_disk, backend, mode):
     path, reference = tiny_on_disk
