@@ -22,6 +22,8 @@ def main() -> None:
     parser.add_argument("--num-requests", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--attention-backend", default="auto")
+    parser.add_argument("--prefill-chunk-tokens", type=int, default=2048)
+    parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
 
@@ -37,6 +39,8 @@ def main() -> None:
         write_shape(args.model_shape),
         load_format="dummy",
         attention_backend=args.attention_backend,
+        prefill_chunk_tokens=args.prefill_chunk_tokens,
+        enforce_eager=args.enforce_eager,
         enable_prefix_caching=False,
         max_num_seqs=max(512, args.num_requests),
     ) as llm:
@@ -68,6 +72,8 @@ def main() -> None:
         {
             "model_shape": args.model_shape,
             "num_requests": args.num_requests,
+            "prefill_chunk_tokens": args.prefill_chunk_tokens,
+            "enforce_eager": args.enforce_eager,
             "num_output_tokens": num_output_tokens,
             "seconds": seconds,
             "tokens_per_s": throughput,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -153,32 +154,32 @@ class LLM(LLMEngine):
 
     def _answer(self, requests: list[tuple[list[int], SamplingParams]], use_tqdm: bool) -> list[dict[str, Any]]:
         answers: dict[int, _Answer] = {}
+        inbox: list[RequestOutput] = []
         progress = tqdm(total=len(requests), desc="Generating", disable=not use_tqdm, dynamic_ncols=True)
         try:
             for token_ids, params in requests:
                 request_id = self._enqueue(token_ids, params, streamed=False)
-                self._inboxes[request_id] = []
+                self._inboxes[request_id] = inbox
                 answers[request_id] = _Answer(token_ids, params.logprobs is not None)
-            self._run(answers, progress)
+            self._run(answers, inbox, progress)
         finally:
             self._abandon(answers)
             progress.close()
         return [answer.as_dict() for answer in answers.values()]
 
-    def _run(self, answers: dict[int, _Answer], progress: tqdm[Any]) -> None:
-        started = progress.format_dict["elapsed"]
+    def _run(self, answers: dict[int, _Answer], inbox: list[RequestOutput], progress: tqdm[Any]) -> None:
+        started = time.perf_counter()
         before = replace(self.counters)
         num_open = len(answers)
         while num_open:
             self._advance()
-            num_ended = 0
-            for request_id, answer in answers.items():
-                for output in self._take(request_id):
-                    answer.add(output)
-                    num_ended += output.finished
+            num_ended = sum(output.finished for output in inbox)
+            for output in inbox:
+                answers[output.request_id].add(output)
+            inbox.clear()
             if num_ended:
                 num_open -= num_ended
-                seconds = max(progress.format_dict["elapsed"] - started, 1e-9)
+                seconds = time.perf_counter() - started
                 progress.set_postfix_str(
                     f"prefill {(self.counters.prefill_tokens - before.prefill_tokens) / seconds:.0f} tok/s, "
                     f"decode {(self.counters.decode_tokens - before.decode_tokens) / seconds:.0f} tok/s",
@@ -188,10 +189,6 @@ class LLM(LLMEngine):
 
     def _deliver(self, output: RequestOutput) -> None:
         self._inboxes.get(output.request_id, self._outputs).append(output)
-
-    def _take(self, request_id: int) -> list[RequestOutput]:
-        outputs, self._inboxes[request_id] = self._inboxes[request_id], []
-        return outputs
 
     def _abandon(self, request_ids: Any) -> None:
         """Ends what is still running of these requests; nobody waits for their outputs any more."""
@@ -207,7 +204,7 @@ class _Stream(Iterator[RequestOutput]):
     def __init__(self, llm: LLM, request_id: int) -> None:
         self._llm = llm
         self._request_id = request_id
-        self._ready: list[RequestOutput] = []
+        self._ready = llm._inboxes[request_id]
         self._finished = False
 
     def __next__(self) -> RequestOutput:
@@ -215,10 +212,8 @@ class _Stream(Iterator[RequestOutput]):
             raise StopIteration
         try:
             while not self._ready:
-                self._ready = self._llm._take(self._request_id)
-                if not self._ready:
-                    self._llm._check_open()
-                    self._llm._advance()
+                self._llm._check_open()
+                self._llm._advance()
         except BaseException:
             self.close()
             raise
@@ -231,7 +226,7 @@ class _Stream(Iterator[RequestOutput]):
         """Aborts the request if it is still running; no more outputs come."""
         if not self._finished:
             self._finished = True
-            self._ready = []
+            self._ready.clear()
             self._llm._abandon([self._request_id])
 
     def __del__(self) -> None:

@@ -111,3 +111,12 @@ def test_example_runs(arguments):
     for question in ("introduce yourself", "list all prime numbers within 100"):
         assert ANSWERS[question] in run.stdout
     assert len((ROOT / "example.py").read_text().splitlines()) < 40
+
+
+def test_text_from_before_min_tokens_does_not_stop(llm):
+    question = "list all prime numbers within 100"
+    whole = llm.chat(ask(question), GREEDY, use_tqdm=False)[0]
+    early = ANSWERS[question][:5]
+    params = SamplingParams(temperature=0, max_tokens=512, stop=[early, "x" * 200], min_tokens=6)
+    answer = llm.chat(ask(question), params, use_tqdm=False)[0]
+    assert answer["token_ids"] == whole["token_ids"]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import weakref
 
 import pytest
+import torch
 
 from nanovllm import LLM, OutOfKVCacheError, RequestOutput, SamplingParams
+from nanovllm.engine.model_runner import StepHandle
 from nanovllm.engine.scheduler import DecodeStep, PrefillStep
 from tests import tiny
 
@@ -220,3 +223,83 @@ def test_the_choice_of_backend_is_logged_with_its_reason(tiny_path, caplog):
     with caplog.at_level(logging.INFO, logger="nanovllm"), LLM(tiny_path, device="cpu"):
         pass
     assert "attention backend torch (the best for cpu)" in caplog.text
+
+
+def test_a_prompt_that_fills_the_pool_ends_even_if_it_is_preempted_at_its_first_token(checkpoint):
+    """It needs a block more than there are; nothing but its own end can come of it."""
+    path, _ = checkpoint("gqa2")
+    prompt = tiny.random_prompts(1, seed=27, longest=1, shared=47)[0]
+    with LLM(path, device="cpu", num_kvcache_blocks=3) as llm:
+        request_id = llm.add_request(prompt, GREEDY)
+        llm.step()
+        seq = llm._sequences[request_id]
+        llm.scheduler.preempt(seq)
+        outputs = drain(llm)[request_id]
+        assert outputs[-1].finish_reason == "error"
+        assert isinstance(outputs[-1].error, OutOfKVCacheError)
+        assert llm.scheduler.decode_pool.num_held_blocks == 0
+
+
+def test_a_failed_step_leaves_no_tensors_alive(tiny_path):
+    """Its activations would be missing when its halves run, and stay as long as someone keeps the error."""
+    with LLM(tiny_path, device="cpu") as llm:
+        dead = []
+        launch = llm.decode_runner.launch
+
+        def fail(step):
+            activation = torch.ones(10)
+            dead.append(weakref.ref(activation))
+            if any(row.seq.request_id == 1 for row in step.rows):
+                raise RuntimeError("injected")
+            return launch(step)
+
+        llm.decode_runner.launch = fail
+        answers = llm.generate([[1, 2, 3]] * 3, GREEDY, use_tqdm=False)
+    assert [answer["finish_reason"] for answer in answers] == ["length", "error", "length"]
+    assert not [reference for reference in dead if reference() is not None]
+
+
+@pytest.mark.parametrize("moment", range(1, 12, 2))
+@pytest.mark.parametrize("two_devices", [False, True])
+@pytest.mark.parametrize("where", ["launch", "collect", "schedule_prefill", "send", "_append"])
+def test_an_interrupt_anywhere_loses_no_request_and_changes_no_token(checkpoint, where, two_devices, moment):
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(4, seed=28, longest=50, shared=20)
+    options = {"enable_two_gpu_pd": True} if two_devices else {}
+    with LLM(path, device="cpu", max_num_batched_tokens=48, **options) as llm:
+        ids = [llm.add_request(prompt, GREEDY) for prompt in prompts]
+        holder = {
+            "launch": llm.decode_runner,
+            "collect": StepHandle,
+            "schedule_prefill": llm.scheduler,
+            "send": llm.kv_transfer,
+            "_append": llm,
+        }[where]
+        original, calls = getattr(holder, where), [0]
+
+        def interrupted(*args, **kwargs):
+            calls[0] += 1
+            result = original(*args, **kwargs)
+            if calls[0] == moment:
+                raise KeyboardInterrupt
+            return result
+
+        outputs: dict[int, list[RequestOutput]] = {}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(holder, where, interrupted)
+            for _ in range(12):
+                try:
+                    for output in llm.step():
+                        outputs.setdefault(output.request_id, []).append(output)
+                except KeyboardInterrupt:
+                    pass
+                llm.scheduler.check_integrity()
+        for request_id, more in drain(llm).items():
+            outputs.setdefault(request_id, []).extend(more)
+        for request_id, prompt in zip(ids, prompts, strict=True):
+            assert tokens_of(outputs[request_id]) == tiny.reference_tokens(reference, prompt, 20)
+        again = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert [answer["token_ids"] for answer in again] == [tiny.reference_tokens(reference, p, 20) for p in prompts]
+        while llm._in_flight or llm._handoffs:
+            llm.step()
+        assert llm.scheduler.decode_pool.num_held_blocks == llm.scheduler.prefill_pool.num_held_blocks == 0

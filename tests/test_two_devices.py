@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 import torch
 
 from nanovllm import LLM, ConfigError, HandoffError, HandoffTimeout, RequestError, SamplingParams
+from nanovllm.engine.model_runner import StepHandle
 from nanovllm.engine.scheduler import PrefillStep
 from tests import tiny
 from tests.test_engine import drain, tokens_of
@@ -222,6 +224,37 @@ def test_a_copy_that_never_ends_times_out_with_both_sides_state(checkpoint, capl
         assert_whole(llm)
     for index, prompt in enumerate(prompts):
         assert tokens_of(outputs[index]) == tiny.reference_tokens(reference, prompt, 24)
+
+
+def test_a_handoffs_time_runs_from_the_end_of_its_step(checkpoint, monkeypatch, caplog):
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(2, seed=14)
+    with two_devices(path, lazy=False, handoff_timeout_s=0.05) as llm:
+        monkeypatch.setattr(StepHandle, "is_done", lambda handle: time.perf_counter() > handle.launched_s + 0.1)
+        launch = llm.prefill_runner.launch
+
+        def slow(step):
+            handle = launch(step)
+            handle.launched_s = time.perf_counter()
+            return handle
+
+        llm.prefill_runner.launch = slow
+        monkeypatch.setattr(StepHandle, "launched_s", 0.0, raising=False)
+        outputs = run_with_fault(llm, prompts[:1])
+    assert "failed" not in caplog.text
+    assert tokens_of(outputs[0]) == tiny.reference_tokens(reference, prompts[0], 24)
+
+
+def test_a_retried_request_is_not_overtaken(tiny_path):
+    """It waits for the other pool than those behind it, and still comes first."""
+    prompts = tiny.random_prompts(12, seed=15, longest=1, shared=60)
+    with two_devices(tiny_path, lazy=False, num_kvcache_blocks=6, enable_prefix_caching=False) as llm:
+        llm.kv_transfer = FaultyTransfer(llm.kv_transfer, "arrive", lambda number: number == 0)
+        ids = [llm.add_request(prompt, GREEDY) for prompt in prompts]
+        ended = []
+        while not llm.is_finished():
+            ended += [output.request_id for output in llm.step() if output.finished]
+    assert ended == ids
 
 
 def test_blocks_that_a_stuck_copy_holds_end_the_requests_that_need_them_by_name(tiny_path):

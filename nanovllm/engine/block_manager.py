@@ -62,13 +62,15 @@ class BlockManager:
             matched.append(block)
         return matched
 
-    def take(self, cached: SequenceOf[int], num_blocks: int) -> list[int] | None:
-        """Holds the `cached` blocks and new ones, `num_blocks` in all; None, and holds nothing, if too few are free."""
+    def can_take(self, cached: SequenceOf[int], num_blocks: int) -> bool:
+        """Whether `take` would find enough free blocks."""
         num_new = num_blocks - len(cached)
-        if num_new + sum(self._holders[block] == 0 for block in cached) > len(self._free):
-            return None
+        return num_new + sum(self._holders[block] == 0 for block in cached) <= len(self._free)
+
+    def take(self, cached: SequenceOf[int], num_blocks: int) -> list[int]:
+        """Holds the `cached` blocks and new ones, `num_blocks` in all, in that order; `can_take` was asked before."""
         self.share(cached)
-        return [*cached, *(self._take_free() for _ in range(num_new))]
+        return [*cached, *(self._take_free() for _ in range(num_blocks - len(cached)))]
 
     def share(self, blocks: Iterable[int]) -> None:
         """Adds a holder to each block."""

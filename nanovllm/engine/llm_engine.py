@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
+import traceback
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from types import TracebackType
@@ -15,7 +17,7 @@ from nanovllm.engine.builder import build_engine
 from nanovllm.engine.kv_transfer import TransferHandle
 from nanovllm.engine.model_runner import ModelRunner, SampledRow, StepHandle
 from nanovllm.engine.requests import Prompt
-from nanovllm.engine.scheduler import BlockPair, DecodeRow, DecodeStep, PrefillChunk, PrefillStep
+from nanovllm.engine.scheduler import BlockPair, DecodeStep, PrefillStep
 from nanovllm.engine.sequence import Lease, Sequence, SequenceStatus
 from nanovllm.engine.tokenizer import NoText, RequestText
 from nanovllm.errors import EngineClosedError, HandoffError, HandoffTimeout, UnknownRequestError, shown
@@ -62,7 +64,9 @@ class Handoff:
     lease: Lease
     pairs: SequenceOf[BlockPair]
     handle: TransferHandle
-    deadline_s: float
+    step: PrefillStep
+    """The step that computes the blocks; the handoff's time runs from its end."""
+    deadline_s: float = math.inf
     timed_out: bool = False
 
 
@@ -99,6 +103,7 @@ class LLMEngine:
         self._handoffs: list[Handoff] = []
         self._handing_off: list[Sequence] = []
         self._outputs: list[RequestOutput] = []
+        self._last_progress_s = time.perf_counter()
         self._closed = False
 
     # Requests
@@ -154,18 +159,19 @@ class LLMEngine:
         self._closed = True
         for seq in self.scheduler.unfinished():
             self.scheduler.finish(seq, "abort")
-        for work in self._in_flight:
-            work.handle.wait()
+        runners = {self.prefill_runner, self.decode_runner}
+        for runner in runners:
+            runner.synchronize()
         for state in (self._sequences, self._texts, self._in_flight, self._handoffs, self._handing_off, self._outputs):
             state.clear()
-        for runner in {self.prefill_runner, self.decode_runner}:
+        for runner in runners:
             runner.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self.close()
 
@@ -185,14 +191,38 @@ class LLMEngine:
 
     def _advance(self) -> None:
         """One turn: launch what can be launched, else wait; then collect what has ended."""
-        launched = self._launch_prefill()
-        launched = self._launch_decode() or launched
-        if not launched:
-            self._wait()
-        self._collect_steps()
-        self._collect_handoffs()
-        for seq in self.scheduler.get_failed_sequences():
-            self._give_out(seq, [])
+        try:
+            launched = self._launch_prefill()
+            launched = self._launch_decode() or launched
+            if launched:
+                self._progressed()
+            else:
+                self._wait()
+            self._collect_steps()
+            self._collect_handoffs()
+            for seq in self.scheduler.get_failed_sequences():
+                self._give_out(seq)
+        except BaseException:
+            self._recover()
+            raise
+
+    def _recover(self) -> None:
+        """After an interrupt, or an error that is nobody's: whatever was under way is recomputed.
+
+        A request that was just being given a token may have it half shown; it is aborted.
+        """
+        self._handoffs = [handoff for handoff in self._handoffs if handoff.timed_out]
+        for runner in {self.prefill_runner, self.decode_runner}:
+            runner.synchronize(copies=not self._handoffs)
+        self._in_flight.clear()
+        self._handing_off.clear()
+        self.scheduler.forget_work_in_flight([handoff.lease for handoff in self._handoffs])
+        for seq in list(self._sequences.values()):
+            if seq.is_finished or seq.num_shown_tokens != seq.num_output_tokens:
+                self._texts[seq.request_id] = NoText()
+                if not seq.is_finished:
+                    self.scheduler.finish(seq, "abort")
+                self._give_out(seq)
 
     def _launch_prefill(self) -> bool:
         launched = False
@@ -217,44 +247,38 @@ class LLMEngine:
 
     def _launch(self, runner: ModelRunner, step: Step) -> bool:
         """Launches a step. If that fails, its halves, until the request that makes it fail stands alone."""
+        error = None
         try:
             handle = runner.launch(step)
-        except Exception as error:  # noqa: BLE001 - whatever a forward pass raises ends one request, not the engine
-            halves = step.halves()
-            if halves is not None:
-                return self._launch_each(runner, halves)
-            row = step.rows[0]
-            self.scheduler.release(row.lease)
+        except Exception as raised:  # noqa: BLE001 - whatever a forward pass raises ends one request, not the engine
+            # The frames hold the failed step's tensors, which would stay alive with the error.
+            traceback.clear_frames(raised.__traceback__)
+            error = raised
+        if error is None:
+            self._in_flight.append(InFlight(runner, step, handle))
+            if isinstance(step, PrefillStep):
+                self._send(step, handle)
+            return True
+        # What the step had launched before it failed may still be writing to its blocks.
+        runner.synchronize()
+        halves = step.halves()
+        if halves is not None:
+            launched = [self._launch(runner, half) for half in halves]
+            return any(launched)
+        row = step.rows[0]
+        self.scheduler.release(row.lease)
+        if row.seq.lease is row.lease:
             self._fail(row.seq, error)
-            return False
-        except BaseException:
-            self._requeue(step.rows)
-            raise
-        self._in_flight.append(InFlight(runner, step, handle))
-        if isinstance(step, PrefillStep):
-            self._send(step, handle)
-        return True
-
-    def _launch_each(self, runner: ModelRunner, halves: tuple[Step, Step]) -> bool:
-        first, second = halves
-        try:
-            launched = self._launch(runner, first)
-        except BaseException:
-            self._requeue(second.rows)
-            raise
-        return self._launch(runner, second) or launched
-
-    def _requeue(self, rows: SequenceOf[PrefillChunk | DecodeRow]) -> None:
-        """Rows whose step was interrupted before it ran: their requests are recomputed."""
-        for row in rows:
-            self.scheduler.release(row.lease)
-            if row.seq.lease is row.lease:
-                self.scheduler.preempt(row.seq)
+        return False
 
     def _fail(self, seq: Sequence, error: Exception) -> None:
         retry = seq.failures == 0
         logger.warning("request %d failed (%s); %s", seq.request_id, error, "retrying" if retry else "giving up")
         self.scheduler.fail(seq, error)
+        self._progressed()
+
+    def _progressed(self) -> None:
+        self._last_progress_s = time.perf_counter()
 
     def _wait(self) -> None:
         """Until a step or a handoff has ended, or a handoff's time is up."""
@@ -273,11 +297,13 @@ class LLMEngine:
 
     def _collect_steps(self) -> None:
         for work in self._ended_steps():
+            sampled = work.handle.collect()
             self._in_flight.remove(work)
+            self._progressed()
             if isinstance(work.step, PrefillStep):
-                self._prefill_ended(work.step, work.handle.collect())
+                self._prefill_ended(work.step, sampled)
             else:
-                self._decode_ended(work.step, work.handle.collect())
+                self._decode_ended(work.step, sampled)
 
     def _ended_steps(self) -> list[InFlight]:
         """Steps that have ended, in the order of their launch on each runner."""
@@ -294,14 +320,21 @@ class LLMEngine:
         self.counters.prefill_tokens += sum(chunk.end - chunk.start for chunk in step.rows)
         counting = [(chunk, self.scheduler.prefill_done(chunk)) for chunk in step.rows]
         last = [(chunk.seq, counts) for chunk, counts in counting if chunk.is_last]
-        self._append_all([(seq, token) for (seq, counts), token in zip(last, sampled, strict=True) if counts])
+        for (seq, counts), token in zip(last, sampled, strict=True):
+            if counts:
+                self._append(seq, token)
         self._handing_off += self.scheduler.get_prefilled_sequences()
+        for handoff in self._handoffs:
+            if handoff.step is step:
+                handoff.deadline_s = time.perf_counter() + self.config.handoff_timeout_s
 
     def _decode_ended(self, step: DecodeStep, sampled: list[SampledRow]) -> None:
         self.counters.decode_steps += 1
         rows = [(row.seq, self.scheduler.decode_done(row)) for row in step.rows]
         self.counters.decode_tokens += sum(counts for _, counts in rows)
-        self._append_all([(seq, token) for (seq, counts), token in zip(rows, sampled, strict=True) if counts])
+        for (seq, counts), token in zip(rows, sampled, strict=True):
+            if counts:
+                self._append(seq, token)
 
     # Handoffs
 
@@ -310,41 +343,45 @@ class LLMEngine:
         for chunk in step.rows:
             if not chunk.handoff:
                 continue
+            self.scheduler.hold(chunk.lease)
             try:
                 transfer = self.kv_transfer.send(chunk.handoff, handle.event)
             except Exception as error:  # noqa: BLE001 - a copy that cannot be launched fails its request alone
+                self.scheduler.release(chunk.lease)
                 self._fail_handoff(chunk.seq, HandoffError(f"{self._about(chunk.seq)}: {error}"))
                 continue
-            self.scheduler.hold(chunk.lease)
-            deadline_s = time.perf_counter() + self.config.handoff_timeout_s
-            self._handoffs.append(Handoff(chunk.seq, chunk.lease, chunk.handoff, transfer, deadline_s))
+            self._handoffs.append(Handoff(chunk.seq, chunk.lease, chunk.handoff, transfer, step))
 
     def _collect_handoffs(self) -> None:
         for handoff in list(self._handoffs):
             if handoff.handle.is_done():
                 self._handoffs.remove(handoff)
                 self._handoff_ended(handoff)
+                self._progressed()
             elif time.perf_counter() > handoff.deadline_s and not handoff.timed_out:
                 handoff.timed_out = handoff.lease.stuck = True
                 if handoff.seq.lease is handoff.lease:
                     self._fail_handoff(handoff.seq, HandoffTimeout(self._timeout_message(handoff)))
-        underway = [handoff.lease for handoff in self._handoffs]
-        for seq in [seq for seq in self._handing_off if seq.lease not in underway]:
-            self._handing_off.remove(seq)
-            if seq.status is SequenceStatus.HANDING_OFF:
-                self.scheduler.handoff_done(seq)
+        arriving, self._handing_off = self._handing_off, []
+        for seq in arriving:
+            if seq.status is SequenceStatus.HANDING_OFF and seq.lease is not None:
+                if seq.lease.in_flight:
+                    self._handing_off.append(seq)
+                else:
+                    self.scheduler.handoff_done(seq)
 
     def _handoff_ended(self, handoff: Handoff) -> None:
-        self.counters.handoffs += 1
-        self.counters.handoff_blocks += len(handoff.pairs)
+        error = None
         try:
             handoff.handle.wait()
-        except Exception as error:  # noqa: BLE001 - whatever went wrong on the way fails this request alone
-            self.scheduler.release(handoff.lease)
-            if handoff.seq.lease is handoff.lease:
-                self._fail_handoff(handoff.seq, HandoffError(f"{self._about(handoff.seq)}: {error}"))
-            return
+        except Exception as raised:  # noqa: BLE001 - whatever went wrong on the way fails this request alone
+            error = HandoffError(f"{self._about(handoff.seq)}: {raised}")
         self.scheduler.release(handoff.lease)
+        if error is None:
+            self.counters.handoffs += 1
+            self.counters.handoff_blocks += len(handoff.pairs)
+        elif handoff.seq.lease is handoff.lease:
+            self._fail_handoff(handoff.seq, error)
 
     def _fail_handoff(self, seq: Sequence, error: HandoffError) -> None:
         self._handing_off = [other for other in self._handing_off if other is not seq]
@@ -365,27 +402,17 @@ class LLMEngine:
         )
 
     def _give_up_on_stuck_blocks(self) -> None:
-        """Nothing runs and nothing can be launched: what waits does so for blocks that copies without end hold."""
-        stuck = next((handoff for handoff in self._handoffs if not handoff.handle.is_done()), None)
+        """Nothing runs: if nothing has for `handoff_timeout_s`, the oldest request waits for blocks of a stuck copy."""
+        time.sleep(1e-3)
         waiting = self.scheduler.unfinished()
-        if stuck is not None and waiting:
-            message = f"request {waiting[0].request_id} waits for blocks of a handoff that does not end"
-            self.scheduler.give_up(waiting[0], HandoffTimeout(f"{message}: {self._timeout_message(stuck)}"))
+        if not waiting or time.perf_counter() - self._last_progress_s < self.config.handoff_timeout_s:
+            return
+        assert self._handoffs, f"request {waiting[0].request_id} waits for nothing that will ever happen"
+        message = f"request {waiting[0].request_id} waits for blocks that a handoff without end holds"
+        self.scheduler.give_up(waiting[0], HandoffTimeout(f"{message}: {self._timeout_message(self._handoffs[0])}"))
+        self._progressed()
 
     # Tokens
-
-    def _append_all(self, tokens: list[tuple[Sequence, SampledRow]]) -> None:
-        """Gives each request its token. One that this fails for ends by name; an interrupt requeues the rest."""
-        remaining = iter(tokens)
-        try:
-            for seq, row in remaining:
-                try:
-                    self._append(seq, row)
-                except Exception as error:  # noqa: BLE001 - such as a tokenizer's; it ends one request, not the engine
-                    self._end_by_error(seq, error)
-        except BaseException:
-            self._interrupted(seq, [seq for seq, _ in remaining])
-            raise
 
     def _append(self, seq: Sequence, row: SampledRow) -> None:
         """Gives a request its next token and ends it if that was the last."""
@@ -398,60 +425,53 @@ class LLMEngine:
         is_stop_token = row.token_id in seq.stop_token_ids
         text = self._texts[seq.request_id]
         may_stop = seq.num_output_tokens >= seq.params.min_tokens
-        piece = "" if is_stop_token else text.add([row.token_id], may_stop=may_stop)
+        try:
+            piece = "" if is_stop_token else text.add([row.token_id], may_stop=may_stop)
+        except Exception as error:  # noqa: BLE001 - whatever a tokenizer raises ends one request, not the engine
+            self._text_failed(seq, error)
+            return
         if is_stop_token or text.stopped:
-            self._finish(seq, "stop", [row.token_id], piece)
+            self._finish(seq, "stop", piece)
         elif seq.num_output_tokens >= seq.params.max_tokens or seq.num_tokens >= self._intake.max_model_len:
-            self._finish(seq, "length", [row.token_id], piece)
+            self._finish(seq, "length", piece)
         else:
-            self._give_out(seq, [row.token_id], piece)
+            self._give_out(seq, piece)
 
-    def _end_by_error(self, seq: Sequence, error: Exception) -> None:
-        logger.warning("request %d failed (%s); giving up", seq.request_id, error)
-        if seq.request_id in self._sequences:
-            if not seq.is_finished:
-                self.scheduler.finish(seq, "error", error)
-            seq.finish_reason, seq.error = "error", error
-            self._texts[seq.request_id] = NoText()
-            self._give_out(seq, [])
-
-    def _interrupted(self, current: Sequence, others: list[Sequence]) -> None:
-        """An interrupt while tokens were given out: the request it hit ends, those after it compute theirs again."""
-        self._handing_off += self.scheduler.get_prefilled_sequences()
-        for seq in others:
-            self.scheduler.preempt(seq)
-        if current.request_id in self._sequences:
-            self._texts[current.request_id] = NoText()
-            if current.is_finished:
-                self._give_out(current, [])
-            else:
-                self._finish(current, "abort")
-
-    def _finish(
-        self, seq: Sequence, reason: FinishReason, new_token_ids: SequenceOf[int] = (), piece: str = ""
-    ) -> None:
+    def _finish(self, seq: Sequence, reason: FinishReason, piece: str = "") -> None:
         self.scheduler.finish(seq, reason)
-        self._give_out(seq, list(new_token_ids), piece)
+        self._give_out(seq, piece)
 
-    def _give_out(self, seq: Sequence, new_token_ids: list[int], piece: str = "") -> None:
+    def _text_failed(self, seq: Sequence, error: Exception) -> None:
+        logger.warning("the text of request %d failed (%s); giving up", seq.request_id, error)
+        self._texts[seq.request_id] = NoText()
+        self.scheduler.finish(seq, "error", error)
+        self._give_out(seq)
+
+    def _give_out(self, seq: Sequence, piece: str = "") -> None:
+        """An output with the tokens that were not shown before; the last one with the rest of the text."""
         if seq.is_finished:
             seq.finished_s = time.perf_counter()
-            piece += self._texts[seq.request_id].finish()
+            try:
+                piece += self._texts[seq.request_id].finish()
+            except Exception as error:  # noqa: BLE001 - as above
+                logger.warning("the text of request %d failed (%s); giving up", seq.request_id, error)
+                seq.finish_reason, seq.error = "error", error
             del self._texts[seq.request_id], self._sequences[seq.request_id]
+        new_token_ids = seq.token_ids[seq.num_prompt_tokens + seq.num_shown_tokens :]
         wants_logprobs = seq.params.logprobs is not None
-        self._deliver(
-            RequestOutput(
-                request_id=seq.request_id,
-                new_token_ids=new_token_ids,
-                text=piece,
-                finished=seq.is_finished,
-                finish_reason=seq.finish_reason,
-                error=seq.error,
-                new_logprobs=seq.logprobs[-len(new_token_ids) :] if wants_logprobs and new_token_ids else None,
-                ttft_s=None if seq.first_token_s is None else seq.first_token_s - seq.arrival_s,
-                latency_s=None if seq.finished_s is None else seq.finished_s - seq.arrival_s,
-            )
+        output = RequestOutput(
+            request_id=seq.request_id,
+            new_token_ids=new_token_ids,
+            text=piece,
+            finished=seq.is_finished,
+            finish_reason=seq.finish_reason,
+            error=seq.error,
+            new_logprobs=seq.logprobs[seq.num_shown_tokens :] if wants_logprobs and new_token_ids else None,
+            ttft_s=None if seq.first_token_s is None else seq.first_token_s - seq.arrival_s,
+            latency_s=None if seq.finished_s is None else seq.finished_s - seq.arrival_s,
         )
+        seq.num_shown_tokens = seq.num_output_tokens
+        self._deliver(output)
 
     def _deliver(self, output: RequestOutput) -> None:
         self._outputs.append(output)

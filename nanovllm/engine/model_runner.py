@@ -17,7 +17,7 @@ from nanovllm.engine.cuda_graph import DecodeGraphs, batch_buckets
 from nanovllm.engine.decode_rows import DecodeInputs, DecodeRows
 from nanovllm.engine.model_inputs import ModelInputs, needs_host_parameters, prefill_inputs, sampling_inputs
 from nanovllm.engine.scheduler import BlockPair, DecodeRow, DecodeStep, PrefillStep
-from nanovllm.errors import ModelLoadError, OutOfKVCacheError
+from nanovllm.errors import HandoffError, ModelLoadError, OutOfKVCacheError, shown
 from nanovllm.kernels import AttentionMetadata, ResolvedBackend
 from nanovllm.layers.sampler import SampledTokens, SamplingInputs, sample
 from nanovllm.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
@@ -107,7 +107,7 @@ class ModelRunner:
         self.spec = spec
         self.device = device
         self.is_decode_runner = is_decode_runner
-        self.max_step_tokens = max_step_tokens
+        self.max_step_tokens = max(max_step_tokens, spec.max_num_seqs) if is_decode_runner else max_step_tokens
         with device.current():
             self.stream = torch.cuda.Stream(device.index) if device.is_cuda else None
             self.copy_stream = torch.cuda.Stream(device.index) if device.is_cuda else None
@@ -118,8 +118,7 @@ class ModelRunner:
             self.kv_pool = self._make_pool(self.num_kv_blocks + 1)
             self.decode_rows = self._make_decode_rows() if is_decode_runner else None
             self._graphs = self._capture_graphs()
-        if self.stream is not None:
-            self.stream.synchronize()  # other streams are about to read the weights and write to the pool
+        self.synchronize()  # other streams are about to read the weights and write to the pool
 
     @property
     def block_size(self) -> int:
@@ -182,11 +181,27 @@ class ModelRunner:
 
         Returns:
             An event that is done when all blocks have arrived.
+
+        Raises:
+            HandoffError: the method or a block is unknown; nothing was copied.
         """
-        assert method in COPY_METHODS, f"{method!r} is not one of {', '.join(COPY_METHODS)}"
+        if method not in COPY_METHODS:
+            raise HandoffError(f"method={shown(method)} is not one of {', '.join(COPY_METHODS)}")
+        for block, goal in pairs:
+            if not (0 <= block < self.num_kv_blocks and 0 <= goal < other.num_kv_blocks):
+                raise HandoffError(
+                    f"blocks ({block}, {goal}) are not below ({self.num_kv_blocks}, {other.num_kv_blocks}), "
+                    "what the two pools have"
+                )
         with torch.inference_mode(), other._copying(), self._copying():
             wait_event(self.copy_stream, after)
-            COPY_METHODS[method](self, other, pairs)
+            try:
+                COPY_METHODS[method](self, other, pairs)
+            except BaseException:
+                # Nobody will know of the copies that were launched: they must not be left to write later.
+                self.synchronize()
+                other.synchronize()
+                raise
             return (self if method == "push" else other).record_copy_event()
 
     def record_copy_event(self) -> Event:
@@ -207,12 +222,15 @@ class ModelRunner:
             wait_event(self.copy_stream, after)
             return torch.stack([_checksum_layers(self.kv_pool[block]) for block in blocks]).cpu()
 
+    def synchronize(self, *, copies: bool = True) -> None:
+        """Waits for all steps, and copies, that were launched here."""
+        for stream in (self.stream, self.copy_stream if copies else None):
+            if stream is not None:
+                stream.synchronize()
+
     def close(self) -> None:
-        """Gives weights and pool back; the runner is of no use afterwards."""
+        """Gives weights and pool back, which nothing may be using; the runner is of no use afterwards."""
         with self._on_device():
-            for stream in (self.stream, self.copy_stream):
-                if stream is not None:
-                    stream.synchronize()
             del self.model, self.kv_pool, self.decode_rows, self._graphs
             if self.device.is_cuda:
                 torch.cuda.empty_cache()
@@ -338,7 +356,13 @@ class ModelRunner:
         """What `gpu_memory_utilization` leaves beside weights, the workspace of the largest step and other users."""
         torch.cuda.reset_peak_memory_stats(self.device.index)
         before = torch.cuda.memory_allocated(self.device.index)
-        self._run(self._largest_step(), pool=self._make_pool(1))
+        try:
+            self._run(self._largest_step(), pool=self._make_pool(1))
+        except torch.OutOfMemoryError as error:
+            raise OutOfKVCacheError(
+                f"{self.device} has no room for a step of {self.max_step_tokens} tokens ({error}); "
+                "lower max_num_batched_tokens or max_num_seqs"
+            ) from error
         torch.cuda.synchronize(self.device.index)
         workspace = torch.cuda.max_memory_allocated(self.device.index) - before
         free, total = self.device.memory_info()

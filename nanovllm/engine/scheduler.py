@@ -9,11 +9,15 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Lease, Sequence, SequenceStatus
 from nanovllm.errors import OutOfKVCacheError
 from nanovllm.outputs import FinishReason
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 BlockPair = tuple[int, int]
 """A block of the prefill pool and the block of the decode pool that its KV goes to."""
@@ -51,24 +55,25 @@ class DecodeRow:
         return self.position + 1 - self.seq.num_prompt_tokens
 
 
-@dataclass(frozen=True)
-class PrefillStep:
-    rows: list[PrefillChunk]
-
-    def halves(self) -> tuple[PrefillStep, PrefillStep] | None:
-        """The step as two smaller ones, None if one request is all it has."""
-        middle = len(self.rows) // 2
-        return (PrefillStep(self.rows[:middle]), PrefillStep(self.rows[middle:])) if middle else None
+Row = TypeVar("Row", PrefillChunk, DecodeRow)
 
 
 @dataclass(frozen=True)
-class DecodeStep:
-    rows: list[DecodeRow]
+class _Step(Generic[Row]):
+    rows: list[Row]
 
-    def halves(self) -> tuple[DecodeStep, DecodeStep] | None:
+    def halves(self) -> tuple[Self, Self] | None:
         """The step as two smaller ones, None if one request is all it has."""
         middle = len(self.rows) // 2
-        return (DecodeStep(self.rows[:middle]), DecodeStep(self.rows[middle:])) if middle else None
+        return (type(self)(self.rows[:middle]), type(self)(self.rows[middle:])) if middle else None
+
+
+class PrefillStep(_Step[PrefillChunk]):
+    """Chunks of prompts, of one pool."""
+
+
+class DecodeStep(_Step[DecodeRow]):
+    """A token of every request that decodes."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +251,18 @@ class Scheduler:
             self._closing.remove(lease)
             self._free(lease)
 
+    def forget_work_in_flight(self, except_for: list[Lease]) -> None:
+        """All work has ended but one piece for each lease of `except_for`: every running request is recomputed."""
+        for seq in list(self._running):
+            self.preempt(seq)
+        for lease in list(self._closing):
+            lease.in_flight = except_for.count(lease)
+            if not lease.in_flight:
+                self._closing.remove(lease)
+                self._free(lease)
+        self._prefilled = []
+        self._blocks_are_promised = False
+
     def check_integrity(self) -> None:
         """Asserts that every block of both pools is accounted for."""
         leases = [*self._closing, *(seq.lease for seq in self._running if seq.lease is not None)]
@@ -280,13 +297,20 @@ class Scheduler:
             unfinished = seq.status is SequenceStatus.PREFILLING and seq.num_prefilled_tokens < seq.num_tokens
             if unfinished and seq.lease is not None and seq.lease.prefill_pool is pool:
                 yield seq
-        for seq in [seq for seq in self._waiting if self._prefill_pool_of(seq) is pool]:
-            num_leases = len(self._running) + len(self._closing)
-            if self._blocks_are_promised or num_leases >= self.limits.max_num_seqs or not self._admit(seq, pool):
+        while self._waiting and self._may_admit():
+            seq = self._waiting[0]
+            if self.decode_pool.blocks_for(seq.num_tokens) > self.decode_pool.num_blocks:
+                self.give_up(seq, self._does_not_fit(seq))
+            elif self._prefill_pool_of(seq) is pool and self._admit(seq, pool):
+                self._waiting.remove(seq)
+                self._running.append(seq)
+                yield seq
+            else:
                 return
-            self._waiting.remove(seq)
-            self._running.append(seq)
-            yield seq
+
+    def _may_admit(self) -> bool:
+        num_leases = len(self._running) + sum(not lease.stuck for lease in self._closing)
+        return num_leases < self.limits.max_num_seqs and not self._blocks_are_promised
 
     def _admit(self, seq: Sequence, pool: BlockManager) -> bool:
         """Grants blocks in the decode pool and in the pool to prefill into, or none."""
@@ -294,20 +318,19 @@ class Scheduler:
         # A prefill must run at least the last token to have logits; what is handed off may all be there already.
         most_cached = seq.num_tokens - 1 if into_decode_pool else seq.num_tokens
         cached = self.decode_pool.match_prefix(seq, most_cached)
-        decode_table = self.decode_pool.take(cached, self._lease_blocks(seq))
-        if decode_table is None:
+        num_leased = self._lease_blocks(seq)
+        hit = cached if into_decode_pool else pool.match_prefix(seq, seq.num_tokens - 1)
+        num_prefilled = pool.blocks_for(seq.num_tokens)
+        if not self.decode_pool.can_take(cached, num_leased):
             return False
+        if not into_decode_pool and not pool.can_take(hit, num_prefilled):
+            return False
+        decode_table = self.decode_pool.take(cached, num_leased)
         if into_decode_pool:
-            hit = cached
-            prefill_table = decode_table[: pool.blocks_for(seq.num_tokens)]
+            prefill_table = decode_table[:num_prefilled]
             pool.share(prefill_table)
         else:
-            hit = pool.match_prefix(seq, seq.num_tokens - 1)
-            granted = pool.take(hit, pool.blocks_for(seq.num_tokens))
-            if granted is None:
-                self.decode_pool.free(decode_table)
-                return False
-            prefill_table = granted
+            prefill_table = pool.take(hit, num_prefilled)
         seq.lease = Lease(decode_table, prefill_table, pool, num_handed_off_blocks=len(cached))
         seq.num_prefilled_tokens = len(hit) * pool.block_size
         seq.status = SequenceStatus.PREFILLING
@@ -357,9 +380,8 @@ class Scheduler:
                 if seq.num_pending_tokens == 0:
                     self.give_up(seq, self._does_not_fit(seq))
                 return False
-            block = self.decode_pool.take((), 1)
-            if block is not None:
-                seq.lease.decode_table += block
+            if self.decode_pool.can_take((), 1):
+                seq.lease.decode_table += self.decode_pool.take((), 1)
             elif any(not lease.stuck for lease in self._closing):
                 self._blocks_are_promised = True
                 return False

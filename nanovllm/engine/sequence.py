@@ -75,6 +75,8 @@ class Sequence:
     """Tokens that decode steps in flight will give it."""
     failures: int = 0
 
+    num_shown_tokens: int = 0
+    """Output tokens that were given out."""
     first_token_s: float | None = None
     finished_s: float | None = None
 

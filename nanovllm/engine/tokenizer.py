@@ -141,6 +141,7 @@ class StreamedText:
         self._token_ids: list[int] = []
         self._text = ""
         self._num_shown = 0
+        self._search_from = 0
 
     def add(self, token_ids: list[int], *, may_stop: bool) -> str:
         self._token_ids += token_ids
@@ -159,9 +160,12 @@ class StreamedText:
         return self._show(len(self._text))
 
     def _append(self, piece: str, may_stop: bool) -> None:
-        searched = max(0, len(self._text) - self._longest_stop + 1)
+        start = max(self._search_from, len(self._text) - self._longest_stop + 1)
         self._text += piece
-        found = [place for stop in self._stop if (place := self._text.find(stop, searched)) >= 0] if may_stop else []
+        if not may_stop:
+            self._search_from = len(self._text)
+            return
+        found = [place for stop in self._stop if (place := self._text.find(stop, start)) >= 0]
         if found:
             self._text = self._text[: min(found)]
             self.stopped = True

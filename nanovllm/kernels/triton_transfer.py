@@ -35,7 +35,7 @@ def push_blocks(source: torch.Tensor, target: torch.Tensor, pairs: torch.Tensor)
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pieces"])
 def _push_kernel(source, target, pairs, num_pieces, words, PIECE: tl.constexpr):
     """Programs take pieces of blocks in turn."""
     pieces_per_block = tl.cdiv(words, PIECE)

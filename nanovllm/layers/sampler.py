@@ -48,7 +48,7 @@ def sample(logits: torch.Tensor, inputs: SamplingInputs, backend: AttentionBacke
     """One token for each row of `logits`, [B, vocab_size] of any float type."""
     allowed = logits
     if inputs.banned is not None:
-        allowed = logits.index_put(inputs.banned, torch.tensor(float("-inf"), device=logits.device, dtype=logits.dtype))
+        allowed = logits.index_put(inputs.banned, logits.new_full((), float("-inf")))
     if inputs.filters is not None:
         allowed = _filter(allowed.float(), inputs.temperatures, *inputs.filters)
     token_ids = backend.sample_tokens(allowed, inputs.temperatures, inputs.seeds, inputs.output_indices)

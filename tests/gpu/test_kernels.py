@@ -13,8 +13,10 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 @pytest.mark.parametrize("spans", [DECODE, PREFILL, [(1, 8000)] * 3, [(1, 300)] * 200, [(600, 5000)]])
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(8, 8), (16, 8), (32, 8), (8, 1), (6, 2)])
-@pytest.mark.parametrize(("head_dim", "block_size"), [(64, 16), (128, 64), (128, 256)])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "block_size"),
+    [(8, 8, 64, 16), (16, 8, 128, 64), (32, 8, 128, 64), (8, 1, 128, 256), (6, 2, 64, 16)],
+)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_attention_equals_reference(spans, num_heads, num_kv_heads, head_dim, block_size, dtype):
     from nanovllm.kernels.triton_attention import Backend

@@ -1,0 +1,79 @@
+"""Time of a decode step by batch size and context: on the GPU, and on the host that launches it.
+
+The step time is that between the ends of two steps of a full batch; the floor is the time in which the
+measured streaming bandwidth reads the weights and the batch's KV once. The host time is that of one turn of the
+engine's loop with nothing arriving.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+from common import SHAPES, report, streaming_bandwidth, write_shape
+
+from nanovllm import LLM, SamplingParams
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-shape", choices=SHAPES, default="qwen3-0.6b")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64, 256])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--output", help="file for the JSON line")
+    args = parser.parse_args()
+
+    bandwidth = streaming_bandwidth()
+    rows = []
+    with LLM(write_shape(args.model_shape), load_format="dummy", enable_prefix_caching=False) as llm:
+        spec = llm.decode_runner.spec
+        kv_bytes_per_token = spec.block_bytes / spec.attention.block_size
+        weight_bytes = spec.model_config.num_parameters * spec.dtype.itemsize
+        print(f"{'batch':>6} {'context':>8} {'step ms':>8} {'floor ms':>9} {'host us':>8}")
+        for context in args.contexts:
+            for batch in args.batches:
+                step_ms, host_us = measure(llm, batch, context, args.steps)
+                floor_ms = (weight_bytes + batch * context * kv_bytes_per_token) / bandwidth * 1e3
+                print(f"{batch:6} {context:8} {step_ms:8.3f} {floor_ms:9.3f} {host_us:8.0f}")
+                rows.append(
+                    {"batch": batch, "context": context, "step_ms": step_ms, "floor_ms": floor_ms, "host_us": host_us}
+                )
+    report("decode_latency", {"model_shape": args.model_shape, "rows": rows}, args.output)
+
+
+def measure(llm: LLM, batch: int, context: int, num_steps: int) -> tuple[float, float]:
+    """Milliseconds between the ends of two decode steps, and microseconds of host work per step."""
+    params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=num_steps + 40)
+    ids = [llm.add_request([1 + i % 1000] * (context - num_steps // 2), params) for i in range(batch)]
+    decoding: set[int] = set()
+    while len(decoding) < batch:
+        decoding |= {output.request_id for output in llm.step() if output.new_token_ids}
+    for _ in range(5):
+        llm.step()
+    torch.cuda.synchronize()
+    steps_before, waited = llm.counters.decode_steps, 0.0
+    started = time.perf_counter()
+    wait = llm._wait
+
+    def timed_wait() -> None:
+        nonlocal waited
+        before = time.perf_counter()
+        wait()
+        waited += time.perf_counter() - before
+
+    llm._wait = timed_wait  # type: ignore[method-assign] # what is left of a turn is the host's own work
+    while llm.counters.decode_steps - steps_before < num_steps - 10:
+        llm.step()
+    seconds, steps = time.perf_counter() - started, llm.counters.decode_steps - steps_before
+    llm._wait = wait  # type: ignore[method-assign]
+    for request_id in ids:
+        llm.abort(request_id)
+    while not llm.is_finished():
+        llm.step()
+    return seconds / steps * 1e3, (seconds - waited) / steps * 1e6
+
+
+if __name__ == "__main__":
+    main()
