@@ -45,7 +45,7 @@ def main() -> None:
 
 def measure(llm: LLM, batch: int, context: int, num_steps: int) -> tuple[float, float]:
     """Milliseconds between the ends of two decode steps, and microseconds of host work per step."""
-    params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=num_steps + 40)
+    params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=1000)
     ids = [llm.add_request([1 + i % 1000] * (context - num_steps // 2), params) for i in range(batch)]
     decoding: set[int] = set()
     while len(decoding) < batch:
