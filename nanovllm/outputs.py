@@ -22,7 +22,7 @@ class TokenLogprobs:
         return TokenLogprobs(self.token_id, self.logprob, dict(list(self.top.items())[:count]))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RequestOutput:
     """What one request gained since the last `step()`.
 

@@ -16,12 +16,13 @@ from nanovllm.engine.sequence import Sequence, SequenceStatus
 BLOCK_SIZE = 4
 NUM_BLOCKS = 10
 MAX_MODEL_LEN = 36
-LIMITS = SchedulerLimits(max_num_batched_tokens=14, prefill_chunk_tokens=5, max_num_seqs=4, max_model_len=MAX_MODEL_LEN)
+LIMITS = SchedulerLimits(max_num_batched_tokens=14, prefill_chunk_tokens=5, max_num_seqs=4)
 
 
 def make_sequence(request_id: int, tokens: list[int], max_tokens: int = 8) -> Sequence:
     params = SamplingParams(max_tokens=max_tokens)
-    return Sequence(request_id, tokens, params, seed=request_id, arrival_s=0.0)
+    longest = min(len(tokens) + max_tokens, MAX_MODEL_LEN)
+    return Sequence(request_id, tokens, params, seed=request_id, arrival_s=0.0, max_num_tokens=longest)
 
 
 class OnePool(RuleBasedStateMachine):
@@ -145,7 +146,7 @@ class OnePool(RuleBasedStateMachine):
     def append(self, seq: Sequence) -> None:
         seq.token_ids.append(seq.request_id)
         self.scheduler.token_appended(seq)
-        if seq.num_output_tokens >= seq.params.max_tokens or seq.num_tokens >= MAX_MODEL_LEN:
+        if seq.num_tokens >= seq.max_num_tokens:
             self.scheduler.finish(seq, "length")
 
     @invariant()
@@ -188,7 +189,7 @@ TestOnePool.settings = TestTwoPools.settings = settings(max_examples=150, statef
 
 def scheduler_with(num_blocks: int, *prompts: list[int], **limits: int) -> tuple[Scheduler, list[Sequence]]:
     pool = BlockManager(num_blocks, BLOCK_SIZE)
-    defaults = {"max_num_batched_tokens": 100, "prefill_chunk_tokens": 5, "max_num_seqs": 8, "max_model_len": 100}
+    defaults = {"max_num_batched_tokens": 100, "prefill_chunk_tokens": 5, "max_num_seqs": 8}
     scheduler = Scheduler(SchedulerLimits(**{**defaults, **limits}), pool, pool)
     seqs = [make_sequence(index, tokens, max_tokens=50) for index, tokens in enumerate(prompts)]
     for seq in seqs:

@@ -31,8 +31,8 @@ FLOAT_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 POINTER_TYPES = {**FLOAT_TYPES, "words": "*i32"}
 STORE = {"NUM_HEADS": 32, "PADDED_HEADS": 32, "NUM_KV_HEADS": 8, "PADDED_KV_HEADS": 8, "BLOCK_SIZE": 64}
 PREFILL = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "BLOCK_SIZE": 64}
-DECODE = {"NUM_KV_HEADS": 8, "GROUP": 4, "PADDED_GROUP": 16, "BLOCK_SIZE": 64, "NUM_SPLITS": 4}
-COMBINE = {"NUM_SPLITS": 4, "PADDED_SPLITS": 4}
+DECODE = {"NUM_KV_HEADS": 8, "GROUP": 4, "PADDED_GROUP": 16, "BLOCK_SIZE": 64, "PIECE": 512, "NUM_PIECES": 8}
+COMBINE = {"PIECE": 512, "NUM_PIECES": 8, "PADDED_PIECES": 8}
 
 
 def kernel_cases():
@@ -45,7 +45,7 @@ def kernel_cases():
             yield "_prefill_kernel", dtype, {**PREFILL, **tiles, "HEAD_DIM": head_dim}, {"num_warps": warps}
             tile = {"TILE_N": 32 if wide else 64}
             yield "_decode_kernel", dtype, {**DECODE, **tile, "HEAD_DIM": head_dim}, {"num_warps": 2, "num_stages": 3}
-            yield "_combine_splits_kernel", dtype, {**COMBINE, "HEAD_DIM": head_dim}, {"num_warps": 2}
+            yield "_combine_pieces_kernel", dtype, {**COMBINE, "HEAD_DIM": head_dim}, {"num_warps": 2}
     for dtype in FLOAT_TYPES:
         yield "_add_rms_norm_kernel", dtype, {"HAS_RESIDUAL": True, "PADDED_SIZE": 4096}, {"num_warps": 8}
         yield "_silu_and_mul_kernel", dtype, {"TILE": 1024}, {}

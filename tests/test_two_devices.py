@@ -36,6 +36,9 @@ def two_devices(path: str, lazy: bool = True, **options) -> LLM:
 
 
 def assert_whole(llm: LLM) -> None:
+    """Once the steps that were queued behind the last tokens have ended, nobody holds a block."""
+    while llm._in_flight:
+        llm.step()
     llm.scheduler.check_integrity()
     assert llm.scheduler.prefill_pool.num_held_blocks == 0
     assert llm.scheduler.decode_pool.num_held_blocks == 0

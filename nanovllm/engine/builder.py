@@ -55,7 +55,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
     tokenizer = load_tokenizer(folder)
     eos_ids = end_of_sequence_ids(folder, hf_config, tokenizer, spec.model_config.vocab_size)
     prefill_runner, decode_runner, kv_transfer = build_runners(config, spec, devices)
-    scheduler = build_scheduler(config, spec, prefill_runner, decode_runner)
+    scheduler = build_scheduler(config, prefill_runner, decode_runner)
     pools = (scheduler.prefill_pool, scheduler.decode_pool)
     intake = RequestIntake(
         tokenizer=tokenizer,
@@ -165,9 +165,7 @@ def build_runners(
     return prefill_runner, decode_runner, transfer
 
 
-def build_scheduler(
-    config: EngineConfig, spec: RunnerSpec, prefill_runner: ModelRunner, decode_runner: ModelRunner
-) -> Scheduler:
+def build_scheduler(config: EngineConfig, prefill_runner: ModelRunner, decode_runner: ModelRunner) -> Scheduler:
     """A scheduler with one block manager for each pool."""
     pools = {
         runner: BlockManager(runner.num_kv_blocks, runner.block_size, config.enable_prefix_caching)
@@ -177,6 +175,5 @@ def build_scheduler(
         max_num_batched_tokens=config.max_num_batched_tokens,
         prefill_chunk_tokens=config.prefill_chunk_tokens,
         max_num_seqs=config.max_num_seqs,
-        max_model_len=spec.max_model_len,
     )
     return Scheduler(limits, pools[prefill_runner], pools[decode_runner])

@@ -218,7 +218,8 @@ class LLMEngine:
         self._handing_off.clear()
         self.scheduler.forget_work_in_flight([handoff.lease for handoff in self._handoffs])
         for seq in list(self._sequences.values()):
-            if seq.is_finished or seq.num_shown_tokens != seq.num_output_tokens:
+            half_shown = seq.is_streamed and seq.num_shown_tokens != seq.num_output_tokens
+            if seq.is_finished or half_shown:
                 self._texts[seq.request_id] = NoText()
                 if not seq.is_finished:
                     self.scheduler.finish(seq, "abort")
@@ -432,9 +433,9 @@ class LLMEngine:
             return
         if is_stop_token or text.stopped:
             self._finish(seq, "stop", piece)
-        elif seq.num_output_tokens >= seq.params.max_tokens or seq.num_tokens >= self._intake.max_model_len:
+        elif len(seq.token_ids) >= seq.max_num_tokens:
             self._finish(seq, "length", piece)
-        else:
+        elif seq.is_streamed:
             self._give_out(seq, piece)
 
     def _finish(self, seq: Sequence, reason: FinishReason, piece: str = "") -> None:
@@ -452,7 +453,7 @@ class LLMEngine:
         if seq.is_finished:
             seq.finished_s = time.perf_counter()
             try:
-                piece += self._texts[seq.request_id].finish()
+                piece += self._texts[seq.request_id].finish(seq.text_token_ids)
             except Exception as error:  # noqa: BLE001 - as above
                 logger.warning("the text of request %d failed (%s); giving up", seq.request_id, error)
                 seq.finish_reason, seq.error = "error", error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanovllm.engine.scheduler import DecodeRow, PrefillStep
+from nanovllm.engine.scheduler import PrefillStep
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels import AttentionMetadata
 from nanovllm.layers.sampler import SamplingInputs
@@ -89,12 +89,6 @@ def sampling_inputs(rows: SequenceOf[tuple[Sequence, int]], vocab_size: int, dev
         banned=_banned_tokens(rows, device),
         num_logprobs=max(wanted_logprobs) if wanted_logprobs else None,
     )
-
-
-def needs_host_parameters(row: DecodeRow) -> bool:
-    """Whether sampling takes more than temperature, seed and index: filters, log-probabilities, banned tokens."""
-    params = row.seq.params
-    return params.needs_filter or params.logprobs is not None or row.output_index < params.min_tokens
 
 
 def _banned_tokens(rows: SequenceOf[tuple[Sequence, int]], device: Device) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -15,7 +15,7 @@ import torch
 
 from nanovllm.engine.cuda_graph import DecodeGraphs, batch_buckets
 from nanovllm.engine.decode_rows import DecodeInputs, DecodeRows
-from nanovllm.engine.model_inputs import ModelInputs, needs_host_parameters, prefill_inputs, sampling_inputs
+from nanovllm.engine.model_inputs import ModelInputs, prefill_inputs, sampling_inputs
 from nanovllm.engine.scheduler import BlockPair, DecodeRow, DecodeStep, PrefillStep
 from nanovllm.errors import HandoffError, ModelLoadError, OutOfKVCacheError, shown
 from nanovllm.kernels import AttentionMetadata, ResolvedBackend
@@ -144,7 +144,7 @@ class ModelRunner:
 
     def _launch_decode(self, rows: SequenceOf[DecodeRow]) -> SampledTokens:
         assert self.decode_rows is not None, f"{self.device} was made for prefill, it cannot run a decode step"
-        if any(needs_host_parameters(row) for row in rows):
+        if any(row.position < row.seq.first_plain_position for row in rows):
             self.decode_rows.update(rows, len(rows))
             return self._decode_with_host_parameters(self.decode_rows, rows)
         if self._graphs is None:

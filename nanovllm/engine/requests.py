@@ -100,6 +100,8 @@ class RequestIntake:
             params=params,
             seed=params.seed if params.seed is not None else derived_seed(self.seed, request_id),
             arrival_s=time.perf_counter(),
+            max_num_tokens=min(len(token_ids) + params.max_tokens, self.max_model_len),
+            is_streamed=streamed or bool(params.stop),
             stop_token_ids=self._stop_token_ids(params),
         )
         if self.tokenizer is None:

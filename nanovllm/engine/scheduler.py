@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Lease, Sequence, SequenceStatus
@@ -38,8 +38,7 @@ class PrefillChunk:
     handoff: tuple[BlockPair, ...]
 
 
-@dataclass(frozen=True)
-class DecodeRow:
+class DecodeRow(NamedTuple):
     """The last token of a request, to run through the model and sample after.
 
     Its KV goes to `position`. With steps in flight the token itself is not known yet, its place is.
@@ -81,7 +80,6 @@ class SchedulerLimits:
     max_num_batched_tokens: int
     prefill_chunk_tokens: int
     max_num_seqs: int
-    max_model_len: int
 
 
 class Scheduler:
@@ -110,14 +108,14 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queues a request in the place of its arrival."""
-        bisect.insort(self._waiting, seq, key=lambda waiting: waiting.request_id)
+        bisect.insort(self._waiting, seq, key=_request_id)
 
     def has_unfinished(self) -> bool:
         return bool(self._waiting or self._running)
 
     def unfinished(self) -> list[Sequence]:
         """Requests that have not ended, oldest first."""
-        return sorted([*self._waiting, *self._running], key=lambda seq: seq.request_id)
+        return sorted([*self._waiting, *self._running], key=_request_id)
 
     def finish(self, seq: Sequence, reason: FinishReason, error: Exception | None = None) -> None:
         """Ends a request in whatever state it is; its blocks return as soon as nothing in flight touches them."""
@@ -210,12 +208,20 @@ class Scheduler:
         """
         self._blocks_are_promised = False
         rows: list[DecodeRow] = []
-        for seq in sorted(self._running, key=lambda seq: seq.request_id):
-            if seq.status is SequenceStatus.DECODING and self._has_tokens_to_launch(seq) and self._grow(seq):
-                assert seq.lease is not None, f"request {seq.request_id} decodes without a lease"
-                self.hold(seq.lease)
-                rows.append(DecodeRow(seq, seq.lease, seq.num_tokens + seq.num_pending_tokens - 1))
-                seq.num_pending_tokens += 1
+        block_size = self.decode_pool.block_size
+        # This loop runs for every token of every request: what it does not call costs no time.
+        for seq in sorted(self._running, key=_request_id):
+            num_tokens = len(seq.token_ids) + seq.num_pending_tokens
+            # A request that ends by length gets no step beyond it.
+            if seq.status is not SequenceStatus.DECODING or num_tokens >= seq.max_num_tokens:
+                continue
+            lease = seq.lease
+            assert lease is not None, f"request {seq.request_id} decodes without a lease"
+            if num_tokens > len(lease.decode_table) * block_size and not self._grow(seq):
+                continue
+            lease.in_flight += 1
+            seq.num_pending_tokens += 1
+            rows.append(DecodeRow(seq, lease, num_tokens - 1))
         return DecodeStep(rows) if rows else None
 
     def decode_done(self, row: DecodeRow) -> bool:
@@ -339,12 +345,9 @@ class Scheduler:
     def _lease_blocks(self, seq: Sequence) -> int:
         """The request's blocks plus one to grow into, if it may grow that far and the pool has one."""
         needed = self.decode_pool.blocks_for(seq.num_tokens)
-        most_tokens = min(seq.num_tokens + self._num_output_left(seq) - 1, self.limits.max_model_len)
-        most = max(needed, min(self.decode_pool.blocks_for(most_tokens), self.decode_pool.num_blocks))
+        # The KV of the last token is not needed.
+        most = max(needed, min(self.decode_pool.blocks_for(seq.max_num_tokens - 1), self.decode_pool.num_blocks))
         return min(needed + 1, most)
-
-    def _num_output_left(self, seq: Sequence) -> int:
-        return seq.params.max_tokens - seq.num_output_tokens
 
     def _next_chunk(self, seq: Sequence, budget: int) -> PrefillChunk:
         assert seq.lease is not None, f"request {seq.request_id} is prefilled without a lease"
@@ -357,18 +360,13 @@ class Scheduler:
 
     def _handoff_pairs(self, seq: Sequence, lease: Lease, end: int, is_last: bool) -> tuple[BlockPair, ...]:
         """Blocks that are complete once the tokens before `end` are computed, and that the decode pool lacks."""
-        if lease.prefill_pool is self.decode_pool or self._num_output_left(seq) == 1:
+        if lease.prefill_pool is self.decode_pool or seq.num_tokens + 1 == seq.max_num_tokens:
             return ()
         first = lease.num_handed_off_blocks
         complete = self.decode_pool.blocks_for(end) if is_last else end // self.decode_pool.block_size
         last = max(first, complete)
         lease.num_handed_off_blocks = last
         return tuple(zip(lease.prefill_table[first:last], lease.decode_table[first:last], strict=True))
-
-    def _has_tokens_to_launch(self, seq: Sequence) -> bool:
-        """A request that ends by length gets no step beyond it."""
-        left = min(self._num_output_left(seq), self.limits.max_model_len - seq.num_tokens)
-        return seq.num_pending_tokens < left
 
     def _grow(self, seq: Sequence) -> bool:
         """Makes room for the KV of the next token fed; False if the request cannot decode in this step."""
@@ -386,7 +384,7 @@ class Scheduler:
                 self._blocks_are_promised = True
                 return False
             else:
-                youngest = max(self._running, key=lambda other: other.request_id)
+                youngest = max(self._running, key=_request_id)
                 self.preempt(youngest)
                 if youngest is seq:
                     return False
@@ -413,3 +411,7 @@ class Scheduler:
     def _free(self, lease: Lease) -> None:
         lease.prefill_pool.free(lease.prefill_table)
         self.decode_pool.free(lease.decode_table)
+
+
+def _request_id(seq: Sequence) -> int:
+    return seq.request_id

@@ -59,8 +59,12 @@ class Sequence:
     params: SamplingParams
     seed: int
     arrival_s: float
+    max_num_tokens: int
+    """Tokens of prompt and output at which it ends by length."""
     stop_token_ids: frozenset[int] = frozenset()
     """All tokens that end this request: its own and, unless ignored, the checkpoint's."""
+    is_streamed: bool = True
+    """Whether someone wants its tokens as they come, and not only at its end."""
 
     status: SequenceStatus = SequenceStatus.WAITING
     token_ids: list[int] = field(init=False)
@@ -80,10 +84,16 @@ class Sequence:
     first_token_s: float | None = None
     finished_s: float | None = None
 
+    first_plain_position: int = field(init=False)
+    """From this position of the token fed on, sampling takes no more than temperature, seed and index."""
     _block_hashes: list[int] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
+        params = self.params
+        needs_more = params.needs_filter or params.logprobs is not None
+        first_index = self.max_num_tokens if needs_more else params.min_tokens
+        self.first_plain_position = self.num_prompt_tokens - 1 + first_index
 
     @property
     def num_tokens(self) -> int:
@@ -100,6 +110,12 @@ class Sequence:
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def text_token_ids(self) -> list[int]:
+        """The output without the stop token that ended it, if one did."""
+        tokens = self.output_token_ids
+        return tokens[:-1] if self.finish_reason == "stop" and tokens[-1] in self.stop_token_ids else tokens
 
     @property
     def is_finished(self) -> bool:

@@ -96,8 +96,8 @@ class RequestText(Protocol):
 
     def add(self, token_ids: list[int], *, may_stop: bool) -> str: ...
 
-    def finish(self) -> str:
-        """What is left to show when no more tokens come."""
+    def finish(self, token_ids: list[int]) -> str:
+        """What is left to show when no more tokens come, `token_ids` being all there were."""
 
 
 class NoText:
@@ -108,7 +108,7 @@ class NoText:
     def add(self, token_ids: list[int], *, may_stop: bool) -> str:
         return ""
 
-    def finish(self) -> str:
+    def finish(self, token_ids: list[int]) -> str:
         return ""
 
 
@@ -119,14 +119,12 @@ class WholeText:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._token_ids: list[int] = []
 
     def add(self, token_ids: list[int], *, may_stop: bool) -> str:
-        self._token_ids += token_ids
         return ""
 
-    def finish(self) -> str:
-        return str(self._tokenizer.decode(self._token_ids, skip_special_tokens=True))
+    def finish(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
 class StreamedText:
@@ -138,22 +136,20 @@ class StreamedText:
         self._stop = stop
         self._longest_stop = max(map(len, stop), default=0)
         self._stream = DecodeStream(skip_special_tokens=True)
-        self._token_ids: list[int] = []
         self._text = ""
         self._num_shown = 0
         self._search_from = 0
 
     def add(self, token_ids: list[int], *, may_stop: bool) -> str:
-        self._token_ids += token_ids
         for token_id in token_ids:
             piece = self._stream.step(self._tokenizer.backend_tokenizer, token_id)
             if piece:
                 self._append(piece, may_stop)
         return self._show(len(self._text) if self.stopped else len(self._text) - self._held_back())
 
-    def finish(self) -> str:
+    def finish(self, token_ids: list[int]) -> str:
         if not self.stopped:
-            whole = str(self._tokenizer.decode(self._token_ids, skip_special_tokens=True))
+            whole = str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
             # A character that was never completed shows as a replacement character at the end.
             if whole.startswith(self._text):
                 self._text = whole

@@ -16,8 +16,9 @@ from nanovllm.kernels import AttentionMetadata, BackendRequirements, triton_fuse
 DEFAULT_BLOCK_SIZE = 64
 HEAD_DIMS = (64, 128)
 LOG2_E = 1.4426950408889634
-SMALLEST_CONTEXT_SPLIT = 256
+SMALLEST_PIECE = 256
 """Tokens under which cutting a context further costs more in partial results than it gains in parallel work."""
+MOST_PIECES = 16
 
 
 def unsupported_reasons(needs: BackendRequirements) -> list[str]:
@@ -79,11 +80,12 @@ def _decode(query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMeta
     num_requests, num_heads, head_dim = query.shape
     num_kv_heads = kv_cache.shape[2]
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    num_splits = _num_splits(num_requests * num_kv_heads, metadata.max_context_len, query.device)
-    partial = torch.empty(num_requests, num_heads, num_splits, head_dim, dtype=torch.float32, device=query.device)
-    log_sums = torch.empty(num_requests, num_heads, num_splits, dtype=torch.float32, device=query.device)
+    piece = _piece_tokens(num_requests * num_kv_heads, metadata.max_context_len, query.device)
+    num_pieces = triton.cdiv(metadata.max_context_len, piece)
+    partial = torch.empty(num_requests, num_heads, num_pieces, head_dim, dtype=torch.float32, device=query.device)
+    log_sums = torch.empty(num_requests, num_heads, num_pieces, dtype=torch.float32, device=query.device)
     group = num_heads // num_kv_heads
-    _decode_kernel[(num_requests, num_kv_heads, num_splits)](
+    _decode_kernel[(num_requests, num_kv_heads, num_pieces)](
         query,
         kv_cache,
         partial,
@@ -99,28 +101,33 @@ def _decode(query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMeta
         PADDED_GROUP=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim,
         BLOCK_SIZE=kv_cache.shape[3],
-        NUM_SPLITS=num_splits,
+        PIECE=piece,
+        NUM_PIECES=num_pieces,
         TILE_N=64 if query.element_size() == 2 else 32,
         num_warps=2,
         num_stages=3,
     )
-    _combine_splits_kernel[(num_requests, num_heads)](
+    _combine_pieces_kernel[(num_requests, num_heads)](
         partial,
         log_sums,
         output,
-        NUM_SPLITS=num_splits,
-        PADDED_SPLITS=triton.next_power_of_2(num_splits),
+        metadata.context_lens,
+        PIECE=piece,
+        NUM_PIECES=num_pieces,
+        PADDED_PIECES=triton.next_power_of_2(num_pieces),
         HEAD_DIM=head_dim,
         num_warps=2,
     )
     return output
 
 
-def _num_splits(num_programs: int, max_context_len: int, device: torch.device) -> int:
-    """Pieces to cut every context into so that the grid fills the device about twice; a power of two."""
-    wanted = -(-2 * _num_processors(device) // num_programs)
-    most = max(1, max_context_len // SMALLEST_CONTEXT_SPLIT)
-    return 1 << (min(wanted, most).bit_length() - 1)
+def _piece_tokens(num_programs: int, max_context_len: int, device: torch.device) -> int:
+    """Tokens of a piece: every context is cut at the same places, so that long ones do not finish last.
+
+    Larger pieces where the requests alone fill the device; never more than `MOST_PIECES`.
+    """
+    piece = SMALLEST_PIECE if num_programs < 8 * _num_processors(device) else 2 * SMALLEST_PIECE
+    return max(piece, triton.next_power_of_2(triton.cdiv(max_context_len, MOST_PIECES)))
 
 
 @functools.cache
@@ -209,17 +216,19 @@ def _decode_kernel(
     PADDED_GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    PIECE: tl.constexpr,
+    NUM_PIECES: tl.constexpr,
     TILE_N: tl.constexpr,
 ):
     """One program attends all query heads of one KV head to one piece of one request's context."""
     row = tl.program_id(0)
     kv_head = tl.program_id(1)
-    split = tl.program_id(2)
+    piece = tl.program_id(2)
     context_len = tl.load(context_lens + row)
-    piece = tl.cdiv(tl.cdiv(context_len, NUM_SPLITS), TILE_N) * TILE_N
-    low = split * piece
-    high = tl.minimum(low + piece, context_len)
+    low = piece * PIECE
+    high = tl.minimum(low + PIECE, context_len)
+    if low >= context_len:
+        return
 
     group = tl.arange(0, PADDED_GROUP)
     dims = tl.arange(0, HEAD_DIM)
@@ -249,32 +258,32 @@ def _decode_kernel(
         accumulator = accumulator * correction[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         maximum = new_maximum
 
-    # A piece beyond a short context has nothing to add: its weight is 2^-inf.
-    has_tokens = total > 0.0
-    total = tl.where(has_tokens, total, 1.0)
-    rows = ((row * NUM_KV_HEADS * GROUP + heads) * NUM_SPLITS + split).to(tl.int64)
+    rows = ((row * NUM_KV_HEADS * GROUP + heads) * NUM_PIECES + piece).to(tl.int64)
     result = accumulator / total[:, None]
     tl.store(partial + rows[:, None] * HEAD_DIM + dims[None, :], result, mask=there[:, None])
-    tl.store(log_sums + rows, tl.where(has_tokens, maximum + tl.log2(total), float("-inf")), mask=there)
+    tl.store(log_sums + rows, maximum + tl.log2(total), mask=there)
 
 
 @triton.jit
-def _combine_splits_kernel(
+def _combine_pieces_kernel(
     partial,
     log_sums,
     output,
-    NUM_SPLITS: tl.constexpr,
-    PADDED_SPLITS: tl.constexpr,
+    context_lens,
+    PIECE: tl.constexpr,
+    NUM_PIECES: tl.constexpr,
+    PADDED_PIECES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
     """One program weighs the pieces of one head of one request by their share of the softmax."""
-    head = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
-    splits = tl.arange(0, PADDED_SPLITS)
+    row = tl.program_id(0)
+    head = (row * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+    pieces = tl.arange(0, PADDED_PIECES)
     dims = tl.arange(0, HEAD_DIM)
-    there = splits < NUM_SPLITS
-    logs = tl.load(log_sums + head * NUM_SPLITS + splits, mask=there, other=float("-inf"))
+    there = pieces < tl.cdiv(tl.load(context_lens + row), PIECE)
+    logs = tl.load(log_sums + head * NUM_PIECES + pieces, mask=there, other=float("-inf"))
     weights = tl.exp2(logs - tl.max(logs, 0))
-    rows = (head * NUM_SPLITS + splits)[:, None] * HEAD_DIM + dims[None, :]
-    pieces = tl.load(partial + rows, mask=there[:, None], other=0.0)
-    result = tl.sum(pieces * weights[:, None], 0) / tl.sum(weights, 0)
+    rows = (head * NUM_PIECES + pieces)[:, None] * HEAD_DIM + dims[None, :]
+    values = tl.load(partial + rows, mask=there[:, None], other=0.0)
+    result = tl.sum(values * weights[:, None], 0) / tl.sum(weights, 0)
     tl.store(output + head * HEAD_DIM + dims, result.to(output.dtype.element_ty))
