@@ -110,6 +110,11 @@ def check_fused(backend: AttentionBackend, *, device: str, dtype: torch.dtype, s
         torch.testing.assert_close(
             backend.add_rms_norm(x, other, weight, 1e-6), expected, atol=tolerance, rtol=tolerance
         )
+    for num_tokens, num_outputs, bias in ((1, 37, None), (3, 64, normal(64)), (4, 5, normal(5)), (5, 64, None)):
+        x, weight = normal(num_tokens, size), normal(num_outputs, size)
+        expected = reference.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        error = (backend.linear(x, weight, bias).double() - expected).norm() / expected.norm()
+        assert error < tolerance, f"linear of {num_tokens} tokens: {error}"
     expected_gate = reference.silu_and_mul(gate_up)
     torch.testing.assert_close(backend.silu_and_mul(gate_up), expected_gate, atol=tolerance, rtol=tolerance)
     logits = normal(64, 10 * size + 3)

@@ -85,6 +85,9 @@ class AttentionBackend(Protocol):
     ) -> torch.Tensor:
         """Causal attention of `query`, [T, num_heads, head_dim], to each request's whole context; same shape out."""
 
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x W^T + b of [T, in_features] and [out_features, in_features]; [T, out_features]."""
+
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,9 +16,8 @@ from nanovllm.kernels import AttentionMetadata, BackendRequirements, triton_fuse
 DEFAULT_BLOCK_SIZE = 64
 HEAD_DIMS = (64, 128)
 LOG2_E = 1.4426950408889634
-SMALLEST_PIECE = 256
-"""Tokens under which cutting a context further costs more in partial results than it gains in parallel work."""
-MOST_PIECES = 16
+MOST_PIECES = 32
+"""Pieces of a context beyond which adding them up costs more than cutting it gains."""
 
 
 def unsupported_reasons(needs: BackendRequirements) -> list[str]:
@@ -36,6 +35,7 @@ class Backend:
     name = "triton"
     is_capturable = True
     norm_rotate_store = staticmethod(triton_fused.norm_rotate_store)
+    linear = staticmethod(triton_fused.linear)
     add_rms_norm = staticmethod(triton_fused.add_rms_norm)
     silu_and_mul = staticmethod(triton_fused.silu_and_mul)
     sample_tokens = staticmethod(triton_fused.sample_tokens)
@@ -124,9 +124,10 @@ def _decode(query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMeta
 def _piece_tokens(num_programs: int, max_context_len: int, device: torch.device) -> int:
     """Tokens of a piece: every context is cut at the same places, so that long ones do not finish last.
 
-    Larger pieces where the requests alone fill the device; never more than `MOST_PIECES`.
+    The fewer programs there are without cutting, the smaller the pieces; never more than `MOST_PIECES`.
     """
-    piece = SMALLEST_PIECE if num_programs < 8 * _num_processors(device) else 2 * SMALLEST_PIECE
+    num_processors = _num_processors(device)
+    piece = 128 if num_programs < num_processors else 256 if num_programs < 8 * num_processors else 512
     return max(piece, triton.next_power_of_2(triton.cdiv(max_context_len, MOST_PIECES)))
 
 

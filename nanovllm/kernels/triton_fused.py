@@ -1,4 +1,4 @@
-"""The element-wise work between GEMMs and attention, one kernel for each piece of it: float32, float16, bfloat16.
+"""The work beside attention and large GEMMs, one kernel for each piece of it: float32, float16, bfloat16.
 
 The caller makes the tensors' device the current one: Triton launches on the current device.
 """
@@ -8,9 +8,36 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch.nn import functional
 
+MOST_SKINNY_ROWS = 4
+"""Tokens up to which a GEMM is a stream of its weights: cuBLAS takes 5-12 us where the weights take 1-3."""
 VOCAB_TILE = 4096
 ELEMENT_TILE = 1024
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + b of [T, in] and [out, in]; torch's for more than a few tokens."""
+    num_tokens, num_inputs = x.shape
+    if num_tokens > MOST_SKINNY_ROWS:
+        return functional.linear(x, weight, bias)
+    num_outputs = weight.shape[0]
+    rows = triton.next_power_of_2(num_tokens)
+    output = x.new_empty(num_tokens, num_outputs)
+    _skinny_linear_kernel[(triton.cdiv(num_outputs, 4),)](
+        x,
+        weight,
+        weight if bias is None else bias,
+        output,
+        num_tokens,
+        num_inputs,
+        num_outputs,
+        HAS_BIAS=bias is not None,
+        ROWS=rows,
+        TILE_N=4,
+        TILE_K=1024 // rows,
+    )
+    return output
 
 
 def add_rms_norm(
@@ -100,6 +127,43 @@ def sample_tokens(
         best, places, token_ids, num_tiles, PADDED_TILES=triton.next_power_of_2(num_tiles), num_warps=1
     )
     return token_ids
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _skinny_linear_kernel(
+    x,
+    weight,
+    bias,
+    output,
+    num_tokens,
+    num_inputs,
+    num_outputs,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """One program computes TILE_N outputs of all tokens; products are summed up once, at the end."""
+    outputs = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, TILE_K)
+    products = tl.zeros([ROWS, TILE_N, TILE_K], tl.float32)
+    for start in range(0, num_inputs, TILE_K):
+        inputs = start + columns
+        there = inputs < num_inputs
+        x_there = (rows < num_tokens)[:, None] & there[None, :]
+        x_tile = tl.load(x + rows[:, None] * num_inputs + inputs[None, :], mask=x_there, other=0.0)
+        weight_there = (outputs < num_outputs)[:, None] & there[None, :]
+        offsets = outputs.to(tl.int64)[:, None] * num_inputs + inputs[None, :]
+        weight_tile = tl.load(weight + offsets, mask=weight_there, other=0.0)
+        products += x_tile[:, None, :].to(tl.float32) * weight_tile[None, :, :].to(tl.float32)
+    result = tl.sum(products, 2)
+    if HAS_BIAS:
+        result += tl.load(bias + outputs, mask=outputs < num_outputs, other=0.0).to(tl.float32)[None, :]
+    there_out = (rows < num_tokens)[:, None] & (outputs < num_outputs)[None, :]
+    tl.store(
+        output + rows[:, None] * num_outputs + outputs[None, :], result.to(output.dtype.element_ty), mask=there_out
+    )
 
 
 @triton.jit

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn import functional
+
+from nanovllm.kernels import AttentionBackend
 
 
 class Linear(nn.Module):
@@ -19,6 +20,7 @@ class Linear(nn.Module):
         self,
         in_features: int,
         out_features: Sequence[int],
+        backend: AttentionBackend,
         *,
         bias: bool,
         dtype: torch.dtype,
@@ -26,12 +28,13 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.out_features = tuple(out_features)
+        self.backend = backend
         total = sum(self.out_features)
         self.weight = nn.Parameter(torch.empty(total, in_features, dtype=dtype, device=device), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(total, dtype=dtype, device=device), requires_grad=False) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self.weight, self.bias)
+        return self.backend.linear(x, self.weight, self.bias)
 
     def parts(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """The views that checkpoint tensors `<name>.weight` (and `<name>.bias`) are loaded into, one name a part."""

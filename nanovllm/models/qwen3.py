@@ -105,11 +105,11 @@ class Qwen3DecoderLayer(nn.Module):
         hidden, dim, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
         query_size, kv_size = config.num_attention_heads * dim, config.num_key_value_heads * dim
         bias = config.attention_bias
-        self.qkv_proj = Linear(hidden, [query_size, kv_size, kv_size], bias=bias, dtype=dtype, device=device)
-        self.o_proj = Linear(query_size, [hidden], bias=bias, dtype=dtype, device=device)
+        self.qkv_proj = Linear(hidden, [query_size, kv_size, kv_size], backend, bias=bias, dtype=dtype, device=device)
+        self.o_proj = Linear(query_size, [hidden], backend, bias=bias, dtype=dtype, device=device)
         ffn = config.intermediate_size
-        self.gate_up_proj = Linear(hidden, [ffn, ffn], bias=False, dtype=dtype, device=device)
-        self.down_proj = Linear(ffn, [hidden], bias=False, dtype=dtype, device=device)
+        self.gate_up_proj = Linear(hidden, [ffn, ffn], backend, bias=False, dtype=dtype, device=device)
+        self.down_proj = Linear(ffn, [hidden], backend, bias=False, dtype=dtype, device=device)
         self.attention = PagedAttention(dim, eps, rotary, backend, dtype=dtype, device=device)
         self.input_layernorm = RMSNorm(hidden, eps, backend, dtype=dtype, device=device)
         self.post_attention_layernorm = RMSNorm(hidden, eps, backend, dtype=dtype, device=device)
