@@ -47,8 +47,7 @@ def kernel_cases():
             yield "_decode_kernel", dtype, {**DECODE, **tile, "HEAD_DIM": head_dim}, {"num_warps": 2, "num_stages": 3}
             yield "_combine_pieces_kernel", dtype, {**COMBINE, "HEAD_DIM": head_dim}, {"num_warps": 2}
     for dtype in FLOAT_TYPES:
-        skinny = {"HAS_BIAS": True, "ROWS": 4, "TILE_N": 4, "TILE_K": 256}
-        yield "_skinny_linear_kernel", dtype, skinny, {}
+        yield "_matrix_vector_kernel", dtype, {"HAS_BIAS": True, "TILE_N": 4, "TILE_K": 1024}, {}
         yield "_add_rms_norm_kernel", dtype, {"HAS_RESIDUAL": True, "PADDED_SIZE": 4096}, {"num_warps": 8}
         yield "_silu_and_mul_kernel", dtype, {"TILE": 1024}, {}
         yield "_best_of_tile_kernel", dtype, {"TILE": 4096}, {}
@@ -68,7 +67,7 @@ INTEGER_POINTERS = {
     "context_lens": "*i32",
     "query_starts": "*i32",
 }
-COUNTS = {"num_tokens", "num_inputs", "num_outputs", "num_pieces", "words", "size", "vocab_size", "num_tiles"}
+COUNTS = {"num_inputs", "num_outputs", "num_pieces", "words", "size", "vocab_size", "num_tiles"}
 FLOAT_POINTERS = {"partial", "log_sums", "cos", "sin", "best", "temperatures"}
 
 
