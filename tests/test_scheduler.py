@@ -168,7 +168,7 @@ class OnePool(RuleBasedStateMachine):
                 self.end_handoff_of(chunk)
             if self.decodes:
                 self.end_decode(fails=False, stopped=set())
-            if not (self.scheduler.has_unfinished() or self.handoffs):
+            if not (self.scheduler.unfinished() or self.handoffs):
                 break
         assert all(seq.is_finished for seq in self.seqs), "a request is lost"
         assert self.prefill_pool.num_held_blocks == self.decode_pool.num_held_blocks == 0

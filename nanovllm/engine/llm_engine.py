@@ -349,7 +349,7 @@ class LLMEngine:
                 transfer = self.kv_transfer.send(chunk.handoff, handle.event)
             except Exception as error:  # noqa: BLE001 - a copy that cannot be launched fails its request alone
                 self.scheduler.release(chunk.lease)
-                self._fail_handoff(chunk.seq, HandoffError(f"{self._about(chunk.seq)}: {error}"))
+                self._fail(chunk.seq, HandoffError(f"{self._about(chunk.seq)}: {error}"))
                 continue
             self._handoffs.append(Handoff(chunk.seq, chunk.lease, chunk.handoff, transfer, step))
 
@@ -362,7 +362,7 @@ class LLMEngine:
             elif time.perf_counter() > handoff.deadline_s and not handoff.timed_out:
                 handoff.timed_out = handoff.lease.stuck = True
                 if handoff.seq.lease is handoff.lease:
-                    self._fail_handoff(handoff.seq, HandoffTimeout(self._timeout_message(handoff)))
+                    self._fail(handoff.seq, HandoffTimeout(self._timeout_message(handoff)))
         arriving, self._handing_off = self._handing_off, []
         for seq in arriving:
             if seq.status is SequenceStatus.HANDING_OFF and seq.lease is not None:
@@ -382,11 +382,7 @@ class LLMEngine:
             self.counters.handoffs += 1
             self.counters.handoff_blocks += len(handoff.pairs)
         elif handoff.seq.lease is handoff.lease:
-            self._fail_handoff(handoff.seq, error)
-
-    def _fail_handoff(self, seq: Sequence, error: HandoffError) -> None:
-        self._handing_off = [other for other in self._handing_off if other is not seq]
-        self._fail(seq, error)
+            self._fail(handoff.seq, error)
 
     def _about(self, seq: Sequence) -> str:
         devices = f"{self.prefill_runner.device} to {self.decode_runner.device}"

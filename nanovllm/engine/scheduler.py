@@ -110,9 +110,6 @@ class Scheduler:
         """Queues a request in the place of its arrival."""
         bisect.insort(self._waiting, seq, key=_request_id)
 
-    def has_unfinished(self) -> bool:
-        return bool(self._waiting or self._running)
-
     def unfinished(self) -> list[Sequence]:
         """Requests that have not ended, oldest first."""
         return sorted([*self._waiting, *self._running], key=_request_id)
