@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from transformers import Qwen3ForCausalLM
@@ -11,6 +12,15 @@ from transformers import Qwen3ForCausalLM
 from tests import tiny
 
 torch.set_num_threads(1)
+
+# One run is like the next; `pytest --hypothesis-profile=search tests/test_scheduler.py` looks for what they all miss.
+hypothesis.settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, max_examples=150, stateful_step_count=60
+)
+hypothesis.settings.register_profile(
+    "search", deadline=None, max_examples=5000, stateful_step_count=60, print_blob=True
+)
+hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

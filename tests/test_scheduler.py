@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import hypothesis.strategies as st
-from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from nanovllm import SamplingParams
@@ -168,7 +167,7 @@ class OnePool(RuleBasedStateMachine):
                 self.end_handoff_of(chunk)
             if self.decodes:
                 self.end_decode(fails=False, stopped=set())
-            if not (self.scheduler.unfinished() or self.handoffs):
+            if not (self.scheduler.unfinished() or self.prefills or self.handoffs or self.decodes):
                 break
         assert all(seq.is_finished for seq in self.seqs), "a request is lost"
         assert self.prefill_pool.num_held_blocks == self.decode_pool.num_held_blocks == 0
@@ -184,7 +183,6 @@ class TwoPools(OnePool):
 
 TestOnePool = OnePool.TestCase
 TestTwoPools = TwoPools.TestCase
-TestOnePool.settings = TestTwoPools.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
 
 
 def scheduler_with(num_blocks: int, *prompts: list[int], **limits: int) -> tuple[Scheduler, list[Sequence]]:
