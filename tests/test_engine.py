@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import weakref
 
@@ -9,16 +10,23 @@ import pytest
 import torch
 
 from nanovllm import LLM, OutOfKVCacheError, RequestOutput, SamplingParams
+from nanovllm.engine.decode_batch import DecodeStep
 from nanovllm.engine.model_runner import StepHandle
-from nanovllm.engine.scheduler import DecodeStep, PrefillStep
+from nanovllm.engine.scheduler import PrefillStep
 from tests import tiny
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 
 
-def drain(llm: LLM) -> dict[int, list[RequestOutput]]:
+def drain(llm: LLM, aborts: dict[int, int] | None = None) -> dict[int, list[RequestOutput]]:
+    """All outputs by request; requests of `aborts` that still run in their turn are aborted there."""
     outputs: dict[int, list[RequestOutput]] = {}
-    while not llm.is_finished():
+    for turn in itertools.count():
+        if llm.is_finished():
+            break
+        for request_id, its_turn in (aborts or {}).items():
+            if turn == its_turn and not any(output.finished for output in outputs.get(request_id, [])):
+                llm.abort(request_id)
         for output in llm.step():
             outputs.setdefault(output.request_id, []).append(output)
         llm.scheduler.check_integrity()
@@ -127,6 +135,23 @@ def test_steps_are_launched_ahead_and_no_token_shows_after_a_stop_token(checkpoi
     while llm._in_flight:
         llm.step()
     assert llm.scheduler.decode_pool.num_held_blocks == 0
+
+
+@pytest.mark.parametrize("num_stop_ids", [1, 3, 20])
+def test_unwatched_requests_end_at_their_own_stop_tokens(checkpoint, llm, num_stop_ids):
+    """The batch compares few stop tokens as an array; a request with more is looked at token by token."""
+    _, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(4, seed=29)
+    expected = [tiny.reference_tokens(reference, prompt, 20) for prompt in prompts]
+    params = []
+    for place, tokens in enumerate(expected):
+        absent = [token for token in range(211) if not any(token in others for others in expected)]
+        ids = [tokens[7], *absent[: num_stop_ids - 1]] if place % 2 else []
+        params.append(SamplingParams(temperature=0, max_tokens=20, stop_token_ids=ids))
+    answers = llm.generate(prompts, params, use_tqdm=False)
+    for place, (answer, tokens) in enumerate(zip(answers, expected, strict=True)):
+        assert answer["token_ids"] == (tokens[: tokens.index(tokens[7]) + 1] if place % 2 else tokens)
+        assert answer["finish_reason"] == ("stop" if place % 2 else "length")
 
 
 def test_max_model_len_ends_a_request(checkpoint):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from nanovllm import SamplingParams
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.scheduler import DecodeStep, PrefillChunk, PrefillStep, Scheduler, SchedulerLimits
+from nanovllm.engine.decode_batch import DecodeRow, DecodeStep
+from nanovllm.engine.scheduler import PrefillChunk, PrefillStep, Scheduler, SchedulerLimits
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 
 BLOCK_SIZE = 4
@@ -76,7 +75,9 @@ class OnePool(RuleBasedStateMachine):
     def end_prefill_of(self, pool: BlockManager, fails: bool = False) -> None:
         step = self.prefills.pop(pool)
         if fails:
-            self.fail(step.rows)
+            self.scheduler.cancel(step)
+            for chunk in step.rows:
+                self.fail(chunk)
             return
         for chunk in step.rows:
             if self.scheduler.prefill_done(chunk) and chunk.is_last:
@@ -106,12 +107,12 @@ class OnePool(RuleBasedStateMachine):
                 self.scheduler.handoff_done(seq)
 
     @precondition(lambda self: len(self.decodes) < 2)
-    @rule()
-    def launch_decode(self) -> None:
+    @rule(splits=st.booleans())
+    def launch_decode(self, splits: bool = False) -> None:
         step = self.scheduler.schedule_decode()
         if step is None:
             return
-        self.decodes.append(step)
+        self.decodes += (splits and self.scheduler.split(step)) or [step]
         written = [row.lease.decode_table[row.position // BLOCK_SIZE] for row in step.rows]
         assert len(set(written)) == len(written), "two requests write to one block"
         for row, block in zip(step.rows, written, strict=True):
@@ -122,10 +123,16 @@ class OnePool(RuleBasedStateMachine):
     @rule(fails=st.booleans(), stopped=st.sets(st.integers(0, 3)))
     def end_decode(self, fails: bool, stopped: set[int]) -> None:
         if fails and len(self.decodes) == 1:
-            self.fail(self.decodes.pop().rows)
+            step = self.decodes.pop()
+            self.scheduler.cancel(step)
+            for row in step.rows:
+                self.fail(row)
             return
-        for place, row in enumerate(self.decodes.pop(0).rows):
-            if self.scheduler.decode_done(row):
+        step = self.decodes.pop(0)
+        self.scheduler.decode_done(step)
+        for place, row in enumerate(step.rows):
+            if row.seq.lease is row.lease:
+                assert row.position == row.seq.num_tokens - 1, "a token is sampled after another than the last one"
                 self.append(row.seq)
                 if place in stopped and not row.seq.is_finished:
                     self.scheduler.finish(row.seq, "stop")
@@ -136,11 +143,9 @@ class OnePool(RuleBasedStateMachine):
         if running:
             self.scheduler.finish(data.draw(st.sampled_from(running)), "abort")
 
-    def fail(self, rows: list[Any]) -> None:
-        for row in rows:
-            self.scheduler.release(row.lease)
-            if row.seq.lease is row.lease:
-                self.scheduler.fail(row.seq, RuntimeError("injected"))
+    def fail(self, row: PrefillChunk | DecodeRow) -> None:
+        if row.seq.lease is row.lease:
+            self.scheduler.fail(row.seq, RuntimeError("injected"))
 
     def append(self, seq: Sequence) -> None:
         seq.token_ids.append(seq.request_id)
@@ -153,6 +158,21 @@ class OnePool(RuleBasedStateMachine):
         self.scheduler.check_integrity()
         for pool in (self.prefill_pool, self.decode_pool):
             assert pool.num_free_blocks + pool.num_held_blocks == pool.num_blocks
+
+    @invariant()
+    def nobody_gets_a_block_that_work_in_flight_writes_to(self) -> None:
+        for step in self.decodes:
+            for row in step.rows:
+                block = row.lease.decode_table[row.position // BLOCK_SIZE]
+                assert self.decode_pool._holders[block] == 1, "a decode step writes to a block that others may get"
+        for chunk in self.handoffs:
+            for source, target in chunk.handoff:
+                assert chunk.lease.prefill_pool._holders[source], "a handoff reads a block that others may get"
+                assert self.decode_pool._holders[target] == 1, "a handoff writes to a block that others may get"
+        for pool, prefill in self.prefills.items():
+            for chunk in prefill.rows:
+                written = chunk.lease.prefill_table[chunk.start // BLOCK_SIZE : -(-chunk.end // BLOCK_SIZE)]
+                assert all(map(pool._holders.__getitem__, written)), "a prefill writes to a block that others may get"
 
     def teardown(self) -> None:
         """Left alone, the engine's loop ends every request and returns every block."""
@@ -209,12 +229,13 @@ def run_prefill(scheduler: Scheduler) -> list[tuple[int, int, int]]:
 
 def run_decode(scheduler: Scheduler) -> list[int]:
     step = scheduler.schedule_decode()
-    rows = step.rows if step else []
-    for row in rows:
-        scheduler.decode_done(row)
+    if step is None:
+        return []
+    scheduler.decode_done(step)
+    for row in step.rows:
         row.seq.token_ids.append(9)
         scheduler.token_appended(row.seq)
-    return [row.seq.request_id for row in rows]
+    return [row.seq.request_id for row in step.rows]
 
 
 def test_chunks_are_small_only_while_others_decode():

@@ -82,16 +82,7 @@ def test_aborts_at_random_moments_change_no_other_token(checkpoint, seed):
     with two_devices(path, **options) as llm:
         ids = {llm.add_request(prompt, GREEDY): prompt for prompt in prompts}
         doomed = {request_id: rng.randint(0, 40) for request_id in rng.sample(list(ids), 6)}
-        outputs: dict[int, list] = {request_id: [] for request_id in ids}
-        turn = 0
-        while not llm.is_finished():
-            for request_id, moment in doomed.items():
-                if moment == turn and not any(output.finished for output in outputs[request_id]):
-                    llm.abort(request_id)
-            for output in llm.step():
-                outputs[output.request_id].append(output)
-            llm.scheduler.check_integrity()
-            turn += 1
+        outputs = drain(llm, doomed)
         assert_whole(llm)
     for request_id, prompt in ids.items():
         expected = tiny.reference_tokens(reference, prompt, 24)

@@ -109,7 +109,7 @@ def poison_after_handoff(llm: LLM) -> None:
     def poison(seq):
         for block in seq.lease.prefill_table:
             if seq.lease.prefill_pool is llm.scheduler.prefill_pool:
-                with llm.prefill_runner._on_device():
+                with llm.prefill_runner._on(llm.prefill_runner.stream):
                     llm.prefill_runner.kv_pool[block] = float("nan")
         handoff_done(seq)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanovllm.engine.scheduler import DecodeRow
+from nanovllm.engine.decode_batch import DecodeBatch, DecodeRow, DecodeStep
 from nanovllm.engine.sequence import Lease
 from nanovllm.kernels import AttentionMetadata
 from nanovllm.layers.sampler import SamplingInputs
@@ -57,43 +57,34 @@ class DecodeRows:
         self._block_tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=where)
         self._block_tables[self.spare_slot] = spare_block
         self._query_starts = torch.arange(num_slots + 1, dtype=torch.int32, device=where)
-        self._batch = torch.full((num_slots,), self.spare_slot, dtype=torch.int64, device=where)
-        self._batch_on_host: list[int] = []
+        self._order = torch.full((num_slots,), self.spare_slot, dtype=torch.int64, device=where)
+        self._batch_sent: DecodeBatch | None = None
         self._slot_of: dict[Lease, int] = {}
         self._num_blocks_sent = [0] * num_slots
         self._free_slots = list(range(max_num_rows))
 
-    def update(self, rows: SequenceOf[DecodeRow], size: int) -> None:
-        """Makes `rows` the batch, padded to `size`: sends new requests, new blocks and, if it changed, who is in it."""
-        slot_of, sent = self._slot_of, self._num_blocks_sent
-        joined = [row for row in rows if row.lease not in slot_of]
-        if joined:
-            self._give_slots(joined)
-        batch = [slot_of[row.lease] for row in rows]
-        grown = [
-            (slot, index, row.lease.decode_table[index])
-            for slot, row in zip(batch, rows, strict=True)
-            if len(row.lease.decode_table) != sent[slot]
-            for index in range(sent[slot], len(row.lease.decode_table))
-        ]
-        if grown:
-            slots, indices, blocks = self.device.tensor(np.array(grown, dtype=np.int64).T.copy())
-            self._block_tables.index_put_((slots, indices), blocks.int())
-            for slot, index, _ in grown:
-                sent[slot] = index + 1
-        batch += [self.spare_slot] * (size - len(batch))
-        if batch != self._batch_on_host:
-            self._batch_on_host = batch
-            self._batch[:size] = self.device.tensor(np.array(batch, dtype=np.int64))
+    def update(self, step: DecodeStep) -> None:
+        """Makes the step's batch the one to run: sends new requests, new blocks and, if it changed, who is in it."""
+        batch = step.batch
+        if batch is not self._batch_sent:
+            self._batch_sent = None
+            self._send_rows([row for row in step.rows if row.lease not in self._slot_of])
+            self._send_blocks(batch.leases)
+            slots = [self._slot_of[lease] for lease in batch.leases]
+            order = np.array(slots + [self.spare_slot] * (len(self._order) - len(slots)), dtype=np.int64)
+            self._order.copy_(self.device.tensor(order))
+            self._batch_sent = batch
+        elif step.grown:
+            self._send_blocks([batch.leases[place] for place in step.grown])
 
     def pad(self, size: int) -> None:
         """Makes `size` spare rows the batch: for warm-up and capture."""
-        self._batch_on_host = []
-        self._batch[:size] = self.spare_slot
+        self._batch_sent = None
+        self._order[:size] = self.spare_slot
 
     def gather(self, size: int) -> DecodeInputs:
         """The inputs of the next step; runs on the device alone, so that it can be captured."""
-        slots = self._batch[:size]
+        slots = self._order[:size]
         positions = self._positions[slots]
         tables = self._block_tables[slots]
         blocks = tables.gather(1, (positions // self.block_size).unsqueeze(1)).squeeze(1)
@@ -115,24 +106,47 @@ class DecodeRows:
         self._output_indices[inputs.slots] = inputs.sampling.output_indices + 1
         self._positions[self.spare_slot :].zero_()
 
-    def _give_slots(self, joined: list[DecodeRow]) -> None:
+    def _send_rows(self, joined: list[DecodeRow]) -> None:
+        """Gives each a slot and fills it."""
+        if not joined:
+            return
         for lease in [lease for lease in self._slot_of if lease.ended]:
             self._free_slots.append(self._slot_of.pop(lease))
-        max_blocks = self._block_tables.shape[1]
-        rows = np.zeros((len(joined), NUM_SCALARS + max_blocks), dtype=np.int64)
+        slots = self._free_slots[-len(joined) :]
+        numbers = np.zeros((len(joined), NUM_SCALARS + self._block_tables.shape[1]), dtype=np.int64)
         temperatures = np.empty(len(joined), dtype=np.float32)
-        for place, row in enumerate(joined):
+        for place, (slot, row) in enumerate(zip(slots, joined, strict=True)):
             seq, table = row.seq, row.lease.decode_table
-            slot = self._slot_of[row.lease] = self._free_slots.pop()
-            self._num_blocks_sent[slot] = len(table)
-            rows[place, :NUM_SCALARS] = slot, seq.token_ids[-1], row.position, seq.seed, row.output_index
-            rows[place, NUM_SCALARS : NUM_SCALARS + len(table)] = table
+            numbers[place, :NUM_SCALARS] = slot, seq.token_ids[-1], row.position, seq.seed, row.output_index
+            numbers[place, NUM_SCALARS : NUM_SCALARS + len(table)] = table
             temperatures[place] = seq.params.float32_temperature
-        sent = self.device.tensor(rows)
-        slots = sent[:, 0]
-        self._last_tokens[slots] = sent[:, 1]
-        self._positions[slots] = sent[:, 2]
-        self._seeds[slots] = sent[:, 3]
-        self._output_indices[slots] = sent[:, 4]
-        self._block_tables[slots] = sent[:, NUM_SCALARS:].int()
-        self._temperatures[slots] = self.device.tensor(temperatures)
+        sent = self.device.tensor(numbers)
+        at = sent[:, 0]
+        self._last_tokens[at] = sent[:, 1]
+        self._positions[at] = sent[:, 2]
+        self._seeds[at] = sent[:, 3]
+        self._output_indices[at] = sent[:, 4]
+        self._block_tables[at] = sent[:, NUM_SCALARS:].int()
+        self._temperatures[at] = self.device.tensor(temperatures)
+        # Only now: had the sending failed, the requests would be sent again.
+        del self._free_slots[-len(joined) :]
+        for slot, row in zip(slots, joined, strict=True):
+            self._slot_of[row.lease] = slot
+            self._num_blocks_sent[slot] = len(row.lease.decode_table)
+
+    def _send_blocks(self, leases: SequenceOf[Lease]) -> None:
+        """Sends the blocks that these leases got since they were last sent."""
+        sent = self._num_blocks_sent
+        slots = [self._slot_of[lease] for lease in leases]
+        grown = [
+            (slot, index, lease.decode_table[index])
+            for slot, lease in zip(slots, leases, strict=True)
+            if len(lease.decode_table) != sent[slot]
+            for index in range(sent[slot], len(lease.decode_table))
+        ]
+        if not grown:
+            return
+        at, indices, blocks = self.device.tensor(np.array(grown, dtype=np.int64).T.copy())
+        self._block_tables.index_put_((at, indices), blocks.int())
+        for slot, index, _ in grown:
+            sent[slot] = index + 1

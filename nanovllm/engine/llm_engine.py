@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.builder import build_engine
+from nanovllm.engine.decode_batch import DecodeStep
 from nanovllm.engine.kv_transfer import TransferHandle
-from nanovllm.engine.model_runner import ModelRunner, SampledRow, StepHandle
+from nanovllm.engine.model_runner import ModelRunner, SampledOnHost, StepHandle
 from nanovllm.engine.requests import Prompt
-from nanovllm.engine.scheduler import BlockPair, DecodeStep, PrefillStep
+from nanovllm.engine.scheduler import BlockPair, PrefillStep, Step
 from nanovllm.engine.sequence import Lease, Sequence, SequenceStatus
 from nanovllm.engine.tokenizer import NoText, RequestText
 from nanovllm.errors import EngineClosedError, HandoffError, HandoffTimeout, UnknownRequestError, shown
-from nanovllm.outputs import FinishReason, RequestOutput
+from nanovllm.outputs import FinishReason, RequestOutput, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 DECODE_STEPS_AHEAD = 2
 """Decode steps in flight: one that runs and one queued behind it, launched before the first one's tokens are seen."""
-
-Step = PrefillStep | DecodeStep
 
 
 @dataclass
@@ -218,7 +217,7 @@ class LLMEngine:
         self._handing_off.clear()
         self.scheduler.forget_work_in_flight([handoff.lease for handoff in self._handoffs])
         for seq in list(self._sequences.values()):
-            half_shown = seq.is_streamed and seq.num_shown_tokens != seq.num_output_tokens
+            half_shown = seq.is_streamed and seq.num_shown_tokens != seq.num_tokens
             if seq.is_finished or half_shown:
                 self._texts[seq.request_id] = NoText()
                 if not seq.is_finished:
@@ -262,12 +261,12 @@ class LLMEngine:
             return True
         # What the step had launched before it failed may still be writing to its blocks.
         runner.synchronize()
-        halves = step.halves()
+        halves = self.scheduler.split(step)
         if halves is not None:
             launched = [self._launch(runner, half) for half in halves]
             return any(launched)
         row = step.rows[0]
-        self.scheduler.release(row.lease)
+        self.scheduler.cancel(step)
         if row.seq.lease is row.lease:
             self._fail(row.seq, error)
         return False
@@ -316,26 +315,39 @@ class LLMEngine:
                 running.add(work.runner)
         return ended
 
-    def _prefill_ended(self, step: PrefillStep, sampled: list[SampledRow]) -> None:
+    def _prefill_ended(self, step: PrefillStep, sampled: SampledOnHost) -> None:
         self.counters.prefill_steps += 1
         self.counters.prefill_tokens += sum(chunk.end - chunk.start for chunk in step.rows)
         counting = [(chunk, self.scheduler.prefill_done(chunk)) for chunk in step.rows]
         last = [(chunk.seq, counts) for chunk, counts in counting if chunk.is_last]
-        for (seq, counts), token in zip(last, sampled, strict=True):
+        for place, (seq, counts) in enumerate(last):
             if counts:
-                self._append(seq, token)
+                self._append(seq, int(sampled.token_ids[place]), sampled.logprobs_of(place))
         self._handing_off += self.scheduler.get_prefilled_sequences()
         for handoff in self._handoffs:
             if handoff.step is step:
                 handoff.deadline_s = time.perf_counter() + self.config.handoff_timeout_s
 
-    def _decode_ended(self, step: DecodeStep, sampled: list[SampledRow]) -> None:
+    def _decode_ended(self, step: DecodeStep, sampled: SampledOnHost) -> None:
         self.counters.decode_steps += 1
-        rows = [(row.seq, self.scheduler.decode_done(row)) for row in step.rows]
-        self.counters.decode_tokens += sum(counts for _, counts in rows)
-        for (seq, counts), token in zip(rows, sampled, strict=True):
-            if counts:
-                self._append(seq, token)
+        self.counters.decode_tokens += len(step.batch) - len(step.ended_leases)
+        self.scheduler.decode_done(step)
+        token_ids = sampled.token_ids
+        rows = zip(
+            step.batch.seqs,
+            step.batch.leases,
+            token_ids.tolist(),
+            step.notable(token_ids, self.scheduler.decode_pool.block_size).tolist(),
+            strict=True,
+        )
+        # For every token of every request: what this loop does not call costs no time.
+        for place, (seq, lease, token_id, is_notable) in enumerate(rows):
+            if seq.lease is not lease:
+                continue
+            if is_notable:
+                self._append(seq, token_id, sampled.logprobs_of(place))
+            else:
+                seq.token_ids.append(token_id)
 
     # Handoffs
 
@@ -411,19 +423,19 @@ class LLMEngine:
 
     # Tokens
 
-    def _append(self, seq: Sequence, row: SampledRow) -> None:
+    def _append(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """Gives a request its next token and ends it if that was the last."""
+        seq.token_ids.append(token_id)
+        self.scheduler.token_appended(seq)
         if seq.first_token_s is None:
             seq.first_token_s = time.perf_counter()
-        seq.token_ids.append(row.token_id)
-        if row.logprobs is not None and seq.params.logprobs is not None:
-            seq.logprobs.append(row.logprobs.first(seq.params.logprobs))
-        self.scheduler.token_appended(seq)
-        is_stop_token = row.token_id in seq.stop_token_ids
+        if logprobs is not None and seq.params.logprobs is not None:
+            seq.logprobs.append(logprobs.first(seq.params.logprobs))
+        is_stop_token = token_id in seq.stop_token_ids
         text = self._texts[seq.request_id]
         may_stop = seq.num_output_tokens >= seq.params.min_tokens
         try:
-            piece = "" if is_stop_token else text.add([row.token_id], may_stop=may_stop)
+            piece = "" if is_stop_token else text.add([token_id], may_stop=may_stop)
         except Exception as error:  # noqa: BLE001 - whatever a tokenizer raises ends one request, not the engine
             self._text_failed(seq, error)
             return
@@ -454,8 +466,11 @@ class LLMEngine:
                 logger.warning("the text of request %d failed (%s); giving up", seq.request_id, error)
                 seq.finish_reason, seq.error = "error", error
             del self._texts[seq.request_id], self._sequences[seq.request_id]
-        new_token_ids = seq.token_ids[seq.num_prompt_tokens + seq.num_shown_tokens :]
-        wants_logprobs = seq.params.logprobs is not None
+        new_token_ids = seq.token_ids[seq.num_shown_tokens :]
+        seq.num_shown_tokens += len(new_token_ids)
+        new_logprobs = None
+        if new_token_ids and seq.params.logprobs is not None:
+            new_logprobs = seq.logprobs[-len(new_token_ids) :]
         output = RequestOutput(
             request_id=seq.request_id,
             new_token_ids=new_token_ids,
@@ -463,11 +478,10 @@ class LLMEngine:
             finished=seq.is_finished,
             finish_reason=seq.finish_reason,
             error=seq.error,
-            new_logprobs=seq.logprobs[seq.num_shown_tokens :] if wants_logprobs and new_token_ids else None,
+            new_logprobs=new_logprobs,
             ttft_s=None if seq.first_token_s is None else seq.first_token_s - seq.arrival_s,
             latency_s=None if seq.finished_s is None else seq.finished_s - seq.arrival_s,
         )
-        seq.num_shown_tokens = seq.num_output_tokens
         self._deliver(output)
 
     def _deliver(self, output: RequestOutput) -> None:

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from nanovllm.engine.cuda_graph import DecodeGraphs, batch_buckets
+from nanovllm.engine.decode_batch import DecodeStep
 from nanovllm.engine.decode_rows import DecodeInputs, DecodeRows
 from nanovllm.engine.model_inputs import ModelInputs, prefill_inputs, sampling_inputs
-from nanovllm.engine.scheduler import BlockPair, DecodeRow, DecodeStep, PrefillStep
+from nanovllm.engine.scheduler import BlockPair, PrefillStep
 from nanovllm.errors import HandoffError, ModelLoadError, OutOfKVCacheError, shown
 from nanovllm.kernels import AttentionMetadata, ResolvedBackend
 from nanovllm.layers.sampler import SampledTokens, SamplingInputs, sample
@@ -57,13 +58,18 @@ class RunnerSpec:
 
 
 @dataclass(frozen=True)
-class SampledRow:
-    token_id: int
-    logprobs: TokenLogprobs | None
+class SampledOnHost:
+    """[B] int64 token ids; where some request asked for them, B log-probabilities."""
+
+    token_ids: np.ndarray
+    logprobs: list[TokenLogprobs] | None = None
+
+    def logprobs_of(self, row: int) -> TokenLogprobs | None:
+        return None if self.logprobs is None else self.logprobs[row]
 
 
 class StepHandle:
-    """A launched step. `collect` waits for it and gives one `SampledRow` for every request that samples in it."""
+    """A launched step. `collect` waits for it and gives what it sampled, a row for every request that samples."""
 
     def __init__(self, device: Device, sampled: SampledTokens | None) -> None:
         self._host = None if sampled is None else _to_host(sampled, device)
@@ -75,9 +81,9 @@ class StepHandle:
     def wait(self) -> None:
         self.event.synchronize()
 
-    def collect(self) -> list[SampledRow]:
+    def collect(self) -> SampledOnHost:
         self.wait()
-        return [] if self._host is None else _rows(self._host)
+        return SampledOnHost(np.empty(0, dtype=np.int64)) if self._host is None else _on_host(self._host)
 
 
 class ModelRunner:
@@ -111,7 +117,7 @@ class ModelRunner:
         with device.current():
             self.stream = torch.cuda.Stream(device.index) if device.is_cuda else None
             self.copy_stream = torch.cuda.Stream(device.index) if device.is_cuda else None
-        with self._on_device():
+        with self._on(self.stream):
             self.model = self._load_model(weights_of)
             self.num_kv_blocks = self._num_kv_blocks()
             # One block more than there are to give out: padded rows of a decode batch write to it.
@@ -127,11 +133,11 @@ class ModelRunner:
     def launch(self, step: PrefillStep | DecodeStep) -> StepHandle:
         """Starts a step; nothing here waits for the device."""
         vocab_size = self.spec.model_config.vocab_size
-        with self._on_device():
+        with self._on(self.stream):
             if isinstance(step, PrefillStep):
                 sampled = self._run(prefill_inputs(step, self.block_size, vocab_size, self.device))
             else:
-                sampled = self._launch_decode(step.rows)
+                sampled = self._launch_decode(step)
             return StepHandle(self.device, sampled)
 
     def run_decode_core(self, size: int) -> SampledTokens:
@@ -142,22 +148,20 @@ class ModelRunner:
         self.decode_rows.advance(inputs, sampled.token_ids)
         return sampled
 
-    def _launch_decode(self, rows: SequenceOf[DecodeRow]) -> SampledTokens:
+    def _launch_decode(self, step: DecodeStep) -> SampledTokens:
         assert self.decode_rows is not None, f"{self.device} was made for prefill, it cannot run a decode step"
-        if any(row.position < row.seq.first_plain_position for row in rows):
-            self.decode_rows.update(rows, len(rows))
-            return self._decode_with_host_parameters(self.decode_rows, rows)
+        self.decode_rows.update(step)
+        num_rows = len(step.batch)
+        if not step.is_plain:
+            return self._decode_with_host_parameters(self.decode_rows, step)
         if self._graphs is None:
-            self.decode_rows.update(rows, len(rows))
-            return self.run_decode_core(len(rows))
-        size = self._graphs.size_for(len(rows))
-        self.decode_rows.update(rows, size)
-        return SampledTokens(self._graphs.replay(size).token_ids[: len(rows)])
+            return self.run_decode_core(num_rows)
+        return SampledTokens(self._graphs.replay(self._graphs.size_for(num_rows)).token_ids[:num_rows])
 
-    def _decode_with_host_parameters(self, decode_rows: DecodeRows, rows: SequenceOf[DecodeRow]) -> SampledTokens:
+    def _decode_with_host_parameters(self, decode_rows: DecodeRows, step: DecodeStep) -> SampledTokens:
         """A step in which some request filters, wants log-probabilities or may not stop yet: sampled eagerly."""
-        inputs = decode_rows.gather(len(rows))
-        places = [(row.seq, row.output_index) for row in rows]
+        inputs = decode_rows.gather(len(step.batch))
+        places = [(row.seq, row.output_index) for row in step.rows]
         parameters = sampling_inputs(places, self.spec.model_config.vocab_size, self.device)
         sampled = sample(self._decode_logits(inputs), parameters, self.spec.attention.backend)
         decode_rows.advance(inputs, sampled.token_ids)
@@ -193,7 +197,7 @@ class ModelRunner:
                     f"blocks ({block}, {goal}) are not below ({self.num_kv_blocks}, {other.num_kv_blocks}), "
                     "what the two pools have"
                 )
-        with torch.inference_mode(), other._copying(), self._copying():
+        with other._on(other.copy_stream), self._on(self.copy_stream):
             wait_event(self.copy_stream, after)
             try:
                 COPY_METHODS[method](self, other, pairs)
@@ -206,7 +210,7 @@ class ModelRunner:
 
     def record_copy_event(self) -> Event:
         """An event after all copies that were launched on this device."""
-        with self._copying():
+        with self._on(self.copy_stream):
             return self.device.record_event()
 
     def wait_for(self, event: Event) -> None:
@@ -218,7 +222,7 @@ class ModelRunner:
 
         Any changed word shows.
         """
-        with torch.inference_mode(), self._copying():
+        with self._on(self.copy_stream):
             wait_event(self.copy_stream, after)
             return torch.stack([_checksum_layers(self.kv_pool[block]) for block in blocks]).cpu()
 
@@ -230,7 +234,7 @@ class ModelRunner:
 
     def close(self) -> None:
         """Gives weights and pool back, which nothing may be using; the runner is of no use afterwards."""
-        with self._on_device():
+        with self._on(self.stream):
             del self.model, self.kv_pool, self.decode_rows, self._graphs
             if self.device.is_cuda:
                 torch.cuda.empty_cache()
@@ -244,23 +248,11 @@ class ModelRunner:
         return sample(logits, inputs.sampling, self.spec.attention.backend)
 
     @contextlib.contextmanager
-    def _on_device(self) -> Iterator[None]:
-        with torch.inference_mode(), self.device.current():
-            if self.stream is None:
-                yield
-            else:
-                with torch.cuda.stream(self.stream):
-                    yield
-
-    @contextlib.contextmanager
-    def _copying(self) -> Iterator[None]:
-        """Makes this device's copy stream the current one of the device."""
-        with self.device.current():
-            if self.copy_stream is None:
-                yield
-            else:
-                with torch.cuda.stream(self.copy_stream):
-                    yield
+    def _on(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
+        """Makes this device and one of its streams, none on a CPU, the current ones."""
+        on_stream = contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
+        with torch.inference_mode(), self.device.current(), on_stream:
+            yield
 
     def _load_model(self, weights_of: ModelRunner | None) -> Qwen3ForCausalLM:
         spec = self.spec
@@ -418,7 +410,7 @@ def _stage_blocks(source: ModelRunner, target: ModelRunner, pairs: SequenceOf[Bl
         host = torch.empty(source.kv_pool[block].shape, dtype=source.kv_pool.dtype, pin_memory=True)
         host.copy_(source.kv_pool[block], non_blocking=True)
         staged = source.record_copy_event()
-        with target._copying():
+        with target._on(target.copy_stream):
             wait_event(target.copy_stream, staged)
             target.kv_pool[goal].copy_(host, non_blocking=True)
 
@@ -448,18 +440,18 @@ def _to_host(sampled: SampledTokens, device: Device) -> SampledTokens:
     return SampledTokens(token_ids, copy(sampled.logprobs), copy(sampled.top_token_ids), copy(sampled.top_logprobs))
 
 
-def _rows(sampled: SampledTokens) -> list[SampledRow]:
-    token_ids = sampled.token_ids.tolist()
+def _on_host(sampled: SampledTokens) -> SampledOnHost:
+    token_ids = sampled.token_ids.numpy()
     if sampled.logprobs is None or sampled.top_token_ids is None or sampled.top_logprobs is None:
-        return [SampledRow(token, None) for token in token_ids]
+        return SampledOnHost(token_ids)
     columns = zip(
-        token_ids,
+        token_ids.tolist(),
         sampled.logprobs.tolist(),
         sampled.top_token_ids.tolist(),
         sampled.top_logprobs.tolist(),
         strict=True,
     )
-    return [
-        SampledRow(token, TokenLogprobs(token, logprob, dict(zip(top_ids, top, strict=True))))
-        for token, logprob, top_ids, top in columns
+    logprobs = [
+        TokenLogprobs(token, logprob, dict(zip(top_ids, top, strict=True))) for token, logprob, top_ids, top in columns
     ]
+    return SampledOnHost(token_ids, logprobs)

@@ -7,17 +7,20 @@ handed off and decoded. On one device the two pools are one object, and the bloc
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.decode_batch import DecodeBatch, DecodeRow, DecodeStep
 from nanovllm.engine.sequence import Lease, Sequence, SequenceStatus
 from nanovllm.errors import OutOfKVCacheError
 from nanovllm.outputs import FinishReason
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+GROW_AHEAD_TOKENS = 16
+"""When a request needs a block, those that will within so many tokens get theirs with it, if blocks abound: the device
+then hears of new blocks once in several steps."""
 
 BlockPair = tuple[int, int]
 """A block of the prefill pool and the block of the decode pool that its KV goes to."""
@@ -38,41 +41,19 @@ class PrefillChunk:
     handoff: tuple[BlockPair, ...]
 
 
-class DecodeRow(NamedTuple):
-    """The last token of a request, to run through the model and sample after.
-
-    Its KV goes to `position`. With steps in flight the token itself is not known yet, its place is.
-    """
-
-    seq: Sequence
-    lease: Lease
-    position: int
-
-    @property
-    def output_index(self) -> int:
-        """How many tokens the request will have sampled before this step's."""
-        return self.position + 1 - self.seq.num_prompt_tokens
-
-
-Row = TypeVar("Row", PrefillChunk, DecodeRow)
-
-
 @dataclass(frozen=True)
-class _Step(Generic[Row]):
-    rows: list[Row]
-
-    def halves(self) -> tuple[Self, Self] | None:
-        """The step as two smaller ones, None if one request is all it has."""
-        middle = len(self.rows) // 2
-        return (type(self)(self.rows[:middle]), type(self)(self.rows[middle:])) if middle else None
-
-
-class PrefillStep(_Step[PrefillChunk]):
+class PrefillStep:
     """Chunks of prompts, of one pool."""
 
+    rows: list[PrefillChunk]
 
-class DecodeStep(_Step[DecodeRow]):
-    """A token of every request that decodes."""
+    def halves(self) -> tuple[PrefillStep, PrefillStep] | None:
+        """The step as two smaller ones, None if one request is all it has."""
+        middle = len(self.rows) // 2
+        return (PrefillStep(self.rows[:middle]), PrefillStep(self.rows[middle:])) if middle else None
+
+
+Step = PrefillStep | DecodeStep
 
 
 @dataclass(frozen=True)
@@ -97,6 +78,13 @@ class Scheduler:
         self.num_preemptions = 0
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
+        self._prefilling: list[Sequence] = []
+        self._batch = DecodeBatch.of((), decode_pool.block_size)
+        self._batch_has_ended_leases = False
+        self._joining: list[DecodeRow] = []
+        """Requests that decode and are not in the batch: new ones, and those that wait for a block."""
+        self._decode_steps: list[DecodeStep] = []
+        """In flight. They count themselves on a lease (`in_flight`) only once it has ended."""
         self._closing: list[Lease] = []
         """Leases that nobody wants any more and that work in flight still touches."""
         self._blocks_are_promised = False
@@ -194,6 +182,7 @@ class Scheduler:
         lease.prefill_pool.free(lease.prefill_table)
         lease.prefill_table = []
         seq.status = SequenceStatus.DECODING
+        self._joining.append(DecodeRow(seq, lease, seq.num_tokens - 1))
 
     # Decode
 
@@ -204,33 +193,22 @@ class Scheduler:
         by work in flight, a request that needs one sits this step out.
         """
         self._blocks_are_promised = False
-        rows: list[DecodeRow] = []
-        block_size = self.decode_pool.block_size
-        # This loop runs for every token of every request: what it does not call costs no time.
-        for seq in sorted(self._running, key=_request_id):
-            num_tokens = len(seq.token_ids) + seq.num_pending_tokens
-            # A request that ends by length gets no step beyond it.
-            if seq.status is not SequenceStatus.DECODING or num_tokens >= seq.max_num_tokens:
-                continue
-            lease = seq.lease
-            assert lease is not None, f"request {seq.request_id} decodes without a lease"
-            if num_tokens > len(lease.decode_table) * block_size and not self._grow(seq):
-                continue
-            lease.in_flight += 1
-            seq.num_pending_tokens += 1
-            rows.append(DecodeRow(seq, lease, num_tokens - 1))
-        return DecodeStep(rows) if rows else None
+        grown = self._update_batch()
+        if not self._batch:
+            return None
+        step = DecodeStep(self._batch, self._batch.positions.copy(), grown)
+        self._batch.positions += 1
+        self._decode_steps.append(step)
+        return step
 
-    def decode_done(self, row: DecodeRow) -> bool:
-        """The step has run: the KV of the token it was fed is in the decode pool.
+    def decode_done(self, step: DecodeStep) -> None:
+        """The step has run: the KV of the tokens it was fed is in the decode pool.
 
-        Returns whether it still counts: False if the request has ended or lost its lease meanwhile.
+        It still counts for those of its requests that have the same lease as then.
         """
-        counts = row.seq.lease is row.lease
-        if counts:
-            row.seq.num_pending_tokens -= 1
-        self.release(row.lease)
-        return counts
+        self._decode_steps.remove(step)
+        for lease in step.ended_leases:
+            self.release(lease)
 
     def token_appended(self, seq: Sequence) -> None:
         """A decoding request got a token: the block that its predecessor filled, if it did, is shareable."""
@@ -241,6 +219,25 @@ class Scheduler:
             self.decode_pool.cache(seq, seq.lease.decode_table, start, num_computed)
 
     # Work in flight
+
+    def split(self, step: Step) -> SequenceOf[Step] | None:
+        """Two smaller steps to launch instead of one that could not be; None if it has a single request."""
+        if isinstance(step, PrefillStep):
+            return step.halves()
+        halves = step.halves()
+        if halves is not None:
+            assert not step.ended_leases, "a step that could not be launched is split at once"
+            self._decode_steps.remove(step)
+            self._decode_steps += halves
+        return halves
+
+    def cancel(self, step: Step) -> None:
+        """A step that could not be launched never will be."""
+        if isinstance(step, DecodeStep):
+            self.decode_done(step)
+        else:
+            for chunk in step.rows:
+                self.release(chunk.lease)
 
     def hold(self, lease: Lease) -> None:
         """Work that touches the lease's blocks was launched."""
@@ -263,6 +260,7 @@ class Scheduler:
             if not lease.in_flight:
                 self._closing.remove(lease)
                 self._free(lease)
+        self._decode_steps = []
         self._prefilled = []
         self._blocks_are_promised = False
 
@@ -290,15 +288,16 @@ class Scheduler:
         if pool is not self.decode_pool:
             return self.limits.max_num_batched_tokens
         chunk_tokens = min(self.limits.prefill_chunk_tokens, self.limits.max_num_batched_tokens)
-        decoding = any(seq.status is SequenceStatus.DECODING for seq in self._running)
+        decoding = itertools.chain((row.lease for row in self._joining), self._batch.leases)
+        is_decoding = any(not lease.ended for lease in decoding)
         # A device of its own for decode has workspace for chunks of this size only.
-        return chunk_tokens if decoding or pool is not self.prefill_pool else self.limits.max_num_batched_tokens
+        return chunk_tokens if is_decoding or pool is not self.prefill_pool else self.limits.max_num_batched_tokens
 
     def _prefill_candidates(self, pool: BlockManager) -> Iterator[Sequence]:
         """Requests with tokens left to prefill, oldest lease first, then those of the queue that get a lease."""
-        for seq in list(self._running):
-            unfinished = seq.status is SequenceStatus.PREFILLING and seq.num_prefilled_tokens < seq.num_tokens
-            if unfinished and seq.lease is not None and seq.lease.prefill_pool is pool:
+        self._prefilling = [seq for seq in self._prefilling if _has_tokens_to_prefill(seq)]
+        for seq in list(self._prefilling):
+            if seq.lease is not None and seq.lease.prefill_pool is pool:
                 yield seq
         while self._waiting and self._may_admit():
             seq = self._waiting[0]
@@ -307,6 +306,7 @@ class Scheduler:
             elif self._prefill_pool_of(seq) is pool and self._admit(seq, pool):
                 self._waiting.remove(seq)
                 self._running.append(seq)
+                self._prefilling.append(seq)
                 yield seq
             else:
                 return
@@ -365,19 +365,57 @@ class Scheduler:
         lease.num_handed_off_blocks = last
         return tuple(zip(lease.prefill_table[first:last], lease.decode_table[first:last], strict=True))
 
-    def _grow(self, seq: Sequence) -> bool:
-        """Makes room for the KV of the next token fed; False if the request cannot decode in this step."""
-        assert seq.lease is not None, f"request {seq.request_id} grows without a lease"
-        needed = self.decode_pool.blocks_for(seq.num_tokens + seq.num_pending_tokens)
-        while needed > len(seq.lease.decode_table):
+    def _update_batch(self) -> list[int]:
+        """Makes the batch that of the requests to decode next; the places of rows that got blocks, if it is the same.
+
+        The oldest request is served first, and younger ones may lose their lease to it.
+        """
+        batch = self._batch
+        place_of = {batch.leases[place]: place for place in batch.due()}
+        candidates = [*map(batch.row, place_of.values()), *self._joining]
+        self._joining = []
+        leaving: set[Lease] = set()
+        joined: list[DecodeRow] = []
+        grown: list[int] = []
+        for row in sorted(candidates, key=lambda row: row.seq.request_id):
+            place = place_of.get(row.lease)
+            if row.lease.ended:
+                continue
+            if row.position > row.seq.max_num_tokens - 2:
+                leaving.add(row.lease)
+            elif not self._grow(row):
+                leaving.add(row.lease)
+                if not row.lease.ended:
+                    self._joining.append(row)
+            elif place is None:
+                joined.append(row)
+            else:
+                grown.append(place)
+        if grown:
+            grown += self._grow_ahead()
+        for place in grown:
+            batch.capacities[place] = len(batch.leases[place].decode_table) * self.decode_pool.block_size
+        if leaving or self._batch_has_ended_leases:
+            stays = [not (lease.ended or lease in leaving) for lease in batch.leases]
+            self._batch = self._batch.select([place for place, stay in enumerate(stays) if stay])
+            self._batch_has_ended_leases = False
+        if joined:
+            self._batch = self._batch.joined_by(DecodeBatch.of(joined, self.decode_pool.block_size))
+        return grown if self._batch is batch else []
+
+    def _grow(self, row: DecodeRow) -> bool:
+        """Makes room for the KV of the token at the row's position; False if it cannot decode in this step."""
+        seq, lease = row.seq, row.lease
+        needed = row.position // self.decode_pool.block_size + 1
+        while needed > len(lease.decode_table):
             if needed > self.decode_pool.num_blocks:
                 # What it has sampled and not yet shown comes first.
-                if seq.num_pending_tokens == 0:
+                if seq.num_tokens == row.position + 1:
                     self.give_up(seq, self._does_not_fit(seq))
                 return False
             if self.decode_pool.can_take((), 1):
-                seq.lease.decode_table += self.decode_pool.take((), 1)
-            elif any(not lease.stuck for lease in self._closing):
+                lease.decode_table += self.decode_pool.take((), 1)
+            elif any(not closing.stuck for closing in self._closing):
                 self._blocks_are_promised = True
                 return False
             else:
@@ -386,6 +424,20 @@ class Scheduler:
                 if youngest is seq:
                     return False
         return True
+
+    def _grow_ahead(self) -> list[int]:
+        """A block for each row that will need one soon, as long as there is one for everybody; their places."""
+        batch, grown = self._batch, []
+        will_need = (batch.capacities - batch.positions <= GROW_AHEAD_TOKENS) & (
+            batch.capacities <= batch.last_positions
+        )
+        for place in will_need.nonzero()[0].tolist():
+            lease = batch.leases[place]
+            has_one = len(lease.decode_table) * self.decode_pool.block_size > batch.capacities[place]
+            if self.decode_pool.num_free_blocks > len(batch) and not (has_one or lease.ended):
+                lease.decode_table += self.decode_pool.take((), 1)
+                grown.append(place)
+        return grown
 
     def _does_not_fit(self, seq: Sequence) -> OutOfKVCacheError:
         return OutOfKVCacheError(
@@ -396,10 +448,15 @@ class Scheduler:
 
     def _end_lease(self, seq: Sequence) -> None:
         lease, seq.lease = seq.lease, None
-        seq.num_prefilled_tokens = seq.num_pending_tokens = 0
+        seq.num_prefilled_tokens = 0
         if lease is None:
             return
         lease.ended = True
+        for step in self._decode_steps:
+            if lease in step.batch.leases:
+                lease.in_flight += 1
+                step.ended_leases.append(lease)
+        self._batch_has_ended_leases = True
         if lease.in_flight:
             self._closing.append(lease)
         else:
@@ -408,6 +465,10 @@ class Scheduler:
     def _free(self, lease: Lease) -> None:
         lease.prefill_pool.free(lease.prefill_table)
         self.decode_pool.free(lease.decode_table)
+
+
+def _has_tokens_to_prefill(seq: Sequence) -> bool:
+    return seq.status is SequenceStatus.PREFILLING and seq.num_prefilled_tokens < seq.num_tokens
 
 
 def _request_id(seq: Sequence) -> int:

@@ -75,12 +75,10 @@ class Sequence:
     lease: Lease | None = None
     num_prefilled_tokens: int = 0
     """Tokens whose KV is in the prefill pool, or will be once the steps in flight have ended."""
-    num_pending_tokens: int = 0
-    """Tokens that decode steps in flight will give it."""
     failures: int = 0
 
-    num_shown_tokens: int = 0
-    """Output tokens that were given out."""
+    num_shown_tokens: int = field(init=False)
+    """Tokens that are known outside: the prompt and what was given out."""
     first_token_s: float | None = None
     finished_s: float | None = None
 
@@ -90,6 +88,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
+        self.num_shown_tokens = len(self.token_ids)
         params = self.params
         needs_more = params.needs_filter or params.logprobs is not None
         first_index = self.max_num_tokens if needs_more else params.min_tokens

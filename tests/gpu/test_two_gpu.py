@@ -83,16 +83,7 @@ def test_seeded_tokens_with_random_aborts_equal_one_card(tiny_on_disk):
     with LLM(path, **{**OPTIONS, "num_kvcache_blocks": 40, "max_num_batched_tokens": 60}) as llm:
         for prompt, p in zip(prompts, params, strict=True):
             llm.add_request(prompt, p)
-        outputs: dict[int, list] = {index: [] for index in range(30)}
-        turn = 0
-        while not llm.is_finished():
-            for index, moment in doomed.items():
-                if moment == turn and not any(output.finished for output in outputs[index]):
-                    llm.abort(index)
-            for output in llm.step():
-                outputs[output.request_id].append(output)
-            llm.scheduler.check_integrity()
-            turn += 1
+        outputs = drain(llm, doomed)
         assert_whole(llm)
     for index in range(30):
         got = tokens_of(outputs[index])
