@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -90,13 +91,9 @@ def gemm_rate() -> float:
 
 def circumstances() -> dict[str, Any]:
     """Commit, hardware, versions and command of a measurement."""
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"], capture_output=True, text=True
-    )
     return {
         "commit": os.environ.get("NANOVLLM_COMMIT") or _git_commit(),
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver.stdout.strip(),
+        **_hardware(),
         "torch": torch.__version__,
         "command": shlex.join(["python", *sys.argv]),
     }
@@ -108,6 +105,14 @@ def report(name: str, result: dict[str, Any], output: str | None) -> None:
     if output:
         Path(output).write_text(line + "\n")
     print(line)
+
+
+def _hardware() -> dict[str, str]:
+    if not torch.cuda.is_available():
+        return {"cpu": platform.processor() or platform.machine()}
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    driver = subprocess.run(query, capture_output=True, text=True)
+    return {"gpu": torch.cuda.get_device_name(), "driver": driver.stdout.strip()}
 
 
 def _git_commit() -> str:

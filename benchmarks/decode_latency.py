@@ -2,7 +2,8 @@
 
 The step time is that between the ends of two steps of a full batch; the floor is the time in which the
 measured streaming bandwidth reads the weights and the batch's KV once. The host time is that of one turn of the
-engine's loop with nothing arriving.
+engine's loop with nothing arriving, waiting not counted: for requests of `generate`, and for streamed ones, which take
+an output object per token.
 """
 
 from __future__ import annotations
@@ -31,30 +32,29 @@ def main() -> None:
         spec = llm.decode_runner.spec
         kv_bytes_per_token = spec.block_bytes / spec.attention.block_size
         weight_bytes = spec.model_config.num_parameters * spec.dtype.itemsize
-        print(f"{'batch':>6} {'context':>8} {'step ms':>8} {'floor ms':>9} {'host us':>8}")
+        print(f"{'batch':>6} {'context':>8} {'step ms':>8} {'floor ms':>9} {'host us':>8} {'streamed':>9}")
         for context in args.contexts:
             for batch in args.batches:
-                step_ms, host_us = measure(llm, batch, context, args.steps)
+                step_ms, host_us = measure(llm, batch, context, args.steps, streamed=False)
+                _, streamed_us = measure(llm, batch, context, args.steps, streamed=True)
                 floor_ms = (weight_bytes + batch * context * kv_bytes_per_token) / bandwidth * 1e3
-                print(f"{batch:6} {context:8} {step_ms:8.3f} {floor_ms:9.3f} {host_us:8.0f}")
-                rows.append(
-                    {"batch": batch, "context": context, "step_ms": step_ms, "floor_ms": floor_ms, "host_us": host_us}
-                )
+                print(f"{batch:6} {context:8} {step_ms:8.3f} {floor_ms:9.3f} {host_us:8.0f} {streamed_us:9.0f}")
+                row = {"batch": batch, "context": context, "step_ms": step_ms, "floor_ms": floor_ms}
+                rows.append({**row, "host_us": host_us, "host_streamed_us": streamed_us})
     report("decode_latency", {"model_shape": args.model_shape, "rows": rows}, args.output)
 
 
-def measure(llm: LLM, batch: int, context: int, num_steps: int) -> tuple[float, float]:
+def measure(llm: LLM, batch: int, context: int, num_steps: int, *, streamed: bool) -> tuple[float, float]:
     """Milliseconds between the ends of two decode steps, and microseconds of host work per step."""
     params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=1000)
-    ids = [llm.add_request([1 + i % 1000] * (context - num_steps // 2), params) for i in range(batch)]
-    decoding: set[int] = set()
-    while len(decoding) < batch:
-        decoding |= {output.request_id for output in llm.step() if output.new_token_ids}
+    prompts = ([1 + i % 1000] * (context - num_steps // 2) for i in range(batch))
+    ids = [llm._enqueue(prompt, params, streamed=streamed) for prompt in prompts]
+    while len(llm.scheduler._batch) < batch:
+        llm.step()
     for _ in range(5):
         llm.step()
     torch.cuda.synchronize()
     steps_before, waited = llm.counters.decode_steps, 0.0
-    started = time.perf_counter()
     wait = llm._wait
 
     def timed_wait() -> None:
@@ -64,6 +64,7 @@ def measure(llm: LLM, batch: int, context: int, num_steps: int) -> tuple[float, 
         waited += time.perf_counter() - before
 
     llm._wait = timed_wait  # type: ignore[method-assign] # what is left of a turn is the host's own work
+    started = time.perf_counter()
     while llm.counters.decode_steps - steps_before < num_steps - 10:
         llm.step()
     seconds, steps = time.perf_counter() - started, llm.counters.decode_steps - steps_before

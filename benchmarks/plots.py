@@ -1,0 +1,85 @@
+"""Draws docs/img/*.png from benchmarks/results/*.json; needs matplotlib."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+IMAGES = ROOT / "docs" / "img"
+PEERS_TOKENS_PER_S = {"nano-vllm": 17_982, "vLLM 0.24": 22_205}
+"""Offline, the same workload and kind of machine, in other runs."""
+
+
+def results(benchmark: str) -> list[dict[str, Any]]:
+    """The results of one benchmark, by file name."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    return [result for result in found if result["benchmark"] == benchmark]
+
+
+def where(result: dict[str, Any]) -> str:
+    return f"{result.get('gpu', result.get('cpu'))}, commit {result['commit']}"
+
+
+def save(figure: Any, name: str) -> None:
+    IMAGES.mkdir(exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(IMAGES / name, dpi=120)
+    plt.close(figure)
+    print(f"docs/img/{name}")
+
+
+def draw_offline() -> None:
+    best = max(results("offline_throughput"), key=lambda result: result["tokens_per_s"])
+    roofline = best["num_output_tokens"] / best["roofline_s"]
+    bars = {**PEERS_TOKENS_PER_S, "nanovllm": best["tokens_per_s"]}
+    figure, axes = plt.subplots(figsize=(6, 3.2))
+    axes.barh(list(bars), list(bars.values()), color=["#9aa5b1", "#9aa5b1", "#1f77b4"])
+    axes.axvline(roofline, color="black", linestyle="--", linewidth=1)
+    axes.text(roofline, -0.45, " roofline", fontsize=8)
+    axes.set_xlabel("output tokens per second")
+    axes.set_title(f"{best['num_requests']} requests, {best['model_shape']}\n{where(best)}", fontsize=9)
+    axes.set_xlim(right=roofline * 1.15)
+    save(figure, "offline_throughput.png")
+
+
+def draw_decode_latency() -> None:
+    result = max(results("decode_latency"), key=lambda result: len(result["rows"]))
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for color, context in zip(("#1f77b4", "#d62728"), sorted({row["context"] for row in result["rows"]}), strict=False):
+        rows = [row for row in result["rows"] if row["context"] == context]
+        batches = [row["batch"] for row in rows]
+        axes.plot(batches, [row["step_ms"] for row in rows], "o-", color=color, label=f"context {context}")
+        axes.plot(batches, [row["floor_ms"] for row in rows], "--", color=color, label=f"floor, context {context}")
+    axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="ms per decode step")
+    axes.set_title(f"{result['model_shape']}, {where(result)}", fontsize=9)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3, which="both")
+    save(figure, "decode_latency.png")
+
+
+def draw_online() -> None:
+    for result in results("online_load"):
+        figure, axes = plt.subplots(figsize=(6, 3.2))
+        for name in ("ttft_ms", "itl_ms"):
+            quantiles = result[name]
+            axes.plot(list(quantiles), list(quantiles.values()), "o-", label=name[:-3].upper())
+        axes.set(yscale="log", ylabel="ms")
+        title = f"{result['mode']}, {result['model_shape']}, {result['workload']}, {result['rate']:g} requests/s"
+        axes.set_title(f"{title}\n{where(result)}", fontsize=9)
+        axes.legend()
+        axes.grid(alpha=0.3, which="both")
+        save(figure, f"online_{result['mode']}_{result['model_shape']}_{result['workload']}_{result['rate']:g}.png")
+
+
+if __name__ == "__main__":
+    draw_offline()
+    draw_decode_latency()
+    draw_online()

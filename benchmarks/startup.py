@@ -1,0 +1,78 @@
+"""Seconds from the start of a process to the first token of a local checkpoint, with a warm and a cold kernel cache.
+
+The checkpoint is written first: random weights of a real shape, the bundled model's small tokenizer. The process
+imports the package, loads the checkpoint, captures its graphs and answers a prompt of 100 tokens. The operating system
+has just written the weights, so they come from its cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import SHAPES, report, write_shape
+from safetensors.torch import save_file
+
+from nanovllm import LLM
+from nanovllm.demo import DEMO_MODEL_PATH
+
+CHILD = """
+import json, sys, time
+from nanovllm import LLM, SamplingParams
+imported = time.time()
+with LLM(sys.argv[1], device=sys.argv[2]) as llm:
+    ready = time.time()
+    next(llm.generate_stream([1] * 100, SamplingParams(max_tokens=2)))
+    print(json.dumps({"imported": imported, "ready": ready, "first_token": time.time()}))
+"""
+
+
+def write_checkpoint(shape: str) -> str:
+    """A folder with a checkpoint of random weights of this shape."""
+    folder = write_shape(shape)
+    options = {"load_format": "dummy", "device": "cpu", "dtype": "bfloat16", "num_kvcache_blocks": 1}
+    with LLM(folder, **options) as llm:
+        tensors = llm.decode_runner.model.checkpoint_tensors()
+        save_file({name: view.contiguous() for name, view in tensors.items()}, Path(folder) / "model.safetensors")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(DEMO_MODEL_PATH) / name, folder)
+    return folder
+
+
+def time_process(folder: str, device: str, kernel_cache: str | None) -> dict[str, float]:
+    """Seconds from the start of a new process to its imports, its engine and its first token."""
+    environment = {**os.environ, **({"TRITON_CACHE_DIR": kernel_cache} if kernel_cache else {})}
+    started = time.time()
+    run = subprocess.run(
+        [sys.executable, "-c", CHILD, folder, device], env=environment, check=True, capture_output=True, text=True
+    )
+    return {name: moment - started for name, moment in json.loads(run.stdout.splitlines()[-1]).items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-shape", choices=SHAPES, default="qwen3-0.6b")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", help="file for the JSON line")
+    args = parser.parse_args()
+
+    folder = write_checkpoint(args.model_shape)
+    with tempfile.TemporaryDirectory() as kernel_cache:
+        cold = time_process(folder, args.device, kernel_cache)
+        warm = time_process(folder, args.device, kernel_cache)
+    shutil.rmtree(folder)
+    print(f"{'seconds to':<14}{'cold':>8}{'warm':>8}")
+    for name in cold:
+        print(f"{name.replace('_', ' '):<14}{cold[name]:8.1f}{warm[name]:8.1f}")
+    report("startup", {"model_shape": args.model_shape, "cold_s": cold, "warm_s": warm}, args.output)
+
+
+if __name__ == "__main__":
+    main()
