@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,20 +12,38 @@ import torch
 from tests.kernel_cases import DECODE, PREFILL, check_fused, make_case, relative_error
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/test_triton.py"
-from nanovllm.kernels.triton_attention import Backend  # noqa: E402 - only once the mode is known
+from nanovllm.kernels import triton_attention  # noqa: E402 - only once the mode is known
+from nanovllm.kernels.triton_attention import Backend  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
+
+
+@pytest.fixture(params=[True, False], ids=["tma", "pointers"])
+def has_tma(request, monkeypatch):
+    """The interpreter plays the tensor memory accelerator too."""
+    monkeypatch.setattr(triton_attention, "_has_tma", lambda device: request.param)
 
 
 @pytest.mark.parametrize("spans", [DECODE, PREFILL], ids=["decode", "prefill"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
 @pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim", "block_size"), [(2, 2, 64, 16), (8, 2, 64, 32), (6, 2, 128, 16)]
+    ("num_heads", "num_kv_heads", "head_dim", "block_size"), [(2, 2, 64, 16), (8, 2, 64, 32), (6, 2, 128, 64)]
 )
-def test_attention_equals_reference(spans, dtype, num_heads, num_kv_heads, head_dim, block_size):
+def test_attention_equals_reference(has_tma, spans, dtype, num_heads, num_kv_heads, head_dim, block_size):
     shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "block_size": block_size}
     case = make_case(spans, device="cpu", dtype=dtype, **shape)
     assert relative_error(Backend(), case) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("num_sms", [1, 2, 9, 40])
+def test_decode_spread_over_any_number_of_sms(monkeypatch, num_sms):
+    """From one program that computes several heads to several programs for each head."""
+    monkeypatch.setattr(triton_attention, "_has_tma", lambda device: True)
+    spans = [(1, length) for length in (64, 1, 33, 32, 31, 700, 5, 96)]
+    shape = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "block_size": 32}
+    case = make_case(spans, device="cpu", dtype=torch.float16, **shape)
+    case = replace(case, metadata=replace(case.metadata, num_sms=num_sms))
+    assert relative_error(Backend(), case) < TOLERANCE[torch.float16]
 
 
 @pytest.mark.parametrize("words", [96, 3 * 4096 + 32])

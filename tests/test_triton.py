@@ -30,22 +30,25 @@ def test_kernels_in_the_interpreter_equal_the_reference():
 FLOAT_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 POINTER_TYPES = {**FLOAT_TYPES, "words": "*i32"}
 STORE = {"NUM_HEADS": 32, "PADDED_HEADS": 32, "NUM_KV_HEADS": 8, "PADDED_KV_HEADS": 8, "BLOCK_SIZE": 64}
-PREFILL = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "BLOCK_SIZE": 64}
-DECODE = {"NUM_KV_HEADS": 8, "GROUP": 4, "PADDED_GROUP": 16, "BLOCK_SIZE": 64, "PIECE": 512, "NUM_PIECES": 8}
-COMBINE = {"PIECE": 512, "NUM_PIECES": 8, "PADDED_PIECES": 8}
+PREFILL = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "PADDED_REQUESTS": 64, "BLOCK_SIZE": 64, "TILE_M": 64}
+DECODE = {"NUM_KV_HEADS": 8, "GROUP": 4, "PADDED_GROUP": 16, "PADDED_REQUESTS": 512, "BLOCK_SIZE": 64, "TILE": 32}
 
 
-def kernel_cases():
+def kernel_cases(capability: int):
     for head_dim in (64, 128):
         for dtype in FLOAT_TYPES:
             wide = dtype == "float32"
-            tiles = {"TILE_M": 32, "TILE_N": 32} if wide else {"TILE_M": 128, "TILE_N": 64}
-            warps = 8 if not wide and head_dim == 128 else 4
+            for use_tma in (False, True) if capability >= 90 and not wide else (False,):
+                common = {"HEAD_DIM": head_dim, "USE_TMA": use_tma}
+                tiles = {"TILE_N": 16 if wide else 64, "STAGES": 1 if wide else 2}
+                yield "_prefill_kernel", dtype, {**PREFILL, **tiles, **common}, {"num_warps": 8 if wide else 4}
+                stages = {"STAGES": 2 if wide else 4}
+                yield "_decode_kernel", dtype, {**DECODE, **stages, **common}, {"num_warps": 4 if wide else 1}
+            combine = {"NUM_KV_HEADS": 8, "GROUP": 4, "PIECES": 16, "HEAD_DIM": head_dim}
+            yield "_combine_kernel", dtype, combine, {"num_warps": 1}
             yield "_norm_rotate_store_kernel", dtype, {**STORE, "HEAD_DIM": head_dim}, {}
-            yield "_prefill_kernel", dtype, {**PREFILL, **tiles, "HEAD_DIM": head_dim}, {"num_warps": warps}
-            tile = {"TILE_N": 32 if wide else 64}
-            yield "_decode_kernel", dtype, {**DECODE, **tile, "HEAD_DIM": head_dim}, {"num_warps": 2, "num_stages": 3}
-            yield "_combine_pieces_kernel", dtype, {**COMBINE, "HEAD_DIM": head_dim}, {"num_warps": 2}
+    for has_ends in (False, True):
+        yield "_count_tiles_kernel", "words", {"TILE": 32, "HAS_ENDS": has_ends, "PADDED_REQUESTS": 512}, {}
     for dtype in FLOAT_TYPES:
         yield "_matrix_vector_kernel", dtype, {"HAS_BIAS": True, "TILE_N": 4, "TILE_K": 1024}, {}
         yield "_add_rms_norm_kernel", dtype, {"HAS_RESIDUAL": True, "PADDED_SIZE": 4096}, {"num_warps": 8}
@@ -66,8 +69,10 @@ INTEGER_POINTERS = {
     "block_tables": "*i32",
     "context_lens": "*i32",
     "query_starts": "*i32",
+    "tile_starts": "*i32",
 }
 COUNTS = {"num_inputs", "num_outputs", "num_pieces", "words", "size", "vocab_size", "num_tiles"}
+INTEGERS = {"num_requests", "num_programs"}
 FLOAT_POINTERS = {"partial", "log_sums", "cos", "sin", "best", "temperatures"}
 
 
@@ -78,6 +83,8 @@ def argument_type(name: str, dtype: str) -> str:
         return "*fp32"
     if name in ("scale_log2", "eps"):
         return "fp32"
+    if name in INTEGERS:
+        return "i32"
     return "i64" if name.endswith("_stride") or name in COUNTS else POINTER_TYPES[dtype]
 
 
@@ -89,12 +96,15 @@ def test_kernels_compile_without_a_gpu(capability):
     from nanovllm.kernels import triton_attention, triton_fused, triton_transfer
 
     kernels = {**vars(triton_attention), **vars(triton_fused), **vars(triton_transfer)}
-    for name, dtype, constants, options in kernel_cases():
+    for name, dtype, constants, options in kernel_cases(capability):
         kernel = kernels[name]
         signature = {
             argument: "constexpr" if argument in constants else argument_type(argument, dtype)
             for argument in kernel.arg_names
         }
+        if constants.get("USE_TMA"):
+            rows = constants.get("TILE_N") or constants["TILE"]
+            signature["kv_rows"] = f"tensordesc<{POINTER_TYPES[dtype][1:]}[{rows},{constants['HEAD_DIM']}]>"
         source = ASTSource(kernel, signature=signature, constexprs=constants)
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert len(compiled.asm["cubin"]) > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 from collections.abc import Iterator
@@ -168,8 +169,11 @@ class ModelRunner:
         return sampled
 
     def _decode_logits(self, inputs: DecodeInputs) -> torch.Tensor:
-        hidden = self.model(inputs.input_ids, inputs.positions, self.kv_pool, inputs.metadata)
+        hidden = self.model(inputs.input_ids, inputs.positions, self.kv_pool, self._planned(inputs.metadata))
         return self.model.compute_logits(hidden)
+
+    def _planned(self, metadata: AttentionMetadata) -> AttentionMetadata:
+        return dataclasses.replace(metadata, plan=self.spec.attention.backend.plan(metadata))
 
     def sync_kv_cache_to(
         self, other: ModelRunner, pairs: SequenceOf[BlockPair], *, method: str = "copy", after: Event | None = None
@@ -241,7 +245,7 @@ class ModelRunner:
 
     def _run(self, inputs: ModelInputs, pool: torch.Tensor | None = None) -> SampledTokens | None:
         kv_pool = self.kv_pool if pool is None else pool
-        hidden = self.model(inputs.input_ids, inputs.positions, kv_pool, inputs.metadata)
+        hidden = self.model(inputs.input_ids, inputs.positions, kv_pool, self._planned(inputs.metadata))
         if inputs.sampling is None:
             return None
         logits = self.model.compute_logits(hidden[inputs.sampled_rows])

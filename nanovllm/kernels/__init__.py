@@ -27,6 +27,8 @@ class AttentionMetadata:
         query_starts: [B + 1] int32, where each request's tokens begin in T.
         max_query_len: most tokens that one request has in this step.
         max_context_len: the largest of `context_lens`, or a bound of it.
+        plan: what the backend's `plan` says of the step, None to have it asked for by each layer.
+        num_sms: how many SMs to spread decode attention over, None for all of the GPU.
     """
 
     slot_mapping: torch.Tensor
@@ -35,6 +37,8 @@ class AttentionMetadata:
     query_starts: torch.Tensor
     max_query_len: int
     max_context_len: int
+    plan: torch.Tensor | None = None
+    num_sms: int | None = None
 
     @property
     def is_decode(self) -> bool:
@@ -79,6 +83,9 @@ class AttentionBackend(Protocol):
         Returns:
             The query heads, [T, num_heads, head_dim].
         """
+
+    def plan(self, metadata: AttentionMetadata) -> torch.Tensor | None:
+        """How `attend` shares out the work of a step, made once for all layers; None if it needs no such thing."""
 
     def attend(
         self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata, scale: float

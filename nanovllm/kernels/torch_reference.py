@@ -40,6 +40,9 @@ class Backend:
         store_kv(_rotate(_rms_norm(key, key_weight, eps), cos_rows, sin_rows), value, kv_cache, slot_mapping)
         return _rotate(_rms_norm(query, query_weight, eps), cos_rows, sin_rows)
 
+    def plan(self, metadata: AttentionMetadata) -> None:
+        return None
+
     def attend(
         self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata, scale: float
     ) -> torch.Tensor:
