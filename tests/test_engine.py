@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import logging
 import weakref
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from nanovllm import LLM, OutOfKVCacheError, RequestOutput, SamplingParams
+from nanovllm.engine import model_runner
+from nanovllm.engine.cuda_graph import token_buckets
 from nanovllm.engine.decode_batch import DecodeStep
 from nanovllm.engine.model_runner import StepHandle
 from nanovllm.engine.scheduler import PrefillStep
@@ -135,6 +138,45 @@ def test_steps_are_launched_ahead_and_no_token_shows_after_a_stop_token(checkpoi
     while llm._in_flight:
         llm.step()
     assert llm.scheduler.decode_pool.num_held_blocks == 0
+
+
+class PaddedSteps:
+    """What `StepGraphs` does, without a GPU to capture on: every step is padded to a bucket."""
+
+    def __init__(self, step, sizes):
+        self.step, self.sizes, self.num_replays = step, sizes, 0
+
+    def size_for(self, size):
+        return self.sizes[bisect.bisect_left(self.sizes, size)]
+
+    def replay(self, size):
+        self.num_replays += 1
+        return self.step(size)
+
+
+@pytest.mark.parametrize("most_buffered", [1, 3, 32])
+def test_padded_steps_give_the_same_tokens(checkpoint, monkeypatch, most_buffered):
+    path, reference = checkpoint("gqa2")
+    monkeypatch.setattr(model_runner, "MOST_BUFFERED_REQUESTS", most_buffered)
+    prompts = tiny.random_prompts(8, seed=30) + tiny.random_prompts(4, seed=31, longest=40, shared=48)
+    filtered = SamplingParams(temperature=0, max_tokens=20, min_tokens=1, top_k=5)
+    with LLM(path, device="cpu", max_num_batched_tokens=200, prefill_chunk_tokens=50, max_num_seqs=6) as llm:
+        runner = llm.decode_runner
+        runner._prefill_graphs = PaddedSteps(runner.run_prefill_core, token_buckets(200))
+        runner._decode_graphs = PaddedSteps(runner.run_decode_core, [2, 4, 6])
+        answers = llm.generate(prompts, [GREEDY, GREEDY, filtered] * 4, use_tqdm=False)
+        assert runner._prefill_graphs.num_replays > 0
+        assert runner._decode_graphs.num_replays > 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 20)
+
+
+def test_token_buckets_pad_little_and_reach_the_largest_step():
+    for most in (1, 64, 65, 2048, 16384, 16400):
+        sizes = token_buckets(most)
+        assert sizes == sorted(set(sizes))
+        assert sizes[-1] == most
+        assert all(after - before <= max(64, before / 4) for before, after in itertools.pairwise(sizes))
 
 
 @pytest.mark.parametrize("num_stop_ids", [1, 3, 20])

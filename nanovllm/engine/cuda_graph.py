@@ -1,4 +1,4 @@
-"""CUDA graphs of the decode step, one for each batch bucket. Knows nothing of what the step does."""
+"""CUDA graphs of steps, one for each size to pad to. Knows nothing of what a step does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import bisect
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -20,20 +21,30 @@ def batch_buckets(max_num_seqs: int) -> list[int]:
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
-class DecodeGraphs:
-    """Replays `step(size)` from a graph where there is one.
+def token_buckets(max_num_tokens: int) -> list[int]:
+    """Prefill sizes to capture, ascending: no step is padded by more than a quarter, or 64 tokens."""
+    sizes = [min(64, max_num_tokens)]
+    while sizes[-1] < max_num_tokens:
+        step = max(64, 1 << (sizes[-1].bit_length() - 3))
+        sizes.append(min(sizes[-1] + step, max_num_tokens))
+    return sizes
+
+
+class StepGraphs:
+    """Replays `step(size)` from a graph.
 
     Args:
-        step: runs a decode step of `size` rows on the current stream, all of it on the device.
+        what: the kind of step, for the log.
+        step: runs a step of `size` on the current stream, all of it on the device.
         sizes: the buckets, ascending.
+        pool: memory that the graphs of a stream share: one runs at a time.
     """
 
-    def __init__(self, step: Callable[[int], SampledTokens], sizes: list[int]) -> None:
+    def __init__(self, what: str, step: Callable[[int], SampledTokens], sizes: list[int], pool: Any) -> None:
         self.sizes = sizes
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._outputs: dict[int, SampledTokens] = {}
         started, free_before = time.perf_counter(), torch.cuda.mem_get_info()[0]
-        pool = torch.cuda.graph_pool_handle()
         for size in reversed(sizes):  # the largest first: the smaller ones fit into its memory
             step(size)
             graph = torch.cuda.CUDAGraph()
@@ -43,11 +54,11 @@ class DecodeGraphs:
         torch.cuda.synchronize()
         self.bytes = free_before - torch.cuda.mem_get_info()[0]
         seconds = time.perf_counter() - started
-        logger.info("%d decode graphs, %.0f MiB, captured in %.1f s", len(sizes), self.bytes / 2**20, seconds)
+        logger.info("%d %s graphs, %.0f MiB, captured in %.1f s", len(sizes), what, self.bytes / 2**20, seconds)
 
-    def size_for(self, num_rows: int) -> int:
-        """The smallest bucket that holds `num_rows`."""
-        return self.sizes[bisect.bisect_left(self.sizes, num_rows)]
+    def size_for(self, size: int) -> int:
+        """The smallest bucket that holds `size`."""
+        return self.sizes[bisect.bisect_left(self.sizes, size)]
 
     def replay(self, size: int) -> SampledTokens:
         """Runs the step of a captured size; the result is overwritten by the next replay of that size."""

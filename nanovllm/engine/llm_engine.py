@@ -317,7 +317,7 @@ class LLMEngine:
 
     def _prefill_ended(self, step: PrefillStep, sampled: SampledOnHost) -> None:
         self.counters.prefill_steps += 1
-        self.counters.prefill_tokens += sum(chunk.end - chunk.start for chunk in step.rows)
+        self.counters.prefill_tokens += step.num_tokens
         counting = [(chunk, self.scheduler.prefill_done(chunk)) for chunk in step.rows]
         last = [(chunk.seq, counts) for chunk, counts in counting if chunk.is_last]
         for place, (seq, counts) in enumerate(last):

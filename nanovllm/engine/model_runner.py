@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanovllm.engine.cuda_graph import DecodeGraphs, batch_buckets
+from nanovllm.engine.cuda_graph import StepGraphs, batch_buckets, token_buckets
 from nanovllm.engine.decode_batch import DecodeStep
 from nanovllm.engine.decode_rows import DecodeInputs, DecodeRows
 from nanovllm.engine.model_inputs import ModelInputs, prefill_inputs, sampling_inputs
-from nanovllm.engine.scheduler import BlockPair, PrefillStep
+from nanovllm.engine.prefill_buffers import PrefillBuffers
+from nanovllm.engine.scheduler import BlockPair, PrefillStep, Step
 from nanovllm.errors import HandoffError, ModelLoadError, OutOfKVCacheError, shown
 from nanovllm.kernels import AttentionMetadata, ResolvedBackend
 from nanovllm.layers.sampler import SampledTokens, SamplingInputs, sample
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 GIB = 1024**3
 CPU_POOL_BYTES = 512 * 1024**2
+MOST_BUFFERED_REQUESTS = 32
+"""Requests of a prefill step beyond which it runs eagerly: many short prompts, which few steps hold."""
 
 
 @dataclass(frozen=True)
@@ -123,23 +126,46 @@ class ModelRunner:
             self.num_kv_blocks = self._num_kv_blocks()
             # One block more than there are to give out: padded rows of a decode batch write to it.
             self.kv_pool = self._make_pool(self.num_kv_blocks + 1)
+            self.prefill_buffers = PrefillBuffers(
+                device,
+                self.max_step_tokens,
+                min(MOST_BUFFERED_REQUESTS, spec.max_num_seqs),
+                spec.max_model_len,
+                self.block_size,
+                spare_block=self.num_kv_blocks,
+            )
             self.decode_rows = self._make_decode_rows() if is_decode_runner else None
-            self._graphs = self._capture_graphs()
+            self._prefill_graphs, self._decode_graphs = self._capture_graphs()
         self.synchronize()  # other streams are about to read the weights and write to the pool
 
     @property
     def block_size(self) -> int:
         return self.spec.attention.block_size
 
-    def launch(self, step: PrefillStep | DecodeStep) -> StepHandle:
+    def launch(self, step: Step) -> StepHandle:
         """Starts a step; nothing here waits for the device."""
-        vocab_size = self.spec.model_config.vocab_size
         with self._on(self.stream):
-            if isinstance(step, PrefillStep):
-                sampled = self._run(prefill_inputs(step, self.block_size, vocab_size, self.device))
-            else:
-                sampled = self._launch_decode(step)
+            sampled = self._launch_prefill(step) if isinstance(step, PrefillStep) else self._launch_decode(step)
             return StepHandle(self.device, sampled)
+
+    def run_prefill_core(self, size: int) -> SampledTokens:
+        """The buffered prefill step, padded to `size` tokens and to all the requests that there could be."""
+        sampled = self._run(self.prefill_buffers.gather(size, self.prefill_buffers.max_num_requests))
+        assert sampled is not None, "a step that is padded to some requests samples for them"
+        return sampled
+
+    def _launch_prefill(self, step: PrefillStep) -> SampledTokens | None:
+        if not self.prefill_buffers.holds(step):
+            vocab_size = self.spec.model_config.vocab_size
+            return self._run(prefill_inputs(step, self.block_size, vocab_size, self.device))
+        num_sampled = sum(chunk.is_last for chunk in step.rows)
+        if self._prefill_graphs is None:
+            self.prefill_buffers.update(step, step.num_tokens)
+            return self._run(self.prefill_buffers.gather(step.num_tokens, num_sampled))
+        size = self._prefill_graphs.size_for(step.num_tokens)
+        self.prefill_buffers.update(step, size)
+        token_ids = self._prefill_graphs.replay(size).token_ids[:num_sampled]
+        return SampledTokens(token_ids) if num_sampled else None
 
     def run_decode_core(self, size: int) -> SampledTokens:
         """One decode step over the first `size` rows of the batch, on the device alone: no host value is read."""
@@ -155,9 +181,10 @@ class ModelRunner:
         num_rows = len(step.batch)
         if not step.is_plain:
             return self._decode_with_host_parameters(self.decode_rows, step)
-        if self._graphs is None:
+        if self._decode_graphs is None:
             return self.run_decode_core(num_rows)
-        return SampledTokens(self._graphs.replay(self._graphs.size_for(num_rows)).token_ids[:num_rows])
+        size = self._decode_graphs.size_for(num_rows)
+        return SampledTokens(self._decode_graphs.replay(size).token_ids[:num_rows])
 
     def _decode_with_host_parameters(self, decode_rows: DecodeRows, step: DecodeStep) -> SampledTokens:
         """A step in which some request filters, wants log-probabilities or may not stop yet: sampled eagerly."""
@@ -239,7 +266,8 @@ class ModelRunner:
     def close(self) -> None:
         """Gives weights and pool back, which nothing may be using; the runner is of no use afterwards."""
         with self._on(self.stream):
-            del self.model, self.kv_pool, self.decode_rows, self._graphs
+            del self.model, self.kv_pool, self.prefill_buffers, self.decode_rows
+            del self._prefill_graphs, self._decode_graphs
             if self.device.is_cuda:
                 torch.cuda.empty_cache()
 
@@ -277,17 +305,22 @@ class ModelRunner:
         most_rows = min(self.spec.max_num_seqs, self.num_kv_blocks)
         return DecodeRows(self.device, most_rows, self.spec.max_model_len, self.block_size, self.num_kv_blocks)
 
-    def _capture_graphs(self) -> DecodeGraphs | None:
-        if self.decode_rows is None or not self.device.is_cuda or self.spec.enforce_eager:
-            return None
-        if not self.spec.attention.backend.is_capturable:
-            logger.info(
-                "%s: no decode graphs, the %s backend cannot be captured", self.device, self.spec.attention.backend.name
-            )
-            return None
+    @property
+    def _uses_graphs(self) -> bool:
+        return self.device.is_cuda and self.spec.attention.backend.is_capturable and not self.spec.enforce_eager
+
+    def _capture_graphs(self) -> tuple[StepGraphs | None, StepGraphs | None]:
+        if not self._uses_graphs:
+            logger.info("%s: no graphs, the %s backend runs eagerly", self.device, self.spec.attention.backend.name)
+            return None, None
+        pool = torch.cuda.graph_pool_handle()
+        # The first tokens of block 0 are written to meanwhile; no request has it yet.
+        prefill = StepGraphs("prefill", self.run_prefill_core, token_buckets(self.max_step_tokens), pool)
+        if self.decode_rows is None:
+            return prefill, None
         most_rows = self.decode_rows.max_num_rows
         self.decode_rows.pad(most_rows)
-        return DecodeGraphs(self.run_decode_core, batch_buckets(most_rows))
+        return prefill, StepGraphs("decode", self.run_decode_core, batch_buckets(most_rows), pool)
 
     def _make_model(self, device: torch.device) -> Qwen3ForCausalLM:
         spec = self.spec
@@ -361,6 +394,8 @@ class ModelRunner:
             ) from error
         torch.cuda.synchronize(self.device.index)
         workspace = torch.cuda.max_memory_allocated(self.device.index) - before
+        if self._uses_graphs:
+            workspace *= 2  # the graphs keep one of their own
         free, total = self.device.memory_info()
         return int(total * self.spec.gpu_memory_utilization) - (total - free) - workspace
 

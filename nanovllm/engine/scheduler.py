@@ -47,6 +47,10 @@ class PrefillStep:
 
     rows: list[PrefillChunk]
 
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.end - chunk.start for chunk in self.rows)
+
     def halves(self) -> tuple[PrefillStep, PrefillStep] | None:
         """The step as two smaller ones, None if one request is all it has."""
         middle = len(self.rows) // 2

@@ -1,0 +1,106 @@
+"""One prefill step on the device, in tensors that stay where they are, so that a graph can be captured over them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from nanovllm.engine.model_inputs import ModelInputs
+from nanovllm.engine.scheduler import PrefillStep
+from nanovllm.kernels import AttentionMetadata
+from nanovllm.layers.sampler import SamplingInputs
+from nanovllm.utils.device import Device
+
+NUM_TOKEN_COLUMNS = 3
+"""Of each token: its id, position and slot."""
+NUM_REQUEST_COLUMNS = 6
+"""Of each request: context length, end in the step, sampled row, seed, output index, temperature; then its blocks."""
+
+
+class PrefillBuffers:
+    """Room for steps of at most `max_num_tokens` tokens of `max_num_requests` requests.
+
+    A step is padded with tokens of no request, which go to `spare_block`, and with requests of no tokens.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        max_num_tokens: int,
+        max_num_requests: int,
+        max_model_len: int,
+        block_size: int,
+        spare_block: int,
+    ) -> None:
+        self.device = device
+        self.max_num_tokens = max_num_tokens
+        self.max_num_requests = max_num_requests
+        self.max_model_len = max_model_len
+        self.block_size = block_size
+        self._spare_slot = spare_block * block_size
+        self._max_blocks = -(-max_model_len // block_size)
+        self._num_request_numbers = max_num_requests * (NUM_REQUEST_COLUMNS + self._max_blocks)
+        size = self._num_request_numbers + NUM_TOKEN_COLUMNS * max_num_tokens
+        self._numbers = torch.zeros(size, dtype=torch.int64, device=device.torch_device)
+
+    def holds(self, step: PrefillStep) -> bool:
+        """Whether the step fits, and samples by temperature, seed and index alone."""
+        return (
+            len(step.rows) <= self.max_num_requests
+            and step.num_tokens <= self.max_num_tokens
+            and all(chunk.end - 1 >= chunk.seq.first_plain_position for chunk in step.rows if chunk.is_last)
+        )
+
+    def update(self, step: PrefillStep, size: int) -> None:
+        """Sends a step, padded to `size` tokens: one copy."""
+        numbers = np.zeros(self._num_request_numbers + NUM_TOKEN_COLUMNS * size, dtype=np.int64)
+        requests, tokens = self._split(numbers, size)
+        context_lens, ends, sampled_rows, seeds, output_indices, temperatures = requests[:NUM_REQUEST_COLUMNS]
+        tables = requests[NUM_REQUEST_COLUMNS:].T
+        token_ids, positions, slots = tokens
+        slots[:] = self._spare_slot
+        end, num_sampled = 0, 0
+        for row, chunk in enumerate(step.rows):
+            seq, table = chunk.seq, np.array(chunk.lease.prefill_table, dtype=np.int64)
+            first, end = end, end + chunk.end - chunk.start
+            places = np.arange(chunk.start, chunk.end)
+            token_ids[first:end] = seq.token_ids[chunk.start : chunk.end]
+            positions[first:end] = places
+            slots[first:end] = table[places // self.block_size] * self.block_size + places % self.block_size
+            num_blocks = -(-chunk.end // self.block_size)
+            tables[row, :num_blocks] = table[:num_blocks]
+            context_lens[row], ends[row] = chunk.end, end
+            if chunk.is_last:
+                sampled_rows[num_sampled] = end - 1
+                seeds[num_sampled] = seq.seed
+                output_indices[num_sampled] = chunk.end - seq.num_prompt_tokens
+                temperatures.view(np.float64)[num_sampled] = seq.params.float32_temperature
+                num_sampled += 1
+        ends[len(step.rows) :] = end
+        self._numbers[: len(numbers)].copy_(self.device.tensor(numbers))
+
+    def gather(self, size: int, num_sampled: int) -> ModelInputs:
+        """The inputs of the step, padded to `size` tokens and `num_sampled` sampled rows; runs on the device alone."""
+        requests, tokens = self._split(self._numbers, size)
+        context_lens, ends, sampled_rows, seeds, output_indices, temperatures = requests[:NUM_REQUEST_COLUMNS]
+        token_ids, positions, slots = tokens
+        metadata = AttentionMetadata(
+            slot_mapping=slots,
+            block_tables=requests[NUM_REQUEST_COLUMNS:].T.int().contiguous(),
+            context_lens=context_lens.int(),
+            query_starts=torch.nn.functional.pad(ends.int(), (1, 0)),
+            max_query_len=max(size, 2),
+            max_context_len=self.max_model_len,
+        )
+        sampling = SamplingInputs(
+            temperatures[:num_sampled].view(torch.float64).float(), seeds[:num_sampled], output_indices[:num_sampled]
+        )
+        return ModelInputs(
+            token_ids, positions, metadata, sampled_rows[:num_sampled], sampling if num_sampled else None
+        )
+
+    def _split(self, numbers, size):  # type: ignore[no-untyped-def] # numpy and torch alike
+        """[columns, max_num_requests] and [NUM_TOKEN_COLUMNS, size] views of the numbers of a step."""
+        requests = numbers[: self._num_request_numbers].reshape(-1, self.max_num_requests)
+        first, last = self._num_request_numbers, self._num_request_numbers + NUM_TOKEN_COLUMNS * size
+        return requests, numbers[first:last].reshape(NUM_TOKEN_COLUMNS, size)
