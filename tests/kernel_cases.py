@@ -115,6 +115,14 @@ def check_fused(backend: AttentionBackend, *, device: str, dtype: torch.dtype, s
         expected = reference.linear(x.double(), weight.double(), None if bias is None else bias.double())
         error = (backend.linear(x, weight, bias).double() - expected).norm() / expected.norm()
         assert error < tolerance, f"linear of {num_tokens} tokens: {error}"
+    norm = (1 + 0.1 * normal(size), 1e-6)
+    for num_tokens, num_outputs in ((1, 37), (1, 64), (3, 64)):
+        x, weight, bias = normal(num_tokens, size), normal(2 * num_outputs, size) / size**0.5, normal(2 * num_outputs)
+        for other in (None, normal(num_tokens, size)):
+            arguments = (x, other, norm, weight)
+            expected = (*reference.norm_linear(*arguments, bias), *reference.norm_gated_linear(*arguments))
+            actual = (*backend.norm_linear(*arguments, bias), *backend.norm_gated_linear(*arguments))
+            torch.testing.assert_close(actual, expected, atol=2 * tolerance, rtol=2 * tolerance)
     expected_gate = reference.silu_and_mul(gate_up)
     torch.testing.assert_close(backend.silu_and_mul(gate_up), expected_gate, atol=tolerance, rtol=tolerance)
     logits = normal(64, 10 * size + 3)

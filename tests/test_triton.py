@@ -50,7 +50,10 @@ def kernel_cases(capability: int):
     for has_ends in (False, True):
         yield "_count_tiles_kernel", "words", {"TILE": 32, "HAS_ENDS": has_ends, "PADDED_REQUESTS": 512}, {}
     for dtype in FLOAT_TYPES:
-        yield "_matrix_vector_kernel", dtype, {"HAS_BIAS": True, "TILE_N": 4, "TILE_K": 1024}, {}
+        for gated in (False, True):
+            tiles = {"TILE_N": 2 if gated else 4, "TILE_K": 1024, "PADDED_INPUTS": 4096}
+            has = {"HAS_NORM": True, "HAS_RESIDUAL": True, "HAS_BIAS": not gated, "IS_GATED": gated}
+            yield "_vector_linear_kernel", dtype, {**tiles, **has}, {}
         yield "_add_rms_norm_kernel", dtype, {"HAS_RESIDUAL": True, "PADDED_SIZE": 4096}, {"num_warps": 8}
         yield "_silu_and_mul_kernel", dtype, {"TILE": 1024}, {}
         yield "_best_of_tile_kernel", dtype, {"TILE": 4096}, {}
@@ -102,6 +105,10 @@ def test_kernels_compile_without_a_gpu(capability):
             argument: "constexpr" if argument in constants else argument_type(argument, dtype)
             for argument in kernel.arg_names
         }
+        if "OVERLAPS" in kernel.arg_names:
+            constants = {**constants, "OVERLAPS": capability >= 90}
+            options = {**options, "launch_pdl": capability >= 90}
+            signature["OVERLAPS"] = "constexpr"
         if constants.get("USE_TMA"):
             rows = constants.get("TILE_N") or constants["TILE"]
             signature["kv_rows"] = f"tensordesc<{POINTER_TYPES[dtype][1:]}[{rows},{constants['HEAD_DIM']}]>"

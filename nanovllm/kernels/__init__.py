@@ -95,6 +95,21 @@ class AttentionBackend(Protocol):
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x W^T + b of [T, in_features] and [out_features, in_features]; [T, out_features]."""
 
+    def norm_linear(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        norm: tuple[torch.Tensor, float],
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`linear` of `add_rms_norm`, whose weight and eps are `norm`, and the sum."""
+
+    def norm_gated_linear(
+        self, x: torch.Tensor, residual: torch.Tensor | None, norm: tuple[torch.Tensor, float], weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`silu_and_mul` of `norm_linear`, and the sum."""
+
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:

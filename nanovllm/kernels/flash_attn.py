@@ -27,9 +27,6 @@ class Backend(torch_reference.Backend):
     name = "flash_attn"
     is_capturable = True
 
-    def plan(self, metadata: AttentionMetadata) -> None:
-        return None
-
     def attend(
         self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata, scale: float
     ) -> torch.Tensor:

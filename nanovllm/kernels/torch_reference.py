@@ -57,6 +57,23 @@ class Backend:
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return functional.linear(x, weight, bias)
 
+    def norm_linear(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        norm: tuple[torch.Tensor, float],
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        normed, total = self.add_rms_norm(x, residual, *norm)
+        return self.linear(normed, weight, bias), total
+
+    def norm_gated_linear(
+        self, x: torch.Tensor, residual: torch.Tensor | None, norm: tuple[torch.Tensor, float], weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        gate_up, total = self.norm_linear(x, residual, norm, weight, None)
+        return self.silu_and_mul(gate_up), total
+
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.kernels import AttentionMetadata, BackendRequirements, triton_fused
+from nanovllm.kernels.triton_overlap import begin, overlap
 
 DEFAULT_BLOCK_SIZE = 64
 HEAD_DIMS = (64, 128)
@@ -45,6 +46,8 @@ class Backend:
     is_capturable = True
     norm_rotate_store = staticmethod(triton_fused.norm_rotate_store)
     linear = staticmethod(triton_fused.linear)
+    norm_linear = staticmethod(triton_fused.norm_linear)
+    norm_gated_linear = staticmethod(triton_fused.norm_gated_linear)
     add_rms_norm = staticmethod(triton_fused.add_rms_norm)
     silu_and_mul = staticmethod(triton_fused.silu_and_mul)
     sample_tokens = staticmethod(triton_fused.sample_tokens)
@@ -74,6 +77,7 @@ def _count_tiles(lengths: torch.Tensor, ends: torch.Tensor | None, tile: int) ->
         TILE=tile,
         HAS_ENDS=ends is not None,
         PADDED_REQUESTS=triton.next_power_of_2(num_requests),
+        **overlap(lengths.device),
     )
     return tile_starts
 
@@ -115,6 +119,7 @@ def _prefill(
         USE_TMA=use_tma,
         STAGES=1 if is_wide else PREFILL_STAGES,
         num_warps=8 if is_wide else PREFILL_TILE_M // 16,
+        **overlap(query.device),
     )
     return output
 
@@ -157,6 +162,7 @@ def _decode(
         USE_TMA=use_tma,
         STAGES=2 if is_wide else DECODE_STAGES,
         num_warps=4 if is_wide else 1,
+        **overlap(query.device),
     )
     _combine_kernel[(num_requests, num_heads)](
         partial,
@@ -170,6 +176,7 @@ def _decode(
         HEAD_DIM=head_dim,
         PIECES=16,
         num_warps=1,
+        **overlap(query.device),
     )
     return output
 
@@ -196,9 +203,17 @@ def _num_sms(device: torch.device) -> int:
 
 @triton.jit
 def _count_tiles_kernel(
-    lengths, ends, tile_starts, num_requests, TILE: tl.constexpr, HAS_ENDS: tl.constexpr, PADDED_REQUESTS: tl.constexpr
+    lengths,
+    ends,
+    tile_starts,
+    num_requests,
+    TILE: tl.constexpr,
+    HAS_ENDS: tl.constexpr,
+    PADDED_REQUESTS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Tiles before each request, and all of them; a request's length is given, or where it ends and begins."""
+    begin(OVERLAPS)
     requests = tl.arange(0, PADDED_REQUESTS)
     there = requests < num_requests
     length = tl.load(lengths + requests, mask=there, other=0)
@@ -272,8 +287,10 @@ def _prefill_kernel(
     TILE_N: tl.constexpr,
     USE_TMA: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One program computes TILE_M queries of one head of one request."""
+    begin(OVERLAPS)
     head = tl.program_id(0)
     kv_head = head // (NUM_HEADS // NUM_KV_HEADS)
     # The last tiles of a prompt attend to most: they begin first.
@@ -354,11 +371,13 @@ def _decode_kernel(
     TILE: tl.constexpr,
     USE_TMA: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """All tiles of all KV heads of all requests, in this order, shared out evenly: a program computes one run of them.
 
     A program writes the heads that lie wholly in its run; of those at its two ends it leaves what it has.
     """
+    begin(OVERLAPS)
     program = tl.program_id(0)
     num_tiles = tl.load(tile_starts + num_requests) * NUM_KV_HEADS
     share = tl.cdiv(num_tiles, tl.num_programs(0))
@@ -435,8 +454,10 @@ def _combine_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PIECES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One program weighs what several programs left of one head of one request by their share of the softmax."""
+    begin(OVERLAPS)
     row = tl.program_id(0)
     head = tl.program_id(1)
     share = tl.cdiv(tl.load(tile_starts + num_requests) * NUM_KV_HEADS, num_programs)

@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
+from nanovllm.kernels.triton_overlap import begin, overlap
+
 VOCAB_TILE = 4096
 ELEMENT_TILE = 1024
-MATRIX_TILE_ROWS = 4
+VECTOR_TILE_ROWS = 4
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -20,23 +22,72 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
     cuBLAS takes 5 to 12 us for a single token where reading the weights takes 1 to 3.
     """
-    num_tokens, num_inputs = x.shape
-    if num_tokens > 1:
+    if x.shape[0] > 1:
         return functional.linear(x, weight, bias)
-    num_outputs = weight.shape[0]
+    return _vector_linear(x, None, None, weight, bias)[0]
+
+
+def norm_linear(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm: tuple[torch.Tensor, float],
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`linear` of the RMSNorm of `x + residual`, and the sum."""
+    if x.shape[0] > 1:
+        normed, total = add_rms_norm(x, residual, *norm)
+        return linear(normed, weight, bias), total
+    return _vector_linear(x, residual, norm, weight, bias)
+
+
+def norm_gated_linear(
+    x: torch.Tensor, residual: torch.Tensor | None, norm: tuple[torch.Tensor, float], weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu(gate) * up of what `norm_linear` gives, gate first, and the sum."""
+    if x.shape[0] > 1:
+        gate_up, total = norm_linear(x, residual, norm, weight, None)
+        return silu_and_mul(gate_up), total
+    return _vector_linear(x, residual, norm, weight, None, is_gated=True)
+
+
+def _vector_linear(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm: tuple[torch.Tensor, float] | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    is_gated: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Everything from the residual to the gate for a single token, in one kernel."""
+    num_inputs = x.shape[1]
+    num_outputs = weight.shape[0] // 2 if is_gated else weight.shape[0]
     output = x.new_empty(1, num_outputs)
-    _matrix_vector_kernel[(triton.cdiv(num_outputs, MATRIX_TILE_ROWS),)](
+    total = x if residual is None else torch.empty_like(x)
+    norm_weight, eps = (x, 0.0) if norm is None else norm
+    tile_rows = VECTOR_TILE_ROWS // 2 if is_gated else VECTOR_TILE_ROWS
+    _vector_linear_kernel[(triton.cdiv(num_outputs, tile_rows),)](
         x,
+        x if residual is None else residual,
+        norm_weight,
         weight,
         weight if bias is None else bias,
         output,
+        total,
+        eps,
         num_inputs,
         num_outputs,
+        HAS_NORM=norm is not None,
+        HAS_RESIDUAL=residual is not None,
         HAS_BIAS=bias is not None,
-        TILE_N=MATRIX_TILE_ROWS,
+        IS_GATED=is_gated,
+        TILE_N=tile_rows,
         TILE_K=ELEMENT_TILE,
+        PADDED_INPUTS=triton.next_power_of_2(num_inputs),
+        **overlap(x.device),
     )
-    return output
+    return output, total
 
 
 def add_rms_norm(
@@ -57,6 +108,7 @@ def add_rms_norm(
         HAS_RESIDUAL=residual is not None,
         PADDED_SIZE=triton.next_power_of_2(size),
         num_warps=4 if size <= 2048 else 8,
+        **overlap(x.device),
     )
     return output, total
 
@@ -65,7 +117,9 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of [T, 2 * size], gate first."""
     num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     output = gate_up.new_empty(num_tokens, size)
-    _silu_and_mul_kernel[(num_tokens, triton.cdiv(size, ELEMENT_TILE))](gate_up, output, size, TILE=ELEMENT_TILE)
+    _silu_and_mul_kernel[(num_tokens, triton.cdiv(size, ELEMENT_TILE))](
+        gate_up, output, size, TILE=ELEMENT_TILE, **overlap(gate_up.device)
+    )
     return output
 
 
@@ -103,6 +157,7 @@ def norm_rotate_store(
         PADDED_KV_HEADS=triton.next_power_of_2(num_kv_heads),
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
+        **overlap(qkv.device),
     )
     return query
 
@@ -120,49 +175,114 @@ def sample_tokens(
     places = torch.empty(num_rows, num_tiles, dtype=torch.int32, device=logits.device)
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     _best_of_tile_kernel[(num_rows, num_tiles)](
-        logits, temperatures, seeds, output_indices, best, places, vocab_size, TILE=VOCAB_TILE
+        logits, temperatures, seeds, output_indices, best, places, vocab_size, TILE=VOCAB_TILE, **overlap(logits.device)
     )
+    padded = triton.next_power_of_2(num_tiles)
     _best_of_tiles_kernel[(num_rows,)](
-        best, places, token_ids, num_tiles, PADDED_TILES=triton.next_power_of_2(num_tiles), num_warps=1
+        best, places, token_ids, num_tiles, PADDED_TILES=padded, num_warps=1, **overlap(logits.device)
     )
     return token_ids
 
 
 @triton.jit
-def _matrix_vector_kernel(
+def _load_rows(weight, outputs, inputs, num_outputs, num_inputs):
+    offsets = outputs.to(tl.int64)[:, None] * num_inputs + inputs[None, :]
+    there = (outputs < num_outputs)[:, None] & (inputs < num_inputs)[None, :]
+    return tl.load(weight + offsets, mask=there, other=0.0)
+
+
+@triton.jit
+def _vector_linear_kernel(
     x,
+    residual,
+    norm_weight,
     weight,
     bias,
     output,
+    total,
+    eps,
     num_inputs,
     num_outputs,
+    HAS_NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    IS_GATED: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
+    PADDED_INPUTS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
-    """One program computes TILE_N outputs; products are summed up once, at the end."""
+    """One program computes TILE_N outputs of one token; products are summed up once, at the end.
+
+    The weights do not depend on the kernel before this one: the first of them are loaded before it has ended. The
+    norm is computed by every program anew, from the cache.
+    """
     outputs = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    there = outputs < num_outputs
     columns = tl.arange(0, TILE_K)
+    up = weight + num_outputs.to(tl.int64) * num_inputs
+    tile = _load_rows(weight, outputs, columns, num_outputs, num_inputs)
+    if IS_GATED:
+        up_tile = _load_rows(up, outputs, columns, num_outputs, num_inputs)
+    begin(OVERLAPS)
+
+    scale = 1.0
+    if HAS_NORM:
+        places = tl.arange(0, PADDED_INPUTS)
+        is_place = places < num_inputs
+        whole = tl.load(x + places, mask=is_place, other=0.0)
+        if HAS_RESIDUAL:
+            whole += tl.load(residual + places, mask=is_place, other=0.0)
+            if tl.program_id(0) == 0:
+                tl.store(total + places, whole, mask=is_place)
+        squares = whole.to(tl.float32) * whole.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(squares, 0) / num_inputs + eps)
+
     products = tl.zeros([TILE_N, TILE_K], tl.float32)
+    up_products = tl.zeros([TILE_N, TILE_K], tl.float32)
     for start in range(0, num_inputs, TILE_K):
         inputs = start + columns
-        x_tile = tl.load(x + inputs, mask=inputs < num_inputs, other=0.0)
-        offsets = outputs.to(tl.int64)[:, None] * num_inputs + inputs[None, :]
-        tile_there = there[:, None] & (inputs < num_inputs)[None, :]
-        weight_tile = tl.load(weight + offsets, mask=tile_there, other=0.0)
-        products += x_tile[None, :].to(tl.float32) * weight_tile.to(tl.float32)
+        is_input = inputs < num_inputs
+        values = tl.load(x + inputs, mask=is_input, other=0.0)
+        if HAS_RESIDUAL:
+            values += tl.load(residual + inputs, mask=is_input, other=0.0)
+        if HAS_NORM:
+            weights = tl.load(norm_weight + inputs, mask=is_input, other=0.0)
+            values = (values.to(tl.float32) * scale).to(values.dtype) * weights
+        wide = values.to(tl.float32)[None, :]
+        products += wide * tile.to(tl.float32)
+        # The next tile's weights, or nothing after the last.
+        tile = _load_rows(weight, outputs, inputs + TILE_K, num_outputs, num_inputs)
+        if IS_GATED:
+            up_products += wide * up_tile.to(tl.float32)
+            up_tile = _load_rows(up, outputs, inputs + TILE_K, num_outputs, num_inputs)
     result = tl.sum(products, 1)
+    there = outputs < num_outputs
     if HAS_BIAS:
         result += tl.load(bias + outputs, mask=there, other=0.0).to(tl.float32)
-    tl.store(output + outputs, result.to(output.dtype.element_ty), mask=there)
+    if IS_GATED:
+        # Rounded where kernels of their own would round.
+        gate = result.to(output.dtype.element_ty).to(tl.float32)
+        activated = (gate / (1.0 + tl.exp(-gate))).to(output.dtype.element_ty)
+        tl.store(output + outputs, activated * tl.sum(up_products, 1).to(output.dtype.element_ty), mask=there)
+    else:
+        tl.store(output + outputs, result.to(output.dtype.element_ty), mask=there)
 
 
 @triton.jit
 def _add_rms_norm_kernel(
-    x, residual, weight, output, total, eps, size, HAS_RESIDUAL: tl.constexpr, PADDED_SIZE: tl.constexpr
+    x,
+    residual,
+    weight,
+    output,
+    total,
+    eps,
+    size,
+    HAS_RESIDUAL: tl.constexpr,
+    PADDED_SIZE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One program for one token."""
+    begin(OVERLAPS)
     start = tl.program_id(0).to(tl.int64) * size
     places = tl.arange(0, PADDED_SIZE)
     there = places < size
@@ -177,7 +297,8 @@ def _add_rms_norm_kernel(
 
 
 @triton.jit
-def _silu_and_mul_kernel(gate_up, output, size, TILE: tl.constexpr):
+def _silu_and_mul_kernel(gate_up, output, size, TILE: tl.constexpr, OVERLAPS: tl.constexpr):
+    begin(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     places = tl.program_id(1) * TILE + tl.arange(0, TILE)
     there = places < size
@@ -224,8 +345,10 @@ def _norm_rotate_store_kernel(
     PADDED_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One program for all heads of one token."""
+    begin(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     half = tl.arange(0, HEAD_DIM // 2)[None, :]
     position = tl.load(positions + token)
@@ -262,7 +385,18 @@ def _mix(x):
 
 
 @triton.jit
-def _best_of_tile_kernel(logits, temperatures, seeds, output_indices, best, places, vocab_size, TILE: tl.constexpr):
+def _best_of_tile_kernel(
+    logits,
+    temperatures,
+    seeds,
+    output_indices,
+    best,
+    places,
+    vocab_size,
+    TILE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    begin(OVERLAPS)
     row = tl.program_id(0)
     tile = tl.program_id(1)
     tokens = tile * TILE + tl.arange(0, TILE)
@@ -287,7 +421,8 @@ def _best_of_tile_kernel(logits, temperatures, seeds, output_indices, best, plac
 
 
 @triton.jit
-def _best_of_tiles_kernel(best, places, token_ids, num_tiles, PADDED_TILES: tl.constexpr):
+def _best_of_tiles_kernel(best, places, token_ids, num_tiles, PADDED_TILES: tl.constexpr, OVERLAPS: tl.constexpr):
+    begin(OVERLAPS)
     row = tl.program_id(0)
     tiles = tl.arange(0, PADDED_TILES)
     scores = tl.load(best + row * num_tiles + tiles, mask=tiles < num_tiles, other=float("-inf"))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from nanovllm.kernels import AttentionBackend
+from nanovllm.layers.layernorm import RMSNorm
 
 
 class Linear(nn.Module):
@@ -35,6 +36,19 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.backend.linear(x, self.weight, self.bias)
+
+    def forward_normed(
+        self, x: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """y of the norm of `x + residual`, and the sum."""
+        return self.backend.norm_linear(x, residual, (norm.weight, norm.eps), self.weight, self.bias)
+
+    def forward_gated(
+        self, x: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """silu(first half of y) * second half, of the same; SwiGLU's gate and up without bias."""
+        assert self.bias is None, "gate and up have no bias"
+        return self.backend.norm_gated_linear(x, residual, (norm.weight, norm.eps), self.weight)
 
     def parts(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """The views that checkpoint tensors `<name>.weight` (and `<name>.bias`) are loaded into, one name a part."""

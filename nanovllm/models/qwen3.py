@@ -101,7 +101,6 @@ class Qwen3DecoderLayer(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.backend = backend
         hidden, dim, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
         query_size, kv_size = config.num_attention_heads * dim, config.num_key_value_heads * dim
         bias = config.attention_bias
@@ -117,8 +116,7 @@ class Qwen3DecoderLayer(nn.Module):
     def project_qkv(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, hidden_size] -> query, key and value heads side by side, [T, (num_heads + 2 * num_kv_heads) * head_dim],
         and the residual."""
-        hidden, residual = self.input_layernorm(hidden, residual)
-        return self.qkv_proj(hidden), residual
+        return self.qkv_proj.forward_normed(hidden, residual, self.input_layernorm)
 
     def attend(
         self, qkv: torch.Tensor, positions: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata
@@ -132,8 +130,8 @@ class Qwen3DecoderLayer(nn.Module):
 
     def feed_forward(self, hidden: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, hidden_size] twice -> the same."""
-        hidden, residual = self.post_attention_layernorm(hidden, residual)
-        return self.down_proj(self.backend.silu_and_mul(self.gate_up_proj(hidden))), residual
+        activated, residual = self.gate_up_proj.forward_gated(hidden, residual, self.post_attention_layernorm)
+        return self.down_proj(activated), residual
 
     def forward_attention_stage(
         self,

@@ -1,0 +1,30 @@
+"""Lets a kernel start while the one before it on its stream ends (programmatic dependent launch, sm_90 on).
+
+Such a kernel calls `begin` before it reads what another kernel wrote, and before it writes at all; what it loads
+before are constants. Every kernel launched this way calls it, so that each has all before it to build on.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+
+@functools.cache
+def overlap(device: torch.device) -> dict[str, Any]:
+    """The keyword arguments to launch a kernel with."""
+    overlaps = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    return {"OVERLAPS": overlaps, "launch_pdl": overlaps}
+
+
+@triton.jit
+def begin(OVERLAPS: tl.constexpr):
+    """Waits until the kernel before this one has ended and its writes are there, then allows the next one to start."""
+    if OVERLAPS:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
