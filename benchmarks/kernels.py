@@ -1,12 +1,15 @@
-"""Each decode kernel against its ceiling: attention and norms against the measured streaming bandwidth."""
+"""Each kernel against its ceiling: the streaming bandwidth or the GEMM rate measured in the same run."""
 
 from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
-from common import median_ms, report, streaming_bandwidth
+from common import gemm_rate, median_ms, report, streaming_bandwidth
 
 from nanovllm.kernels import AttentionMetadata
 from nanovllm.kernels.triton_attention import Backend
@@ -36,30 +39,116 @@ def decode_problem(
     return query, pool, metadata
 
 
+@dataclass
+class Measured:
+    """A kernel's time, and the bytes it must move or the FLOPs it must do."""
+
+    name: str
+    us: float
+    bytes: float = 0.0
+    flops: float = 0.0
+
+
+def time_us(*calls: Callable[[], object]) -> float:
+    """Median GPU time of a call in a graph; several calls, over other data each, keep the caches from helping."""
+    graph = torch.cuda.CUDAGraph()
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return median_ms(graph.replay) * 1e3 / len(calls)
+
+
+def random_normal(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.bfloat16, device="cuda")
+
+
+def measure_decode(backend: Backend, block_size: int) -> Iterator[Measured]:
+    rng = random.Random(0)
+    ragged: list[int] = []
+    while sum(ragged) < 512 * 512:
+        ragged.append(min(int(16 * 512 ** rng.random()), 512 * 512 - sum(ragged)))
+    problems = {"512 x 512": [512] * 512, "ragged 16-8192": ragged, "1 x 8192": [8192], "1 x 512": [512]}
+    for name, lengths in problems.items():
+        for num_heads in (32, 16):
+            num_copies = 1 if sum(lengths) > 10**5 else 16
+            calls = []
+            for _ in range(num_copies):
+                query, pool, metadata = decode_problem(lengths, num_heads, 8, block_size)
+                calls.append(partial(backend.attend, query, pool, metadata, 0.09))
+            moved = sum(lengths) * 2 * 8 * 128 * 2
+            yield Measured(f"decode attention, {name}, GQA {num_heads // 8}", time_us(*calls), bytes=moved)
+
+
+def measure_prefill(backend: Backend, block_size: int) -> Iterator[Measured]:
+    for num_heads, prompts in ((32, [8192]), (32, [1024] * 8), (16, [8192])):
+        _, pool, decode = decode_problem(prompts, num_heads, 8, block_size)
+        lengths = torch.tensor(prompts, dtype=torch.int32)
+        starts = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).cuda()
+        metadata = replace(decode, query_starts=starts, max_query_len=max(prompts))
+        query = random_normal(sum(prompts), num_heads, 128)
+        flops = sum(4 * num_heads * 128 * length**2 / 2 for length in prompts)
+        name = f"prefill attention, {len(prompts)} x {prompts[0]}, GQA {num_heads // 8}"
+        yield Measured(name, time_us(partial(backend.attend, query, pool, metadata, 0.09)), flops=flops)
+
+
+def measure_rest(backend: Backend, block_size: int) -> Iterator[Measured]:
+    num_tokens, size, ffn, vocab_size = 8192, 4096, 12288, 151936
+    x, residual, weight = random_normal(num_tokens, size), random_normal(num_tokens, size), random_normal(size)
+    yield Measured(
+        f"residual and norm, {num_tokens} x {size}",
+        time_us(lambda: backend.add_rms_norm(x, residual, weight, 1e-6)),
+        bytes=4 * x.nbytes,
+    )
+    gate_up = random_normal(num_tokens, 2 * ffn)
+    yield Measured(
+        f"gate, {num_tokens} x {ffn}", time_us(lambda: backend.silu_and_mul(gate_up)), bytes=1.5 * gate_up.nbytes
+    )
+    _, pool, metadata = decode_problem([num_tokens], 32, 8, block_size)
+    slots = (metadata.block_tables[0].long()[:, None] * block_size + torch.arange(block_size, device="cuda")).flatten()
+    qkv, angles = random_normal(num_tokens, 48 * 128), torch.rand(num_tokens, 64, device="cuda")
+    positions = torch.arange(num_tokens, device="cuda")
+    head_weights, tables = (random_normal(128), random_normal(128)), (angles.cos(), angles.sin())
+    yield Measured(
+        f"QK-norm, rotary and KV store, {num_tokens} tokens",
+        time_us(lambda: backend.norm_rotate_store(qkv, *head_weights, 1e-6, positions, *tables, pool, slots)),
+        bytes=2 * qkv.nbytes + angles.nbytes * 2,
+    )
+    logits = random_normal(256, vocab_size)
+    temperatures = torch.full((256,), 0.6, device="cuda")
+    seeds, indices = torch.arange(256, device="cuda"), torch.zeros(256, dtype=torch.int64, device="cuda")
+    yield Measured(
+        f"sampler, 256 x {vocab_size}",
+        time_us(lambda: backend.sample_tokens(logits, temperatures, seeds, indices)),
+        bytes=logits.nbytes,
+    )
+    for num_outputs, num_inputs in ((6144, 1024), (24576, 4096)):
+        one = random_normal(1, num_inputs)
+        weights = [random_normal(num_outputs, num_inputs) for _ in range(2**29 // (num_outputs * num_inputs * 2))]
+        calls = [partial(backend.linear, one, matrix, None) for matrix in weights]
+        yield Measured(f"linear of one token, {num_outputs} x {num_inputs}", time_us(*calls), bytes=weights[0].nbytes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
     torch.manual_seed(0)
-    rng = random.Random(0)
-    backend, bandwidth, rows = Backend(), streaming_bandwidth(), []
-    print(f"streaming bandwidth {bandwidth / 1e12:.2f} TB/s")
-    ragged: list[int] = []
-    while sum(ragged) < 512 * 512:
-        ragged.append(min(int(16 * 512 ** rng.random()), 512 * 512 - sum(ragged)))
-    for name, lengths in {"512 x 512": [512] * 512, "ragged 16-8192": ragged, "1 x 8192": [8192]}.items():
-        for num_heads in (32, 16):
-            query, pool, metadata = decode_problem(lengths, num_heads, 8, args.block_size)
-            graph = torch.cuda.CUDAGraph()
-            backend.attend(query, pool, metadata, 0.09)
-            with torch.cuda.graph(graph):
-                backend.attend(query, pool, metadata, 0.09)
-            ms = median_ms(graph.replay)
-            rate = sum(lengths) * 2 * 8 * 128 * 2 / ms * 1e3
-            print(f"decode attention, {name:15} GQA {num_heads // 8}: {ms * 1e3:7.1f} us {rate / 1e12:5.2f} TB/s")
-            rows.append({"problem": name, "gqa": num_heads // 8, "us": ms * 1e3, "bytes_per_s": rate})
-    report("kernels", {"bandwidth_bytes_per_s": bandwidth, "rows": rows}, args.output)
+    backend, bandwidth, rate = Backend(), streaming_bandwidth(), gemm_rate()
+    print(f"streaming bandwidth {bandwidth / 1e12:.2f} TB/s, GEMM rate {rate / 1e12:.0f} TFLOP/s")
+    print(f"{'':<48}{'us':>10}{'TB/s':>8}{'TFLOP/s':>9}{'ceiling':>9}")
+    rows = []
+    for measure in (measure_decode, measure_prefill, measure_rest):
+        for kernel in measure(backend, args.block_size):
+            bytes_per_s, flop_per_s = kernel.bytes / kernel.us * 1e6, kernel.flops / kernel.us * 1e6
+            share = max(bytes_per_s / bandwidth, flop_per_s / rate)
+            reached = f"{bytes_per_s / 1e12:8.2f}{'':9}" if kernel.bytes else f"{'':8}{flop_per_s / 1e12:9.0f}"
+            print(f"{kernel.name:<48}{kernel.us:10.1f}{reached}{share:9.0%}")
+            rows.append({**asdict(kernel), "bytes_per_s": bytes_per_s, "flop_per_s": flop_per_s, "share": share})
+    report("kernels", {"bandwidth_bytes_per_s": bandwidth, "gemm_flop_per_s": rate, "rows": rows}, args.output)
 
 
 if __name__ == "__main__":

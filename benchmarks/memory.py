@@ -1,0 +1,80 @@
+"""Memory of an engine: how much of the GPU it takes, and whether that, or the process, grows with requests served.
+
+A device's use is what the driver reports: weights, KV pool, workspace, graphs and what other processes hold. Requests
+are short and of random lengths; use is read after the first tenth of them and at the end. On a CPU the pool's pages
+become resident only as they are first written, which looks like growth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import random
+from pathlib import Path
+
+from common import SHAPES, report, write_shape
+
+from nanovllm import LLM, SamplingParams
+
+MIB = 2**20
+
+
+def memory_mib(llm: LLM) -> dict[str, float]:
+    """MiB that the process has resident, and that are in use on its GPU, if it has one."""
+    gc.collect()
+    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    used = {"process": resident_pages * os.sysconf("SC_PAGE_SIZE") / MIB}
+    device = llm.decode_runner.device
+    if device.is_cuda:
+        free, total = device.memory_info()
+        used["device"] = (total - free) / MIB
+        used["device_total"] = total / MIB
+    return used
+
+
+def serve(llm: LLM, num_requests: int, rng: random.Random, vocab_size: int) -> None:
+    """Keeps a few hundred short requests in the engine until `num_requests` have ended, aborting some."""
+    num_added = 0
+    running: set[int] = set()
+    while num_added < num_requests or running:
+        while num_added < num_requests and len(running) < 256:
+            prompt = [rng.randrange(vocab_size) for _ in range(rng.randint(1, 64))]
+            params = SamplingParams(max_tokens=rng.randint(1, 32), temperature=rng.choice([0.0, 0.8]))
+            running.add(llm.add_request(prompt, params))
+            num_added += 1
+        if rng.random() < 0.05:
+            llm.abort(rng.choice(sorted(running)))
+        running -= {output.request_id for output in llm.step() if output.finished}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-shape", choices=SHAPES, default="qwen3-0.6b", help="random weights of this shape")
+    parser.add_argument("--model", help="folder of a checkpoint to serve instead of random weights")
+    parser.add_argument("--num-requests", type=int, default=10_000)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", help="file for the JSON line")
+    args = parser.parse_args()
+
+    source = {"model": args.model} if args.model else {"model": write_shape(args.model_shape), "load_format": "dummy"}
+    rng = random.Random(0)
+    with LLM(**source, device=args.device, gpu_memory_utilization=args.gpu_memory_utilization) as llm:
+        vocab_size = llm.decode_runner.spec.model_config.vocab_size
+        ready = memory_mib(llm)
+        serve(llm, args.num_requests // 10, rng, vocab_size)
+        early = memory_mib(llm)
+        serve(llm, args.num_requests - args.num_requests // 10, rng, vocab_size)
+        late = memory_mib(llm)
+    print(f"{'MiB':<14}{'ready':>12}{'early':>12}{'late':>12}")
+    for name in ready:
+        print(f"{name.replace('_', ' '):<14}{ready[name]:12.1f}{early[name]:12.1f}{late[name]:12.1f}")
+    if "device" in ready:
+        share = late["device"] / late["device_total"]
+        print(f"{share:.1%} of the GPU in use, gpu_memory_utilization={args.gpu_memory_utilization}")
+    report("memory", {"num_requests": args.num_requests, "ready": ready, "early": early, "late": late}, args.output)
+
+
+if __name__ == "__main__":
+    main()

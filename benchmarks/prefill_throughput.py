@@ -1,0 +1,71 @@
+"""Prefill speed of long prompts as a share of the GEMM rate measured in the same run.
+
+Counted are the FLOPs of all linear layers for every token, of the output head once per prompt, and of causal attention
+(half of the square); element-wise work counts as nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from common import SHAPES, gemm_rate, report, write_shape
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.models.qwen3 import Qwen3Config
+
+
+def prefill_flops(config: Qwen3Config, prompt_len: int) -> float:
+    """Floating-point operations of one prompt's prefill."""
+    embedding = config.vocab_size * config.hidden_size
+    in_layers = config.num_parameters - embedding * (1 if config.tie_word_embeddings else 2)
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * prompt_len**2 / 2
+    return 2 * in_layers * prompt_len + 2 * embedding + attention
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-shape", choices=SHAPES, default="qwen3-8b")
+    parser.add_argument("--prompt-len", type=int, default=8192)
+    parser.add_argument("--num-prompts", type=int, default=8)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=16384)
+    parser.add_argument("--output", help="file for the JSON line")
+    args = parser.parse_args()
+
+    rate = gemm_rate()
+    with LLM(
+        write_shape(args.model_shape),
+        load_format="dummy",
+        max_model_len=args.prompt_len + 16,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        enable_prefix_caching=False,
+    ) as llm:
+        config = llm.prefill_runner.spec.model_config
+        one_token = SamplingParams(max_tokens=1, ignore_eos=True)
+        prompts = [[(7 * i + j) % 10_000 for j in range(args.prompt_len)] for i in range(args.num_prompts)]
+        llm.generate(prompts[:1], one_token, use_tqdm=False)
+        started = time.perf_counter()
+        llm.generate(prompts, one_token, use_tqdm=False)
+        seconds = time.perf_counter() - started
+    tokens_per_s = args.num_prompts * args.prompt_len / seconds
+    achieved = args.num_prompts * prefill_flops(config, args.prompt_len) / seconds
+    print(f"{args.model_shape}, {args.num_prompts} prompts of {args.prompt_len} tokens: {tokens_per_s:.0f} tok/s")
+    print(f"{achieved / 1e12:.0f} of {rate / 1e12:.0f} TFLOP/s, {achieved / rate:.1%} of the GEMM rate")
+    report(
+        "prefill_throughput",
+        {
+            "model_shape": args.model_shape,
+            "prompt_len": args.prompt_len,
+            "num_prompts": args.num_prompts,
+            "seconds": seconds,
+            "tokens_per_s": tokens_per_s,
+            "flop_per_s": achieved,
+            "gemm_flop_per_s": rate,
+            "share": achieved / rate,
+        },
+        args.output,
+    )
+
+
+if __name__ == "__main__":
+    main()
