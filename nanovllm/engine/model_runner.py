@@ -126,14 +126,7 @@ class ModelRunner:
             self.num_kv_blocks = self._num_kv_blocks()
             # One block more than there are to give out: padded rows of a decode batch write to it.
             self.kv_pool = self._make_pool(self.num_kv_blocks + 1)
-            self.prefill_buffers = PrefillBuffers(
-                device,
-                self.max_step_tokens,
-                min(MOST_BUFFERED_REQUESTS, spec.max_num_seqs),
-                spec.max_model_len,
-                self.block_size,
-                spare_block=self.num_kv_blocks,
-            )
+            self.prefill_buffers = self._make_prefill_buffers(max_step_tokens)
             self.decode_rows = self._make_decode_rows() if is_decode_runner else None
             self._prefill_graphs, self._decode_graphs = self._capture_graphs()
         self.synchronize()  # other streams are about to read the weights and write to the pool
@@ -300,6 +293,15 @@ class ModelRunner:
             load_weights(spec.folder, model.checkpoint_tensors(), model.ignored_checkpoint_tensors())
         return model
 
+    def _make_prefill_buffers(self, max_step_tokens: int) -> PrefillBuffers:
+        spec = self.spec
+        # The KV of a step's tokens is in the pool.
+        max_num_tokens = min(max_step_tokens, self.num_kv_blocks * self.block_size)
+        max_num_requests = min(MOST_BUFFERED_REQUESTS, spec.max_num_seqs)
+        return PrefillBuffers(
+            self.device, max_num_tokens, max_num_requests, spec.max_model_len, self.block_size, self.num_kv_blocks
+        )
+
     def _make_decode_rows(self) -> DecodeRows:
         # A decoding request has a block to itself, the one it writes to.
         most_rows = min(self.spec.max_num_seqs, self.num_kv_blocks)
@@ -315,7 +317,7 @@ class ModelRunner:
             return None, None
         pool = torch.cuda.graph_pool_handle()
         # The first tokens of block 0 are written to meanwhile; no request has it yet.
-        prefill = StepGraphs("prefill", self.run_prefill_core, token_buckets(self.max_step_tokens), pool)
+        prefill = StepGraphs("prefill", self.run_prefill_core, token_buckets(self.prefill_buffers.max_num_tokens), pool)
         if self.decode_rows is None:
             return prefill, None
         most_rows = self.decode_rows.max_num_rows

@@ -76,7 +76,7 @@ def _count_tiles(lengths: torch.Tensor, ends: torch.Tensor | None, tile: int) ->
         num_requests,
         TILE=tile,
         HAS_ENDS=ends is not None,
-        PADDED_REQUESTS=triton.next_power_of_2(num_requests),
+        PADDED_REQUESTS=_padded(num_requests),
         **overlap(lengths.device),
     )
     return tile_starts
@@ -111,7 +111,7 @@ def _prefill(
         scale * LOG2_E,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
-        PADDED_REQUESTS=triton.next_power_of_2(num_requests),
+        PADDED_REQUESTS=_padded(num_requests),
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         TILE_M=PREFILL_TILE_M,
@@ -155,7 +155,7 @@ def _decode(
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         PADDED_GROUP=max(16, triton.next_power_of_2(group)),
-        PADDED_REQUESTS=triton.next_power_of_2(num_requests),
+        PADDED_REQUESTS=_padded(num_requests),
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         TILE=DECODE_TILE,
@@ -181,6 +181,11 @@ def _decode(
     return output
 
 
+def _padded(num_requests: int) -> int:
+    """Few different ones: each is a variant of the kernel to compile."""
+    return max(64, triton.next_power_of_2(num_requests))
+
+
 def _rows_descriptor(kv_cache: torch.Tensor, tile: int) -> TensorDescriptor:
     """One layer's view of the pool as rows of one token and head each, to be loaded `tile` rows at a time.
 
@@ -201,7 +206,7 @@ def _num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests"])
 def _count_tiles_kernel(
     lengths,
     ends,
@@ -263,7 +268,7 @@ def _attend_tile(q, k, v, maximum, total, accumulator, scale_log2, visible=None)
     return new_maximum, total, accumulator
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests"])
 def _prefill_kernel(
     query,
     kv_rows,
@@ -346,7 +351,7 @@ def _prefill_kernel(
     tl.store(output + target, result.to(output.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests"])
 def _decode_kernel(
     query,
     kv_rows,
@@ -442,7 +447,7 @@ def _decode_kernel(
             row += 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests"])
 def _combine_kernel(
     partial,
     log_sums,
