@@ -6,6 +6,7 @@ import bisect
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +31,14 @@ def token_buckets(max_num_tokens: int) -> list[int]:
     return sizes
 
 
+@dataclass(frozen=True)
+class StepOutput:
+    """[B, vocab_size] logits of a step's rows, and what was sampled from them by temperature, seed and index."""
+
+    logits: torch.Tensor
+    sampled: SampledTokens
+
+
 class StepGraphs:
     """Replays `step(size)` from a graph.
 
@@ -40,10 +49,10 @@ class StepGraphs:
         pool: memory that the graphs of a stream share: one runs at a time.
     """
 
-    def __init__(self, what: str, step: Callable[[int], SampledTokens], sizes: list[int], pool: Any) -> None:
+    def __init__(self, what: str, step: Callable[[int], StepOutput], sizes: list[int], pool: Any) -> None:
         self.sizes = sizes
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._outputs: dict[int, SampledTokens] = {}
+        self._outputs: dict[int, StepOutput] = {}
         started, free_before = time.perf_counter(), torch.cuda.mem_get_info()[0]
         for size in reversed(sizes):  # the largest first: the smaller ones fit into its memory
             step(size)
@@ -60,7 +69,7 @@ class StepGraphs:
         """The smallest bucket that holds `size`."""
         return self.sizes[bisect.bisect_left(self.sizes, size)]
 
-    def replay(self, size: int) -> SampledTokens:
+    def replay(self, size: int) -> StepOutput:
         """Runs the step of a captured size; the result is overwritten by the next replay of that size."""
         self._graphs[size].replay()
         return self._outputs[size]

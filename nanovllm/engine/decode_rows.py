@@ -106,6 +106,10 @@ class DecodeRows:
         self._output_indices[inputs.slots] = inputs.sampling.output_indices + 1
         self._positions[self.spare_slot :].zero_()
 
+    def correct(self, token_ids: torch.Tensor) -> None:
+        """The first rows of the batch have sampled these, [N] int64, instead of what `advance` was told."""
+        self._last_tokens[self._order[: len(token_ids)]] = token_ids
+
     def _send_rows(self, joined: list[DecodeRow]) -> None:
         """Gives each a slot and fills it."""
         if not joined:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ class ModelInputs:
     sampling: SamplingInputs | None
 
 
-def prefill_inputs(step: PrefillStep, block_size: int, vocab_size: int, device: Device) -> ModelInputs:
+def prefill_inputs(step: PrefillStep, block_size: int, device: Device) -> ModelInputs:
     """The tensors of a prefill step, whose KV goes to the blocks of each lease's prefill table."""
     chunks = step.rows
     lengths = np.array([chunk.end - chunk.start for chunk in chunks])
@@ -62,30 +63,34 @@ def prefill_inputs(step: PrefillStep, block_size: int, vocab_size: int, device: 
         positions=device.tensor(positions),
         metadata=metadata,
         sampled_rows=device.tensor(sampled),
-        sampling=sampling_inputs(last, vocab_size, device) if last else None,
+        sampling=plain_sampling_inputs(last, device) if last else None,
+    )
+
+
+def plain_sampling_inputs(rows: SequenceOf[tuple[Sequence, int]], device: Device) -> SamplingInputs:
+    """Temperature, seed and index of a row for each request and index of the output token to be sampled."""
+    return SamplingInputs(
+        temperatures=device.tensor(np.array([seq.params.float32_temperature for seq, _ in rows], dtype=np.float32)),
+        seeds=device.tensor(np.array([seq.seed for seq, _ in rows], dtype=np.int64)),
+        output_indices=device.tensor(np.array([index for _, index in rows], dtype=np.int64)),
     )
 
 
 def sampling_inputs(rows: SequenceOf[tuple[Sequence, int]], vocab_size: int, device: Device) -> SamplingInputs:
-    """The sampling parameters of a row for each request and index of the output token to be sampled."""
+    """All sampling parameters of such rows."""
     params = [seq.params for seq, _ in rows]
-    needs_filter = any(p.needs_filter for p in params)
-    wanted_logprobs = [p.logprobs for p in params if p.logprobs is not None]
-
-    def column(values: list[float], dtype: type) -> torch.Tensor:
-        return device.tensor(np.array(values, dtype=dtype))
-
-    return SamplingInputs(
-        temperatures=column([p.float32_temperature for p in params], np.float32),
-        seeds=column([seq.seed for seq, _ in rows], np.int64),
-        output_indices=column([index for _, index in rows], np.int64),
-        filters=(
-            column([min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params], np.int64),
-            column([p.top_p for p in params], np.float32),
-            column([p.min_p for p in params], np.float32),
+    filters = None
+    if any(p.needs_filter for p in params):
+        top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
+        filters = (
+            device.tensor(np.array(top_k, dtype=np.int64)),
+            device.tensor(np.array([p.top_p for p in params], dtype=np.float32)),
+            device.tensor(np.array([p.min_p for p in params], dtype=np.float32)),
         )
-        if needs_filter
-        else None,
+    wanted_logprobs = [p.logprobs for p in params if p.logprobs is not None]
+    return dataclasses.replace(
+        plain_sampling_inputs(rows, device),
+        filters=filters,
         banned=_banned_tokens(rows, device),
         num_logprobs=max(wanted_logprobs) if wanted_logprobs else None,
     )

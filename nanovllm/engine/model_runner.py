@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanovllm.engine.cuda_graph import StepGraphs, batch_buckets, token_buckets
+from nanovllm.engine.cuda_graph import StepGraphs, StepOutput, batch_buckets, token_buckets
 from nanovllm.engine.decode_batch import DecodeStep
-from nanovllm.engine.decode_rows import DecodeInputs, DecodeRows
+from nanovllm.engine.decode_rows import DecodeRows
 from nanovllm.engine.model_inputs import ModelInputs, prefill_inputs, sampling_inputs
 from nanovllm.engine.prefill_buffers import PrefillBuffers
 from nanovllm.engine.scheduler import BlockPair, PrefillStep, Step
+from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import HandoffError, ModelLoadError, OutOfKVCacheError, shown
 from nanovllm.kernels import AttentionMetadata, ResolvedBackend
 from nanovllm.layers.sampler import SampledTokens, SamplingInputs, sample
@@ -121,6 +122,7 @@ class ModelRunner:
         with device.current():
             self.stream = torch.cuda.Stream(device.index) if device.is_cuda else None
             self.copy_stream = torch.cuda.Stream(device.index) if device.is_cuda else None
+        self._logits: torch.Tensor | None = None
         with self._on(self.stream):
             self.model = self._load_model(weights_of)
             self.num_kv_blocks = self._num_kv_blocks()
@@ -141,56 +143,64 @@ class ModelRunner:
             sampled = self._launch_prefill(step) if isinstance(step, PrefillStep) else self._launch_decode(step)
             return StepHandle(self.device, sampled)
 
-    def run_prefill_core(self, size: int) -> SampledTokens:
+    def run_prefill_core(self, size: int) -> StepOutput:
         """The buffered prefill step, padded to `size` tokens and to all the requests that there could be."""
-        sampled = self._run(self.prefill_buffers.gather(size, self.prefill_buffers.max_num_requests))
-        assert sampled is not None, "a step that is padded to some requests samples for them"
-        return sampled
+        output = self._run(self.prefill_buffers.gather(size, self.prefill_buffers.max_num_requests))
+        assert output is not None, "a step that is padded to some requests samples for them"
+        return output
 
-    def _launch_prefill(self, step: PrefillStep) -> SampledTokens | None:
-        if not self.prefill_buffers.holds(step):
-            vocab_size = self.spec.model_config.vocab_size
-            return self._run(prefill_inputs(step, self.block_size, vocab_size, self.device))
-        num_sampled = sum(chunk.is_last for chunk in step.rows)
-        if self._prefill_graphs is None:
-            self.prefill_buffers.update(step, step.num_tokens)
-            return self._run(self.prefill_buffers.gather(step.num_tokens, num_sampled))
-        size = self._prefill_graphs.size_for(step.num_tokens)
-        self.prefill_buffers.update(step, size)
-        token_ids = self._prefill_graphs.replay(size).token_ids[:num_sampled]
-        return SampledTokens(token_ids) if num_sampled else None
-
-    def run_decode_core(self, size: int) -> SampledTokens:
+    def run_decode_core(self, size: int) -> StepOutput:
         """One decode step over the first `size` rows of the batch, on the device alone: no host value is read."""
         assert self.decode_rows is not None, f"{self.device} was made for prefill, it cannot run a decode step"
         inputs = self.decode_rows.gather(size)
-        sampled = sample(self._decode_logits(inputs), inputs.sampling, self.spec.attention.backend)
+        hidden = self.model(inputs.input_ids, inputs.positions, self.kv_pool, self._planned(inputs.metadata))
+        logits = self._compute_logits(hidden)
+        sampled = sample(logits, inputs.sampling, self.spec.attention.backend)
         self.decode_rows.advance(inputs, sampled.token_ids)
-        return sampled
+        return StepOutput(logits, sampled)
+
+    def _launch_prefill(self, step: PrefillStep) -> SampledTokens | None:
+        last = [(chunk.seq, chunk.end - chunk.seq.num_prompt_tokens) for chunk in step.rows if chunk.is_last]
+        if not self.prefill_buffers.holds(step):
+            output = self._run(prefill_inputs(step, self.block_size, self.device))
+        elif self._prefill_graphs is None:
+            self.prefill_buffers.update(step, step.num_tokens)
+            output = self._run(self.prefill_buffers.gather(step.num_tokens, len(last)))
+        else:
+            size = self._prefill_graphs.size_for(step.num_tokens)
+            self.prefill_buffers.update(step, size)
+            output = self._prefill_graphs.replay(size)
+        return self._sampled(output, last, step.is_plain) if output is not None and last else None
 
     def _launch_decode(self, step: DecodeStep) -> SampledTokens:
         assert self.decode_rows is not None, f"{self.device} was made for prefill, it cannot run a decode step"
         self.decode_rows.update(step)
         num_rows = len(step.batch)
-        if not step.is_plain:
-            return self._decode_with_host_parameters(self.decode_rows, step)
         if self._decode_graphs is None:
-            return self.run_decode_core(num_rows)
-        size = self._decode_graphs.size_for(num_rows)
-        return SampledTokens(self._decode_graphs.replay(size).token_ids[:num_rows])
-
-    def _decode_with_host_parameters(self, decode_rows: DecodeRows, step: DecodeStep) -> SampledTokens:
-        """A step in which some request filters, wants log-probabilities or may not stop yet: sampled eagerly."""
-        inputs = decode_rows.gather(len(step.batch))
-        places = [(row.seq, row.output_index) for row in step.rows]
-        parameters = sampling_inputs(places, self.spec.model_config.vocab_size, self.device)
-        sampled = sample(self._decode_logits(inputs), parameters, self.spec.attention.backend)
-        decode_rows.advance(inputs, sampled.token_ids)
+            output = self.run_decode_core(num_rows)
+        else:
+            output = self._decode_graphs.replay(self._decode_graphs.size_for(num_rows))
+        if step.is_plain:  # without a list of its rows
+            return SampledTokens(output.sampled.token_ids[:num_rows])
+        sampled = self._sampled(output, [(row.seq, row.output_index) for row in step.rows], is_plain=False)
+        self.decode_rows.correct(sampled.token_ids)
         return sampled
 
-    def _decode_logits(self, inputs: DecodeInputs) -> torch.Tensor:
-        hidden = self.model(inputs.input_ids, inputs.positions, self.kv_pool, self._planned(inputs.metadata))
-        return self.model.compute_logits(hidden)
+    def _sampled(self, output: StepOutput, rows: SequenceOf[tuple[Sequence, int]], is_plain: bool) -> SampledTokens:
+        """What the step sampled for each request and index of its output token.
+
+        Steps sample by temperature, seed and index. Where some request filters, wants log-probabilities or may not stop
+        yet, the step's logits are sampled again with what the host knows.
+        """
+        if is_plain:
+            return SampledTokens(output.sampled.token_ids[: len(rows)])
+        parameters = sampling_inputs(rows, self.spec.model_config.vocab_size, self.device)
+        return sample(output.logits[: len(rows)], parameters, self.spec.attention.backend)
+
+    def _compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        # Graphs of all sizes leave their logits in one place: they are large.
+        out = None if self._logits is None or len(hidden) > len(self._logits) else self._logits[: len(hidden)]
+        return self.model.compute_logits(hidden, out=out)
 
     def _planned(self, metadata: AttentionMetadata) -> AttentionMetadata:
         return dataclasses.replace(metadata, plan=self.spec.attention.backend.plan(metadata))
@@ -260,17 +270,17 @@ class ModelRunner:
         """Gives weights and pool back, which nothing may be using; the runner is of no use afterwards."""
         with self._on(self.stream):
             del self.model, self.kv_pool, self.prefill_buffers, self.decode_rows
-            del self._prefill_graphs, self._decode_graphs
+            del self._prefill_graphs, self._decode_graphs, self._logits
             if self.device.is_cuda:
                 torch.cuda.empty_cache()
 
-    def _run(self, inputs: ModelInputs, pool: torch.Tensor | None = None) -> SampledTokens | None:
+    def _run(self, inputs: ModelInputs, pool: torch.Tensor | None = None) -> StepOutput | None:
         kv_pool = self.kv_pool if pool is None else pool
         hidden = self.model(inputs.input_ids, inputs.positions, kv_pool, self._planned(inputs.metadata))
         if inputs.sampling is None:
             return None
-        logits = self.model.compute_logits(hidden[inputs.sampled_rows])
-        return sample(logits, inputs.sampling, self.spec.attention.backend)
+        logits = self._compute_logits(hidden[inputs.sampled_rows])
+        return StepOutput(logits, sample(logits, inputs.sampling, self.spec.attention.backend))
 
     @contextlib.contextmanager
     def _on(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
@@ -316,13 +326,17 @@ class ModelRunner:
             logger.info("%s: no graphs, the %s backend runs eagerly", self.device, self.spec.attention.backend.name)
             return None, None
         pool = torch.cuda.graph_pool_handle()
+        most_rows = max(self.prefill_buffers.max_num_requests, self.decode_rows.max_num_rows if self.decode_rows else 0)
+        self._logits = torch.empty(
+            most_rows, self.spec.model_config.vocab_size, dtype=self.spec.dtype, device=self.device.torch_device
+        )
         # The first tokens of block 0 are written to meanwhile; no request has it yet.
         prefill = StepGraphs("prefill", self.run_prefill_core, token_buckets(self.prefill_buffers.max_num_tokens), pool)
         if self.decode_rows is None:
             return prefill, None
-        most_rows = self.decode_rows.max_num_rows
-        self.decode_rows.pad(most_rows)
-        return prefill, StepGraphs("decode", self.run_decode_core, batch_buckets(most_rows), pool)
+        self.decode_rows.pad(self.decode_rows.max_num_rows)
+        sizes = batch_buckets(self.decode_rows.max_num_rows)
+        return prefill, StepGraphs("decode", self.run_decode_core, sizes, pool)
 
     def _make_model(self, device: torch.device) -> Qwen3ForCausalLM:
         spec = self.spec

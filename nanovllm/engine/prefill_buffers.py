@@ -44,12 +44,8 @@ class PrefillBuffers:
         self._numbers = torch.zeros(size, dtype=torch.int64, device=device.torch_device)
 
     def holds(self, step: PrefillStep) -> bool:
-        """Whether the step fits, and samples by temperature, seed and index alone."""
-        return (
-            len(step.rows) <= self.max_num_requests
-            and step.num_tokens <= self.max_num_tokens
-            and all(chunk.end - 1 >= chunk.seq.first_plain_position for chunk in step.rows if chunk.is_last)
-        )
+        """Whether there is room for the step."""
+        return len(step.rows) <= self.max_num_requests and step.num_tokens <= self.max_num_tokens
 
     def update(self, step: PrefillStep, size: int) -> None:
         """Sends a step, padded to `size` tokens: one copy."""

@@ -51,6 +51,11 @@ class PrefillStep:
     def num_tokens(self) -> int:
         return sum(chunk.end - chunk.start for chunk in self.rows)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether sampling takes no more than each request's temperature, seed and index."""
+        return all(chunk.end > chunk.seq.first_plain_position for chunk in self.rows if chunk.is_last)
+
     def halves(self) -> tuple[PrefillStep, PrefillStep] | None:
         """The step as two smaller ones, None if one request is all it has."""
         middle = len(self.rows) // 2

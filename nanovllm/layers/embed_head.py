@@ -18,6 +18,6 @@ class TokenEmbedding(nn.Module):
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         return functional.embedding(token_ids, self.weight)
 
-    def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, hidden_size] -> [num_tokens, vocab_size]."""
-        return functional.linear(hidden, self.weight)
+    def project(self, hidden: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[num_tokens, hidden_size] -> [num_tokens, vocab_size], in `out` if given."""
+        return torch.mm(hidden, self.weight.T, out=out)

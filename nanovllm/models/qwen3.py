@@ -276,9 +276,9 @@ class Qwen3ForCausalLM(nn.Module):
         """
         return self.model(input_ids, positions, kv_pool, metadata)
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, hidden_size] -> [N, vocab_size]."""
-        return self.lm_head.project(hidden)
+    def compute_logits(self, hidden: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, hidden_size] -> [N, vocab_size], in `out` if given."""
+        return self.lm_head.project(hidden, out=out)
 
     def forward_attention_stage(
         self,
