@@ -12,6 +12,10 @@ import torch
 from nanovllm.kernels import AttentionBackend
 
 
+SORTED_ROWS = 64
+"""Rows that are sorted, or whose log-probabilities are computed, at a time: both take many times their memory."""
+
+
 @dataclass(frozen=True)
 class SamplingInputs:
     """Sampling parameters of B rows, on the device of their logits.
@@ -49,14 +53,22 @@ def sample(logits: torch.Tensor, inputs: SamplingInputs, backend: AttentionBacke
     allowed = logits
     if inputs.banned is not None:
         allowed = logits.index_put(inputs.banned, logits.new_full((), float("-inf")))
+    chunks = [slice(start, start + SORTED_ROWS) for start in range(0, len(logits), SORTED_ROWS)]
     if inputs.filters is not None:
-        allowed = _filter(allowed.float(), inputs.temperatures, *inputs.filters)
+        columns = (inputs.temperatures, *inputs.filters)
+        allowed = torch.cat([_filter(allowed[rows].float(), *(column[rows] for column in columns)) for rows in chunks])
     token_ids = backend.sample_tokens(allowed, inputs.temperatures, inputs.seeds, inputs.output_indices)
     if inputs.num_logprobs is None:
         return SampledTokens(token_ids)
-    logprobs = logits.float().log_softmax(dim=-1)
-    top = logprobs.topk(inputs.num_logprobs, dim=-1)
-    return SampledTokens(token_ids, logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1), top.indices, top.values)
+    parts = [_logprobs(logits[rows].float(), token_ids[rows], inputs.num_logprobs) for rows in chunks]
+    return SampledTokens(token_ids, *(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _logprobs(logits: torch.Tensor, token_ids: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    """Log-probabilities of the tokens, and the `count` most probable tokens with theirs."""
+    logprobs = logits.log_softmax(dim=-1)
+    top = logprobs.topk(count, dim=-1)
+    return logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1), top.indices, top.values
 
 
 def _filter(
