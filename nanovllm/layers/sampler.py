@@ -11,7 +11,6 @@ import torch
 
 from nanovllm.kernels import AttentionBackend
 
-
 SORTED_ROWS = 64
 """Rows that are sorted, or whose log-probabilities are computed, at a time: both take many times their memory."""
 
