@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.requests import Prompt
+from nanovllm.engine.sequence import Sequence as Request
 from nanovllm.engine.tokenizer import render_chat
 from nanovllm.errors import RequestError, shown
 from nanovllm.outputs import RequestOutput, TokenLogprobs
@@ -187,8 +188,8 @@ class LLM(LLMEngine):
                 )
                 progress.update(num_ended)
 
-    def _deliver(self, output: RequestOutput) -> None:
-        self._inboxes.get(output.request_id, self._outputs).append(output)
+    def _queue_of(self, seq: Request) -> list[RequestOutput]:
+        return self._inboxes.get(seq.request_id, self._outputs)
 
     def _abandon(self, request_ids: Any) -> None:
         """Ends what is still running of these requests; nobody waits for their outputs any more."""

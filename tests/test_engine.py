@@ -5,6 +5,8 @@ from __future__ import annotations
 import bisect
 import itertools
 import logging
+import random
+import sys
 import weakref
 
 import pytest
@@ -324,6 +326,130 @@ def test_a_failed_step_leaves_no_tensors_alive(tiny_path):
         answers = llm.generate([[1, 2, 3]] * 3, GREEDY, use_tqdm=False)
     assert [answer["finish_reason"] for answer in answers] == ["length", "error", "length"]
     assert not [reference for reference in dead if reference() is not None]
+
+
+def run_two_steps_ahead(llm: LLM) -> dict[int, list[RequestOutput]]:
+    """As on a GPU, where a step has not ended when the next one is launched."""
+    outputs: dict[int, list[RequestOutput]] = {}
+    while not llm.is_finished():
+        llm._launch_prefill()
+        llm._launch_decode()
+        llm._launch_decode()
+        for output in llm.step():
+            outputs.setdefault(output.request_id, []).append(output)
+        llm.scheduler.check_integrity()
+    return outputs
+
+
+@pytest.mark.parametrize("moment", [*range(2, 16), 30])
+def test_a_launch_that_fails_after_its_forward_pass_changes_no_token(checkpoint, monkeypatch, moment):
+    """Its rows on the device are a token further than the host's; the halves must not begin from there."""
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(5, seed=33)
+    copy, calls = model_runner._to_host, itertools.count(1)
+
+    def failing(*arguments):
+        if next(calls) in (moment, moment + 1):
+            raise RuntimeError("injected")
+        return copy(*arguments)
+
+    monkeypatch.setattr(model_runner, "_to_host", failing)
+    with LLM(path, device="cpu") as llm:
+        ids = [llm.add_request(prompt, GREEDY) for prompt in prompts]
+        outputs = run_two_steps_ahead(llm)
+    for request_id, prompt in zip(ids, prompts, strict=True):
+        assert tokens_of(outputs[request_id]) == tiny.reference_tokens(reference, prompt, 20)
+
+
+@pytest.mark.parametrize("num_blocks", [12, 16, 200])
+def test_the_rows_on_the_device_are_those_of_the_host(checkpoint, num_blocks):
+    """After every update, with requests that join, leave, grow and are preempted, two steps ahead."""
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(8, seed=34, longest=40)
+    with LLM(path, device="cpu", num_kvcache_blocks=num_blocks, max_num_seqs=5) as llm:
+        rows = llm.decode_runner.decode_rows
+        update, num_pending = rows.update, 0
+
+        def checked(step):
+            nonlocal num_pending
+            update(step)
+            for place, row in enumerate(step.rows):
+                slot = int(rows._order[place])
+                assert rows._positions[slot] == row.position
+                assert rows._output_indices[slot] == row.output_index
+                table = row.lease.decode_table
+                assert rows._block_tables[slot, : len(table)].tolist() == table
+                if row.position == row.seq.num_tokens - 1:
+                    assert rows._last_tokens[slot] == row.seq.token_ids[-1]
+                else:
+                    num_pending += 1
+
+        rows.update = checked
+        ids = [llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=40)) for prompt in prompts]
+        outputs = run_two_steps_ahead(llm)
+        assert num_pending > 0
+        assert llm.scheduler.num_preemptions > 0 or num_blocks == 200
+    for request_id, prompt in zip(ids, prompts, strict=True):
+        assert tokens_of(outputs[request_id]) == tiny.reference_tokens(reference, prompt, 40)
+
+
+@pytest.mark.parametrize("two_devices", [False, True])
+@pytest.mark.parametrize("seed", range(8))
+def test_an_interrupt_at_any_line_of_the_engine_changes_no_token(checkpoint, two_devices, seed):
+    """Streamed requests, which it may abort, and others, with log-probabilities, which it may not."""
+    path, _ = checkpoint("gqa2")
+    rng = random.Random(seed)
+    prompts = tiny.random_prompts(4, seed=40, longest=50, shared=20)
+    params = SamplingParams(temperature=0, max_tokens=20, logprobs=1)
+    options = {"max_num_batched_tokens": 48, "num_kvcache_blocks": 14}
+    with LLM(path, device="cpu") as llm:
+        expected = llm.generate(prompts, params, use_tqdm=False)
+    with LLM(path, device="cpu", enable_two_gpu_pd=two_devices, **options) as llm:
+        ids = [llm._enqueue(prompt, params, streamed=place < 2) for place, prompt in enumerate(prompts)]
+        outputs: dict[int, list[RequestOutput]] = {request_id: [] for request_id in ids}
+        while not llm.is_finished():
+            try:
+                with InterruptedAtLine(rng.randrange(4000)):
+                    for output in llm.step():
+                        outputs[output.request_id].append(output)
+            except KeyboardInterrupt:
+                for output in llm.step():
+                    outputs[output.request_id].append(output)
+            llm.scheduler.check_integrity()
+        while llm._in_flight or llm._handoffs:
+            llm.step()
+        assert llm.scheduler.decode_pool.num_held_blocks == llm.scheduler.prefill_pool.num_held_blocks == 0
+    for place, (request_id, answer) in enumerate(zip(ids, expected, strict=True)):
+        tokens = tokens_of(outputs[request_id])
+        logprobs = [entry for output in outputs[request_id] for entry in output.new_logprobs or []]
+        assert tokens == answer["token_ids"][: len(tokens)]
+        assert [entry.token_id for entry in logprobs] == tokens
+        assert outputs[request_id][-1].finish_reason == "length" or place < 2
+        assert len(tokens) == 20 or outputs[request_id][-1].finish_reason == "abort"
+
+
+class InterruptedAtLine:
+    """Raises KeyboardInterrupt when the engine has run so many lines of its own in the block, if it gets that far."""
+
+    def __init__(self, num_lines):
+        self.num_lines = num_lines
+
+    def __enter__(self):
+        sys.settrace(self.trace)
+
+    def __exit__(self, *error):
+        sys.settrace(None)
+
+    def trace(self, frame, event, argument):
+        # What `step` has in its hands when it is interrupted is lost, as it would be in its caller's.
+        if "nanovllm/engine/" not in frame.f_code.co_filename or frame.f_code.co_name in ("_recover", "step"):
+            return None
+        if event == "line":
+            self.num_lines -= 1
+            if self.num_lines == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self.trace
 
 
 @pytest.mark.parametrize("moment", range(1, 12, 2))

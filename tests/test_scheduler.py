@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from nanovllm import SamplingParams
@@ -269,6 +270,37 @@ def test_the_youngest_is_preempted_and_keeps_its_place():
     assert third.status is SequenceStatus.WAITING
     assert third.num_tokens > third.num_prompt_tokens
     assert scheduler.unfinished()[2] is third, "it waits before the request that came after it"
+
+
+@pytest.mark.parametrize(("num_blocks", "abound"), [(60, True), (8, False)])
+def test_blocks_are_given_ahead_while_they_abound_and_are_needed(num_blocks, abound):
+    scheduler, (first, second, short) = scheduler_with(num_blocks, [1] * 7, [2] * 5, [3] * 2)
+    short.max_num_tokens = 4
+    run_prefill(scheduler)
+    assert [len(seq.lease.decode_table) for seq in (first, second, short)] == [3, 3, 1]
+    for _ in range(6):
+        run_decode(scheduler)
+    # The first one has passed the end of its third block, the second has not.
+    assert len(first.lease.decode_table) > 3
+    assert (len(second.lease.decode_table) > 3) == abound
+    assert len(short.lease.decode_table) == 1
+    scheduler.check_integrity()
+
+
+def test_the_batch_stays_the_same_while_a_request_waits_for_a_block():
+    """A new batch is sent to the device as a whole: not for the sake of a request that is not in it."""
+    scheduler, (first, second, third) = scheduler_with(8, [1] * 7, [2] * 5, [3] * 3)
+    run_prefill(scheduler)
+    for _ in range(4):
+        assert run_decode(scheduler) == [0, 1, 2]
+    in_flight = scheduler.schedule_decode()
+    without_first = scheduler.schedule_decode()
+    assert third.status is SequenceStatus.WAITING, "the youngest gives its blocks up"
+    assert [row.seq for row in without_first.rows] == [second], "which a step in flight still touches"
+    still_without = scheduler.schedule_decode()
+    assert still_without.batch is without_first.batch
+    scheduler.decode_done(in_flight)
+    assert {row.seq for row in scheduler.schedule_decode().rows} == {first, second}
 
 
 def test_a_request_that_outgrows_the_pool_ends_by_name():

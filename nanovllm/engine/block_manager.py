@@ -33,10 +33,16 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self._holders = [0] * num_blocks
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self.reset(())
+
+    def reset(self, tables: Iterable[SequenceOf[int]]) -> None:
+        """Starts anew: `tables` hold their blocks, all others are free, and no content is known."""
+        self._holders = [0] * self.num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(self.num_blocks))
         self._contents: dict[int, CachedBlock] = {}
         self._block_of_hash: dict[int, int] = {}
+        for table in tables:
+            self.share(table)
 
     @property
     def num_free_blocks(self) -> int:

@@ -45,7 +45,8 @@ class DecodeBatch:
         capacities: [B] int64, tokens that the leased blocks hold; grows with them.
         last_positions: [B] int64, where that of the last token fed goes: the one after it ends the request by length.
         first_plain_positions: [B] int64, from where on a step needs no more parameters than the device has.
-        is_watched: [B] bool, whether somebody looks at every token: it is streamed, or may end by a stop string.
+        is_watched: [B] bool, whether every token is looked at: it is streamed, may end by a stop string, has
+            log-probabilities, or more stop tokens than `stop_ids` holds.
         stop_ids: [B, MOST_STOP_IDS] int64, tokens that end the request, padded with NO_TOKEN.
     """
 
@@ -152,7 +153,9 @@ class DecodeStep:
         return np.asarray(is_end | completes_block | batch.is_watched)
 
     def _part(self, places: list[int]) -> DecodeStep:
-        return DecodeStep(self.batch.select(places), self.positions[places])
+        batch = self.batch.select(places)
+        ended = [lease for lease in self.ended_leases if lease in batch.leases]
+        return DecodeStep(batch, self.positions[places], ended_leases=ended)
 
 
 def _integers(values: Iterable[int]) -> np.ndarray:

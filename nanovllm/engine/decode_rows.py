@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanovllm.engine.decode_batch import DecodeBatch, DecodeRow, DecodeStep
+from nanovllm.engine.decode_batch import DecodeRow, DecodeStep
 from nanovllm.engine.sequence import Lease
 from nanovllm.kernels import AttentionMetadata
 from nanovllm.layers.sampler import SamplingInputs
@@ -58,24 +58,28 @@ class DecodeRows:
         self._block_tables[self.spare_slot] = spare_block
         self._query_starts = torch.arange(num_slots + 1, dtype=torch.int32, device=where)
         self._order = torch.full((num_slots,), self.spare_slot, dtype=torch.int64, device=where)
-        self._batch_sent: DecodeBatch | None = None
+        self._batch_sent: list[Lease] | None = None
         self._slot_of: dict[Lease, int] = {}
         self._num_blocks_sent = [0] * num_slots
-        self._free_slots = list(range(max_num_rows))
 
     def update(self, step: DecodeStep) -> None:
         """Makes the step's batch the one to run: sends new requests, new blocks and, if it changed, who is in it."""
-        batch = step.batch
-        if batch is not self._batch_sent:
-            self._batch_sent = None
+        leases = step.batch.leases
+        if leases is not self._batch_sent:
+            self._batch_sent = None  # until all is sent
             self._send_rows([row for row in step.rows if row.lease not in self._slot_of])
-            self._send_blocks(batch.leases)
-            slots = [self._slot_of[lease] for lease in batch.leases]
+            self._send_blocks(leases)
+            slots = [self._slot_of[lease] for lease in leases]
             order = np.array(slots + [self.spare_slot] * (len(self._order) - len(slots)), dtype=np.int64)
             self._order.copy_(self.device.tensor(order))
-            self._batch_sent = batch
+            self._batch_sent = leases
         elif step.grown:
-            self._send_blocks([batch.leases[place] for place in step.grown])
+            self._send_blocks([leases[place] for place in step.grown])
+
+    def forget(self) -> None:
+        """Nobody knows what the slots hold: all requests are sent anew, by the last of the tokens that the host has."""
+        self._batch_sent = None
+        self._slot_of = {}
 
     def pad(self, size: int) -> None:
         """Makes `size` spare rows the batch: for warm-up and capture."""
@@ -114,9 +118,8 @@ class DecodeRows:
         """Gives each a slot and fills it."""
         if not joined:
             return
-        for lease in [lease for lease in self._slot_of if lease.ended]:
-            self._free_slots.append(self._slot_of.pop(lease))
-        slots = self._free_slots[-len(joined) :]
+        self._slot_of = {lease: slot for lease, slot in self._slot_of.items() if not lease.ended}
+        slots = sorted(set(range(self.max_num_rows)).difference(self._slot_of.values()))[: len(joined)]
         numbers = np.zeros((len(joined), NUM_SCALARS + self._block_tables.shape[1]), dtype=np.int64)
         temperatures = np.empty(len(joined), dtype=np.float32)
         for place, (slot, row) in enumerate(zip(slots, joined, strict=True)):
@@ -133,7 +136,6 @@ class DecodeRows:
         self._block_tables[at] = sent[:, NUM_SCALARS:].int()
         self._temperatures[at] = self.device.tensor(temperatures)
         # Only now: had the sending failed, the requests would be sent again.
-        del self._free_slots[-len(joined) :]
         for slot, row in zip(slots, joined, strict=True):
             self._slot_of[row.lease] = slot
             self._num_blocks_sent[slot] = len(row.lease.decode_table)

@@ -210,14 +210,27 @@ class LLMEngine:
 
         A request that was just being given a token may have it half shown; it is aborted.
         """
-        self._handoffs = [handoff for handoff in self._handoffs if handoff.timed_out]
+        # Copies behind one that does not end may still write to their blocks.
+        is_stuck = any(handoff.timed_out for handoff in self._handoffs)
         for runner in {self.prefill_runner, self.decode_runner}:
-            runner.synchronize(copies=not self._handoffs)
+            runner.synchronize(copies=not is_stuck)
+            runner.forget_decode_rows()
+        self._handoffs = self._handoffs if is_stuck else []
+        for handoff in self._handoffs:
+            handoff.timed_out = handoff.lease.stuck = True
         self._in_flight.clear()
         self._handing_off.clear()
-        self.scheduler.forget_work_in_flight([handoff.lease for handoff in self._handoffs])
+        unfinished = [seq for seq in self._sequences.values() if not seq.is_finished]
+        self.scheduler.start_over(unfinished, [handoff.lease for handoff in self._handoffs])
         for seq in list(self._sequences.values()):
+            if any(output is seq.output for output in self._queue_of(seq)):
+                self._given_out(seq)
+                continue
             half_shown = seq.is_streamed and seq.num_shown_tokens != seq.num_tokens
+            if not seq.is_finished and (half_shown or (seq.num_output_tokens and not seq.is_streamed)):
+                # Its last token may be half taken in. Sampled again, it comes out the same.
+                seq.token_ids.pop()
+                del seq.logprobs[seq.num_output_tokens :]
             if seq.is_finished or half_shown:
                 self._texts[seq.request_id] = NoText()
                 if not seq.is_finished:
@@ -259,8 +272,13 @@ class LLMEngine:
             if isinstance(step, PrefillStep):
                 self._send(step, handle)
             return True
-        # What the step had launched before it failed may still be writing to its blocks.
+        # What the step had launched before it failed may still be writing to its blocks, and to the decode rows: they
+        # are sent anew, once the host has the tokens of the steps before.
         runner.synchronize()
+        if isinstance(step, DecodeStep):
+            for work in [work for work in self._in_flight if work.runner is runner]:
+                self._collect(work)
+            runner.forget_decode_rows()
         halves = self.scheduler.split(step)
         if halves is not None:
             launched = [self._launch(runner, half) for half in halves]
@@ -297,13 +315,16 @@ class LLMEngine:
 
     def _collect_steps(self) -> None:
         for work in self._ended_steps():
-            sampled = work.handle.collect()
-            self._in_flight.remove(work)
-            self._progressed()
-            if isinstance(work.step, PrefillStep):
-                self._prefill_ended(work.step, sampled)
-            else:
-                self._decode_ended(work.step, sampled)
+            self._collect(work)
+
+    def _collect(self, work: InFlight) -> None:
+        sampled = work.handle.collect()
+        self._in_flight.remove(work)
+        self._progressed()
+        if isinstance(work.step, PrefillStep):
+            self._prefill_ended(work.step, sampled)
+        else:
+            self._decode_ended(work.step, sampled)
 
     def _ended_steps(self) -> list[InFlight]:
         """Steps that have ended, in the order of their launch on each runner."""
@@ -320,6 +341,7 @@ class LLMEngine:
         self.counters.prefill_tokens += step.num_tokens
         counting = [(chunk, self.scheduler.prefill_done(chunk)) for chunk in step.rows]
         last = [(chunk.seq, counts) for chunk, counts in counting if chunk.is_last]
+        assert len(last) == len(sampled.token_ids), "a token for each request whose prompt is complete"
         for place, (seq, counts) in enumerate(last):
             if counts:
                 self._append(seq, int(sampled.token_ids[place]), sampled.logprobs_of(place))
@@ -426,11 +448,11 @@ class LLMEngine:
     def _append(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """Gives a request its next token and ends it if that was the last."""
         seq.token_ids.append(token_id)
+        if logprobs is not None and seq.params.logprobs is not None:
+            seq.logprobs.append(logprobs.first(seq.params.logprobs))
         self.scheduler.token_appended(seq)
         if seq.first_token_s is None:
             seq.first_token_s = time.perf_counter()
-        if logprobs is not None and seq.params.logprobs is not None:
-            seq.logprobs.append(logprobs.first(seq.params.logprobs))
         is_stop_token = token_id in seq.stop_token_ids
         text = self._texts[seq.request_id]
         may_stop = seq.num_output_tokens >= seq.params.min_tokens
@@ -465,12 +487,10 @@ class LLMEngine:
             except Exception as error:  # noqa: BLE001 - as above
                 logger.warning("the text of request %d failed (%s); giving up", seq.request_id, error)
                 seq.finish_reason, seq.error = "error", error
-            del self._texts[seq.request_id], self._sequences[seq.request_id]
         new_token_ids = seq.token_ids[seq.num_shown_tokens :]
-        seq.num_shown_tokens += len(new_token_ids)
         new_logprobs = None
         if new_token_ids and seq.params.logprobs is not None:
-            new_logprobs = seq.logprobs[-len(new_token_ids) :]
+            new_logprobs = seq.logprobs[seq.num_shown_tokens - seq.num_prompt_tokens :]
         output = RequestOutput(
             request_id=seq.request_id,
             new_token_ids=new_token_ids,
@@ -482,7 +502,18 @@ class LLMEngine:
             ttft_s=None if seq.first_token_s is None else seq.first_token_s - seq.arrival_s,
             latency_s=None if seq.finished_s is None else seq.finished_s - seq.arrival_s,
         )
-        self._deliver(output)
+        # In this order, so that `_recover` can tell what an interrupt left undone.
+        seq.output = output
+        self._queue_of(seq).append(output)
+        self._given_out(seq)
 
-    def _deliver(self, output: RequestOutput) -> None:
-        self._outputs.append(output)
+    def _given_out(self, seq: Sequence) -> None:
+        seq.num_shown_tokens = len(seq.token_ids)
+        if seq.is_finished:
+            self._texts.pop(seq.request_id, None)
+            self._sequences.pop(seq.request_id, None)
+        seq.output = None
+
+    def _queue_of(self, seq: Sequence) -> list[RequestOutput]:
+        """Where the request's outputs go."""
+        return self._outputs

@@ -149,6 +149,11 @@ class ModelRunner:
         assert output is not None, "a step that is padded to some requests samples for them"
         return output
 
+    def forget_decode_rows(self) -> None:
+        """What a decode step that could not be launched has left of the batch on the device is not used again."""
+        if self.decode_rows is not None:
+            self.decode_rows.forget()
+
     def run_decode_core(self, size: int) -> StepOutput:
         """One decode step over the first `size` rows of the batch, on the device alone: no host value is read."""
         assert self.decode_rows is not None, f"{self.device} was made for prefill, it cannot run a decode step"

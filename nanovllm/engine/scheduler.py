@@ -115,7 +115,8 @@ class Scheduler:
         """Ends a request in whatever state it is; its blocks return as soon as nothing in flight touches them."""
         assert not seq.is_finished, f"request {seq.request_id} finishes twice"
         (self._waiting if seq.status is SequenceStatus.WAITING else self._running).remove(seq)
-        seq.status, seq.finish_reason, seq.error = SequenceStatus.FINISHED, reason, error
+        seq.finish_reason, seq.error = reason, error
+        seq.status = SequenceStatus.FINISHED
         self._end_lease(seq)
 
     def preempt(self, seq: Sequence) -> None:
@@ -235,7 +236,6 @@ class Scheduler:
             return step.halves()
         halves = step.halves()
         if halves is not None:
-            assert not step.ended_leases, "a step that could not be launched is split at once"
             self._decode_steps.remove(step)
             self._decode_steps += halves
         return halves
@@ -260,26 +260,32 @@ class Scheduler:
             self._closing.remove(lease)
             self._free(lease)
 
-    def forget_work_in_flight(self, except_for: list[Lease]) -> None:
-        """All work has ended but one piece for each lease of `except_for`: every running request is recomputed."""
-        for seq in list(self._running):
-            self.preempt(seq)
-        for lease in list(self._closing):
-            lease.in_flight = except_for.count(lease)
-            if not lease.in_flight:
-                self._closing.remove(lease)
-                self._free(lease)
-        self._decode_steps = []
-        self._prefilled = []
+    def start_over(self, unfinished: SequenceOf[Sequence], stuck: SequenceOf[Lease]) -> None:
+        """Whatever state an interrupt left: all requests wait to be recomputed, and all work has ended.
+
+        Only the leases of `stuck`, one entry for each copy that may still touch their blocks, go on holding them.
+        """
+        for seq in unfinished:
+            if seq.lease is not None:
+                seq.lease.ended = True
+            seq.lease, seq.num_prefilled_tokens, seq.status = None, 0, SequenceStatus.WAITING
+        for lease in [*self._batch.leases, *stuck]:
+            lease.ended = True
+        self._waiting, self._running = sorted(unfinished, key=_request_id), []
+        self._closing = list(dict.fromkeys(stuck))
+        for lease in self._closing:
+            lease.in_flight = stuck.count(lease)
+        self._batch, self._batch_has_ended_leases = DecodeBatch.of((), self.decode_pool.block_size), False
+        self._prefilling, self._joining, self._decode_steps = [], [], []
+        self._prefilled, self._failed = [], []
         self._blocks_are_promised = False
+        for pool, tables in self._tables_of(self._closing):
+            pool.reset(tables)
 
     def check_integrity(self) -> None:
         """Asserts that every block of both pools is accounted for."""
         leases = [*self._closing, *(seq.lease for seq in self._running if seq.lease is not None)]
-        for pool in {id(pool): pool for pool in (self.prefill_pool, self.decode_pool)}.values():
-            tables = [lease.prefill_table for lease in leases if lease.prefill_pool is pool]
-            if pool is self.decode_pool:
-                tables += [lease.decode_table for lease in leases]
+        for pool, tables in self._tables_of(leases):
             pool.check_integrity(tables)
         for seq in self._running:
             assert seq.lease is not None, f"request {seq.request_id} is {seq.status} without a lease"
@@ -288,6 +294,14 @@ class Scheduler:
             assert seq.status is SequenceStatus.WAITING, f"request {seq.request_id} waits but is {seq.status}"
 
     # Inside
+
+    def _tables_of(self, leases: SequenceOf[Lease]) -> Iterator[tuple[BlockManager, list[list[int]]]]:
+        """Each pool, and the blocks that the leases hold of it."""
+        for pool in {self.prefill_pool, self.decode_pool}:
+            tables = [lease.prefill_table for lease in leases if lease.prefill_pool is pool]
+            if pool is self.decode_pool:
+                tables += [lease.decode_table for lease in leases]
+            yield pool, tables
 
     def _prefill_pool_of(self, seq: Sequence) -> BlockManager:
         outgrown = self.prefill_pool.blocks_for(seq.num_tokens) > self.prefill_pool.num_blocks
@@ -393,17 +407,17 @@ class Scheduler:
             if row.position > row.seq.max_num_tokens - 2:
                 leaving.add(row.lease)
             elif not self._grow(row):
-                leaving.add(row.lease)
+                if place is not None:
+                    leaving.add(row.lease)
                 if not row.lease.ended:
                     self._joining.append(row)
             elif place is None:
                 joined.append(row)
             else:
+                self._note_growth(place)
                 grown.append(place)
         if grown:
             grown += self._grow_ahead()
-        for place in grown:
-            batch.capacities[place] = len(batch.leases[place].decode_table) * self.decode_pool.block_size
         if leaving or self._batch_has_ended_leases:
             stays = [not (lease.ended or lease in leaving) for lease in batch.leases]
             self._batch = self._batch.select([place for place, stay in enumerate(stays) if stay])
@@ -437,16 +451,16 @@ class Scheduler:
     def _grow_ahead(self) -> list[int]:
         """A block for each row that will need one soon, as long as there is one for everybody; their places."""
         batch, grown = self._batch, []
-        will_need = (batch.capacities - batch.positions <= GROW_AHEAD_TOKENS) & (
-            batch.capacities <= batch.last_positions
-        )
-        for place in will_need.nonzero()[0].tolist():
-            lease = batch.leases[place]
-            has_one = len(lease.decode_table) * self.decode_pool.block_size > batch.capacities[place]
-            if self.decode_pool.num_free_blocks > len(batch) and not (has_one or lease.ended):
-                lease.decode_table += self.decode_pool.take((), 1)
+        is_near = (batch.capacities - batch.positions < GROW_AHEAD_TOKENS) & (batch.capacities <= batch.last_positions)
+        for place in is_near.nonzero()[0].tolist():
+            if self.decode_pool.num_free_blocks > len(batch) and not batch.leases[place].ended:
+                batch.leases[place].decode_table += self.decode_pool.take((), 1)
+                self._note_growth(place)
                 grown.append(place)
         return grown
+
+    def _note_growth(self, place: int) -> None:
+        self._batch.capacities[place] = len(self._batch.leases[place].decode_table) * self.decode_pool.block_size
 
     def _does_not_fit(self, seq: Sequence) -> OutOfKVCacheError:
         return OutOfKVCacheError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from nanovllm.outputs import FinishReason, TokenLogprobs
+from nanovllm.outputs import FinishReason, RequestOutput, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ class Sequence:
 
     num_shown_tokens: int = field(init=False)
     """Tokens that are known outside: the prompt and what was given out."""
+    output: RequestOutput | None = None
+    """What is being given out."""
     first_token_s: float | None = None
     finished_s: float | None = None
 
