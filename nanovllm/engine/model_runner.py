@@ -15,7 +15,7 @@ import torch
 
 from nanovllm.engine.cuda_graph import DecodeGraphs, batch_buckets
 from nanovllm.engine.decode_batch import DecodeStep
-from nanovllm.engine.decode_rows import DecodeInputs, DecodeRows
+from nanovllm.engine.decode_rows import DecodeRows
 from nanovllm.engine.model_inputs import ModelInputs, prefill_inputs, sampling_inputs
 from nanovllm.engine.scheduler import BlockPair, PrefillStep
 from nanovllm.errors import HandoffError, ModelLoadError, OutOfKVCacheError, shown
@@ -145,11 +145,16 @@ class ModelRunner:
         if self.decode_rows is not None:
             self.decode_rows.forget()
 
-    def run_decode_core(self, size: int) -> SampledTokens:
-        """One decode step over the first `size` rows of the batch, on the device alone: no host value is read."""
+    def run_decode_core(self, size: int, sampling: SamplingInputs | None = None) -> SampledTokens:
+        """One decode step over the first `size` rows of the batch, on the device alone: no host value is read.
+
+        Sampling takes the rows' temperature, seed and index, or `sampling` if given.
+        """
         assert self.decode_rows is not None, f"{self.device} was made for prefill, it cannot run a decode step"
         inputs = self.decode_rows.gather(size)
-        sampled = sample(self._decode_logits(inputs), inputs.sampling, self.spec.attention.backend)
+        hidden = self.model(inputs.input_ids, inputs.positions, self.kv_pool, inputs.metadata)
+        logits = self.model.compute_logits(hidden)
+        sampled = sample(logits, sampling or inputs.sampling, self.spec.attention.backend)
         self.decode_rows.advance(inputs, sampled.token_ids)
         return sampled
 
@@ -158,23 +163,13 @@ class ModelRunner:
         self.decode_rows.update(step)
         num_rows = len(step.batch)
         if not step.is_plain:
-            return self._decode_with_host_parameters(self.decode_rows, step)
+            # Some request filters, wants log-probabilities or may not stop yet: only the host knows how to sample.
+            places = [(row.seq, row.output_index) for row in step.rows]
+            parameters = sampling_inputs(places, self.spec.model_config.vocab_size, self.device)
+            return self.run_decode_core(num_rows, parameters)
         if self._graphs is None:
             return self.run_decode_core(num_rows)
         return SampledTokens(self._graphs.replay(self._graphs.size_for(num_rows)).token_ids[:num_rows])
-
-    def _decode_with_host_parameters(self, decode_rows: DecodeRows, step: DecodeStep) -> SampledTokens:
-        """A step in which some request filters, wants log-probabilities or may not stop yet: sampled eagerly."""
-        inputs = decode_rows.gather(len(step.batch))
-        places = [(row.seq, row.output_index) for row in step.rows]
-        parameters = sampling_inputs(places, self.spec.model_config.vocab_size, self.device)
-        sampled = sample(self._decode_logits(inputs), parameters, self.spec.attention.backend)
-        decode_rows.advance(inputs, sampled.token_ids)
-        return sampled
-
-    def _decode_logits(self, inputs: DecodeInputs) -> torch.Tensor:
-        hidden = self.model(inputs.input_ids, inputs.positions, self.kv_pool, inputs.metadata)
-        return self.model.compute_logits(hidden)
 
     def sync_kv_cache_to(
         self, other: ModelRunner, pairs: SequenceOf[BlockPair], *, method: str = "copy", after: Event | None = None
