@@ -60,6 +60,11 @@ def write_shape(name: str) -> str:
     return folder
 
 
+def model_options(folder: str | None, shape: str) -> dict[str, Any]:
+    """What to serve, as arguments of `LLM`: a checkpoint, or random weights of a shape if there is none."""
+    return {"model": folder} if folder else {"model": write_shape(shape), "load_format": "dummy"}
+
+
 def median_ms(function: Any, repeats: int = 20) -> float:
     """Median GPU time of a call, by events, after a warm-up."""
     for _ in range(3):

@@ -13,7 +13,7 @@ import os
 import random
 from pathlib import Path
 
-from common import SHAPES, report, write_shape
+from common import SHAPES, model_options, report
 
 from nanovllm import LLM, SamplingParams
 
@@ -58,9 +58,12 @@ def main() -> None:
     parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
 
-    source = {"model": args.model} if args.model else {"model": write_shape(args.model_shape), "load_format": "dummy"}
     rng = random.Random(0)
-    with LLM(**source, device=args.device, gpu_memory_utilization=args.gpu_memory_utilization) as llm:
+    with LLM(
+        **model_options(args.model, args.model_shape),
+        device=args.device,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+    ) as llm:
         vocab_size = llm.decode_runner.spec.model_config.vocab_size
         ready = memory_mib(llm)
         serve(llm, args.num_requests // 10, rng, vocab_size)

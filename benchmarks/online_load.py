@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from common import SHAPES, report, write_shape
+from common import SHAPES, model_options, report
 
 from nanovllm import LLM, SamplingParams
 
@@ -162,9 +162,8 @@ def main() -> None:
     if not (0 < args.rate < math.inf and 0 < args.duration < math.inf):
         parser.error("--rate and --duration must be above 0 and finite")
 
-    source = {"model": args.model} if args.model else {"model": write_shape(args.model_shape), "load_format": "dummy"}
     with LLM(
-        **source,
+        **model_options(args.model, args.model_shape),
         device=args.device,
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,

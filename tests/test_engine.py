@@ -23,8 +23,14 @@ from tests import tiny
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 
 
-def drain(llm: LLM, aborts: dict[int, int] | None = None) -> dict[int, list[RequestOutput]]:
-    """All outputs by request; requests of `aborts` that still run in their turn are aborted there."""
+def drain(
+    llm: LLM, aborts: dict[int, int] | None = None, *, steps_overlap: bool = False
+) -> dict[int, list[RequestOutput]]:
+    """All outputs by request; requests of `aborts` that still run in their turn are aborted there.
+
+    On a CPU a step has ended when it was launched; if `steps_overlap`, two are launched before one is collected, as on
+    a GPU.
+    """
     outputs: dict[int, list[RequestOutput]] = {}
     for turn in itertools.count():
         if llm.is_finished():
@@ -32,6 +38,10 @@ def drain(llm: LLM, aborts: dict[int, int] | None = None) -> dict[int, list[Requ
         for request_id, its_turn in (aborts or {}).items():
             if turn == its_turn and not any(output.finished for output in outputs.get(request_id, [])):
                 llm.abort(request_id)
+        if steps_overlap:
+            llm._launch_prefill()
+            llm._launch_decode()
+            llm._launch_decode()
         for output in llm.step():
             outputs.setdefault(output.request_id, []).append(output)
         llm.scheduler.check_integrity()
@@ -121,16 +131,8 @@ def test_steps_are_launched_ahead_and_no_token_shows_after_a_stop_token(checkpoi
         return handle
 
     llm.decode_runner.launch = counting
-    # On a CPU a step has ended when it was launched; handles that end late make the steps overlap as on a GPU.
     ids = [llm.add_request(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
-    outputs: dict[int, list[RequestOutput]] = {}
-    while not llm.is_finished():
-        llm._launch_prefill()
-        llm._launch_decode()
-        llm._launch_decode()
-        for output in llm.step():
-            outputs.setdefault(output.request_id, []).append(output)
-        llm.scheduler.check_integrity()
+    outputs = drain(llm, steps_overlap=True)
     assert most_in_flight == 2
     for request_id, tokens in zip(ids, expected, strict=True):
         stop = tokens.index(tokens[9]) + 1
@@ -328,19 +330,6 @@ def test_a_failed_step_leaves_no_tensors_alive(tiny_path):
     assert not [reference for reference in dead if reference() is not None]
 
 
-def run_two_steps_ahead(llm: LLM) -> dict[int, list[RequestOutput]]:
-    """As on a GPU, where a step has not ended when the next one is launched."""
-    outputs: dict[int, list[RequestOutput]] = {}
-    while not llm.is_finished():
-        llm._launch_prefill()
-        llm._launch_decode()
-        llm._launch_decode()
-        for output in llm.step():
-            outputs.setdefault(output.request_id, []).append(output)
-        llm.scheduler.check_integrity()
-    return outputs
-
-
 @pytest.mark.parametrize("moment", [*range(2, 16), 30])
 def test_a_launch_that_fails_after_its_forward_pass_changes_no_token(checkpoint, monkeypatch, moment):
     """Its rows on the device are a token further than the host's; the halves must not begin from there."""
@@ -356,7 +345,7 @@ def test_a_launch_that_fails_after_its_forward_pass_changes_no_token(checkpoint,
     monkeypatch.setattr(model_runner, "_to_host", failing)
     with LLM(path, device="cpu") as llm:
         ids = [llm.add_request(prompt, GREEDY) for prompt in prompts]
-        outputs = run_two_steps_ahead(llm)
+        outputs = drain(llm, steps_overlap=True)
     for request_id, prompt in zip(ids, prompts, strict=True):
         assert tokens_of(outputs[request_id]) == tiny.reference_tokens(reference, prompt, 20)
 
@@ -386,7 +375,7 @@ def test_the_rows_on_the_device_are_those_of_the_host(checkpoint, num_blocks):
 
         rows.update = checked
         ids = [llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=40)) for prompt in prompts]
-        outputs = run_two_steps_ahead(llm)
+        outputs = drain(llm, steps_overlap=True)
         assert num_pending > 0
         assert llm.scheduler.num_preemptions > 0 or num_blocks == 200
     for request_id, prompt in zip(ids, prompts, strict=True):

@@ -303,6 +303,19 @@ def test_the_batch_stays_the_same_while_a_request_waits_for_a_block():
     assert {row.seq for row in scheduler.schedule_decode().rows} == {first, second}
 
 
+def test_the_batch_stays_the_same_when_a_request_that_has_left_it_ends():
+    """One that ends by length leaves with its last step; a second new batch at its end would be for nothing."""
+    scheduler, (_, short) = scheduler_with(60, [1] * 7, [2] * 5)
+    short.max_num_tokens = 7
+    run_prefill(scheduler)
+    assert run_decode(scheduler) == [0, 1]
+    without_short = scheduler.schedule_decode()
+    assert short not in without_short.batch.seqs
+    scheduler.finish(short, "length")
+    assert scheduler.schedule_decode().batch is without_short.batch
+    scheduler.check_integrity()
+
+
 def test_a_request_that_outgrows_the_pool_ends_by_name():
     scheduler, (first, second) = scheduler_with(3, [1] * 3, [2] * 2)
     for _ in range(40):

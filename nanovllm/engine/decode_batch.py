@@ -1,4 +1,4 @@
-"""The requests that decode together, as arrays with a row for each, so that a step costs no Python per request.
+"""The requests that decode together, as arrays with a row for each, so that a step costs little Python per request.
 
 Knows nothing of pools, devices or what is decided: no torch.
 """
@@ -43,7 +43,7 @@ class DecodeBatch:
         seqs, leases: of its B rows.
         positions: [B] int64, where the KV of the next token fed goes; moves on with every step.
         capacities: [B] int64, tokens that the leased blocks hold; grows with them.
-        last_positions: [B] int64, where that of the last token fed goes: the one after it ends the request by length.
+        last_positions: [B] int64, each request's `last_fed_position`.
         first_plain_positions: [B] int64, from where on a step needs no more parameters than the device has.
         is_watched: [B] bool, whether every token is looked at: it is streamed, may end by a stop string, has
             log-probabilities, or more stop tokens than `stop_ids` holds.
@@ -71,7 +71,7 @@ class DecodeBatch:
             [row.lease for row in rows],
             positions=_integers(row.position for row in rows),
             capacities=_integers(len(row.lease.decode_table) * block_size for row in rows),
-            last_positions=_integers(seq.max_num_tokens - 2 for seq in seqs),
+            last_positions=_integers(seq.last_fed_position for seq in seqs),
             first_plain_positions=_integers(seq.first_plain_position for seq in seqs),
             is_watched=np.array([_is_watched(seq) for seq in seqs], dtype=bool),
             stop_ids=stop_ids,

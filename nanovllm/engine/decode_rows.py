@@ -6,7 +6,7 @@ the step before it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,13 +68,13 @@ class DecodeRows:
         if leases is not self._batch_sent:
             self._batch_sent = None  # until all is sent
             self._send_rows([row for row in step.rows if row.lease not in self._slot_of])
-            self._send_blocks(leases)
             slots = [self._slot_of[lease] for lease in leases]
+            self._send_blocks(zip(slots, leases, strict=True))
             order = np.array(slots + [self.spare_slot] * (len(self._order) - len(slots)), dtype=np.int64)
             self._order.copy_(self.device.tensor(order))
             self._batch_sent = leases
         elif step.grown:
-            self._send_blocks([leases[place] for place in step.grown])
+            self._send_blocks((self._slot_of[leases[place]], leases[place]) for place in step.grown)
 
     def forget(self) -> None:
         """Nobody knows what the slots hold: all requests are sent anew, by the last of the tokens that the host has."""
@@ -140,13 +140,12 @@ class DecodeRows:
             self._slot_of[row.lease] = slot
             self._num_blocks_sent[slot] = len(row.lease.decode_table)
 
-    def _send_blocks(self, leases: SequenceOf[Lease]) -> None:
-        """Sends the blocks that these leases got since they were last sent."""
+    def _send_blocks(self, held: Iterable[tuple[int, Lease]]) -> None:
+        """Sends the blocks that the leases of these slots got since they were last sent."""
         sent = self._num_blocks_sent
-        slots = [self._slot_of[lease] for lease in leases]
         grown = [
             (slot, index, lease.decode_table[index])
-            for slot, lease in zip(slots, leases, strict=True)
+            for slot, lease in held
             if len(lease.decode_table) != sent[slot]
             for index in range(sent[slot], len(lease.decode_table))
         ]

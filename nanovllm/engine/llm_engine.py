@@ -228,7 +228,7 @@ class LLMEngine:
                 continue
             half_shown = seq.is_streamed and seq.num_shown_tokens != seq.num_tokens
             if not seq.is_finished and (half_shown or (seq.num_output_tokens and not seq.is_streamed)):
-                # Its last token may be half taken in. Sampled again, it comes out the same.
+                # Its last token may be half taken in. Unless it is aborted, that is sampled again, and is the same.
                 seq.token_ids.pop()
                 del seq.logprobs[seq.num_output_tokens :]
             if seq.is_finished or half_shown:

@@ -85,10 +85,14 @@ class Scheduler:
         self.prefill_pool = prefill_pool
         self.decode_pool = decode_pool
         self.num_preemptions = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        """No requests, no work in flight."""
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._prefilling: list[Sequence] = []
-        self._batch = DecodeBatch.of((), decode_pool.block_size)
+        self._batch = DecodeBatch.of((), self.decode_pool.block_size)
         self._batch_has_ended_leases = False
         self._joining: list[DecodeRow] = []
         """Requests that decode and are not in the batch: new ones, and those that wait for a block."""
@@ -271,14 +275,11 @@ class Scheduler:
             seq.lease, seq.num_prefilled_tokens, seq.status = None, 0, SequenceStatus.WAITING
         for lease in [*self._batch.leases, *stuck]:
             lease.ended = True
-        self._waiting, self._running = sorted(unfinished, key=_request_id), []
+        self._clear()
+        self._waiting = sorted(unfinished, key=_request_id)
         self._closing = list(dict.fromkeys(stuck))
         for lease in self._closing:
             lease.in_flight = stuck.count(lease)
-        self._batch, self._batch_has_ended_leases = DecodeBatch.of((), self.decode_pool.block_size), False
-        self._prefilling, self._joining, self._decode_steps = [], [], []
-        self._prefilled, self._failed = [], []
-        self._blocks_are_promised = False
         for pool, tables in self._tables_of(self._closing):
             pool.reset(tables)
 
@@ -404,7 +405,7 @@ class Scheduler:
             place = place_of.get(row.lease)
             if row.lease.ended:
                 continue
-            if row.position > row.seq.max_num_tokens - 2:
+            if row.position > row.seq.last_fed_position:
                 leaving.add(row.lease)
             elif not self._grow(row):
                 if place is not None:
@@ -479,7 +480,8 @@ class Scheduler:
             if lease in step.batch.leases:
                 lease.in_flight += 1
                 step.ended_leases.append(lease)
-        self._batch_has_ended_leases = True
+        if lease in self._batch.leases:
+            self._batch_has_ended_leases = True
         if lease.in_flight:
             self._closing.append(lease)
         else:

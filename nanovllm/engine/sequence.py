@@ -109,6 +109,11 @@ class Sequence:
         return len(self.token_ids) - len(self.prompt_token_ids)
 
     @property
+    def last_fed_position(self) -> int:
+        """Position of the last token fed to the model: the one sampled after it ends the request by length."""
+        return self.max_num_tokens - 2
+
+    @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
 
