@@ -364,12 +364,12 @@ def test_the_rows_on_the_device_are_those_of_the_host(checkpoint, num_blocks):
             update(step)
             for place, row in enumerate(step.rows):
                 slot = int(rows._order[place])
-                assert rows._positions[slot] == row.position
-                assert rows._output_indices[slot] == row.output_index
+                last_token, position, _, output_index = rows._numbers[:, slot].tolist()
+                assert (position, output_index) == (row.position, row.output_index)
                 table = row.lease.decode_table
                 assert rows._block_tables[slot, : len(table)].tolist() == table
                 if row.position == row.seq.num_tokens - 1:
-                    assert rows._last_tokens[slot] == row.seq.token_ids[-1]
+                    assert last_token == row.seq.token_ids[-1]
                 else:
                     num_pending += 1
 

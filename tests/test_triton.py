@@ -29,7 +29,7 @@ def test_kernels_in_the_interpreter_equal_the_reference():
 
 FLOAT_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 POINTER_TYPES = {**FLOAT_TYPES, "words": "*i32"}
-STORE = {"NUM_HEADS": 32, "PADDED_HEADS": 32, "NUM_KV_HEADS": 8, "PADDED_KV_HEADS": 8, "BLOCK_SIZE": 64}
+STORE = {"NUM_HEADS": 32, "PADDED_HEADS": 32, "NUM_KV_HEADS": 8, "PADDED_KV_HEADS": 8, "BLOCK_SIZE": 64, "KV_TILE": 64}
 PREFILL = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "PADDED_REQUESTS": 64, "BLOCK_SIZE": 64, "TILE_M": 64}
 DECODE = {"NUM_KV_HEADS": 8, "GROUP": 4, "PADDED_GROUP": 16, "PADDED_REQUESTS": 512, "BLOCK_SIZE": 64, "TILE": 32}
 
@@ -40,15 +40,14 @@ def kernel_cases(capability: int):
             wide = dtype == "float32"
             for use_tma in (False, True) if capability >= 90 and not wide else (False,):
                 common = {"HEAD_DIM": head_dim, "USE_TMA": use_tma}
-                tiles = {"TILE_N": 16 if wide else 64, "STAGES": 1 if wide else 2}
+                tiles = {"TILE_N": 16 if wide else 64, "STAGES": 1 if wide else 3}
                 yield "_prefill_kernel", dtype, {**PREFILL, **tiles, **common}, {"num_warps": 8 if wide else 4}
-                stages = {"STAGES": 2 if wide else 4}
+                stages = {"STAGES": 2 if wide else 3, "COMBINED": 4}
                 yield "_decode_kernel", dtype, {**DECODE, **stages, **common}, {"num_warps": 4 if wide else 1}
-            combine = {"NUM_KV_HEADS": 8, "GROUP": 4, "PIECES": 16, "HEAD_DIM": head_dim}
-            yield "_combine_kernel", dtype, combine, {"num_warps": 1}
             yield "_norm_rotate_store_kernel", dtype, {**STORE, "HEAD_DIM": head_dim}, {}
-    for has_ends in (False, True):
-        yield "_count_tiles_kernel", "words", {"TILE": 32, "HAS_ENDS": has_ends, "PADDED_REQUESTS": 512}, {}
+    chunks = {"CHUNK_TILES": 32, "PROGRAMS_PER_SM": 2, "MOST_PROGRAMS_PER_SM": 16, "PADDED_REQUESTS": 512}
+    yield "_share_out_kernel", "words", {"TILE": 32, "ends": None, "NUM_KV_HEADS": 8, **chunks}, {}
+    yield "_share_out_kernel", "words", {"TILE": 64, "NUM_KV_HEADS": None, **chunks}, {}
     for dtype in FLOAT_TYPES:
         for gated in (False, True):
             tiles = {"TILE_N": 2 if gated else 4, "TILE_K": 1024, "PADDED_INPUTS": 4096}
@@ -56,7 +55,7 @@ def kernel_cases(capability: int):
             yield "_vector_linear_kernel", dtype, {**tiles, **has}, {}
         yield "_add_rms_norm_kernel", dtype, {"HAS_RESIDUAL": True, "PADDED_SIZE": 4096}, {"num_warps": 8}
         yield "_silu_and_mul_kernel", dtype, {"TILE": 1024}, {}
-        yield "_best_of_tile_kernel", dtype, {"TILE": 4096}, {}
+        yield "_best_of_tile_kernel", dtype, {"TILE": 4096, "IS_CUDA": True}, {}
     yield "_best_of_tiles_kernel", "float32", {"PADDED_TILES": 64}, {"num_warps": 1}
     yield "_push_kernel", "words", {"PIECE": 4096}, {"num_warps": 8}
 
@@ -73,9 +72,10 @@ INTEGER_POINTERS = {
     "context_lens": "*i32",
     "query_starts": "*i32",
     "tile_starts": "*i32",
+    "chunk_starts": "*i32",
 }
 COUNTS = {"num_inputs", "num_outputs", "num_pieces", "words", "size", "vocab_size", "num_tiles"}
-INTEGERS = {"num_requests", "num_programs"}
+INTEGERS = {"num_requests", "num_sms"}
 FLOAT_POINTERS = {"partial", "log_sums", "cos", "sin", "best", "temperatures"}
 
 

@@ -19,7 +19,9 @@ from nanovllm.layers.sampler import SamplingInputs
 from nanovllm.utils.device import Device
 
 NUM_SCALARS = 5
-"""Columns before the block table in an uploaded row: slot, last token, position, seed, output index."""
+"""Columns before the block table in an uploaded row: slot, then the slot's numbers."""
+LAST_TOKEN, POSITION, SEED, OUTPUT_INDEX = range(4)
+"""The numbers of a slot."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,18 @@ class DecodeInputs:
     """One decode step over B rows, gathered from the slots; [B] int64 each where not said otherwise."""
 
     slots: torch.Tensor
-    input_ids: torch.Tensor
-    positions: torch.Tensor
+    numbers: torch.Tensor
+    """[4, B]: those of the slots."""
     metadata: AttentionMetadata
     sampling: SamplingInputs
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        return self.numbers[LAST_TOKEN]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        return self.numbers[POSITION]
 
 
 class DecodeRows:
@@ -49,10 +59,9 @@ class DecodeRows:
         self.spare_slot = max_num_rows
         num_slots, where = max_num_rows + 1, device.torch_device
         max_blocks = -(-max_model_len // block_size)
-        self._last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=where)
-        self._positions = torch.zeros(num_slots, dtype=torch.int64, device=where)
-        self._seeds = torch.zeros(num_slots, dtype=torch.int64, device=where)
-        self._output_indices = torch.zeros(num_slots, dtype=torch.int64, device=where)
+        # In one tensor, and so in one kernel: a step is short.
+        self._numbers = torch.zeros(4, num_slots, dtype=torch.int64, device=where)
+        self._advances = device.tensor(np.array([[0], [1], [0], [1]], dtype=np.int64))
         self._temperatures = torch.zeros(num_slots, dtype=torch.float32, device=where)
         self._block_tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=where)
         self._block_tables[self.spare_slot] = spare_block
@@ -89,30 +98,32 @@ class DecodeRows:
     def gather(self, size: int) -> DecodeInputs:
         """The inputs of the next step; runs on the device alone, so that it can be captured."""
         slots = self._order[:size]
-        positions = self._positions[slots]
-        tables = self._block_tables[slots]
-        blocks = tables.gather(1, (positions // self.block_size).unsqueeze(1)).squeeze(1)
+        numbers = self._numbers.index_select(1, slots)
+        positions = numbers[POSITION]
+        tables = self._block_tables.index_select(0, slots)
+        places = positions // self.block_size
+        blocks = tables.gather(1, places.unsqueeze(1)).squeeze(1)
         metadata = AttentionMetadata(
-            slot_mapping=blocks.long() * self.block_size + positions % self.block_size,
+            slot_mapping=torch.add(positions, blocks - places, alpha=self.block_size),
             block_tables=tables,
             context_lens=(positions + 1).int(),
             query_starts=self._query_starts[: size + 1],
             max_query_len=1,
             max_context_len=self.max_model_len,
         )
-        sampling = SamplingInputs(self._temperatures[slots], self._seeds[slots], self._output_indices[slots])
-        return DecodeInputs(slots, self._last_tokens[slots], positions, metadata, sampling)
+        sampling = SamplingInputs(self._temperatures.index_select(0, slots), numbers[SEED], numbers[OUTPUT_INDEX])
+        return DecodeInputs(slots, numbers, metadata, sampling)
 
     def advance(self, inputs: DecodeInputs, token_ids: torch.Tensor) -> None:
         """The sampled tokens are what the next step is fed; on the device alone."""
-        self._last_tokens[inputs.slots] = token_ids
-        self._positions[inputs.slots] = inputs.positions + 1
-        self._output_indices[inputs.slots] = inputs.sampling.output_indices + 1
-        self._positions[self.spare_slot :].zero_()
+        numbers = inputs.numbers + self._advances
+        numbers[LAST_TOKEN] = token_ids
+        self._numbers.index_copy_(1, inputs.slots, numbers)
+        self._numbers[POSITION, self.spare_slot :].zero_()
 
     def correct(self, token_ids: torch.Tensor) -> None:
         """The first rows of the batch have sampled these, [N] int64, instead of what `advance` was told."""
-        self._last_tokens[self._order[: len(token_ids)]] = token_ids
+        self._numbers[LAST_TOKEN].index_copy_(0, self._order[: len(token_ids)], token_ids)
 
     def _send_rows(self, joined: list[DecodeRow]) -> None:
         """Gives each a slot and fills it."""
@@ -129,10 +140,7 @@ class DecodeRows:
             temperatures[place] = seq.params.float32_temperature
         sent = self.device.tensor(numbers)
         at = sent[:, 0]
-        self._last_tokens[at] = sent[:, 1]
-        self._positions[at] = sent[:, 2]
-        self._seeds[at] = sent[:, 3]
-        self._output_indices[at] = sent[:, 4]
+        self._numbers[:, at] = sent[:, 1:NUM_SCALARS].T
         self._block_tables[at] = sent[:, NUM_SCALARS:].int()
         self._temperatures[at] = self.device.tensor(temperatures)
         # Only now: had the sending failed, the requests would be sent again.

@@ -208,7 +208,8 @@ class ModelRunner:
         return self.model.compute_logits(hidden, out=out)
 
     def _planned(self, metadata: AttentionMetadata) -> AttentionMetadata:
-        return dataclasses.replace(metadata, plan=self.spec.attention.backend.plan(metadata))
+        plan = self.spec.attention.backend.plan(metadata, self.spec.model_config.num_key_value_heads)
+        return dataclasses.replace(metadata, plan=plan)
 
     def sync_kv_cache_to(
         self, other: ModelRunner, pairs: SequenceOf[BlockPair], *, method: str = "copy", after: Event | None = None

@@ -37,7 +37,8 @@ class PrefillBuffers:
         self.max_num_requests = max_num_requests
         self.max_model_len = max_model_len
         self.block_size = block_size
-        self._spare_slot = spare_block * block_size
+        # The last one: after it there is nothing to clear.
+        self._spare_slot = (spare_block + 1) * block_size - 1
         self._max_blocks = -(-max_model_len // block_size)
         self._num_request_numbers = max_num_requests * (NUM_REQUEST_COLUMNS + self._max_blocks)
         size = self._num_request_numbers + NUM_TOKEN_COLUMNS * max_num_tokens

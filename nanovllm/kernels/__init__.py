@@ -84,7 +84,7 @@ class AttentionBackend(Protocol):
             The query heads, [T, num_heads, head_dim].
         """
 
-    def plan(self, metadata: AttentionMetadata) -> torch.Tensor | None:
+    def plan(self, metadata: AttentionMetadata, num_kv_heads: int) -> torch.Tensor | None:
         """How `attend` shares out the work of a step, made once for all layers; None if it needs no such thing."""
 
     def attend(

@@ -40,7 +40,7 @@ class Backend:
         store_kv(_rotate(_rms_norm(key, key_weight, eps), cos_rows, sin_rows), value, kv_cache, slot_mapping)
         return _rotate(_rms_norm(query, query_weight, eps), cos_rows, sin_rows)
 
-    def plan(self, metadata: AttentionMetadata) -> None:
+    def plan(self, metadata: AttentionMetadata, num_kv_heads: int) -> None:
         return None
 
     def attend(

@@ -1,4 +1,4 @@
-"""Paged attention in Triton: prefill over a cached prefix, decode in even shares. float32, float16, bfloat16.
+"""Paged attention in Triton: prefill over a cached prefix, decode in chunks. float32, float16, bfloat16.
 
 On GPUs that have it (sm_90 on), 16-bit KV is read through the tensor memory accelerator, else by pointers.
 
@@ -22,12 +22,18 @@ HEAD_DIMS = (64, 128)
 LOG2_E = 1.4426950408889634
 DECODE_TILE = 32
 """Tokens of a tile of the decode kernel: one warp holds a tile's scores and products in registers."""
-DECODE_STAGES = 4
+DECODE_STAGES = 3
 """One more than the tiles on their way to a program."""
-PROGRAMS_PER_SM = 4
+CHUNK_TILES = 32
+"""Tiles of a chunk in which loading well outweighs getting started."""
+PROGRAMS_PER_SM = 2
+"""With shorter chunks than that, decode attention makes this many: enough to keep an SM's memory requests coming."""
+MOST_PROGRAMS_PER_SM = 16
+"""With longer ones it makes this many: SMs that are done early find something left to do."""
+COMBINED_CHUNKS = 4
 PREFILL_TILE_M = 64
 PREFILL_TILE_N = 64
-PREFILL_STAGES = 2
+PREFILL_STAGES = 3
 
 
 def unsupported_reasons(needs: BackendRequirements) -> list[str]:
@@ -52,34 +58,49 @@ class Backend:
     silu_and_mul = staticmethod(triton_fused.silu_and_mul)
     sample_tokens = staticmethod(triton_fused.sample_tokens)
 
-    def plan(self, metadata: AttentionMetadata) -> torch.Tensor:
+    def plan(self, metadata: AttentionMetadata, num_kv_heads: int) -> torch.Tensor:
         if metadata.is_decode:
-            return _count_tiles(metadata.context_lens, None, DECODE_TILE)
-        return _count_tiles(metadata.query_starts, metadata.query_starts[1:], PREFILL_TILE_M)
+            return _share_out(metadata.context_lens, None, DECODE_TILE, num_kv_heads, metadata.num_sms)
+        return _share_out(metadata.query_starts, metadata.query_starts[1:], PREFILL_TILE_M)
 
     def attend(
         self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata, scale: float
     ) -> torch.Tensor:
-        tile_starts = self.plan(metadata) if metadata.plan is None else metadata.plan
+        plan = self.plan(metadata, kv_cache.shape[2]) if metadata.plan is None else metadata.plan
         attend = _decode if metadata.is_decode else _prefill
-        return attend(query, kv_cache, metadata, tile_starts, scale)
+        return attend(query, kv_cache, metadata, plan, scale)
 
 
-def _count_tiles(lengths: torch.Tensor, ends: torch.Tensor | None, tile: int) -> torch.Tensor:
-    """[B + 1] int32: tiles before each request, and of all. `lengths` are starts if `ends` are given."""
+def _share_out(
+    lengths: torch.Tensor,
+    ends: torch.Tensor | None,
+    tile: int,
+    num_kv_heads: int | None = None,
+    num_sms: int | None = None,
+) -> torch.Tensor:
+    """[B + 1] int32: pieces of work before each request, and of all.
+
+    A piece is a tile of a prompt, or, if `num_kv_heads` is given, a chunk of a KV head's context. `lengths` are starts
+    if `ends` are given.
+    """
     num_requests = len(lengths) if ends is None else len(ends)
-    tile_starts = torch.empty(num_requests + 1, dtype=torch.int32, device=lengths.device)
-    _count_tiles_kernel[(1,)](
+    num_counters = num_requests * (num_kv_heads or 0)
+    starts = torch.empty(num_requests + 1 + num_counters, dtype=torch.int32, device=lengths.device)
+    _share_out_kernel[(1,)](
         lengths,
         ends,
-        tile_starts,
+        starts,
         num_requests,
+        num_sms or _num_sms(lengths.device),
+        NUM_KV_HEADS=num_kv_heads,
         TILE=tile,
-        HAS_ENDS=ends is not None,
+        CHUNK_TILES=CHUNK_TILES,
+        PROGRAMS_PER_SM=PROGRAMS_PER_SM,
+        MOST_PROGRAMS_PER_SM=MOST_PROGRAMS_PER_SM,
         PADDED_REQUESTS=_padded(num_requests),
         **overlap(lengths.device),
     )
-    return tile_starts
+    return starts
 
 
 def _prefill(
@@ -125,16 +146,16 @@ def _prefill(
 
 
 def _decode(
-    query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata, tile_starts: torch.Tensor, scale: float
+    query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata, chunk_starts: torch.Tensor, scale: float
 ) -> torch.Tensor:
     num_requests, num_heads, head_dim = query.shape
     num_kv_heads, block_size = kv_cache.shape[2:4]
     group = num_heads // num_kv_heads
-    num_programs = PROGRAMS_PER_SM * (metadata.num_sms or _num_sms(query.device))
+    # Every request but has a chunk more than its share of them all.
+    num_programs = MOST_PROGRAMS_PER_SM * (metadata.num_sms or _num_sms(query.device)) + num_requests * num_kv_heads
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    # What programs leave unfinished of a head: two places for each, for the beginning and the end of its share.
-    partial = torch.empty(2 * num_programs, group, head_dim, dtype=torch.float32, device=query.device)
-    log_sums = torch.empty(2 * num_programs, group, dtype=torch.float32, device=query.device)
+    partial = torch.empty(num_programs, group, head_dim, dtype=torch.float32, device=query.device)
+    log_sums = torch.empty(num_programs, group, dtype=torch.float32, device=query.device)
     is_wide = query.element_size() == 4
     use_tma = _has_tma(query.device) and not is_wide and block_size % DECODE_TILE == 0
     _decode_kernel[(num_programs,)](
@@ -146,7 +167,7 @@ def _decode(
         log_sums,
         metadata.block_tables,
         metadata.context_lens,
-        tile_starts,
+        chunk_starts,
         num_requests,
         query.stride(0),
         kv_cache.stride(0),
@@ -161,21 +182,8 @@ def _decode(
         TILE=DECODE_TILE,
         USE_TMA=use_tma,
         STAGES=2 if is_wide else DECODE_STAGES,
+        COMBINED=COMBINED_CHUNKS,
         num_warps=4 if is_wide else 1,
-        **overlap(query.device),
-    )
-    _combine_kernel[(num_requests, num_heads)](
-        partial,
-        log_sums,
-        output,
-        tile_starts,
-        num_requests,
-        num_programs,
-        NUM_KV_HEADS=num_kv_heads,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        PIECES=16,
-        num_warps=1,
         **overlap(query.device),
     )
     return output
@@ -207,33 +215,45 @@ def _num_sms(device: torch.device) -> int:
 
 
 @triton.jit(do_not_specialize=["num_requests"])
-def _count_tiles_kernel(
+def _share_out_kernel(
     lengths,
     ends,
-    tile_starts,
+    starts,
     num_requests,
+    num_sms,
+    NUM_KV_HEADS: tl.constexpr,
     TILE: tl.constexpr,
-    HAS_ENDS: tl.constexpr,
+    CHUNK_TILES: tl.constexpr,
+    PROGRAMS_PER_SM: tl.constexpr,
+    MOST_PROGRAMS_PER_SM: tl.constexpr,
     PADDED_REQUESTS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Tiles before each request, and all of them; a request's length is given, or where it ends and begins."""
+    """Pieces of work before each request, and all of them; a request's length is given, or where it ends and begins."""
     begin(OVERLAPS)
     requests = tl.arange(0, PADDED_REQUESTS)
     there = requests < num_requests
     length = tl.load(lengths + requests, mask=there, other=0)
-    if HAS_ENDS:
+    if ends is not None:
         length = tl.load(ends + requests, mask=there, other=0) - length
-    tl.store(tile_starts, 0)
-    tl.store(tile_starts + 1 + requests, tl.cumsum(tl.cdiv(length, TILE), 0), mask=there)
+    pieces = tl.cdiv(length, TILE)
+    if NUM_KV_HEADS is not None:
+        num_tiles = tl.sum(pieces, 0) * NUM_KV_HEADS
+        chunk = tl.minimum(tl.cdiv(num_tiles, PROGRAMS_PER_SM * num_sms), CHUNK_TILES)
+        chunk = tl.maximum(chunk, tl.cdiv(num_tiles, MOST_PROGRAMS_PER_SM * num_sms))
+        pieces = tl.cdiv(pieces, chunk)
+        for head in range(NUM_KV_HEADS):
+            tl.store(starts + num_requests + 1 + head * num_requests + requests, 0, mask=there)
+    tl.store(starts, 0)
+    tl.store(starts + 1 + requests, tl.cumsum(pieces, 0), mask=there)
 
 
 @triton.jit
-def _row_of(tile, tile_starts, num_requests, TIMES: tl.constexpr, PADDED_REQUESTS: tl.constexpr):
-    """The request whose tiles, each counted TIMES times, have this one among them."""
+def _row_of(piece, starts, num_requests, TIMES: tl.constexpr, PADDED_REQUESTS: tl.constexpr):
+    """The request whose pieces, each counted TIMES times, have this one among them."""
     requests = tl.arange(0, PADDED_REQUESTS)
-    starts = tl.load(tile_starts + requests, mask=requests < num_requests, other=0x7FFFFFFF // TIMES)
-    return tl.sum((starts * TIMES <= tile).to(tl.int32), 0) - 1
+    firsts = tl.load(starts + requests, mask=requests < num_requests, other=0x7FFFFFFF // TIMES)
+    return tl.sum((firsts * TIMES <= piece).to(tl.int32), 0) - 1
 
 
 @triton.jit
@@ -337,12 +357,18 @@ def _prefill_kernel(
             v = tl.load(kv_cache + cached + value_offset * HEAD_DIM)
         maximum, total, accumulator = _attend_tile(q, k, v, maximum, total, accumulator, scale_log2)
     end = tl.minimum(context_len, context_len - query_len + first + TILE_M)
-    for tile in tl.range(num_full, tl.cdiv(end, TILE_N), num_stages=1):
+    for tile in tl.range(num_full, tl.cdiv(end, TILE_N), num_stages=STAGES):
         tokens = tile * TILE_N + tl.arange(0, TILE_N)
-        in_context = (tokens < end)[:, None]
-        cached = _places(table, tile, end, kv_head, block_stride, BLOCK_SIZE, HEAD_DIM, TILE_N)
-        k = tl.load(kv_cache + cached, mask=in_context, other=0.0)
-        v = tl.load(kv_cache + cached + value_offset * HEAD_DIM, mask=in_context, other=0.0)
+        if USE_TMA:
+            place = tl.load(table + tile * TILE_N // BLOCK_SIZE) * block_rows
+            place += kv_head * BLOCK_SIZE + tile * TILE_N % BLOCK_SIZE
+            k = kv_rows.load([place, 0])
+            v = kv_rows.load([place + value_offset, 0])
+        else:
+            in_context = (tokens < end)[:, None]
+            cached = _places(table, tile, end, kv_head, block_stride, BLOCK_SIZE, HEAD_DIM, TILE_N)
+            k = tl.load(kv_cache + cached, mask=in_context, other=0.0)
+            v = tl.load(kv_cache + cached + value_offset * HEAD_DIM, mask=in_context, other=0.0)
         visible = tokens[None, :] <= positions[:, None]
         maximum, total, accumulator = _attend_tile(q, k, v, maximum, total, accumulator, scale_log2, visible)
 
@@ -361,7 +387,7 @@ def _decode_kernel(
     log_sums,
     block_tables,
     context_lens,
-    tile_starts,
+    chunk_starts,
     num_requests,
     query_stride,
     block_stride,
@@ -376,121 +402,105 @@ def _decode_kernel(
     TILE: tl.constexpr,
     USE_TMA: tl.constexpr,
     STAGES: tl.constexpr,
+    COMBINED: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """All tiles of all KV heads of all requests, in this order, shared out evenly: a program computes one run of them.
-
-    A program writes the heads that lie wholly in its run; of those at its two ends it leaves what it has.
-    """
+    """One program computes a chunk of one KV head's context, the output itself where this is all of the context."""
     begin(OVERLAPS)
     program = tl.program_id(0)
-    num_tiles = tl.load(tile_starts + num_requests) * NUM_KV_HEADS
-    share = tl.cdiv(num_tiles, tl.num_programs(0))
-    first = program * share
-    end = tl.minimum(first + share, num_tiles)
-    row = _row_of(first, tile_starts, num_requests, NUM_KV_HEADS, PADDED_REQUESTS)
+    if program >= tl.load(chunk_starts + num_requests) * NUM_KV_HEADS:
+        return
+    row = _row_of(program, chunk_starts, num_requests, NUM_KV_HEADS, PADDED_REQUESTS)
+    first_chunk = tl.load(chunk_starts + row)
+    num_chunks = tl.load(chunk_starts + row + 1) - first_chunk
+    context_len = tl.load(context_lens + row)
+    kv_head = (program - first_chunk * NUM_KV_HEADS) // num_chunks
+    chunk = (program - first_chunk * NUM_KV_HEADS) % num_chunks
+    num_tiles = tl.cdiv(context_len, TILE)
+    low, high = chunk * num_tiles // num_chunks, (chunk + 1) * num_tiles // num_chunks
 
     group = tl.arange(0, PADDED_GROUP)
     dims = tl.arange(0, HEAD_DIM)
     there = group < GROUP
+    heads = kv_head * GROUP + group
+    offsets = row.to(tl.int64) * query_stride + heads[:, None] * HEAD_DIM + dims[None, :]
+    q = tl.load(query + offsets, mask=there[:, None], other=0.0)
+    table = block_tables + row * table_stride
     value_offset = NUM_KV_HEADS * BLOCK_SIZE
     block_rows = (block_stride // HEAD_DIM).to(tl.int32)
-    here = first
-    while here < end:
-        row_start = tl.load(tile_starts + row)
-        row_tiles = tl.load(tile_starts + row + 1) - row_start
-        context_len = tl.load(context_lens + row)
-        kv_head = (here - row_start * NUM_KV_HEADS) // row_tiles
-        low = (here - row_start * NUM_KV_HEADS) % row_tiles
-        high = tl.minimum(row_tiles, low + end - here)
-        heads = kv_head * GROUP + group
-        offsets = row.to(tl.int64) * query_stride + heads[:, None] * HEAD_DIM + dims[None, :]
-        q = tl.load(query + offsets, mask=there[:, None], other=0.0)
-        table = block_tables + row * table_stride
 
-        maximum = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
-        total = tl.zeros([PADDED_GROUP], tl.float32)
-        accumulator = tl.zeros([PADDED_GROUP, HEAD_DIM], tl.float32)
-        block = tl.load(table + low * TILE // BLOCK_SIZE)
-        for tile in tl.range(low, tl.minimum(high, context_len // TILE), num_stages=STAGES):
-            if USE_TMA:
-                place = block * block_rows + kv_head * BLOCK_SIZE + tile * TILE % BLOCK_SIZE
-                k = kv_rows.load([place, 0])
-                v = kv_rows.load([place + value_offset, 0])
-                # A turn before its tile, whose own loads then wait for nothing.
-                block = tl.load(table + tl.minimum(tile + 1, row_tiles - 1) * TILE // BLOCK_SIZE)
-            else:
-                cached = _places(table, tile, context_len, kv_head, block_stride, BLOCK_SIZE, HEAD_DIM, TILE)
-                k = tl.load(kv_cache + cached)
-                v = tl.load(kv_cache + cached + value_offset * HEAD_DIM)
-            maximum, total, accumulator = _attend_tile(q, k, v, maximum, total, accumulator, scale_log2)
-        if high * TILE > context_len:
-            # The last tile is not full. What lies beyond the context may be anything, infinite values included.
-            in_context = (high - 1) * TILE + tl.arange(0, TILE) < context_len
-            cached = _places(table, high - 1, context_len, kv_head, block_stride, BLOCK_SIZE, HEAD_DIM, TILE)
+    maximum = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
+    total = tl.zeros([PADDED_GROUP], tl.float32)
+    accumulator = tl.zeros([PADDED_GROUP, HEAD_DIM], tl.float32)
+    block = tl.load(table + low * TILE // BLOCK_SIZE)
+    for tile in tl.range(low, high, num_stages=STAGES):
+        in_context = tile * TILE + tl.arange(0, TILE) < context_len
+        if USE_TMA:
+            place = block * block_rows + kv_head * BLOCK_SIZE + tile * TILE % BLOCK_SIZE
+            k = kv_rows.load([place, 0])
+            v = kv_rows.load([place + value_offset, 0])
+            # A turn before its tile, whose own loads then wait for nothing.
+            block = tl.load(table + tl.minimum(tile + 1, num_tiles - 1) * TILE // BLOCK_SIZE)
+        else:
+            cached = _places(table, tile, context_len, kv_head, block_stride, BLOCK_SIZE, HEAD_DIM, TILE)
             k = tl.load(kv_cache + cached, mask=in_context[:, None], other=0.0)
             v = tl.load(kv_cache + cached + value_offset * HEAD_DIM, mask=in_context[:, None], other=0.0)
-            maximum, total, accumulator = _attend_tile(
-                q, k, v, maximum, total, accumulator, scale_log2, in_context[None, :]
-            )
+        maximum, total, accumulator = _attend_tile(
+            q, k, v, maximum, total, accumulator, scale_log2, in_context[None, :]
+        )
 
-        result = accumulator / total[:, None]
-        if (low == 0) & (high == row_tiles):
-            target = (row.to(tl.int64) * NUM_KV_HEADS * GROUP + heads)[:, None] * HEAD_DIM + dims[None, :]
-            tl.store(output + target, result.to(output.dtype.element_ty), mask=there[:, None])
-        else:
-            places = (2 * program + (here > first).to(tl.int32)) * GROUP + group
-            tl.store(partial + places[:, None] * HEAD_DIM + dims[None, :], result, mask=there[:, None])
-            tl.store(log_sums + places, maximum + tl.log2(total), mask=there)
-        here += high - low
-        if here >= (row_start + row_tiles) * NUM_KV_HEADS:
-            row += 1
+    result = accumulator / total[:, None]
+    head_places = (row.to(tl.int64) * NUM_KV_HEADS + kv_head) * GROUP + group
+    if num_chunks == 1:
+        target = head_places[:, None] * HEAD_DIM + dims[None, :]
+        tl.store(output + target, result.to(output.dtype.element_ty), mask=there[:, None])
+        return
+    places = program.to(tl.int64) * GROUP + group
+    tl.store(partial + places[:, None] * HEAD_DIM + dims[None, :], result, mask=there[:, None])
+    tl.store(log_sums + places, maximum + tl.log2(total), mask=there)
+    num_done = chunk_starts + num_requests + 1 + row * NUM_KV_HEADS + kv_head
+    tl.debug_barrier()  # all threads have stored before one of them says so
+    if tl.atomic_add(num_done, 1, sem="acq_rel") == num_chunks - 1:
+        tl.debug_barrier()
+        _combine(partial, log_sums, output, program - chunk, num_chunks, row * NUM_KV_HEADS + kv_head, GROUP, HEAD_DIM, COMBINED)
+        tl.store(num_done, 0)  # for the next layer
 
 
-@triton.jit(do_not_specialize=["num_requests"])
-def _combine_kernel(
+@triton.jit
+def _combine(
     partial,
     log_sums,
     output,
-    tile_starts,
-    num_requests,
-    num_programs,
-    NUM_KV_HEADS: tl.constexpr,
+    first_program,
+    num_chunks,
+    kv_head,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    PIECES: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
-    """One program weighs what several programs left of one head of one request by their share of the softmax."""
-    begin(OVERLAPS)
-    row = tl.program_id(0)
-    head = tl.program_id(1)
-    share = tl.cdiv(tl.load(tile_starts + num_requests) * NUM_KV_HEADS, num_programs)
-    row_start = tl.load(tile_starts + row)
-    row_tiles = tl.load(tile_starts + row + 1) - row_start
-    low = row_start * NUM_KV_HEADS + head // GROUP * row_tiles
-    first_program = low // share
-    last_program = (low + row_tiles - 1) // share
-    if first_program == last_program:
-        return
-
+    """Weighs a KV head's chunks by their share of the softmax, some at a time."""
+    group = tl.arange(0, triton.next_power_of_2(GROUP))
     dims = tl.arange(0, HEAD_DIM)
-    maximum = float("-inf")
-    total = 0.0
-    accumulator = tl.zeros([HEAD_DIM], tl.float32)
-    for some in range(first_program, last_program + 1, PIECES):
-        programs = some + tl.arange(0, PIECES)
-        there = programs <= last_program
-        # A program that began before this head left it second.
-        is_second = (programs == first_program) & (low > first_program * share)
-        places = (2 * programs + is_second.to(tl.int32)) * GROUP + head % GROUP
-        logs = tl.load(log_sums + places, mask=there, other=float("-inf"))
+    there = group < GROUP
+    maximum = tl.full([triton.next_power_of_2(GROUP)], float("-inf"), tl.float32)
+    total = tl.zeros([triton.next_power_of_2(GROUP)], tl.float32)
+    accumulator = tl.zeros([triton.next_power_of_2(GROUP), HEAD_DIM], tl.float32)
+    for some in range(0, num_chunks, CHUNKS):
+        chunks = some + tl.arange(0, CHUNKS)
+        is_chunk = (chunks < num_chunks)[:, None] & there[None, :]
+        places = (first_program + chunks).to(tl.int64)[:, None] * GROUP + group[None, :]
+        # Not through the L1 cache, which another SM's stores do not reach.
+        logs = tl.load(log_sums + places, mask=is_chunk, other=float("-inf"), cache_modifier=".cg")
+        logs = tl.where(there[None, :], logs, 0.0)
+        there_3d = is_chunk[:, :, None]
+        values = tl.load(
+            partial + places[:, :, None] * HEAD_DIM + dims[None, None, :], mask=there_3d, other=0.0, cache_modifier=".cg"
+        )
         new_maximum = tl.maximum(maximum, tl.max(logs, 0))
         correction = tl.exp2(maximum - new_maximum)
-        weights = tl.exp2(logs - new_maximum)
-        values = tl.load(partial + places[:, None] * HEAD_DIM + dims[None, :], mask=there[:, None], other=0.0)
+        weights = tl.exp2(logs - new_maximum[None, :])
         total = total * correction + tl.sum(weights, 0)
-        accumulator = accumulator * correction + tl.sum(values * weights[:, None], 0)
+        accumulator = accumulator * correction[:, None] + tl.sum(values * weights[:, :, None], 0)
         maximum = new_maximum
-    target = (row * tl.num_programs(1) + head).to(tl.int64) * HEAD_DIM + dims
-    tl.store(output + target, (accumulator / total).to(output.dtype.element_ty))
+    target = (kv_head.to(tl.int64) * GROUP + group)[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(output + target, (accumulator / total[:, None]).to(output.dtype.element_ty), mask=there[:, None])

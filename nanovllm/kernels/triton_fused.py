@@ -5,6 +5,8 @@ The caller makes the tensors' device the current one: Triton launches on the cur
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,9 @@ from nanovllm.kernels.triton_overlap import begin, overlap
 VOCAB_TILE = 4096
 ELEMENT_TILE = 1024
 VECTOR_TILE_ROWS = 4
+MOST_TILE_TOKENS = 64
+"""The longest tile of keys and values that attention reads."""
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -134,7 +139,10 @@ def norm_rotate_store(
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
-    """Norms and rotates query and key heads, stores keys and values in the pool, returns the query heads."""
+    """Norms and rotates query and key heads, stores keys and values in the pool, returns the query heads.
+
+    What follows a request's last value in its tile of the pool is set to 0, for the attention kernels to read.
+    """
     num_kv_heads, block_size, head_dim = kv_cache.shape[2:]
     num_tokens = qkv.shape[0]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
@@ -157,6 +165,7 @@ def norm_rotate_store(
         PADDED_KV_HEADS=triton.next_power_of_2(num_kv_heads),
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
+        KV_TILE=math.gcd(block_size, MOST_TILE_TOKENS),
         **overlap(qkv.device),
     )
     return query
@@ -175,7 +184,16 @@ def sample_tokens(
     places = torch.empty(num_rows, num_tiles, dtype=torch.int32, device=logits.device)
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     _best_of_tile_kernel[(num_rows, num_tiles)](
-        logits, temperatures, seeds, output_indices, best, places, vocab_size, TILE=VOCAB_TILE, **overlap(logits.device)
+        logits,
+        temperatures,
+        seeds,
+        output_indices,
+        best,
+        places,
+        vocab_size,
+        TILE=VOCAB_TILE,
+        IS_CUDA=logits.is_cuda,
+        **overlap(logits.device),
     )
     padded = triton.next_power_of_2(num_tiles)
     _best_of_tiles_kernel[(num_rows,)](
@@ -345,6 +363,7 @@ def _norm_rotate_store_kernel(
     PADDED_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    KV_TILE: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """One program for all heads of one token."""
@@ -373,7 +392,17 @@ def _norm_rotate_store_kernel(
     tl.store(place + HEAD_DIM // 2 + half, second, mask=kv_there)
     dims = tl.arange(0, HEAD_DIM)[None, :]
     values = tl.load(keys + NUM_KV_HEADS * HEAD_DIM + dims, mask=kv_there, other=0.0)
-    tl.store(place + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM + dims, values, mask=kv_there)
+    place += NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
+    tl.store(place + dims, values, mask=kv_there)
+
+    # The values that follow in the tile are zero until there are tokens: attention reads whole tiles. It is up to the
+    # last token of a request, unless an earlier step has come into the tile and done it.
+    previous = tl.load(slot_mapping + token - 1, mask=token > 0, other=-1)
+    following = tl.load(slot_mapping + token + 1, mask=token + 1 < tl.num_programs(0), other=-1)
+    if (following != slot + 1) & ((slot % KV_TILE == 0) | (previous == slot - 1)):
+        nothing = tl.zeros([PADDED_KV_HEADS, HEAD_DIM], kv_cache.dtype.element_ty)
+        for ahead in range(1, KV_TILE - (slot % KV_TILE).to(tl.int32)):
+            tl.store(place + ahead * HEAD_DIM + dims, nothing, mask=kv_there)
 
 
 @triton.jit
@@ -382,6 +411,15 @@ def _mix(x):
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
+
+
+@triton.jit
+def _log2(x, IS_CUDA: tl.constexpr):
+    """The GPU's own logarithm, of one instruction; Triton's takes twenty."""
+    if IS_CUDA:
+        return tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.log2(x)
 
 
 @triton.jit
@@ -394,6 +432,7 @@ def _best_of_tile_kernel(
     places,
     vocab_size,
     TILE: tl.constexpr,
+    IS_CUDA: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     begin(OVERLAPS)
@@ -410,14 +449,15 @@ def _best_of_tile_kernel(
         key = _mix(key + tl.load(output_indices + row).to(tl.uint32))
         bits = _mix(_mix((tokens.to(tl.uint32) * 0x9E3779B1) ^ key) ^ _mix(key ^ 0x85EBCA6B))
         uniform = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 1.0 - 5.9604644775390625e-08)
-        # log1p(-u) from log: exact where 1 - u rounds (Kahan); u itself where 1 - u rounds to 1.
-        rest = 1.0 - uniform
-        exponential = tl.where(rest == 1.0, uniform, -tl.log(rest) * uniform / tl.where(rest == 1.0, 1.0, 1.0 - rest))
-        scores = scores / temperature - tl.log(exponential)
+        # -log(1 - u): of small u by its series, as 1 - u rounds; those are the ones that win.
+        series = uniform * (1.0 + uniform * (0.5 + uniform * (0.33333333 + uniform * 0.25)))
+        exponential = tl.where(uniform < 0.015625, series, _log2(1.0 - uniform, IS_CUDA) * -LN_2)
+        scores = scores * (1.0 / temperature) - _log2(exponential, IS_CUDA) * LN_2
     scores = tl.where(there, scores, float("-inf"))
     num_tiles = tl.num_programs(1)
-    tl.store(best + row * num_tiles + tile, tl.max(scores, 0))
-    tl.store(places + row * num_tiles + tile, tile * TILE + tl.argmax(scores, 0))
+    score, place = tl.max(scores, 0, return_indices=True)
+    tl.store(best + row * num_tiles + tile, score)
+    tl.store(places + row * num_tiles + tile, tile * TILE + place)
 
 
 @triton.jit
