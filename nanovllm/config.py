@@ -26,7 +26,8 @@ class EngineConfig:
     Args:
         model: folder of a Hugging Face checkpoint.
         max_num_batched_tokens: most tokens of one prefill step.
-        prefill_chunk_tokens: most tokens of a prefill step on a device that also has requests to decode.
+        prefill_chunk_tokens: most tokens of a prefill step on a device that also decodes requests whose tokens are
+            awaited one by one (not those of `generate`).
         max_num_seqs: most requests that hold KV blocks at a time.
         max_model_len: most tokens of a request, prompt and output; None takes 4096, or what the model allows if less.
         gpu_memory_utilization: share of a GPU's memory that weights, workspace and KV pool may take together.

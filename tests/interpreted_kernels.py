@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernel_cases import DECODE, PREFILL, check_fused, make_case, relative_error
+from tests.kernel_cases import DECODE, PREFILL, check_fused, check_rows, make_case, relative_error
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/test_triton.py"
 from nanovllm.kernels import triton_attention  # noqa: E402 - only once the mode is known
@@ -61,3 +61,7 @@ def test_push_moves_exactly_the_listed_blocks(words):
 @pytest.mark.parametrize("size", [64, 600])
 def test_fused_kernels_equal_reference(dtype, size):
     check_fused(Backend(), device="cpu", dtype=dtype, size=size)
+
+
+def test_rows_of_a_decode_batch_equal_reference():
+    check_rows(Backend(), device="cpu")

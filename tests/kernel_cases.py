@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanovllm.kernels import AttentionBackend, AttentionMetadata, torch_reference
+from nanovllm.kernels import SLOT_NUMBERS, AttentionBackend, AttentionMetadata, SlotNumber, torch_reference
 
 # (query length, context length) of each request: decode, whole prompts, chunks behind a cached prefix, odd borders.
 DECODE = [(1, 1), (1, 15), (1, 16), (1, 17), (1, 700), (1, 63)]
@@ -144,3 +144,32 @@ def check_fused(backend: AttentionBackend, *, device: str, dtype: torch.dtype, s
     same = chosen == expected_tokens
     assert same[temperatures > 0].all()
     assert torch.equal(logits.gather(1, chosen[:1, None]), logits.gather(1, expected_tokens[:1, None]))
+
+
+def check_rows(backend: AttentionBackend, *, device: str) -> None:
+    """Several steps of a decode batch with spare rows, by `backend` and by the reference."""
+    reference, block_size, num_slots = torch_reference.Backend(), 16, 41
+    generator = torch.Generator().manual_seed(0)
+    slots = torch.cat((torch.randperm(num_slots - 1, generator=generator)[:20], torch.full((3,), num_slots - 1)))
+    numbers = torch.randint(3000, (SLOT_NUMBERS, num_slots), generator=generator)
+    numbers[SlotNumber.SEED] += 2**40
+    tables = torch.randint(10**6, (num_slots, 200), generator=generator, dtype=torch.int32)
+    slots, numbers, tables = slots.to(device), numbers.to(device), tables.to(device)
+    numbers[SlotNumber.POSITION, -1] = 0
+    temperatures = torch.rand(num_slots, generator=generator).to(device)
+    expected_numbers = numbers.clone()
+    for step in range(18):
+        row_numbers, *rows = backend.gather_rows(slots, numbers, temperatures, tables, block_size)
+        expected_row_numbers, *expected = reference.gather_rows(
+            slots, expected_numbers, temperatures, tables, block_size
+        )
+        in_use = torch.arange(200, device=device) < -(-expected[3][:, None] // block_size)
+        rows[1], expected[1] = rows[1][in_use], expected[1][in_use]
+        torch.testing.assert_close([row_numbers, *rows], [expected_row_numbers, *expected], atol=0, rtol=0)
+        tokens = torch.randint(10**6, (len(slots),), generator=generator).to(device)
+        tokens[-3:] = step
+        backend.advance_rows(slots, row_numbers, tokens, numbers, num_slots - 1)
+        reference.advance_rows(slots, row_numbers, tokens, expected_numbers, num_slots - 1)
+        # The spare row's index is its own.
+        assert torch.equal(numbers[:, :-1], expected_numbers[:, :-1])
+        assert numbers[SlotNumber.POSITION, -1] == 0

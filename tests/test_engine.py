@@ -164,9 +164,9 @@ def test_padded_steps_give_the_same_tokens(checkpoint, monkeypatch, most_buffere
     monkeypatch.setattr(model_runner, "MOST_BUFFERED_REQUESTS", most_buffered)
     prompts = tiny.random_prompts(8, seed=30) + tiny.random_prompts(4, seed=31, longest=40, shared=48)
     filtered = SamplingParams(temperature=0, max_tokens=20, min_tokens=1, top_k=5)
-    with LLM(path, device="cpu", max_num_batched_tokens=200, prefill_chunk_tokens=50, max_num_seqs=6) as llm:
+    with LLM(path, device="cpu", max_num_batched_tokens=50, max_num_seqs=6) as llm:
         runner = llm.decode_runner
-        runner._prefill_graphs = PaddedSteps(runner.run_prefill_core, token_buckets(200))
+        runner._prefill_graphs = PaddedSteps(runner.run_prefill_core, token_buckets(50))
         runner._decode_graphs = PaddedSteps(runner.run_decode_core, [2, 4, 6])
         answers = llm.generate(prompts, [GREEDY, GREEDY, filtered] * 4, use_tqdm=False)
         assert runner._prefill_graphs.num_replays > 0

@@ -57,6 +57,13 @@ def kernel_cases(capability: int):
         yield "_silu_and_mul_kernel", dtype, {"TILE": 1024}, {}
         yield "_best_of_tile_kernel", dtype, {"TILE": 4096, "IS_CUDA": True}, {}
     yield "_best_of_tiles_kernel", "float32", {"PADDED_TILES": 64}, {"num_warps": 1}
+    yield (
+        "_gather_rows_kernel",
+        "words",
+        {"NUM_NUMBERS": 4, "POSITION": 1, "BLOCK_SIZE": 64, "TILE": 128},
+        {"num_warps": 1},
+    )
+    yield "_advance_rows_kernel", "words", {"LAST_TOKEN": 0, "POSITION": 1, "OUTPUT_INDEX": 3, "TILE": 128}, {}
     yield "_push_kernel", "words", {"PIECE": 4096}, {"num_warps": 8}
 
 
@@ -73,10 +80,13 @@ INTEGER_POINTERS = {
     "query_starts": "*i32",
     "tile_starts": "*i32",
     "chunk_starts": "*i32",
+    "slots": "*i64",
+    "numbers": "*i64",
+    "row_numbers": "*i64",
 }
 COUNTS = {"num_inputs", "num_outputs", "num_pieces", "words", "size", "vocab_size", "num_tiles"}
-INTEGERS = {"num_requests", "num_sms"}
-FLOAT_POINTERS = {"partial", "log_sums", "cos", "sin", "best", "temperatures"}
+INTEGERS = {"num_requests", "num_sms", "num_rows", "num_slots", "max_blocks", "spare_slot"}
+FLOAT_POINTERS = {"partial", "log_sums", "cos", "sin", "best", "temperatures", "row_temperatures"}
 
 
 def argument_type(name: str, dtype: str) -> str:
@@ -96,9 +106,10 @@ def test_kernels_compile_without_a_gpu(capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from nanovllm.kernels import triton_attention, triton_fused, triton_transfer
+    from nanovllm.kernels import triton_attention, triton_fused, triton_rows, triton_transfer
 
-    kernels = {**vars(triton_attention), **vars(triton_fused), **vars(triton_transfer)}
+    modules = (triton_attention, triton_fused, triton_rows, triton_transfer)
+    kernels = {name: kernel for module in modules for name, kernel in vars(module).items()}
     for name, dtype, constants, options in kernel_cases(capability):
         kernel = kernels[name]
         signature = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -79,6 +80,11 @@ class DecodeBatch:
 
     def __len__(self) -> int:
         return len(self.seqs)
+
+    @cached_property
+    def token_lists(self) -> list[list[int]]:
+        """Each request's `token_ids`."""
+        return [seq.token_ids for seq in self.seqs]
 
     def row(self, place: int) -> DecodeRow:
         return DecodeRow(self.seqs[place], self.leases[place], int(self.positions[place]))

@@ -14,14 +14,12 @@ import torch
 
 from nanovllm.engine.decode_batch import DecodeRow, DecodeStep
 from nanovllm.engine.sequence import Lease
-from nanovllm.kernels import AttentionMetadata
+from nanovllm.kernels import SLOT_NUMBERS, AttentionBackend, AttentionMetadata, SlotNumber
 from nanovllm.layers.sampler import SamplingInputs
 from nanovllm.utils.device import Device
 
-NUM_SCALARS = 5
+NUM_SCALARS = 1 + SLOT_NUMBERS
 """Columns before the block table in an uploaded row: slot, then the slot's numbers."""
-LAST_TOKEN, POSITION, SEED, OUTPUT_INDEX = range(4)
-"""The numbers of a slot."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +28,17 @@ class DecodeInputs:
 
     slots: torch.Tensor
     numbers: torch.Tensor
-    """[4, B]: those of the slots."""
+    """[SLOT_NUMBERS, B]: those of the slots."""
     metadata: AttentionMetadata
     sampling: SamplingInputs
 
     @property
     def input_ids(self) -> torch.Tensor:
-        return self.numbers[LAST_TOKEN]
+        return self.numbers[SlotNumber.LAST_TOKEN]
 
     @property
     def positions(self) -> torch.Tensor:
-        return self.numbers[POSITION]
+        return self.numbers[SlotNumber.POSITION]
 
 
 class DecodeRows:
@@ -50,18 +48,23 @@ class DecodeRows:
     """
 
     def __init__(
-        self, device: Device, max_num_rows: int, max_model_len: int, block_size: int, spare_block: int
+        self,
+        device: Device,
+        backend: AttentionBackend,
+        max_num_rows: int,
+        max_model_len: int,
+        block_size: int,
+        spare_block: int,
     ) -> None:
         self.device = device
+        self.backend = backend
         self.block_size = block_size
         self.max_model_len = max_model_len
         self.max_num_rows = max_num_rows
         self.spare_slot = max_num_rows
         num_slots, where = max_num_rows + 1, device.torch_device
         max_blocks = -(-max_model_len // block_size)
-        # In one tensor, and so in one kernel: a step is short.
-        self._numbers = torch.zeros(4, num_slots, dtype=torch.int64, device=where)
-        self._advances = device.tensor(np.array([[0], [1], [0], [1]], dtype=np.int64))
+        self._numbers = torch.zeros(SLOT_NUMBERS, num_slots, dtype=torch.int64, device=where)
         self._temperatures = torch.zeros(num_slots, dtype=torch.float32, device=where)
         self._block_tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=where)
         self._block_tables[self.spare_slot] = spare_block
@@ -98,32 +101,27 @@ class DecodeRows:
     def gather(self, size: int) -> DecodeInputs:
         """The inputs of the next step; runs on the device alone, so that it can be captured."""
         slots = self._order[:size]
-        numbers = self._numbers.index_select(1, slots)
-        positions = numbers[POSITION]
-        tables = self._block_tables.index_select(0, slots)
-        places = positions // self.block_size
-        blocks = tables.gather(1, places.unsqueeze(1)).squeeze(1)
+        numbers, temperatures, tables, slot_mapping, context_lens = self.backend.gather_rows(
+            slots, self._numbers, self._temperatures, self._block_tables, self.block_size
+        )
         metadata = AttentionMetadata(
-            slot_mapping=torch.add(positions, blocks - places, alpha=self.block_size),
+            slot_mapping=slot_mapping,
             block_tables=tables,
-            context_lens=(positions + 1).int(),
+            context_lens=context_lens,
             query_starts=self._query_starts[: size + 1],
             max_query_len=1,
             max_context_len=self.max_model_len,
         )
-        sampling = SamplingInputs(self._temperatures.index_select(0, slots), numbers[SEED], numbers[OUTPUT_INDEX])
+        sampling = SamplingInputs(temperatures, numbers[SlotNumber.SEED], numbers[SlotNumber.OUTPUT_INDEX])
         return DecodeInputs(slots, numbers, metadata, sampling)
 
     def advance(self, inputs: DecodeInputs, token_ids: torch.Tensor) -> None:
         """The sampled tokens are what the next step is fed; on the device alone."""
-        numbers = inputs.numbers + self._advances
-        numbers[LAST_TOKEN] = token_ids
-        self._numbers.index_copy_(1, inputs.slots, numbers)
-        self._numbers[POSITION, self.spare_slot :].zero_()
+        self.backend.advance_rows(inputs.slots, inputs.numbers, token_ids, self._numbers, self.spare_slot)
 
     def correct(self, token_ids: torch.Tensor) -> None:
         """The first rows of the batch have sampled these, [N] int64, instead of what `advance` was told."""
-        self._numbers[LAST_TOKEN].index_copy_(0, self._order[: len(token_ids)], token_ids)
+        self._numbers[SlotNumber.LAST_TOKEN].index_copy_(0, self._order[: len(token_ids)], token_ids)
 
     def _send_rows(self, joined: list[DecodeRow]) -> None:
         """Gives each a slot and fills it."""

@@ -7,10 +7,14 @@ import math
 import os
 import time
 import traceback
+from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from itertools import compress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.builder import build_engine
@@ -354,22 +358,17 @@ class LLMEngine:
         self.counters.decode_steps += 1
         self.counters.decode_tokens += len(step.batch) - len(step.ended_leases)
         self.scheduler.decode_done(step)
-        token_ids = sampled.token_ids
-        rows = zip(
-            step.batch.seqs,
-            step.batch.leases,
-            token_ids.tolist(),
-            step.notable(token_ids, self.scheduler.decode_pool.block_size).tolist(),
-            strict=True,
-        )
-        # For every token of every request: what this loop does not call costs no time.
-        for place, (seq, lease, token_id, is_notable) in enumerate(rows):
-            if seq.lease is not lease:
-                continue
-            if is_notable:
-                self._append(seq, token_id, sampled.logprobs_of(place))
-            else:
-                seq.token_ids.append(token_id)
+        batch, token_ids = step.batch, sampled.token_ids.tolist()
+        is_notable = step.notable(sampled.token_ids, self.scheduler.decode_pool.block_size)
+        counts = np.ones(len(batch), dtype=bool)
+        if step.ended_leases:
+            counts[:] = [seq.lease is lease for seq, lease in zip(batch.seqs, batch.leases, strict=True)]
+        # For every token of every request: no Python.
+        is_plain = (counts & ~is_notable).tolist()
+        appended = map(list.append, compress(batch.token_lists, is_plain), compress(token_ids, is_plain))
+        deque(appended, maxlen=0)
+        for place in (counts & is_notable).nonzero()[0].tolist():
+            self._append(batch.seqs[place], token_ids[place], sampled.logprobs_of(place))
 
     # Handoffs
 

@@ -321,7 +321,8 @@ class ModelRunner:
     def _make_decode_rows(self) -> DecodeRows:
         # A decoding request has a block to itself, the one it writes to.
         most_rows = min(self.spec.max_num_seqs, self.num_kv_blocks)
-        return DecodeRows(self.device, most_rows, self.spec.max_model_len, self.block_size, self.num_kv_blocks)
+        backend = self.spec.attention.backend
+        return DecodeRows(self.device, backend, most_rows, self.spec.max_model_len, self.block_size, self.num_kv_blocks)
 
     @property
     def _uses_graphs(self) -> bool:
@@ -491,10 +492,7 @@ def _host_memory_bytes() -> int:
 
 def _to_host(sampled: SampledTokens, device: Device) -> SampledTokens:
     def copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None or not device.is_cuda:
-            return tensor
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return host.copy_(tensor, non_blocking=True)
+        return tensor if tensor is None or not device.is_cuda else tensor.to("cpu", non_blocking=True)  # pinned
 
     token_ids = copy(sampled.token_ids)
     assert token_ids is not None, "a step that samples has tokens"

@@ -158,14 +158,18 @@ class Scheduler:
         have outgrown the prefill pool. None if there is nothing to run, or no lease to be had.
         """
         pool = self.prefill_pool if pool is None else pool
+        candidates = self._prefill_candidates(pool)
+        seq = next(candidates, None)
+        if seq is None:
+            return None
         budget = self._prefill_budget(pool)
         chunks: list[PrefillChunk] = []
-        candidates = self._prefill_candidates(pool)
-        while budget > 0 and (seq := next(candidates, None)) is not None:
+        while seq is not None:
             chunk = self._next_chunk(seq, budget)
             budget -= chunk.end - chunk.start
             chunks.append(chunk)
-        return PrefillStep(chunks) if chunks else None
+            seq = next(candidates, None) if budget > 0 else None
+        return PrefillStep(chunks)
 
     def prefill_done(self, chunk: PrefillChunk) -> bool:
         """The chunk has run: its full blocks are shareable where it ran.
@@ -312,10 +316,11 @@ class Scheduler:
         if pool is not self.decode_pool:
             return self.limits.max_num_batched_tokens
         chunk_tokens = min(self.limits.prefill_chunk_tokens, self.limits.max_num_batched_tokens)
-        decoding = itertools.chain((row.lease for row in self._joining), self._batch.leases)
-        is_decoding = any(not lease.ended for lease in decoding)
+        joining = ((row.seq, row.lease) for row in self._joining)
+        decoding = itertools.chain(joining, zip(self._batch.seqs, self._batch.leases, strict=True))
+        is_awaited = any(seq.is_streamed and not lease.ended for seq, lease in decoding)
         # A device of its own for decode has workspace for chunks of this size only.
-        return chunk_tokens if is_decoding or pool is not self.prefill_pool else self.limits.max_num_batched_tokens
+        return chunk_tokens if is_awaited or pool is not self.prefill_pool else self.limits.max_num_batched_tokens
 
     def _prefill_candidates(self, pool: BlockManager) -> Iterator[Sequence]:
         """Requests with tokens left to prefill, oldest lease first, then those of the queue that get a lease."""

@@ -8,11 +8,24 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Protocol
 
 import torch
 
 from nanovllm.errors import BackendUnavailableError
+
+
+class SlotNumber(IntEnum):
+    """What the device keeps of a decoding request, in rows of a [SLOT_NUMBERS, num_slots] int64 tensor."""
+
+    LAST_TOKEN = 0
+    POSITION = 1
+    SEED = 2
+    OUTPUT_INDEX = 3
+
+
+SLOT_NUMBERS = len(SlotNumber)
 
 
 @dataclass(frozen=True)
@@ -126,6 +139,42 @@ class AttentionBackend(Protocol):
         The largest of the logits where the temperature ([B] float32) is 0, else the largest of logits / temperature
         plus `torch_reference.gumbel_noise` of the row's seed and output index ([B] int64 each), which draws from
         their softmax.
+        """
+
+    def gather_rows(
+        self,
+        slots: torch.Tensor,
+        numbers: torch.Tensor,
+        temperatures: torch.Tensor,
+        block_tables: torch.Tensor,
+        block_size: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The rows of a decode step, gathered from the slots of its requests.
+
+        Args:
+            slots: [B] int64.
+            numbers: [SLOT_NUMBERS, num_slots] int64.
+            temperatures: [num_slots] float32.
+            block_tables: [num_slots, max_blocks] int32.
+            block_size: tokens of a block.
+
+        Returns:
+            Numbers [SLOT_NUMBERS, B], temperatures [B] and block tables [B, max_blocks] of the slots (what lies beyond
+            the context may be anything), slot mapping [B] int64 and context lengths [B] int32, as in
+            `AttentionMetadata`.
+        """
+
+    def advance_rows(
+        self,
+        slots: torch.Tensor,
+        row_numbers: torch.Tensor,
+        token_ids: torch.Tensor,
+        numbers: torch.Tensor,
+        spare_slot: int,
+    ) -> None:
+        """Makes `numbers` what the next step is fed: the sampled [B] int64 tokens, a place further.
+
+        The spare slot, which may be there several times, stays at its first place.
         """
 
 

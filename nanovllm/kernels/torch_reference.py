@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from nanovllm.kernels import AttentionMetadata, BackendRequirements
+from nanovllm.kernels import AttentionMetadata, BackendRequirements, SlotNumber
 
 DEFAULT_BLOCK_SIZE = 16
 
@@ -93,6 +93,33 @@ class Backend:
         # The division must not make NaN of a greedy row, whose result is not used.
         noisy = logits / torch.where(greedy, 1.0, temperatures.unsqueeze(1)) + noise
         return torch.where(greedy, logits, noisy).argmax(dim=-1)
+
+    def gather_rows(
+        self,
+        slots: torch.Tensor,
+        numbers: torch.Tensor,
+        temperatures: torch.Tensor,
+        block_tables: torch.Tensor,
+        block_size: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        row_numbers, tables = numbers[:, slots], block_tables[slots]
+        positions = row_numbers[SlotNumber.POSITION]
+        blocks = tables.gather(1, (positions // block_size).unsqueeze(1)).squeeze(1)
+        slot_mapping = blocks.long() * block_size + positions % block_size
+        return row_numbers, temperatures[slots], tables, slot_mapping, (positions + 1).int()
+
+    def advance_rows(
+        self,
+        slots: torch.Tensor,
+        row_numbers: torch.Tensor,
+        token_ids: torch.Tensor,
+        numbers: torch.Tensor,
+        spare_slot: int,
+    ) -> None:
+        numbers[SlotNumber.LAST_TOKEN, slots] = token_ids
+        numbers[SlotNumber.POSITION, slots] = row_numbers[SlotNumber.POSITION] + 1
+        numbers[SlotNumber.OUTPUT_INDEX, slots] = row_numbers[SlotNumber.OUTPUT_INDEX] + 1
+        numbers[SlotNumber.POSITION, spare_slot] = 0
 
 
 def store_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanovllm.kernels import AttentionMetadata, BackendRequirements, triton_fused
+from nanovllm.kernels import AttentionMetadata, BackendRequirements, triton_fused, triton_rows
 from nanovllm.kernels.triton_overlap import begin, overlap
 
 DEFAULT_BLOCK_SIZE = 64
@@ -57,6 +57,8 @@ class Backend:
     add_rms_norm = staticmethod(triton_fused.add_rms_norm)
     silu_and_mul = staticmethod(triton_fused.silu_and_mul)
     sample_tokens = staticmethod(triton_fused.sample_tokens)
+    gather_rows = staticmethod(triton_rows.gather_rows)
+    advance_rows = staticmethod(triton_rows.advance_rows)
 
     def plan(self, metadata: AttentionMetadata, num_kv_heads: int) -> torch.Tensor:
         if metadata.is_decode:
@@ -462,7 +464,17 @@ def _decode_kernel(
     tl.debug_barrier()  # all threads have stored before one of them says so
     if tl.atomic_add(num_done, 1, sem="acq_rel") == num_chunks - 1:
         tl.debug_barrier()
-        _combine(partial, log_sums, output, program - chunk, num_chunks, row * NUM_KV_HEADS + kv_head, GROUP, HEAD_DIM, COMBINED)
+        _combine(
+            partial,
+            log_sums,
+            output,
+            program - chunk,
+            num_chunks,
+            row * NUM_KV_HEADS + kv_head,
+            GROUP,
+            HEAD_DIM,
+            COMBINED,
+        )
         tl.store(num_done, 0)  # for the next layer
 
 
@@ -494,7 +506,10 @@ def _combine(
         logs = tl.where(there[None, :], logs, 0.0)
         there_3d = is_chunk[:, :, None]
         values = tl.load(
-            partial + places[:, :, None] * HEAD_DIM + dims[None, None, :], mask=there_3d, other=0.0, cache_modifier=".cg"
+            partial + places[:, :, None] * HEAD_DIM + dims[None, None, :],
+            mask=there_3d,
+            other=0.0,
+            cache_modifier=".cg",
         )
         new_maximum = tl.maximum(maximum, tl.max(logs, 0))
         correction = tl.exp2(maximum - new_maximum)

@@ -328,17 +328,15 @@ def _silu_and_mul_kernel(gate_up, output, size, TILE: tl.constexpr, OVERLAPS: tl
 
 
 @triton.jit
-def _norm_rotate(source, weight, cos, sin, eps, there, HEAD_DIM: tl.constexpr):
-    """Both halves of [heads, HEAD_DIM] at `source`, normed and rotated, in the source's type."""
+def _norm_rotate(first, second, weight, cos, sin, eps, HEAD_DIM: tl.constexpr):
+    """Both halves of [heads, HEAD_DIM], normed and rotated, in their own type."""
     half = tl.arange(0, HEAD_DIM // 2)[None, :]
-    first = tl.load(source + half, mask=there, other=0.0)
-    second = tl.load(source + HEAD_DIM // 2 + half, mask=there, other=0.0)
     wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
     squares = tl.sum(wide_first * wide_first, 1) + tl.sum(wide_second * wide_second, 1)
     scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
-    first = (wide_first * scale).to(first.dtype) * tl.load(weight + half)
-    second = (wide_second * scale).to(second.dtype) * tl.load(weight + HEAD_DIM // 2 + half)
-    wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
+    normed_first = (wide_first * scale).to(first.dtype) * tl.load(weight + half)
+    normed_second = (wide_second * scale).to(second.dtype) * tl.load(weight + HEAD_DIM // 2 + half)
+    wide_first, wide_second = normed_first.to(tl.float32), normed_second.to(tl.float32)
     rotated_first = wide_first * cos - wide_second * sin
     rotated_second = wide_second * cos + wide_first * sin
     return rotated_first.to(first.dtype), rotated_second.to(second.dtype)
@@ -370,35 +368,40 @@ def _norm_rotate_store_kernel(
     begin(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     half = tl.arange(0, HEAD_DIM // 2)[None, :]
-    position = tl.load(positions + token)
-    cos_row = tl.load(cos + position * (HEAD_DIM // 2) + half)
-    sin_row = tl.load(sin + position * (HEAD_DIM // 2) + half)
-    row = qkv + token * (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
-
+    dims = tl.arange(0, HEAD_DIM)[None, :]
     heads = tl.arange(0, PADDED_HEADS)[:, None]
     there = heads < NUM_HEADS
-    first, second = _norm_rotate(row + heads * HEAD_DIM, query_weight, cos_row, sin_row, eps, there, HEAD_DIM)
+    kv_heads = tl.arange(0, PADDED_KV_HEADS)[:, None]
+    kv_there = kv_heads < NUM_KV_HEADS
+    # All loads before all stores: what waits for memory waits once.
+    position = tl.load(positions + token)
+    slot = tl.load(slot_mapping + token)
+    previous = tl.load(slot_mapping + token - 1, mask=token > 0, other=-1)
+    following = tl.load(slot_mapping + token + 1, mask=token + 1 < tl.num_programs(0), other=-1)
+    row = qkv + token * (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
+    queries = row + heads * HEAD_DIM + half
+    keys = row + (NUM_HEADS + kv_heads) * HEAD_DIM
+    query_first = tl.load(queries, mask=there, other=0.0)
+    query_second = tl.load(queries + HEAD_DIM // 2, mask=there, other=0.0)
+    key_first = tl.load(keys + half, mask=kv_there, other=0.0)
+    key_second = tl.load(keys + HEAD_DIM // 2 + half, mask=kv_there, other=0.0)
+    values = tl.load(keys + NUM_KV_HEADS * HEAD_DIM + dims, mask=kv_there, other=0.0)
+    cos_row = tl.load(cos + position * (HEAD_DIM // 2) + half)
+    sin_row = tl.load(sin + position * (HEAD_DIM // 2) + half)
+
+    first, second = _norm_rotate(query_first, query_second, query_weight, cos_row, sin_row, eps, HEAD_DIM)
     target = query + (token * NUM_HEADS + heads) * HEAD_DIM
     tl.store(target + half, first, mask=there)
     tl.store(target + HEAD_DIM // 2 + half, second, mask=there)
-
-    kv_heads = tl.arange(0, PADDED_KV_HEADS)[:, None]
-    kv_there = kv_heads < NUM_KV_HEADS
-    keys = row + (NUM_HEADS + kv_heads) * HEAD_DIM
-    first, second = _norm_rotate(keys, key_weight, cos_row, sin_row, eps, kv_there, HEAD_DIM)
-    slot = tl.load(slot_mapping + token)
+    first, second = _norm_rotate(key_first, key_second, key_weight, cos_row, sin_row, eps, HEAD_DIM)
     place = kv_cache + (slot // BLOCK_SIZE) * block_stride + (kv_heads * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM
     tl.store(place + half, first, mask=kv_there)
     tl.store(place + HEAD_DIM // 2 + half, second, mask=kv_there)
-    dims = tl.arange(0, HEAD_DIM)[None, :]
-    values = tl.load(keys + NUM_KV_HEADS * HEAD_DIM + dims, mask=kv_there, other=0.0)
     place += NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
     tl.store(place + dims, values, mask=kv_there)
 
     # The values that follow in the tile are zero until there are tokens: attention reads whole tiles. It is up to the
     # last token of a request, unless an earlier step has come into the tile and done it.
-    previous = tl.load(slot_mapping + token - 1, mask=token > 0, other=-1)
-    following = tl.load(slot_mapping + token + 1, mask=token + 1 < tl.num_programs(0), other=-1)
     if (following != slot + 1) & ((slot % KV_TILE == 0) | (previous == slot - 1)):
         nothing = tl.zeros([PADDED_KV_HEADS, HEAD_DIM], kv_cache.dtype.element_ty)
         for ahead in range(1, KV_TILE - (slot % KV_TILE).to(tl.int32)):
@@ -417,9 +420,10 @@ def _mix(x):
 def _log2(x, IS_CUDA: tl.constexpr):
     """The GPU's own logarithm, of one instruction; Triton's takes twenty."""
     if IS_CUDA:
-        return tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        x = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
-        return tl.log2(x)
+        x = tl.log2(x)
+    return x
 
 
 @triton.jit

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from tests.kernel_cases import DECODE, PREFILL, check_fused, make_case, relative_error
+from tests.kernel_cases import DECODE, PREFILL, check_fused, check_rows, make_case, relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -32,6 +34,27 @@ def test_fused_kernels_equal_reference(dtype, size):
     from nanovllm.kernels.triton_attention import Backend
 
     check_fused(Backend(), device="cuda", dtype=dtype, size=size)
+
+
+def test_rows_of_a_decode_batch_equal_reference():
+    from nanovllm.kernels.triton_attention import Backend
+
+    check_rows(Backend(), device="cuda")
+
+
+@pytest.mark.parametrize("num_sms", [1, 8, 48, 1000])
+def test_decode_spread_over_any_number_of_sms(num_sms):
+    """Twice from the same plan, as every layer does."""
+    from nanovllm.kernels.triton_attention import Backend
+
+    backend = Backend()
+    spans = [(1, length) for length in (20_000, 1, 33, 32, 31, 700, 5, 96, *range(100, 3000, 70))]
+    shape = {"num_heads": 14, "num_kv_heads": 2, "head_dim": 128, "block_size": 64}
+    case = make_case(spans, device="cuda", dtype=torch.bfloat16, **shape)
+    metadata = replace(case.metadata, num_sms=num_sms)
+    case = replace(case, metadata=replace(metadata, plan=backend.plan(metadata, 2)))
+    for _ in range(2):
+        assert relative_error(backend, case) < TOLERANCE[torch.bfloat16]
 
 
 def test_block_offsets_beyond_two_to_the_31_elements():
