@@ -58,7 +58,9 @@ def main() -> None:
     # Token k of an answer is decoded from a context of prompt + k - 1 tokens; the first comes from prefill.
     contexts = sum(len(prompt) + k for prompt, p in zip(prompts, params, strict=True) for k in range(1, p.max_tokens))
     weight_bytes = spec.model_config.num_parameters * spec.dtype.itemsize
-    prefill_flops = 2 * spec.model_config.num_parameters * sum(map(len, prompts))
+    head = spec.model_config.vocab_size * spec.model_config.hidden_size
+    in_layers = spec.model_config.num_parameters - head
+    prefill_flops = 2 * (in_layers * sum(map(len, prompts)) + head * len(prompts))
     roofline_s = (contexts * kv_bytes_per_token + steps * weight_bytes) / bandwidth + prefill_flops / rate
     throughput = num_output_tokens / seconds
     print(f"model shape            {args.model_shape}, {args.num_requests} requests")

@@ -17,10 +17,10 @@ from nanovllm.models.qwen3 import Qwen3Config
 
 def prefill_flops(config: Qwen3Config, prompt_len: int) -> float:
     """Floating-point operations of one prompt's prefill."""
-    embedding = config.vocab_size * config.hidden_size
-    in_layers = config.num_parameters - embedding * (1 if config.tie_word_embeddings else 2)
+    head = config.vocab_size * config.hidden_size
+    in_layers = config.num_parameters - head
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * prompt_len**2 / 2
-    return 2 * in_layers * prompt_len + 2 * embedding + attention
+    return 2 * in_layers * prompt_len + 2 * head + attention
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ def kernel_cases(capability: int):
                 common = {"HEAD_DIM": head_dim, "USE_TMA": use_tma}
                 tiles = {"TILE_N": 16 if wide else 64, "STAGES": 1 if wide else 3}
                 yield "_prefill_kernel", dtype, {**PREFILL, **tiles, **common}, {"num_warps": 8 if wide else 4}
-                stages = {"STAGES": 2 if wide else 3, "COMBINED": 4}
+                stages = {"STAGES": 2 if wide else 3, "COMBINED": 4, "IS_PLANNED": True}
                 yield "_decode_kernel", dtype, {**DECODE, **stages, **common}, {"num_warps": 4 if wide else 1}
             yield "_norm_rotate_store_kernel", dtype, {**STORE, "HEAD_DIM": head_dim}, {}
     chunks = {"CHUNK_TILES": 32, "PROGRAMS_PER_SM": 2, "MOST_PROGRAMS_PER_SM": 16, "PADDED_REQUESTS": 512}

@@ -185,6 +185,7 @@ def _decode(
         USE_TMA=use_tma,
         STAGES=2 if is_wide else DECODE_STAGES,
         COMBINED=COMBINED_CHUNKS,
+        IS_PLANNED=metadata.plan is not None,
         num_warps=4 if is_wide else 1,
         **overlap(query.device),
     )
@@ -279,12 +280,13 @@ def _places(
 @triton.jit
 def _attend_tile(q, k, v, maximum, total, accumulator, scale_log2, visible=None):
     """One tile more of an online softmax, base 2; `visible` says which keys a query attends to, all if it is None."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if visible is not None:
         scores = tl.where(visible, scores, float("-inf"))
+    # Maxima are kept unscaled: scaling and subtracting is then one instruction for each score.
     new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-    correction = tl.exp2(maximum - new_maximum)
-    p = tl.exp2(scores - new_maximum[:, None])
+    correction = tl.exp2((maximum - new_maximum) * scale_log2)
+    p = tl.exp2(scores * scale_log2 - (new_maximum * scale_log2)[:, None])
     total = total * correction + tl.sum(p, 1)
     accumulator = accumulator * correction[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
     return new_maximum, total, accumulator
@@ -405,10 +407,12 @@ def _decode_kernel(
     USE_TMA: tl.constexpr,
     STAGES: tl.constexpr,
     COMBINED: tl.constexpr,
+    IS_PLANNED: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """One program computes a chunk of one KV head's context, the output itself where this is all of the context."""
-    begin(OVERLAPS)
+    if not IS_PLANNED:
+        begin(OVERLAPS)
     program = tl.program_id(0)
     if program >= tl.load(chunk_starts + num_requests) * NUM_KV_HEADS:
         return
@@ -426,15 +430,17 @@ def _decode_kernel(
     there = group < GROUP
     heads = kv_head * GROUP + group
     offsets = row.to(tl.int64) * query_stride + heads[:, None] * HEAD_DIM + dims[None, :]
-    q = tl.load(query + offsets, mask=there[:, None], other=0.0)
     table = block_tables + row * table_stride
     value_offset = NUM_KV_HEADS * BLOCK_SIZE
     block_rows = (block_stride // HEAD_DIM).to(tl.int32)
+    block = tl.load(table + low * TILE // BLOCK_SIZE)
+    if IS_PLANNED:  # at the beginning of the step: only now is something needed of the kernel before
+        begin(OVERLAPS)
+    q = tl.load(query + offsets, mask=there[:, None], other=0.0)
 
     maximum = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
     total = tl.zeros([PADDED_GROUP], tl.float32)
     accumulator = tl.zeros([PADDED_GROUP, HEAD_DIM], tl.float32)
-    block = tl.load(table + low * TILE // BLOCK_SIZE)
     for tile in tl.range(low, high, num_stages=STAGES):
         in_context = tile * TILE + tl.arange(0, TILE) < context_len
         if USE_TMA:
@@ -459,7 +465,7 @@ def _decode_kernel(
         return
     places = program.to(tl.int64) * GROUP + group
     tl.store(partial + places[:, None] * HEAD_DIM + dims[None, :], result, mask=there[:, None])
-    tl.store(log_sums + places, maximum + tl.log2(total), mask=there)
+    tl.store(log_sums + places, maximum * scale_log2 + tl.log2(total), mask=there)
     num_done = chunk_starts + num_requests + 1 + row * NUM_KV_HEADS + kv_head
     tl.debug_barrier()  # all threads have stored before one of them says so
     if tl.atomic_add(num_done, 1, sem="acq_rel") == num_chunks - 1:

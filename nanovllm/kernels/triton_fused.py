@@ -365,7 +365,6 @@ def _norm_rotate_store_kernel(
     OVERLAPS: tl.constexpr,
 ):
     """One program for all heads of one token."""
-    begin(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     half = tl.arange(0, HEAD_DIM // 2)[None, :]
     dims = tl.arange(0, HEAD_DIM)[None, :]
@@ -373,11 +372,15 @@ def _norm_rotate_store_kernel(
     there = heads < NUM_HEADS
     kv_heads = tl.arange(0, PADDED_KV_HEADS)[:, None]
     kv_there = kv_heads < NUM_KV_HEADS
-    # All loads before all stores: what waits for memory waits once.
     position = tl.load(positions + token)
     slot = tl.load(slot_mapping + token)
     previous = tl.load(slot_mapping + token - 1, mask=token > 0, other=-1)
     following = tl.load(slot_mapping + token + 1, mask=token + 1 < tl.num_programs(0), other=-1)
+    cos_row = tl.load(cos + position * (HEAD_DIM // 2) + half)
+    sin_row = tl.load(sin + position * (HEAD_DIM // 2) + half)
+    begin(OVERLAPS)
+
+    # All loads before all stores: what waits for memory waits once.
     row = qkv + token * (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
     queries = row + heads * HEAD_DIM + half
     keys = row + (NUM_HEADS + kv_heads) * HEAD_DIM
@@ -386,8 +389,6 @@ def _norm_rotate_store_kernel(
     key_first = tl.load(keys + half, mask=kv_there, other=0.0)
     key_second = tl.load(keys + HEAD_DIM // 2 + half, mask=kv_there, other=0.0)
     values = tl.load(keys + NUM_KV_HEADS * HEAD_DIM + dims, mask=kv_there, other=0.0)
-    cos_row = tl.load(cos + position * (HEAD_DIM // 2) + half)
-    sin_row = tl.load(sin + position * (HEAD_DIM // 2) + half)
 
     first, second = _norm_rotate(query_first, query_second, query_weight, cos_row, sin_row, eps, HEAD_DIM)
     target = query + (token * NUM_HEADS + heads) * HEAD_DIM

@@ -1,7 +1,8 @@
 """Lets a kernel start while the one before it on its stream ends (programmatic dependent launch, sm_90 on).
 
-Such a kernel calls `begin` before it reads what another kernel wrote, and before it writes at all; what it loads
-before are constants. Every kernel launched this way calls it, so that each has all before it to build on.
+Such a kernel calls `begin` before it reads what the kernel before it wrote, and before it writes at all. When it
+starts, the kernel before it has got past `begin` itself, so all kernels before that one have ended: what those wrote,
+a step's positions and block tables for example, it may read at once.
 """
 
 from __future__ import annotations
