@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nanovllm.errors import ModelLoadError, RequestError, shown
 from nanovllm.utils.loader import read_json
@@ -23,12 +23,23 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = _tokenizer_class(folder).from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # transformers raises many types, all of which mean the same here
         raise ModelLoadError(f"the tokenizer of {folder} cannot be loaded: {error}") from error
     if not tokenizer.is_fast:
         raise ModelLoadError(f"{folder} has no tokenizer.json; save its tokenizer with transformers' save_pretrained")
     return tokenizer
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    if (folder / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast
+    # It knows how to make one of older files, but importing it takes as long as importing torch.
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def end_of_sequence_ids(
