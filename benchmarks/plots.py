@@ -66,17 +66,20 @@ def draw_decode_latency() -> None:
 
 
 def draw_online() -> None:
-    for result in results("online_load"):
-        figure, axes = plt.subplots(figsize=(6, 3.2))
-        for name in ("ttft_ms", "itl_ms"):
-            quantiles = result[name]
-            axes.plot(list(quantiles), list(quantiles.values()), "o-", label=name[:-3].upper())
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6))
+    loads = results("online_load")
+    for result in loads:
+        label = f"{result['mode']}, {result['model_shape']}, {result['workload']}, {result['rate']:g}/s"
+        label += f", chunks of {result['prefill_chunk_tokens']}"
+        for axes, name in zip(panels, ("ttft_ms", "itl_ms"), strict=True):
+            axes.plot(list(result[name]), list(result[name].values()), "o-", label=label)
+    for axes, title in zip(panels, ("TTFT", "ITL"), strict=True):
         axes.set(yscale="log", ylabel="ms")
-        title = f"{result['mode']}, {result['model_shape']}, {result['workload']}, {result['rate']:g} requests/s"
-        axes.set_title(f"{title}\n{where(result)}", fontsize=9)
-        axes.legend()
+        axes.set_title(title, fontsize=9)
         axes.grid(alpha=0.3, which="both")
-        save(figure, f"online_{result['mode']}_{result['model_shape']}_{result['workload']}_{result['rate']:g}.png")
+    panels[0].legend(fontsize=7)
+    figure.suptitle("; ".join(sorted({where(result) for result in loads})), fontsize=8)
+    save(figure, "online_load.png")
 
 
 if __name__ == "__main__":
