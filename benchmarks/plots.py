@@ -66,20 +66,43 @@ def draw_decode_latency() -> None:
 
 
 def draw_online() -> None:
+    """TTFT and ITL of single loads; of loads at several rates, ITL and goodput against the rate, a line per mode."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6))
-    loads = results("online_load")
-    for result in loads:
-        label = f"{result['mode']}, {result['model_shape']}, {result['workload']}, {result['rate']:g}/s"
+    sweeps: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for result in results("online_load"):
+        if len(result["loads"]) > 1:
+            sweeps.setdefault((result["model_shape"], result["workload"]), []).append(result)
+            continue
+        (load,) = result["loads"]
+        label = f"{result['mode']}, {result['model_shape']}, {result['workload']}, {load['rate']:g}/s"
         label += f", chunks of {result['prefill_chunk_tokens']}"
         for axes, name in zip(panels, ("ttft_ms", "itl_ms"), strict=True):
-            axes.plot(list(result[name]), list(result[name].values()), "o-", label=label)
+            axes.plot(list(load[name]), list(load[name].values()), "o-", label=label)
     for axes, title in zip(panels, ("TTFT", "ITL"), strict=True):
         axes.set(yscale="log", ylabel="ms")
         axes.set_title(title, fontsize=9)
         axes.grid(alpha=0.3, which="both")
     panels[0].legend(fontsize=7)
-    figure.suptitle("; ".join(sorted({where(result) for result in loads})), fontsize=8)
+    figure.suptitle("; ".join(sorted({where(result) for result in results("online_load")})), fontsize=8)
     save(figure, "online_load.png")
+    for (shape, workload), sweep in sweeps.items():
+        draw_sweep(shape, workload, sweep)
+
+
+def draw_sweep(shape: str, workload: str, sweep: list[dict[str, Any]]) -> None:
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6))
+    for result in sweep:
+        rates = [load["rate"] for load in result["loads"]]
+        panels[0].plot(rates, [load["goodput_per_s"] for load in result["loads"]], "o-", label=result["mode"])
+        panels[1].plot(rates, [load["itl_ms"]["p99"] for load in result["loads"]], "o-", label=result["mode"])
+    limits = f"TTFT {sweep[0]['ttft_limit_ms']:g} ms, ITL {sweep[0]['itl_limit_ms']:g} ms"
+    panels[0].set(xlabel="requests per second", ylabel=f"good requests per second\n({limits})")
+    panels[1].set(xlabel="requests per second", ylabel="ITL p99, ms", yscale="log")
+    for axes in panels:
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+    figure.suptitle(f"{shape}, {workload}\n{'; '.join(sorted({where(result) for result in sweep}))}", fontsize=9)
+    save(figure, f"online_{shape}_{workload}.png")
 
 
 if __name__ == "__main__":

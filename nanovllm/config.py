@@ -27,12 +27,12 @@ class EngineConfig:
         model: folder of a Hugging Face checkpoint.
         max_num_batched_tokens: most tokens of one prefill step.
         prefill_chunk_tokens: most tokens of a prefill step on a device that also decodes requests whose tokens are
-            awaited one by one (not those of `generate`).
+            looked at one by one: all but those of `generate` and `chat` without stop strings.
         max_num_seqs: most requests that hold KV blocks at a time.
         max_model_len: most tokens of a request, prompt and output; None takes 4096, or what the model allows if less.
         gpu_memory_utilization: share of a GPU's memory that weights, workspace and KV pool may take together.
         tensor_parallel_size: only 1 in this version.
-        enforce_eager: run decode steps without CUDA graphs.
+        enforce_eager: run without CUDA graphs.
         kvcache_block_size: tokens in a KV block, a multiple of 16; None takes the attention backend's best.
         num_kvcache_blocks: blocks of the KV pool, on each device; None measures what fits on a GPU; on a CPU it
             makes a pool of 512 MiB, or of one request of `max_model_len` tokens if that is more.

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernel_cases import DECODE, PREFILL, check_fused, check_rows, make_case, relative_error
+from tests.kernel_cases import DECODE, PREFILL, check_fused, check_rows, check_steps, make_case, relative_error
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/test_triton.py"
 from nanovllm.kernels import triton_attention  # noqa: E402 - only once the mode is known
@@ -37,7 +37,7 @@ def test_attention_equals_reference(has_tma, spans, dtype, num_heads, num_kv_hea
 
 @pytest.mark.parametrize("num_sms", [1, 2, 9, 40])
 def test_decode_spread_over_any_number_of_sms(monkeypatch, num_sms):
-    """From one program that computes several heads to several programs for each head."""
+    """From a program for each head to several, whose chunks the last of them combines."""
     monkeypatch.setattr(triton_attention, "_has_tma", lambda device: True)
     spans = [(1, length) for length in (64, 1, 33, 32, 31, 700, 5, 96)]
     shape = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "block_size": 32}
@@ -65,3 +65,9 @@ def test_fused_kernels_equal_reference(dtype, size):
 
 def test_rows_of_a_decode_batch_equal_reference():
     check_rows(Backend(), device="cpu")
+
+
+@pytest.mark.parametrize("block_size", [32, 48, 96])
+def test_what_steps_leave_in_unused_places_reaches_no_answer(monkeypatch, block_size):
+    monkeypatch.setattr(triton_attention, "_has_tma", lambda device: True)
+    check_steps(Backend(), device="cpu", dtype=torch.float16, block_size=block_size, seed=block_size)

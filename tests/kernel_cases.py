@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass
 
 import torch
@@ -173,3 +174,73 @@ def check_rows(backend: AttentionBackend, *, device: str) -> None:
         # The spare row's index is its own.
         assert torch.equal(numbers[:, :-1], expected_numbers[:, :-1])
         assert numbers[SlotNumber.POSITION, -1] == 0
+
+
+def check_steps(backend: AttentionBackend, *, device: str, dtype: torch.dtype, block_size: int, seed: int) -> None:
+    """Chunks of prompts and decode steps in random order, padded as in graphs, in a pool that begins as NaN.
+
+    What a step leaves behind in a block's unused places must not reach the answers of later ones.
+    """
+    reference, rng = torch_reference.Backend(), random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    num_heads, num_kv_heads, head_dim, num_blocks = 4, 2, 64, 20
+    shape = (num_blocks + 1, 2, num_kv_heads, block_size, head_dim)
+    pool, expected_pool = (torch.full(shape, float("nan"), dtype=dtype, device=device) for _ in range(2))
+    weights = (torch.ones(head_dim, dtype=dtype, device=device),) * 2
+    angles = torch.rand(num_blocks * block_size, head_dim // 2, generator=generator).to(device)
+    free = rng.sample(range(num_blocks), num_blocks)
+    running: list[dict] = []
+    for _ in range(10):
+        if len(running) == 3 and rng.random() < 0.3:
+            free += running.pop(rng.randrange(3))["table"]
+        while len(running) < 3 and len(free) > 6:
+            length = rng.choice([1, block_size - 1, block_size, block_size + 1, rng.randint(1, 2 * block_size)])
+            running.append({"prompt_len": length, "num_stored": 0, "table": []})
+        prefilling = [request for request in running if request["num_stored"] < request["prompt_len"]]
+        is_decode = len(prefilling) < len(running) and (not prefilling or rng.random() < 0.6)
+        if is_decode:
+            spans = [(request, 1) for request in running if request not in prefilling]
+        else:
+            most = rng.choice([1, 3, 40, 64, 150])
+            spans = [(r, min(most, r["prompt_len"] - r["num_stored"])) for r in prefilling]
+        slots, positions, tables, contexts, ends = [], [], [], [], [0]
+        for request, count in spans:
+            start, end = request["num_stored"], request["num_stored"] + count
+            while len(request["table"]) * block_size < end:
+                request["table"].append(free.pop())
+            places = range(start, end)
+            slots += [request["table"][place // block_size] * block_size + place % block_size for place in places]
+            positions += places
+            request["num_stored"] = end
+            tables.append(request["table"])
+            contexts.append(end)
+            ends.append(ends[-1] + count)
+        num_tokens, num_spare = len(slots), rng.choice([0, 2, 5])
+        if is_decode:
+            slots += [num_blocks * block_size] * num_spare
+            ends += [num_tokens + row for row in range(1, num_spare + 1)]
+        else:
+            slots += [(num_blocks + 1) * block_size - 1] * num_spare
+            ends += [num_tokens] * num_spare
+        positions += [0] * num_spare
+        contexts += [1 if is_decode else 0] * num_spare
+        tables += [[num_blocks]] * num_spare
+        block_tables = torch.zeros(len(tables), max(map(len, tables)), dtype=torch.int32)
+        for row, table in enumerate(tables):
+            block_tables[row, : len(table)] = torch.tensor(table)
+        metadata = AttentionMetadata(
+            slot_mapping=torch.tensor(slots, device=device),
+            block_tables=block_tables.to(device),
+            context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
+            query_starts=torch.tensor(ends, dtype=torch.int32, device=device),
+            max_query_len=1 if is_decode else max(len(slots), 2),
+            max_context_len=max(contexts),
+        )
+        qkv = torch.randn(len(slots), (num_heads + 2 * num_kv_heads) * head_dim, generator=generator).to(device, dtype)
+        qkv[num_tokens:] = 1e4
+        arguments = (qkv, *weights, 1e-6, torch.tensor(positions, device=device), angles.cos(), angles.sin())
+        query = backend.norm_rotate_store(*arguments, pool, metadata.slot_mapping)
+        expected_query = reference.norm_rotate_store(*arguments, expected_pool, metadata.slot_mapping)
+        output = backend.attend(query, pool, metadata, 0.125)[:num_tokens].float()
+        expected = reference.attend(expected_query.float(), expected_pool.float(), metadata, 0.125)[:num_tokens]
+        assert (output - expected).norm() < 1e-2 * expected.norm(), "reads what is not the request's"

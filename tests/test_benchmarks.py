@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm import SamplingParams
+from nanovllm import RequestOutput, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -43,7 +43,7 @@ def test_latencies_count_from_the_moment_a_request_was_due(online_load):
     quick = online_load.Request(1.0, [1, 2], params, token_times_s=[1.5, 1.7, 2.5])
     late = online_load.Request(2.0, [1], params, token_times_s=[6.0])
     failed = online_load.Request(4.0, [1], params, error=ValueError("injected"))
-    summary = online_load.summarize([quick, late, failed])
+    summary = online_load.summarize([quick, late, failed], ttft_limit_s=0.6, itl_limit_s=0.9)
     assert (summary["num_requests"], summary["num_failed"]) == (3, 1)
     assert (summary["input_tokens"], summary["output_tokens"], summary["seconds"]) == (4, 4, 6.0)
     assert summary["ttft_ms"]["max"] == 4000.0
@@ -51,16 +51,72 @@ def test_latencies_count_from_the_moment_a_request_was_due(online_load):
     assert summary["tpot_ms"]["p50"] == pytest.approx(500.0)
     # Requests were due until 4.0; three tokens came between 0.4 and then.
     assert summary["saturated_tokens_per_s"] == pytest.approx(3 / 3.6)
+    assert summary["goodput_per_s"] == pytest.approx(1 / 6.0)
+    assert not quick.is_good(0.6, 0.7)
+    assert not quick.is_good(0.4, 0.9)
+    assert not failed.is_good(100.0, 100.0)
 
 
-def test_it_runs_on_a_cpu_and_ends_with_a_line_of_json():
+def test_a_trace_is_cut_and_ordered(online_load, tmp_path):
+    rows = [(9_000, 5, 3), (4_000, 50, 100), (4_500, 7, 2), (90_000, 1, 1)]
+    lines = [json.dumps({"timestamp": t, "input_length": i, "output_length": o, "hash_ids": []}) for t, i, o in rows]
+    (tmp_path / "trace.jsonl").write_text("\n".join(lines) + "\n")
+    load = online_load.read_trace(str(tmp_path / "trace.jsonl"), 10.0, vocab_size=99, longest=60, seed=0)
+    assert [(r.due_s, len(r.prompt), r.params.max_tokens) for r in load] == [(0.0, 30, 30), (0.5, 7, 2), (5.0, 5, 3)]
+
+
+@pytest.mark.parametrize("mode", ["single", "pd", "dp2"])
+def test_it_runs_on_a_cpu_and_ends_with_a_line_of_json(mode):
     command = [
         *(sys.executable, str(BENCHMARKS / "online_load.py"), "--model", str(DEMO_MODEL_PATH), "--device", "cpu"),
-        *("--rate", "4", "--duration", "2", "--max-model-len", "128"),
+        *("--mode", mode, "--rate", "4", "6", "--duration", "2", "--max-model-len", "128"),
     ]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     result = json.loads(run.stdout.splitlines()[-1])
-    assert result["num_failed"] == 0
-    assert result["output_tokens"] > 0
+    assert [load["rate"] for load in result["loads"]] == [4, 6]
+    for load in result["loads"]:
+        assert load["num_failed"] == 0
+        assert load["output_tokens"] > 0
+        assert len(load["busy_share"]) == (1 if mode == "single" else 2)
+        assert all(0 < share < 1 for share in load["busy_share"].values())
+        assert (load["handoff"].get("bytes", 0) > 0) == (mode == "pd")
     assert "TTFT" in run.stdout
+
+
+@pytest.fixture
+def soak(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import soak
+
+    return soak
+
+
+def test_the_soak_complains_of_what_was_not_planned(soak):
+    def complaints(finish_reason, plan, error=None):
+        output = RequestOutput(7, [], "", finished=True, finish_reason=finish_reason, error=error)
+        return soak._complaints(output, soak._outcome(output), plan)
+
+    assert not complaints("stop", soak.Plan())
+    assert not complaints("abort", soak.Plan(is_aborted=True))
+    assert not complaints("error", soak.Plan(), soak.InjectedError())
+    assert "nobody aborted it" in complaints("abort", soak.Plan())[0]
+    assert "was not injected" in complaints("error", soak.Plan(), RuntimeError("a real one"))[0]
+    assert "before its second fault" in complaints("error", soak.Plan(step_faults=1), soak.InjectedError())[0]
+
+
+@pytest.mark.parametrize("mode", ["single", "pd"])
+def test_a_short_soak_on_a_cpu_loses_nothing(mode):
+    command = [
+        *(sys.executable, str(BENCHMARKS / "soak.py"), "--model", str(DEMO_MODEL_PATH), "--device", "cpu"),
+        *("--mode", mode, "--num-requests", "150", "--concurrency", "16", "--max-model-len", "256"),
+        *("--num-kvcache-blocks", "50", "--fault-share", "0.1"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert result["requests"] == result["answered"] + result["aborted"] + result["failed"] == 150
+    assert result["failed"] > 0
+    assert result["aborted"] > 0
+    assert result["preemptions"] > result["faults"] / 2

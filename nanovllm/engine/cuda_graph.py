@@ -61,15 +61,15 @@ class StepGraphs:
                 self._outputs[size] = step(size)
             self._graphs[size] = graph
         torch.cuda.synchronize()
-        self.bytes = free_before - torch.cuda.mem_get_info()[0]
+        taken_mib = (free_before - torch.cuda.mem_get_info()[0]) / 2**20
         seconds = time.perf_counter() - started
-        logger.info("%d %s graphs, %.0f MiB, captured in %.1f s", len(sizes), what, self.bytes / 2**20, seconds)
+        logger.info("%d %s graphs, %.0f MiB, captured in %.1f s", len(sizes), what, taken_mib, seconds)
 
     def size_for(self, size: int) -> int:
         """The smallest bucket that holds `size`."""
         return self.sizes[bisect.bisect_left(self.sizes, size)]
 
     def replay(self, size: int) -> StepOutput:
-        """Runs the step of a captured size; the result is overwritten by the next replay of that size."""
+        """Runs the step of a captured size; the result is overwritten by the next replay from the same memory."""
         self._graphs[size].replay()
         return self._outputs[size]

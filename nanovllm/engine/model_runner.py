@@ -126,7 +126,7 @@ class ModelRunner:
         with self._on(self.stream):
             self.model = self._load_model(weights_of)
             self.num_kv_blocks = self._num_kv_blocks()
-            # One block more than there are to give out: padded rows of a decode batch write to it.
+            # One block more than there are to give out: what pads a step is written to it.
             self.kv_pool = self._make_pool(self.num_kv_blocks + 1)
             self.prefill_buffers = self._make_prefill_buffers(max_step_tokens)
             self.decode_rows = self._make_decode_rows() if is_decode_runner else None
@@ -175,7 +175,9 @@ class ModelRunner:
             size = self._prefill_graphs.size_for(step.num_tokens)
             self.prefill_buffers.update(step, size)
             output = self._prefill_graphs.replay(size)
-        return self._sampled(output, last, step.is_plain) if output is not None and last else None
+        if output is None or not last:
+            return None
+        return SampledTokens(output.sampled.token_ids[: len(last)]) if step.is_plain else self._resampled(output, last)
 
     def _launch_decode(self, step: DecodeStep) -> SampledTokens:
         assert self.decode_rows is not None, f"{self.device} was made for prefill, it cannot run a decode step"
@@ -187,18 +189,16 @@ class ModelRunner:
             output = self._decode_graphs.replay(self._decode_graphs.size_for(num_rows))
         if step.is_plain:  # without a list of its rows
             return SampledTokens(output.sampled.token_ids[:num_rows])
-        sampled = self._sampled(output, [(row.seq, row.output_index) for row in step.rows], is_plain=False)
+        sampled = self._resampled(output, [(row.seq, row.output_index) for row in step.rows])
         self.decode_rows.correct(sampled.token_ids)
         return sampled
 
-    def _sampled(self, output: StepOutput, rows: SequenceOf[tuple[Sequence, int]], is_plain: bool) -> SampledTokens:
-        """What the step sampled for each request and index of its output token.
+    def _resampled(self, output: StepOutput, rows: SequenceOf[tuple[Sequence, int]]) -> SampledTokens:
+        """A token for each request, with its index in the request's output, from a step's logits and all parameters.
 
-        Steps sample by temperature, seed and index. Where some request filters, wants log-probabilities or may not stop
-        yet, the step's logits are sampled again with what the host knows.
+        Steps sample by temperature, seed and index; where some request filters, wants log-probabilities or may not stop
+        yet, only the host knows how.
         """
-        if is_plain:
-            return SampledTokens(output.sampled.token_ids[: len(rows)])
         parameters = sampling_inputs(rows, self.spec.model_config.vocab_size, self.device)
         return sample(output.logits[: len(rows)], parameters, self.spec.attention.backend)
 
@@ -392,11 +392,11 @@ class ModelRunner:
             remedy = "lower num_kvcache_blocks, kvcache_block_size or max_model_len"
             one_request = -(-self.spec.max_model_len // self.block_size)
             default = max(CPU_POOL_BYTES // self.spec.block_bytes, one_request)
-        num_blocks = self.spec.num_kvcache_blocks or default
-        needed = max(num_blocks, 1) * self.spec.block_bytes
+        num_blocks = max(self.spec.num_kvcache_blocks or default, 1)
+        needed = (num_blocks + 1) * self.spec.block_bytes
         if needed > available:
             raise OutOfKVCacheError(
-                f"a KV pool of {max(num_blocks, 1)} blocks takes {needed / GIB:.2f} GiB, but {where} leaves "
+                f"a KV pool of {num_blocks} blocks and a spare one takes {needed / GIB:.2f} GiB, but {where} leaves "
                 f"{max(available, 0) / GIB:.2f} GiB for it; {remedy}"
             )
         logger.info(

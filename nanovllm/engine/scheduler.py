@@ -7,7 +7,6 @@ handed off and decoded. On one device the two pools are one object, and the bloc
 from __future__ import annotations
 
 import bisect
-import itertools
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -316,9 +315,7 @@ class Scheduler:
         if pool is not self.decode_pool:
             return self.limits.max_num_batched_tokens
         chunk_tokens = min(self.limits.prefill_chunk_tokens, self.limits.max_num_batched_tokens)
-        joining = ((row.seq, row.lease) for row in self._joining)
-        decoding = itertools.chain(joining, zip(self._batch.seqs, self._batch.leases, strict=True))
-        is_awaited = any(seq.is_streamed and not lease.ended for seq, lease in decoding)
+        is_awaited = any(seq.is_streamed and seq.status is SequenceStatus.DECODING for seq in self._running)
         # A device of its own for decode has workspace for chunks of this size only.
         return chunk_tokens if is_awaited or pool is not self.prefill_pool else self.limits.max_num_batched_tokens
 

@@ -64,7 +64,7 @@ class Sequence:
     stop_token_ids: frozenset[int] = frozenset()
     """All tokens that end this request: its own and, unless ignored, the checkpoint's."""
     is_streamed: bool = True
-    """Whether someone wants its tokens as they come, and not only at its end."""
+    """Whether its tokens are looked at as they come, not only at its end: someone wants them, or they may stop it."""
 
     status: SequenceStatus = SequenceStatus.WAITING
     token_ids: list[int] = field(init=False)

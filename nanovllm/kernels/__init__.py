@@ -40,7 +40,8 @@ class AttentionMetadata:
         query_starts: [B + 1] int32, where each request's tokens begin in T.
         max_query_len: most tokens that one request has in this step.
         max_context_len: the largest of `context_lens`, or a bound of it.
-        plan: what the backend's `plan` says of the step, None to have it asked for by each layer.
+        plan: what the backend's `plan` says of the step, None to have it asked for by each layer. It is made from the
+            other attributes as they are, and by kernels before the one that `attend` follows: not right before it.
         num_sms: how many SMs to spread decode attention over, None for all of the GPU.
     """
 
@@ -68,7 +69,7 @@ class AttentionBackend(Protocol):
 
     name: str
     is_capturable: bool
-    """Whether decode runs in a CUDA graph: no value is read back to the host."""
+    """Whether steps run in a CUDA graph: no value is read back to the host."""
 
     def norm_rotate_store(
         self,

@@ -32,7 +32,7 @@ MOST_PROGRAMS_PER_SM = 16
 """With longer ones it makes this many: SMs that are done early find something left to do."""
 COMBINED_CHUNKS = 4
 PREFILL_TILE_M = 64
-PREFILL_TILE_N = 64
+PREFILL_TILE_N = triton_fused.MOST_TILE_TOKENS
 PREFILL_STAGES = 3
 
 
@@ -82,8 +82,9 @@ def _share_out(
 ) -> torch.Tensor:
     """[B + 1] int32: pieces of work before each request, and of all.
 
-    A piece is a tile of a prompt, or, if `num_kv_heads` is given, a chunk of a KV head's context. `lengths` are starts
-    if `ends` are given.
+    A piece is a tile of a prompt, or, if `num_kv_heads` is given, a chunk of a KV head's context; then there follow
+    B * num_kv_heads zeros, in which `attend` counts the chunks that are done, and which it leaves 0. `lengths` are
+    starts if `ends` are given.
     """
     num_requests = len(lengths) if ends is None else len(ends)
     num_counters = num_requests * (num_kv_heads or 0)
@@ -153,7 +154,7 @@ def _decode(
     num_requests, num_heads, head_dim = query.shape
     num_kv_heads, block_size = kv_cache.shape[2:4]
     group = num_heads // num_kv_heads
-    # Every request but has a chunk more than its share of them all.
+    # The chunks of an even share, and for each head of each request one that is shorter.
     num_programs = MOST_PROGRAMS_PER_SM * (metadata.num_sms or _num_sms(query.device)) + num_requests * num_kv_heads
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     partial = torch.empty(num_programs, group, head_dim, dtype=torch.float32, device=query.device)

@@ -18,7 +18,7 @@ VOCAB_TILE = 4096
 ELEMENT_TILE = 1024
 VECTOR_TILE_ROWS = 4
 MOST_TILE_TOKENS = 64
-"""The longest tile of keys and values that attention reads."""
+"""Attention reads keys and values in tiles of this many tokens, or of a fraction of them."""
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -176,7 +176,7 @@ def sample_tokens(
 ) -> torch.Tensor:
     """One token for each row of [B, vocab_size]: the largest logit, or of logits / temperature + Gumbel noise.
 
-    The random numbers are those of `nanovllm.layers.sampler.gumbel_noise`.
+    The random numbers are those of `nanovllm.kernels.torch_reference.gumbel_noise`.
     """
     num_rows, vocab_size = logits.shape
     num_tiles = triton.cdiv(vocab_size, VOCAB_TILE)
@@ -411,7 +411,7 @@ def _norm_rotate_store_kernel(
 
 @triton.jit
 def _mix(x):
-    """The hash of `nanovllm.layers.sampler`, on unsigned 32-bit integers."""
+    """The hash of `nanovllm.kernels.torch_reference`, on unsigned 32-bit integers."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -458,7 +458,8 @@ def _best_of_tile_kernel(
         series = uniform * (1.0 + uniform * (0.5 + uniform * (0.33333333 + uniform * 0.25)))
         exponential = tl.where(uniform < 0.015625, series, _log2(1.0 - uniform, IS_CUDA) * -LN_2)
         scores = scores * (1.0 / temperature) - _log2(exponential, IS_CUDA) * LN_2
-    scores = tl.where(there, scores, float("-inf"))
+    # A NaN would make the place anything, one beyond the vocabulary included.
+    scores = tl.where(there & (scores == scores), scores, float("-inf"))
     num_tiles = tl.num_programs(1)
     score, place = tl.max(scores, 0, return_indices=True)
     tl.store(best + row * num_tiles + tile, score)

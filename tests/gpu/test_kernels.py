@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernel_cases import DECODE, PREFILL, check_fused, check_rows, make_case, relative_error
+from tests.kernel_cases import DECODE, PREFILL, check_fused, check_rows, check_steps, make_case, relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -40,6 +40,25 @@ def test_rows_of_a_decode_batch_equal_reference():
     from nanovllm.kernels.triton_attention import Backend
 
     check_rows(Backend(), device="cuda")
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 96])
+def test_what_steps_leave_in_unused_places_reaches_no_answer(block_size):
+    from nanovllm.kernels.triton_attention import Backend
+
+    for seed in range(10):
+        check_steps(Backend(), device="cuda", dtype=torch.bfloat16, block_size=block_size, seed=seed)
+
+
+def test_sampling_from_nan_gives_a_token_of_the_vocabulary():
+    from nanovllm.kernels.triton_attention import Backend
+
+    logits = torch.full((3, 151_936), float("nan"), device="cuda")
+    logits[1, 5] = 1.0
+    zeros = torch.zeros(3, dtype=torch.int64, device="cuda")
+    for temperature in (0.0, 0.7):
+        tokens = Backend().sample_tokens(logits, torch.full((3,), temperature, device="cuda"), zeros, zeros)
+        assert tokens.tolist() == [0, 5, 0]
 
 
 @pytest.mark.parametrize("num_sms", [1, 8, 48, 1000])
