@@ -120,3 +120,16 @@ def test_a_short_soak_on_a_cpu_loses_nothing(mode):
     assert result["failed"] > 0
     assert result["aborted"] > 0
     assert result["preemptions"] > result["faults"] / 2
+
+
+def test_the_cost_of_handoffs_on_two_logical_devices():
+    command = [
+        *(sys.executable, str(BENCHMARKS / "handoff.py"), "--model", str(DEMO_MODEL_PATH), "--device", "cpu"),
+        *("--prompt-lens", "20", "60", "--max-num-batched-tokens", "32", "--blocks", "1", "4"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert [(row["method"], row["blocks"]) for row in result["copies"]] == [("copy", 1), ("copy", 4)]
+    assert [(row["prompt_len"], row["sends"]) for row in result["exposure"]] == [(20, 1), (60, 2)]
+    assert all(row["exposed_s"] > 0 for row in result["exposure"])

@@ -1,0 +1,159 @@
+"""What handing KV over costs: bandwidth and host time by number of blocks and method, and the time a request waits.
+
+The first table moves random blocks between the two pools, by each method that the devices allow. The second serves
+single prompts with `max_tokens=2` and shows how long after the end of the last prefill chunk the KV was there: the
+exposed handoff, by the events that end the step and the copies (on GPUs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from common import SHAPES, model_options, report
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.model_runner import COPY_METHODS, ModelRunner
+from nanovllm.engine.scheduler import BlockPair, PrefillStep, Step
+from nanovllm.utils.device import Event, peer_access
+
+
+def methods_of(llm: LLM) -> list[str]:
+    source, target = llm.prefill_runner.device, llm.decode_runner.device
+    if not source.is_cuda:
+        return ["copy"]
+    return [method for method in COPY_METHODS if method != "push" or peer_access(source, target)]
+
+
+def time_copy(source: ModelRunner, target: ModelRunner, pairs: Sequence[BlockPair], method: str) -> tuple[float, float]:
+    """Seconds until the blocks have arrived, and of the host until it goes on: medians of seven."""
+    totals, hosts = [], []
+    for _ in range(7):
+        source.synchronize()
+        target.synchronize()
+        started = time.perf_counter()
+        arrived = source.sync_kv_cache_to(target, pairs, method=method)
+        hosts.append(time.perf_counter() - started)
+        arrived.synchronize()
+        totals.append(time.perf_counter() - started)
+    return sorted(totals)[3], sorted(hosts)[3]
+
+
+def measure_copies(llm: LLM, sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """Blocks at random places, by method and number."""
+    source, target, rng = llm.prefill_runner, llm.decode_runner, random.Random(0)
+    rows = []
+    print(f"{'method':<8}{'blocks':>8}{'MiB':>10}{'us':>10}{'GB/s':>8}{'host us':>9}")
+    for method in methods_of(llm):
+        for size in sizes:
+            if size > min(source.num_kv_blocks, target.num_kv_blocks):
+                continue
+            blocks, goals = (rng.sample(range(runner.num_kv_blocks), size) for runner in (source, target))
+            seconds, host_s = time_copy(source, target, list(zip(blocks, goals, strict=True)), method)
+            moved = size * source.spec.block_bytes
+            row = {"method": method, "blocks": size, "bytes": moved, "seconds": seconds, "host_s": host_s}
+            rows.append(row)
+            print(
+                f"{method:<8}{size:8}{moved / 2**20:10.1f}{seconds * 1e6:10.0f}{moved / seconds / 1e9:8.1f}"
+                f"{host_s * 1e6:9.0f}"
+            )
+    return rows
+
+
+class ExposureMeter:
+    """Notes when a prompt's last prefill step ended and when its last block had arrived, on the devices' clocks."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._source = llm.prefill_runner
+        self._launch, self._send = self._source.launch, llm.kv_transfer.send
+        self._source.launch = self._timed_launch  # type: ignore[method-assign]
+        llm.kv_transfer.send = self._timed_send  # type: ignore[method-assign]
+        self.reset()
+
+    def reset(self) -> None:
+        self._step_ends: list[Any] = []
+        self._arrivals: list[Any] = []
+        self.host_s: list[float] = []
+
+    def exposed_s(self) -> float:
+        """From the end of the last step to the arrival of the last block; waits for both."""
+        if not self._source.device.is_cuda:
+            return float(self._arrivals[-1] - self._step_ends[-1])
+        self._arrivals[-1].synchronize()
+        return float(self._step_ends[-1].elapsed_time(self._arrivals[-1])) / 1e3
+
+    def _timed_launch(self, step: Step) -> Any:
+        handle = self._launch(step)
+        if isinstance(step, PrefillStep):
+            self._step_ends.append(self._moment(self._source.stream))
+        return handle
+
+    def _timed_send(self, pairs: Sequence[BlockPair], after: Event) -> Any:
+        started = time.perf_counter()
+        handle = self._send(pairs, after)
+        self.host_s.append(time.perf_counter() - started)
+        self._arrivals.append(self._moment(self._source.copy_stream))
+        return handle
+
+    def _moment(self, stream: torch.cuda.Stream | None) -> Any:
+        if stream is None:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        return event
+
+
+def measure_exposure(llm: LLM, prompt_lens: Sequence[int]) -> list[dict[str, Any]]:
+    """Prompts one by one, each length five times; medians."""
+    meter, rng = ExposureMeter(llm), random.Random(1)
+    vocab_size = llm.decode_runner.spec.model_config.vocab_size
+    rows = []
+    print(f"{'prompt':<8}{'exposed us':>12}{'sends':>7}{'host us per send':>18}")
+    for prompt_len in prompt_lens:
+        exposed, host_s, num_sends = [], [], 0
+        for _ in range(5):
+            meter.reset()
+            prompt = [rng.randrange(vocab_size) for _ in range(prompt_len)]
+            llm.generate([prompt], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
+            exposed.append(meter.exposed_s())
+            host_s += meter.host_s
+            num_sends = len(meter.host_s)
+        row = {"prompt_len": prompt_len, "exposed_s": sorted(exposed)[2], "sends": num_sends}
+        rows.append({**row, "host_s_per_send": sorted(host_s)[len(host_s) // 2]})
+        print(f"{prompt_len:<8}{row['exposed_s'] * 1e6:12.0f}{num_sends:7}{rows[-1]['host_s_per_send'] * 1e6:18.0f}")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-shape", choices=SHAPES, default="qwen3-8b", help="random weights of this shape")
+    parser.add_argument("--model", help="folder of a checkpoint to serve instead of random weights")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 4, 16, 64, 128, 512])
+    parser.add_argument("--prompt-lens", type=int, nargs="+", default=[512, 2048, 8192])
+    parser.add_argument("--max-num-batched-tokens", type=int, default=2048, help="of a prefill step")
+    parser.add_argument("--kv-handoff", default="auto", help="of the served prompts")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", help="file for the JSON line")
+    args = parser.parse_args()
+    with LLM(
+        **model_options(args.model, args.model_shape),
+        device=args.device,
+        enable_two_gpu_pd=True,
+        kv_handoff=args.kv_handoff,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_model_len=max(args.prompt_lens) + 8,
+        enable_prefix_caching=False,
+    ) as llm:
+        copies = measure_copies(llm, args.blocks)
+        print(f"served with kv_handoff={llm.kv_transfer.name}")
+        exposure = measure_exposure(llm, args.prompt_lens)
+        result = {"model_shape": args.model_shape, "method": llm.kv_transfer.name}
+    report("handoff", {**result, "copies": copies, "exposure": exposure}, args.output)
+
+
+if __name__ == "__main__":
+    main()
