@@ -92,9 +92,9 @@ class ExposureMeter:
             self._step_ends.append(self._moment(self._source.stream))
         return handle
 
-    def _timed_send(self, pairs: Sequence[BlockPair], after: Event) -> Any:
+    def _timed_send(self, pairs: Sequence[BlockPair], after: Event, mirrored: Sequence[BlockPair] = ()) -> Any:
         started = time.perf_counter()
-        handle = self._send(pairs, after)
+        handle = self._send(pairs, after, mirrored)
         self.host_s.append(time.perf_counter() - started)
         self._arrivals.append(self._moment(self._source.copy_stream))
         return handle

@@ -63,9 +63,9 @@ class HandoffMeter:
         meter, transfer = cls(), llm.kv_transfer
         send, block_bytes = transfer.send, llm.decode_runner.spec.block_bytes
 
-        def timed_send(pairs: Sequence[BlockPair], after: Event) -> Any:
+        def timed_send(pairs: Sequence[BlockPair], after: Event, mirrored: Sequence[BlockPair] = ()) -> Any:
             started = time.perf_counter()
-            handle = send(pairs, after)
+            handle = send(pairs, after, mirrored)
             meter.host_s.append(time.perf_counter() - started)
             meter.num_sends += 1
             meter.bytes += len(pairs) * block_bytes

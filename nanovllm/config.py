@@ -14,7 +14,7 @@ from nanovllm.errors import ConfigError, shown
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 ATTENTION_BACKENDS = ("auto", "torch", "triton", "flash_attn")
-KV_HANDOFFS = ("auto", "copy", "push")
+KV_HANDOFFS = ("auto", "copy", "push", "direct")
 BLOCK_SIZE_MULTIPLE = 16
 TWO_GPU_OPTIONS = ("prefill_device_id", "decode_device_id", "kv_handoff", "verify_kv_handoff", "handoff_timeout_s")
 

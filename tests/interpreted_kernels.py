@@ -9,10 +9,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernel_cases import DECODE, PREFILL, check_fused, check_rows, check_steps, make_case, relative_error
+from tests.kernel_cases import (
+    DECODE,
+    PREFILL,
+    check_fused,
+    check_mirror,
+    check_rows,
+    check_steps,
+    make_case,
+    relative_error,
+)
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/test_triton.py"
-from nanovllm.kernels import triton_attention  # noqa: E402 - only once the mode is known
+from nanovllm.kernels import torch_reference, triton_attention  # noqa: E402 - only once the mode is known
 from nanovllm.kernels.triton_attention import Backend  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -71,3 +80,8 @@ def test_rows_of_a_decode_batch_equal_reference():
 def test_what_steps_leave_in_unused_places_reaches_no_answer(monkeypatch, block_size):
     monkeypatch.setattr(triton_attention, "_has_tma", lambda device: True)
     check_steps(Backend(), device="cpu", dtype=torch.float16, block_size=block_size, seed=block_size)
+
+
+@pytest.mark.parametrize("backend", [Backend(), torch_reference.Backend()], ids=["triton", "torch"])
+def test_kv_is_mirrored_where_there_is_a_slot(backend):
+    check_mirror(backend, device="cpu", other_device="cpu", dtype=torch.float16)

@@ -25,6 +25,9 @@ MODES = {
     "preempted": {"num_kvcache_blocks": 9},
     "verified": {"verify_kv_handoff": True, "max_num_batched_tokens": 40},
     "few_at_a_time": {"max_num_seqs": 3, "kvcache_block_size": 32},
+    "direct": {"kv_handoff": "direct"},
+    "direct_chunked": {"kv_handoff": "direct", "max_num_batched_tokens": 24, "verify_kv_handoff": True},
+    "direct_preempted": {"kv_handoff": "direct", "num_kvcache_blocks": 9},
 }
 
 
@@ -73,13 +76,14 @@ def test_seeded_tokens_equal_those_of_one_device(tiny_path):
             assert [answer["token_ids"] for answer in llm.generate(prompts, params, use_tqdm=False)] == expected
 
 
+@pytest.mark.parametrize("kv_handoff", ["copy", "direct"])
 @pytest.mark.parametrize("seed", range(4))
-def test_aborts_at_random_moments_change_no_other_token(checkpoint, seed):
+def test_aborts_at_random_moments_change_no_other_token(checkpoint, seed, kv_handoff):
     path, reference = checkpoint("gqa2")
     rng = random.Random(seed)
     prompts = tiny.random_prompts(20, seed=seed, longest=60, shared=20 * (seed % 2))
     options = {"num_kvcache_blocks": 16, "max_num_batched_tokens": 40} if seed > 1 else {}
-    with two_devices(path, **options) as llm:
+    with two_devices(path, kv_handoff=kv_handoff, **options) as llm:
         ids = {llm.add_request(prompt, GREEDY): prompt for prompt in prompts}
         doomed = {request_id: rng.randint(0, 40) for request_id in rng.sample(list(ids), 6)}
         outputs = drain(llm, doomed)
@@ -94,10 +98,11 @@ def test_aborts_at_random_moments_change_no_other_token(checkpoint, seed):
             assert got == expected
 
 
-def test_prefix_hits_on_both_devices(checkpoint):
+@pytest.mark.parametrize("kv_handoff", ["copy", "direct"])
+def test_prefix_hits_on_both_devices(checkpoint, kv_handoff):
     path, reference = checkpoint("gqa2")
     prompts = tiny.random_prompts(4, seed=3, shared=70)
-    with two_devices(path, lazy=False) as llm:
+    with two_devices(path, lazy=False, kv_handoff=kv_handoff) as llm:
         llm.generate([prompts[0]], GREEDY, use_tqdm=False)
         computed, sent = llm.counters.prefill_tokens, llm.counters.handoff_blocks
         answers = llm.generate(prompts[1:], GREEDY, use_tqdm=False)
@@ -108,10 +113,17 @@ def test_prefix_hits_on_both_devices(checkpoint):
         assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 24)
 
 
-def test_blocks_cached_on_the_prefill_device_alone_are_sent(checkpoint):
+@pytest.mark.parametrize("kv_handoff", ["copy", "direct"])
+def test_blocks_cached_on_the_prefill_device_alone_are_sent(checkpoint, kv_handoff):
     path, reference = checkpoint("gqa2")
     prompt = tiny.random_prompts(1, seed=4, longest=1, shared=79)[0]
-    with two_devices(path, lazy=False) as llm:
+    with two_devices(path, lazy=False, kv_handoff=kv_handoff) as llm:
+        copied = []
+        copy = llm.prefill_runner.sync_kv_cache_to
+        llm.prefill_runner.sync_kv_cache_to = lambda other, pairs, **options: (
+            copied.extend(pairs),
+            copy(other, pairs, **options),
+        )[1]
         # A request that ends with its first token leaves KV on the prefill device and hands nothing over.
         llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
         assert llm.counters.handoffs == 0
@@ -119,6 +131,8 @@ def test_blocks_cached_on_the_prefill_device_alone_are_sent(checkpoint):
         answer = llm.generate([prompt], GREEDY, use_tqdm=False)[0]
         assert llm.counters.prefill_tokens - computed == 16
         assert llm.counters.handoff_blocks == 5
+        # What was computed now is in both pools without a copy.
+        assert len(copied) == (5 if kv_handoff == "copy" else 4)
     assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 24)
 
 
@@ -396,3 +410,21 @@ def test_sync_kv_cache_to_copies_blocks_between_runners(tiny_path):
 def test_handoff_errors_are_errors_of_this_package():
     assert issubclass(HandoffTimeout, HandoffError)
     assert issubclass(HandoffTimeout, TimeoutError)
+
+
+def test_a_mirror_gets_the_tokens_that_have_a_slot_there_and_no_others(checkpoint):
+    """Of a request whose first blocks the decode device has: these are not written again."""
+    path, _ = checkpoint("gqa2")
+    prompt = tiny.random_prompts(1, seed=9, longest=1, shared=60)[0]
+    with two_devices(path, lazy=False, kv_handoff="direct") as llm:
+        llm.generate([prompt[:40]], GREEDY, use_tqdm=False)
+        before = llm.decode_runner.kv_pool.clone()
+        ids = llm.add_request([*prompt, 5], SamplingParams(temperature=0, max_tokens=2))
+        table: list[int] = []
+        while not llm.is_finished():
+            seq = llm._sequences[ids]
+            table = list(seq.lease.decode_table) if seq.lease else table
+            llm.step()
+        changed = (llm.decode_runner.kv_pool != before).flatten(1).any(dim=1).nonzero().flatten().tolist()
+    assert set(changed) <= {*table[2:], llm.scheduler.decode_pool.num_blocks}
+    assert set(table[2:4]) <= set(changed)

@@ -33,8 +33,11 @@ class KVTransfer(Protocol):
 
     name: str
 
-    def send(self, pairs: SequenceOf[BlockPair], after: Event) -> TransferHandle:
-        """Sends blocks, once the work that computes them (`after`) has ended; waits for nothing itself."""
+    def send(self, pairs: SequenceOf[BlockPair], after: Event, mirrored: SequenceOf[BlockPair] = ()) -> TransferHandle:
+        """Sends blocks, once the work that computes them (`after`) has ended; waits for nothing itself.
+
+        `mirrored` are blocks that this work has stored in both pools: they arrive as it ends.
+        """
 
 
 class NoTransfer:
@@ -42,7 +45,7 @@ class NoTransfer:
 
     name = "none"
 
-    def send(self, pairs: SequenceOf[BlockPair], after: Event) -> TransferHandle:
+    def send(self, pairs: SequenceOf[BlockPair], after: Event, mirrored: SequenceOf[BlockPair] = ()) -> TransferHandle:
         raise AssertionError("with one pool there is nothing to send")
 
 
@@ -51,17 +54,22 @@ class PeerTransfer:
 
     Args:
         source, target: the runners.
-        method: `copy`, `push` or `staged` (through pinned host memory).
+        method: `copy`, `push`, `staged` (through pinned host memory), or `direct`: prefill stores its KV in both pools,
+            and only blocks that it found in its own prefix cache are copied.
         verify: compare checksums of every layer of every block, on both sides, once it has arrived.
     """
 
     def __init__(self, source: ModelRunner, target: ModelRunner, method: str, *, verify: bool) -> None:
         self.name = method
+        direct_copies_by = "push" if source.device.is_cuda else "copy"
+        self._copies_by = direct_copies_by if method == "direct" else method
         self._source, self._target, self._verify = source, target, verify
 
-    def send(self, pairs: SequenceOf[BlockPair], after: Event) -> TransferHandle:
-        arrived = self._source.sync_kv_cache_to(self._target, pairs, method=self.name, after=after)
-        return _PeerHandle(self._source, self._target, pairs if self._verify else (), arrived)
+    def send(self, pairs: SequenceOf[BlockPair], after: Event, mirrored: SequenceOf[BlockPair] = ()) -> TransferHandle:
+        arrived = after
+        if pairs:
+            arrived = self._source.sync_kv_cache_to(self._target, pairs, method=self._copies_by, after=after)
+        return _PeerHandle(self._source, self._target, (*pairs, *mirrored) if self._verify else (), arrived)
 
 
 class _PeerHandle:
@@ -94,15 +102,15 @@ def resolve_handoff(option: str, source: Device, target: Device) -> str:
     """The method behind `kv_handoff`: as asked for, else the fastest that these devices allow.
 
     Raises:
-        ConfigError: `push` was asked for without peer access.
+        ConfigError: `push` or `direct` was asked for on GPUs without peer access.
     """
     reachable = peer_access(source, target)
-    if option == "push" and not reachable:
+    if (option == "push" or (option == "direct" and source.is_cuda)) and not reachable:
         raise ConfigError(
-            f"kv_handoff='push' needs two GPUs with peer access, which {source} and {target} have not; "
+            f"kv_handoff={option!r} needs two GPUs with peer access, which {source} and {target} have not; "
             "pass 'copy' or 'auto'"
         )
-    if option != "push" and source.is_cuda and not reachable:
+    if source.is_cuda and not reachable:
         logger.warning("%s and %s have no peer access: KV crosses through pinned host memory", source, target)
         return "staged"
     method = option if option != "auto" else "push" if reachable else "copy"

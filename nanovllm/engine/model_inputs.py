@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanovllm.engine.scheduler import PrefillStep
+from nanovllm.engine.scheduler import PrefillChunk, PrefillStep
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels import AttentionMetadata
 from nanovllm.layers.sampler import SamplingInputs
@@ -23,6 +23,7 @@ class ModelInputs:
     Attributes:
         input_ids, positions: [T] int64.
         metadata: where the tokens' KV is.
+        mirror_slots: [T] int64, slots of the decode pool in which the KV may be stored as well, -1 for none.
         sampled_rows: [N] int64 rows of T whose logits are wanted.
         sampling: parameters of the N rows, None if N is 0.
     """
@@ -30,6 +31,7 @@ class ModelInputs:
     input_ids: torch.Tensor
     positions: torch.Tensor
     metadata: AttentionMetadata
+    mirror_slots: torch.Tensor
     sampled_rows: torch.Tensor
     sampling: SamplingInputs | None
 
@@ -62,9 +64,19 @@ def prefill_inputs(step: PrefillStep, block_size: int, device: Device) -> ModelI
         input_ids=device.tensor(tokens),
         positions=device.tensor(positions),
         metadata=metadata,
+        mirror_slots=device.tensor(np.concatenate([mirror_slots(chunk, block_size) for chunk in chunks])),
         sampled_rows=device.tensor(sampled),
         sampling=plain_sampling_inputs(last, device) if last else None,
     )
+
+
+def mirror_slots(chunk: PrefillChunk, block_size: int) -> np.ndarray:
+    """[end - start] int64: the slots of a chunk's tokens in the decode pool, -1 where they are not stored there."""
+    slots = np.full(chunk.end - chunk.start, -1, dtype=np.int64)
+    places = np.arange(chunk.mirrored_from, chunk.end)
+    table = np.array(chunk.lease.decode_table, dtype=np.int64)
+    slots[chunk.mirrored_from - chunk.start :] = table[places // block_size] * block_size + places % block_size
+    return slots
 
 
 def plain_sampling_inputs(rows: SequenceOf[tuple[Sequence, int]], device: Device) -> SamplingInputs:

@@ -22,7 +22,7 @@ from nanovllm.engine.prefill_buffers import PrefillBuffers
 from nanovllm.engine.scheduler import BlockPair, PrefillStep, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import HandoffError, ModelLoadError, OutOfKVCacheError, shown
-from nanovllm.kernels import AttentionMetadata, ResolvedBackend
+from nanovllm.kernels import AttentionMetadata, Mirror, ResolvedBackend
 from nanovllm.layers.sampler import SampledTokens, SamplingInputs, sample
 from nanovllm.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 from nanovllm.outputs import TokenLogprobs
@@ -100,6 +100,7 @@ class ModelRunner:
         is_decode_runner: whether decode steps run here (they may run beside prefill steps).
         max_step_tokens: most tokens of a step; workspace for them is kept free.
         weights_of: a runner to copy the weights from, instead of reading them.
+        mirror_to: a runner in whose pool prefill steps store their KV as well; of the same spec.
 
     Raises:
         ModelLoadError: the weights cannot be loaded or do not fit.
@@ -114,8 +115,10 @@ class ModelRunner:
         is_decode_runner: bool,
         max_step_tokens: int,
         weights_of: ModelRunner | None = None,
+        mirror_to: ModelRunner | None = None,
     ) -> None:
         self.spec = spec
+        self.mirror_to = mirror_to
         self.device = device
         self.is_decode_runner = is_decode_runner
         self.max_step_tokens = max(max_step_tokens, spec.max_num_seqs) if is_decode_runner else max_step_tokens
@@ -130,6 +133,8 @@ class ModelRunner:
             self.kv_pool = self._make_pool(self.num_kv_blocks + 1)
             self.prefill_buffers = self._make_prefill_buffers(max_step_tokens)
             self.decode_rows = self._make_decode_rows() if is_decode_runner else None
+            if mirror_to is not None and device.is_cuda:
+                enable_peer_access(device, mirror_to.device)
             self._prefill_graphs, self._decode_graphs = self._capture_graphs()
         self.synchronize()  # other streams are about to read the weights and write to the pool
 
@@ -145,7 +150,7 @@ class ModelRunner:
 
     def run_prefill_core(self, size: int) -> StepOutput:
         """The buffered prefill step, padded to `size` tokens and to all the requests that there could be."""
-        output = self._run(self.prefill_buffers.gather(size, self.prefill_buffers.max_num_requests))
+        output = self._run(self._mirrored(self.prefill_buffers.gather(size, self.prefill_buffers.max_num_requests)))
         assert output is not None, "a step that is padded to some requests samples for them"
         return output
 
@@ -167,10 +172,10 @@ class ModelRunner:
     def _launch_prefill(self, step: PrefillStep) -> SampledTokens | None:
         last = [(chunk.seq, chunk.end - chunk.seq.num_prompt_tokens) for chunk in step.rows if chunk.is_last]
         if not self.prefill_buffers.holds(step):
-            output = self._run(prefill_inputs(step, self.block_size, self.device))
+            output = self._run(self._mirrored(prefill_inputs(step, self.block_size, self.device)))
         elif self._prefill_graphs is None:
             self.prefill_buffers.update(step, step.num_tokens)
-            output = self._run(self.prefill_buffers.gather(step.num_tokens, len(last)))
+            output = self._run(self._mirrored(self.prefill_buffers.gather(step.num_tokens, len(last))))
         else:
             size = self._prefill_graphs.size_for(step.num_tokens)
             self.prefill_buffers.update(step, size)
@@ -206,6 +211,12 @@ class ModelRunner:
         # Graphs of all sizes leave their logits in one place: they are large.
         out = None if self._logits is None or len(hidden) > len(self._logits) else self._logits[: len(hidden)]
         return self.model.compute_logits(hidden, out=out)
+
+    def _mirrored(self, inputs: ModelInputs) -> ModelInputs:
+        if self.mirror_to is None:
+            return inputs
+        mirror = Mirror(self.mirror_to.kv_pool, inputs.mirror_slots)
+        return dataclasses.replace(inputs, metadata=dataclasses.replace(inputs.metadata, mirror=mirror))
 
     def _planned(self, metadata: AttentionMetadata) -> AttentionMetadata:
         plan = self.spec.attention.backend.plan(metadata, self.spec.model_config.num_key_value_heads)
@@ -451,7 +462,8 @@ class ModelRunner:
         )
         tokens = torch.zeros(len(positions), dtype=torch.int64, device=device)
         rows = metadata.query_starts[1:].long() - 1
-        return ModelInputs(tokens, positions.to(device), metadata, rows, sampling)
+        nowhere = torch.full_like(tokens, -1)
+        return ModelInputs(tokens, positions.to(device), metadata, nowhere, rows, sampling)
 
 
 def _copy_blocks(source: ModelRunner, target: ModelRunner, pairs: SequenceOf[BlockPair]) -> None:

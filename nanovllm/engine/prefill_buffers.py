@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from nanovllm.engine.model_inputs import ModelInputs
+from nanovllm.engine.model_inputs import ModelInputs, mirror_slots
 from nanovllm.engine.scheduler import PrefillStep
 from nanovllm.kernels import AttentionMetadata
 from nanovllm.layers.sampler import SamplingInputs
 from nanovllm.utils.device import Device
 
-NUM_TOKEN_COLUMNS = 3
-"""Of each token: its id, position and slot."""
+NUM_TOKEN_COLUMNS = 4
+"""Of each token: its id, position, slot and slot in the decode pool."""
 NUM_REQUEST_COLUMNS = 6
 """Of each request: context length, end in the step, sampled row, seed, output index, temperature; then its blocks."""
 
@@ -54,8 +54,9 @@ class PrefillBuffers:
         requests, tokens = self._split(numbers, size)
         context_lens, ends, sampled_rows, seeds, output_indices, temperatures = requests[:NUM_REQUEST_COLUMNS]
         tables = requests[NUM_REQUEST_COLUMNS:].T
-        token_ids, positions, slots = tokens
+        token_ids, positions, slots, mirrored = tokens
         slots[:] = self._spare_slot
+        mirrored[:] = -1
         end, num_sampled = 0, 0
         for row, chunk in enumerate(step.rows):
             seq, table = chunk.seq, np.array(chunk.lease.prefill_table, dtype=np.int64)
@@ -64,6 +65,7 @@ class PrefillBuffers:
             token_ids[first:end] = seq.token_ids[chunk.start : chunk.end]
             positions[first:end] = places
             slots[first:end] = table[places // self.block_size] * self.block_size + places % self.block_size
+            mirrored[first:end] = mirror_slots(chunk, self.block_size)
             num_blocks = -(-chunk.end // self.block_size)
             tables[row, :num_blocks] = table[:num_blocks]
             context_lens[row], ends[row] = chunk.end, end
@@ -80,7 +82,7 @@ class PrefillBuffers:
         """The inputs of the step, padded to `size` tokens and `num_sampled` sampled rows; runs on the device alone."""
         requests, tokens = self._split(self._numbers, size)
         context_lens, ends, sampled_rows, seeds, output_indices, temperatures = requests[:NUM_REQUEST_COLUMNS]
-        token_ids, positions, slots = tokens
+        token_ids, positions, slots, mirrored = tokens
         metadata = AttentionMetadata(
             slot_mapping=slots,
             block_tables=requests[NUM_REQUEST_COLUMNS:].T.int().contiguous(),
@@ -93,7 +95,7 @@ class PrefillBuffers:
             temperatures[:num_sampled].view(torch.float64).float(), seeds[:num_sampled], output_indices[:num_sampled]
         )
         return ModelInputs(
-            token_ids, positions, metadata, sampled_rows[:num_sampled], sampling if num_sampled else None
+            token_ids, positions, metadata, mirrored, sampled_rows[:num_sampled], sampling if num_sampled else None
         )
 
     def _split(self, numbers, size):  # type: ignore[no-untyped-def] # numpy and torch alike

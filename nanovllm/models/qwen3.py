@@ -205,7 +205,7 @@ class Qwen3Model(nn.Module):
     ) -> torch.Tensor:
         hidden, residual = self.embed_tokens(input_ids), None
         for index, layer in enumerate(self.layers):
-            hidden, residual = layer(hidden, residual, positions, kv_pool[:, index], metadata)
+            hidden, residual = layer(hidden, residual, positions, kv_pool[:, index], metadata.of_layer(index))
         return self.norm(hidden, residual)[0]
 
     def forward_attention_stage(
@@ -219,7 +219,7 @@ class Qwen3Model(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The attention stage of layer `layer` alone."""
         stage = self.layers[layer].forward_attention_stage
-        return stage(hidden, residual, positions, kv_pool[:, layer], metadata)
+        return stage(hidden, residual, positions, kv_pool[:, layer], metadata.of_layer(layer))
 
     def forward_ffn_stage(
         self, layer: int, hidden: torch.Tensor, residual: torch.Tensor

@@ -13,7 +13,9 @@ from nanovllm import LLM, ModelLoadError, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine import kv_transfer
 from nanovllm.utils import device as device_module
+from nanovllm.utils.device import Device, enable_peer_access
 from tests import tiny
+from tests.kernel_cases import check_mirror
 from tests.test_engine import drain, tokens_of
 from tests.test_two_devices import assert_whole
 from tests.transfers import FaultyTransfer, LazyTransfer, poison_after_handoff
@@ -51,7 +53,7 @@ def current_device():
         yield
 
 
-@pytest.mark.parametrize("handoff", ["copy", "push", "staged"])
+@pytest.mark.parametrize("handoff", ["copy", "push", "staged", "direct"])
 @pytest.mark.parametrize("caching", [True, False], ids=["cached", "poisoned"])
 @pytest.mark.parametrize("mode", MODES)
 def test_float32_tokens_equal_transformers(tiny_on_disk, monkeypatch, mode, caching, handoff):
@@ -145,7 +147,7 @@ def test_faulty_copies_cost_a_retry(tiny_on_disk, fault):
         assert tokens_of(outputs[index]) == tiny.reference_tokens(reference, prompt, 24)
 
 
-@pytest.mark.parametrize("handoff", ["copy", "push"])
+@pytest.mark.parametrize("handoff", ["copy", "push", "direct"])
 def test_demo_answers_in_bfloat16_equal_the_written_ones(handoff):
     pairs = json.loads((Path(DEMO_MODEL_PATH) / "questions.json").read_text(encoding="utf-8"))
     conversations = [[{"role": "user", "content": pair["question"]}] for pair in pairs]
@@ -165,3 +167,12 @@ def test_too_little_memory_for_the_weights_names_the_card(tiny_on_disk, monkeypa
     )
     with pytest.raises(ModelLoadError, match=r"cuda:1 has 0.00 GiB free: .* GiB are missing"):
         LLM(path, **OPTIONS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kv_is_mirrored_on_the_other_card(dtype):
+    from nanovllm.kernels.triton_attention import Backend
+
+    enable_peer_access(Device("cuda", 0), Device("cuda", 1))
+    with torch.cuda.device(0):
+        check_mirror(Backend(), device="cuda:0", other_device="cuda:1", dtype=dtype)
