@@ -16,7 +16,14 @@ LOAD_FORMATS = ("auto", "safetensors", "dummy")
 ATTENTION_BACKENDS = ("auto", "torch", "triton", "flash_attn")
 KV_HANDOFFS = ("auto", "copy", "push", "direct")
 BLOCK_SIZE_MULTIPLE = 16
-TWO_GPU_OPTIONS = ("prefill_device_id", "decode_device_id", "kv_handoff", "verify_kv_handoff", "handoff_timeout_s")
+TWO_GPU_OPTIONS = (
+    "prefill_device_id",
+    "decode_device_id",
+    "kv_handoff",
+    "verify_kv_handoff",
+    "handoff_timeout_s",
+    "max_handoff_backlog",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +55,8 @@ class EngineConfig:
             `auto`, which takes `push` where there is peer access.
         verify_kv_handoff: checksum every block on both sides; a difference is an error of its request. Slow.
         handoff_timeout_s: seconds after which a handoff that has not ended fails its request.
+        max_handoff_backlog: most requests between the beginning of their prefill and the arrival of their KV; others
+            wait in the queue.
 
     Raises:
         ConfigError: a value is of the wrong type, out of range or contradicts another.
@@ -75,6 +84,7 @@ class EngineConfig:
     kv_handoff: str = "auto"
     verify_kv_handoff: bool = False
     handoff_timeout_s: float = 30.0
+    max_handoff_backlog: int = 256
 
     def __post_init__(self) -> None:
         for name in ("max_num_batched_tokens", "prefill_chunk_tokens", "max_num_seqs"):
@@ -112,6 +122,7 @@ class EngineConfig:
         _check_bool("enable_two_gpu_pd", self.enable_two_gpu_pd)
         _check_bool("verify_kv_handoff", self.verify_kv_handoff)
         _check_choice("kv_handoff", self.kv_handoff, KV_HANDOFFS)
+        _check_positive("max_handoff_backlog", self.max_handoff_backlog)
         for name in ("prefill_device_id", "decode_device_id"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1000:

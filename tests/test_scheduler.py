@@ -15,7 +15,7 @@ from nanovllm.engine.sequence import Sequence, SequenceStatus
 BLOCK_SIZE = 4
 NUM_BLOCKS = 10
 MAX_MODEL_LEN = 36
-LIMITS = SchedulerLimits(max_num_batched_tokens=14, prefill_chunk_tokens=5, max_num_seqs=4)
+LIMITS = SchedulerLimits(max_num_batched_tokens=14, prefill_chunk_tokens=5, max_num_seqs=4, max_handoff_backlog=2)
 
 
 def make_sequence(request_id: int, tokens: list[int], max_tokens: int = 8) -> Sequence:
@@ -208,7 +208,7 @@ TestTwoPools = TwoPools.TestCase
 
 def scheduler_with(num_blocks: int, *prompts: list[int], **limits: int) -> tuple[Scheduler, list[Sequence]]:
     pool = BlockManager(num_blocks, BLOCK_SIZE)
-    defaults = {"max_num_batched_tokens": 100, "prefill_chunk_tokens": 5, "max_num_seqs": 8}
+    defaults = {"max_num_batched_tokens": 100, "prefill_chunk_tokens": 5, "max_num_seqs": 8, "max_handoff_backlog": 8}
     scheduler = Scheduler(SchedulerLimits(**{**defaults, **limits}), pool, pool)
     seqs = [make_sequence(index, tokens, max_tokens=50) for index, tokens in enumerate(prompts)]
     for seq in seqs:

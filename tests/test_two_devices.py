@@ -11,6 +11,7 @@ import torch
 from nanovllm import LLM, ConfigError, HandoffError, HandoffTimeout, RequestError, SamplingParams
 from nanovllm.engine.model_runner import StepHandle
 from nanovllm.engine.scheduler import PrefillStep
+from nanovllm.engine.sequence import SequenceStatus
 from tests import tiny
 from tests.test_engine import drain, tokens_of
 from tests.transfers import FaultyTransfer, LazyTransfer, SabotagedTransfer, poison_after_handoff
@@ -232,6 +233,26 @@ def test_a_copy_that_never_ends_times_out_with_both_sides_state(checkpoint, capl
         assert_whole(llm)
     for index, prompt in enumerate(prompts):
         assert tokens_of(outputs[index]) == tiny.reference_tokens(reference, prompt, 24)
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_a_backlog_of_handoffs_holds_prefill_back(checkpoint, limit):
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(9, seed=15, longest=60)
+    with two_devices(path, lazy=False, max_handoff_backlog=limit) as llm:
+        llm.kv_transfer = faulty = FaultyTransfer(llm.kv_transfer, "stall", lambda number: True)
+        ids = [llm.add_request(prompt, GREEDY) for prompt in prompts]
+        for _ in range(40):
+            llm._launch_prefill()
+            llm._collect_steps()
+        statuses = [llm._sequences[request_id].status for request_id in ids]
+        assert statuses.count(SequenceStatus.HANDING_OFF) == limit
+        assert statuses.count(SequenceStatus.WAITING) == len(prompts) - limit
+        faulty.unstall()
+        outputs = drain(llm)
+        assert_whole(llm)
+    for request_id, prompt in zip(ids, prompts, strict=True):
+        assert tokens_of(outputs[request_id]) == tiny.reference_tokens(reference, prompt, 24)
 
 
 def test_a_handoffs_time_runs_from_the_end_of_its_step(checkpoint, monkeypatch, caplog):

@@ -72,6 +72,7 @@ class SchedulerLimits:
     max_num_batched_tokens: int
     prefill_chunk_tokens: int
     max_num_seqs: int
+    max_handoff_backlog: int
     mirrors: bool = False
     """Whether prefill stores KV in the decode pool as well, so that only what it found in its own cache is sent."""
 
@@ -330,7 +331,7 @@ class Scheduler:
         for seq in list(self._prefilling):
             if seq.lease is not None and seq.lease.prefill_pool is pool:
                 yield seq
-        while self._waiting and self._may_admit():
+        while self._waiting and self._may_admit(self._waiting[0]):
             seq = self._waiting[0]
             if self.decode_pool.blocks_for(seq.num_tokens) > self.decode_pool.num_blocks:
                 self.give_up(seq, self._does_not_fit(seq))
@@ -342,9 +343,15 @@ class Scheduler:
             else:
                 return
 
-    def _may_admit(self) -> bool:
+    def _may_admit(self, seq: Sequence) -> bool:
         num_leases = len(self._running) + sum(not lease.stuck for lease in self._closing)
-        return num_leases < self.limits.max_num_seqs and not self._blocks_are_promised
+        if num_leases >= self.limits.max_num_seqs or self._blocks_are_promised:
+            return False
+        if self._prefill_pool_of(seq) is self.decode_pool:
+            return True
+        under_way = (SequenceStatus.PREFILLING, SequenceStatus.HANDING_OFF)
+        backlog = sum(running.status in under_way for running in self._running)
+        return backlog < self.limits.max_handoff_backlog
 
     def _admit(self, seq: Sequence, pool: BlockManager) -> bool:
         """Grants blocks in the decode pool and in the pool to prefill into, or none."""
