@@ -17,7 +17,7 @@ import torch
 from nanovllm.engine.cuda_graph import StepGraphs, StepOutput, batch_buckets, token_buckets
 from nanovllm.engine.decode_batch import DecodeStep
 from nanovllm.engine.decode_rows import DecodeRows
-from nanovllm.engine.model_inputs import ModelInputs, prefill_inputs, sampling_inputs
+from nanovllm.engine.model_inputs import ModelInputs, sampling_inputs
 from nanovllm.engine.prefill_buffers import PrefillBuffers
 from nanovllm.engine.scheduler import BlockPair, PrefillStep, Step
 from nanovllm.engine.sequence import Sequence
@@ -166,15 +166,14 @@ class ModelRunner:
 
     def _launch_prefill(self, step: PrefillStep) -> SampledTokens | None:
         last = [(chunk.seq, chunk.end - chunk.seq.num_prompt_tokens) for chunk in step.rows if chunk.is_last]
-        if not self.prefill_buffers.holds(step):
-            output = self._run(prefill_inputs(step, self.block_size, self.device))
-        elif self._prefill_graphs is None:
-            self.prefill_buffers.update(step, step.num_tokens)
-            output = self._run(self.prefill_buffers.gather(step.num_tokens, len(last)))
-        else:
+        if self._prefill_graphs is not None and self.prefill_buffers.holds(step):
             size = self._prefill_graphs.size_for(step.num_tokens)
             self.prefill_buffers.update(step, size)
-            output = self._prefill_graphs.replay(size)
+            output: StepOutput | None = self._prefill_graphs.replay(size)
+        else:
+            buffers = self.prefill_buffers if self.prefill_buffers.holds(step) else self._buffers_for(step)
+            buffers.update(step, step.num_tokens)
+            output = self._run(buffers.gather(step.num_tokens, len(last)))
         if output is None or not last:
             return None
         return SampledTokens(output.sampled.token_ids[: len(last)]) if step.is_plain else self._resampled(output, last)
@@ -310,12 +309,19 @@ class ModelRunner:
         return model
 
     def _make_prefill_buffers(self, max_step_tokens: int) -> PrefillBuffers:
-        spec = self.spec
         # The KV of a step's tokens is in the pool.
         max_num_tokens = min(max_step_tokens, self.num_kv_blocks * self.block_size)
-        max_num_requests = min(MOST_BUFFERED_REQUESTS, spec.max_num_seqs)
+        max_num_requests = min(MOST_BUFFERED_REQUESTS, self.spec.max_num_seqs)
+        longest = self.spec.max_model_len
         return PrefillBuffers(
-            self.device, max_num_tokens, max_num_requests, spec.max_model_len, self.block_size, self.num_kv_blocks
+            self.device, max_num_tokens, max_num_requests, longest, self.block_size, self.num_kv_blocks
+        )
+
+    def _buffers_for(self, step: PrefillStep) -> PrefillBuffers:
+        """For one step of more requests than `prefill_buffers` holds."""
+        longest = max(chunk.end for chunk in step.rows)
+        return PrefillBuffers(
+            self.device, step.num_tokens, len(step.rows), longest, self.block_size, self.num_kv_blocks
         )
 
     def _make_decode_rows(self) -> DecodeRows:
