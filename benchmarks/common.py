@@ -13,10 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
-READ_TILE = 8192
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {
         "hidden_size": 1024,
@@ -81,19 +78,6 @@ def median_ms(function: Any, repeats: int = 20) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end))
     return sorted(times)[len(times) // 2]
-
-
-def streaming_bandwidth() -> float:
-    """Bytes per second at which this GPU reads memory that is in no cache: 4 GiB of random numbers, once."""
-    data = torch.empty(2**31, dtype=torch.bfloat16, device="cuda").normal_().view(torch.int32)
-    largest = torch.empty(len(data) // READ_TILE, dtype=torch.int32, device="cuda")
-    return data.nbytes / median_ms(lambda: _read[(len(largest),)](data, largest, TILE=READ_TILE, num_warps=8)) * 1e3
-
-
-@triton.jit
-def _read(data, largest, TILE: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
-    tile = tl.program_id(0).to(tl.int64)
-    tl.store(largest + tile, tl.max(tl.load(data + tile * TILE + tl.arange(0, TILE)), 0))
 
 
 def gemm_rate() -> float:

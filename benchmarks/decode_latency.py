@@ -12,7 +12,8 @@ import argparse
 import time
 
 import torch
-from common import SHAPES, report, streaming_bandwidth, write_shape
+from common import SHAPES, report, write_shape
+from streaming import streaming_bandwidth
 
 from nanovllm import LLM, SamplingParams
 

@@ -13,13 +13,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from common import SHAPES, model_options, report
+from meters import HandoffMeter, moment, seconds_between
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.model_runner import COPY_METHODS, ModelRunner
 from nanovllm.engine.scheduler import BlockPair, PrefillStep, Step
-from nanovllm.utils.device import Event, peer_access
+from nanovllm.utils.device import peer_access
 
 
 def methods_of(llm: LLM) -> list[str]:
@@ -64,62 +64,33 @@ def measure_copies(llm: LLM, sizes: Sequence[int]) -> list[dict[str, Any]]:
     return rows
 
 
-class ExposureMeter:
-    """Notes when a prompt's last prefill step ended and when its last block had arrived, on the devices' clocks."""
+def watch_prefills(runner: ModelRunner) -> list[Any]:
+    """The moments when its prefill steps ended; grows as they are launched."""
+    launch, ends = runner.launch, []
 
-    def __init__(self, llm: LLM) -> None:
-        self._source = llm.prefill_runner
-        self._launch, self._send = self._source.launch, llm.kv_transfer.send
-        self._source.launch = self._timed_launch  # type: ignore[method-assign]
-        llm.kv_transfer.send = self._timed_send  # type: ignore[method-assign]
-        self.reset()
-
-    def reset(self) -> None:
-        self._step_ends: list[Any] = []
-        self._arrivals: list[Any] = []
-        self.host_s: list[float] = []
-
-    def exposed_s(self) -> float:
-        """From the end of the last step to the arrival of the last block; waits for both."""
-        if not self._source.device.is_cuda:
-            return float(self._arrivals[-1] - self._step_ends[-1])
-        self._arrivals[-1].synchronize()
-        return float(self._step_ends[-1].elapsed_time(self._arrivals[-1])) / 1e3
-
-    def _timed_launch(self, step: Step) -> Any:
-        handle = self._launch(step)
+    def watched_launch(step: Step) -> Any:
+        handle = launch(step)
         if isinstance(step, PrefillStep):
-            self._step_ends.append(self._moment(self._source.stream))
+            ends.append(moment(runner.stream))
         return handle
 
-    def _timed_send(self, pairs: Sequence[BlockPair], after: Event, mirrored: Sequence[BlockPair] = ()) -> Any:
-        started = time.perf_counter()
-        handle = self._send(pairs, after, mirrored)
-        self.host_s.append(time.perf_counter() - started)
-        self._arrivals.append(self._moment(self._source.copy_stream))
-        return handle
-
-    def _moment(self, stream: torch.cuda.Stream | None) -> Any:
-        if stream is None:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(stream)
-        return event
+    runner.launch = watched_launch  # type: ignore[method-assign]
+    return ends
 
 
 def measure_exposure(llm: LLM, prompt_lens: Sequence[int]) -> list[dict[str, Any]]:
     """Prompts one by one, each length five times; medians."""
-    meter, rng = ExposureMeter(llm), random.Random(1)
+    ends, meter, rng = watch_prefills(llm.prefill_runner), HandoffMeter(llm), random.Random(1)
     vocab_size = llm.decode_runner.spec.model_config.vocab_size
     rows = []
     print(f"{'prompt':<8}{'exposed us':>12}{'sends':>7}{'host us per send':>18}")
     for prompt_len in prompt_lens:
         exposed, host_s, num_sends = [], [], 0
         for _ in range(5):
-            meter.reset()
+            meter.take()
             prompt = [rng.randrange(vocab_size) for _ in range(prompt_len)]
             llm.generate([prompt], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
-            exposed.append(meter.exposed_s())
+            exposed.append(seconds_between(ends[-1], meter.sent))
             host_s += meter.host_s
             num_sends = len(meter.host_s)
         row = {"prompt_len": prompt_len, "exposed_s": sorted(exposed)[2], "sends": num_sends}

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
-from common import gemm_rate, median_ms, report, streaming_bandwidth
+from common import gemm_rate, median_ms, report
+from streaming import streaming_bandwidth
 
 from nanovllm.kernels import AttentionMetadata
 from nanovllm.kernels.triton_attention import Backend

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,61 +14,74 @@ from nanovllm.engine.scheduler import BlockPair, Step
 from nanovllm.utils.device import Event
 
 
+def moment(stream: torch.cuda.Stream | None) -> Any:
+    """An event after all that was launched on a stream; with none, on a CPU, the time in seconds."""
+    if stream is None:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(stream)
+    return event
+
+
+def seconds_between(start: Any, end: Any) -> float:
+    """Of two moments of one device; waits for the second."""
+    if isinstance(start, float):
+        return float(end - start)
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
 class BusyMeter:
-    """Seconds in which a runner's device works at steps, between two events around each.
+    """Seconds in which a runner's device works at steps, between two moments around each.
 
     Steps of one stream follow each other, so the time before a step's turn does not count. On a CPU, where a step ends
     before its launch returns, it is the time of the launch.
     """
 
     def __init__(self, runner: ModelRunner) -> None:
-        self._runner, self._launch = runner, runner.launch
+        self._stream, self._launch = runner.stream, runner.launch
         self._spans: list[tuple[Any, Any]] = []
         runner.launch = self._timed_launch  # type: ignore[method-assign]
 
-    def seconds(self) -> float:
+    def take(self) -> float:
         """Of the steps since the last call; waits for them."""
         spans, self._spans = self._spans, []
-        if not self._runner.device.is_cuda:
-            return float(sum(end - start for start, end in spans))
-        self._runner.synchronize()
-        return sum(start.elapsed_time(end) for start, end in spans) / 1e3
+        return sum(seconds_between(start, end) for start, end in spans)
 
     def _timed_launch(self, step: Step) -> StepHandle:
-        start = self._moment()
+        start = moment(self._stream)
         handle = self._launch(step)
-        self._spans.append((start, self._moment()))
+        self._spans.append((start, moment(self._stream)))
         return handle
 
-    def _moment(self) -> Any:
-        if not self._runner.device.is_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(self._runner.stream)
-        return event
 
-
-@dataclass
 class HandoffMeter:
-    """Bytes that handoffs have moved, and the host's seconds to launch them."""
+    """Bytes that handoffs have moved, and the host's seconds to launch each send."""
 
-    num_sends: int = 0
-    bytes: int = 0
-    host_s: list[float] = field(default_factory=list)
+    def __init__(self, llm: LLM) -> None:
+        self._source, self._send = llm.prefill_runner, llm.kv_transfer.send
+        self._block_bytes = llm.decode_runner.spec.block_bytes
+        self._clear()
+        llm.kv_transfer.send = self._timed_send  # type: ignore[method-assign]
 
-    @classmethod
-    def of(cls, llm: LLM) -> HandoffMeter:
-        """Watches an engine's handoffs from now on."""
-        meter, transfer = cls(), llm.kv_transfer
-        send, block_bytes = transfer.send, llm.decode_runner.spec.block_bytes
+    def take(self) -> dict[str, float]:
+        """Bytes, sends and the host's microseconds for each since the last call; empty if nothing was sent."""
+        num_bytes, host_s = self.num_bytes, self.host_s
+        self._clear()
+        if not host_s:
+            return {}
+        return {"bytes": num_bytes, "sends": len(host_s), "host_us_per_send": sum(host_s) / len(host_s) * 1e6}
 
-        def timed_send(pairs: Sequence[BlockPair], after: Event, mirrored: Sequence[BlockPair] = ()) -> Any:
-            started = time.perf_counter()
-            handle = send(pairs, after, mirrored)
-            meter.host_s.append(time.perf_counter() - started)
-            meter.num_sends += 1
-            meter.bytes += len(pairs) * block_bytes
-            return handle
+    def _clear(self) -> None:
+        self.num_bytes = 0
+        self.host_s: list[float] = []
+        self.sent: Any = None
+        """The moment when all blocks had left."""
 
-        transfer.send = timed_send  # type: ignore[method-assign]
-        return meter
+    def _timed_send(self, pairs: Sequence[BlockPair], after: Event, mirrored: Sequence[BlockPair] = ()) -> Any:
+        started = time.perf_counter()
+        handle = self._send(pairs, after, mirrored)
+        self.host_s.append(time.perf_counter() - started)
+        self.num_bytes += len(pairs) * self._block_bytes
+        self.sent = moment(self._source.copy_stream)
+        return handle

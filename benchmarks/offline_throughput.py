@@ -11,7 +11,8 @@ import argparse
 import random
 import time
 
-from common import SHAPES, gemm_rate, report, streaming_bandwidth, write_shape
+from common import SHAPES, gemm_rate, report, write_shape
+from streaming import streaming_bandwidth
 
 from nanovllm import LLM, SamplingParams
 

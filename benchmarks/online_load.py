@@ -167,6 +167,7 @@ class Engine:
 
     def __init__(self, args: argparse.Namespace, device: str) -> None:
         self.args = args
+        two_devices: dict[str, Any] = {"enable_two_gpu_pd": True, "kv_handoff": args.kv_handoff or "auto"}
         self.llm = LLM(
             **model_options(args.model, args.model_shape),
             device=device,
@@ -174,12 +175,12 @@ class Engine:
             max_num_seqs=args.max_num_seqs,
             prefill_chunk_tokens=args.prefill_chunk_tokens,
             enable_prefix_caching=False,
-            **({"enable_two_gpu_pd": True, "kv_handoff": args.kv_handoff} if args.mode == "pd" else {}),
+            **(two_devices if args.mode == "pd" else {}),
         )
         self.vocab_size = self.llm.decode_runner.spec.model_config.vocab_size
         runners = dict.fromkeys((self.llm.prefill_runner, self.llm.decode_runner))
         self._meters = {str(runner.device): BusyMeter(runner) for runner in runners}
-        self._handoffs = HandoffMeter.of(self.llm)
+        self._handoffs = HandoffMeter(self.llm)
         serve(self.llm, make_load(args.workload, 16.0, 1.0, self.vocab_size, args.max_model_len, seed=args.seed + 1))
         # As a server would once it is ready: collecting what lives for ever takes tens of milliseconds each time.
         gc.collect()
@@ -193,17 +194,12 @@ class Engine:
 
     def serve(self, requests: list[Request], begin_at: float | None = None) -> Served:
         for meter in self._meters.values():
-            meter.seconds()
-        sent, num_sends, host_s = self._handoffs.bytes, self._handoffs.num_sends, sum(self._handoffs.host_s)
+            meter.take()
+        self._handoffs.take()
         serve(self.llm, requests, begin_at)
         ended_s = max((request.token_times_s[-1] for request in requests if request.token_times_s), default=math.inf)
-        busy = {device: meter.seconds() / ended_s for device, meter in self._meters.items()}
-        num_sends = self._handoffs.num_sends - num_sends
-        handoff = {}
-        if num_sends:
-            host_us = (sum(self._handoffs.host_s) - host_s) / num_sends * 1e6
-            handoff = {"bytes": self._handoffs.bytes - sent, "sends": num_sends, "host_us_per_send": host_us}
-        return Served(requests, busy, handoff)
+        busy = {device: meter.take() / ended_s for device, meter in self._meters.items()}
+        return Served(requests, busy, self._handoffs.take())
 
 
 _replica: Engine
@@ -296,11 +292,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", help="folder of a checkpoint to serve instead of random weights")
     parser.add_argument("--workload", choices=WORKLOADS, default="chat")
     parser.add_argument("--trace", help="file of JSON lines to serve instead of a workload and its rates")
-    parser.add_argument("--rate", type=float, nargs="+", default=[10.0], help="requests per second, one after another")
+    parser.add_argument("--rate", type=float, nargs="+", help="requests per second, one after another; 10 if not given")
     parser.add_argument("--duration", type=float, default=30.0, help="seconds in which requests arrive")
     parser.add_argument("--ttft-limit-ms", type=float, default=600.0, help="of a good request")
     parser.add_argument("--itl-limit-ms", type=float, default=10.0, help="of a good request")
-    parser.add_argument("--kv-handoff", default="auto", help="in mode pd")
+    parser.add_argument("--kv-handoff", help="of mode pd, auto if not given")
     parser.add_argument("--prefill-chunk-tokens", type=int, default=2048)
     parser.add_argument("--max-num-seqs", type=int, default=512)
     parser.add_argument("--max-model-len", type=int, default=12288, help="longer requests are cut to it")
@@ -308,6 +304,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
+    if args.kv_handoff and args.mode != "pd":
+        parser.error(f"--kv-handoff is of mode pd, not of {args.mode}")
+    if args.rate and args.trace:
+        parser.error("--rate and --trace exclude each other: a trace has its own arrivals")
+    args.rate = args.rate or [10.0]
     if not all(0 < number < math.inf for number in (*args.rate, args.duration)):
         parser.error("--rate and --duration must be above 0 and finite")
     if args.trace:

@@ -174,21 +174,23 @@ def main() -> None:
     parser.add_argument("--fault-share", type=float, default=0.01)
     parser.add_argument("--num-kvcache-blocks", type=int, help="few of them make requests lose their blocks to others")
     parser.add_argument("--max-model-len", type=int, default=4096)
-    parser.add_argument("--kv-handoff", default="auto", help="in mode pd")
+    parser.add_argument("--kv-handoff", help="of mode pd, auto if not given")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
+    if args.kv_handoff and args.mode != "pd":
+        parser.error(f"--kv-handoff is of mode pd, not of {args.mode}")
 
     logging.getLogger("nanovllm").setLevel(logging.ERROR)  # it warns of every fault
     rng = random.Random(args.seed)
-    two_devices = {"enable_two_gpu_pd": True, "kv_handoff": args.kv_handoff} if args.mode == "pd" else {}
+    two_devices: dict[str, Any] = {"enable_two_gpu_pd": True, "kv_handoff": args.kv_handoff or "auto"}
     with LLM(
         **model_options(args.model, args.model_shape),
         device=args.device,
         max_model_len=args.max_model_len,
         num_kvcache_blocks=args.num_kvcache_blocks,
-        **two_devices,
+        **(two_devices if args.mode == "pd" else {}),
     ) as llm:
         faults = Faults(llm)
         started = time.perf_counter()

@@ -179,6 +179,6 @@ def build_scheduler(config: EngineConfig, prefill_runner: ModelRunner, decode_ru
         prefill_chunk_tokens=config.prefill_chunk_tokens,
         max_num_seqs=config.max_num_seqs,
         max_handoff_backlog=config.max_handoff_backlog,
-        mirrors=prefill_runner.mirror_to is not None,
+        mirrors=prefill_runner.mirror_pool is not None,
     )
     return Scheduler(limits, pools[prefill_runner], pools[decode_runner])

@@ -17,12 +17,12 @@ import torch
 from nanovllm.engine.cuda_graph import StepGraphs, StepOutput, batch_buckets, token_buckets
 from nanovllm.engine.decode_batch import DecodeStep
 from nanovllm.engine.decode_rows import DecodeRows
-from nanovllm.engine.model_inputs import ModelInputs, prefill_inputs, sampling_inputs
+from nanovllm.engine.model_inputs import ModelInputs, sampling_inputs
 from nanovllm.engine.prefill_buffers import PrefillBuffers
 from nanovllm.engine.scheduler import BlockPair, PrefillStep, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import HandoffError, ModelLoadError, OutOfKVCacheError, shown
-from nanovllm.kernels import AttentionMetadata, Mirror, ResolvedBackend
+from nanovllm.kernels import AttentionMetadata, ResolvedBackend
 from nanovllm.layers.sampler import SampledTokens, SamplingInputs, sample
 from nanovllm.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 from nanovllm.outputs import TokenLogprobs
@@ -118,7 +118,7 @@ class ModelRunner:
         mirror_to: ModelRunner | None = None,
     ) -> None:
         self.spec = spec
-        self.mirror_to = mirror_to
+        self.mirror_pool = None if mirror_to is None else mirror_to.kv_pool
         self.device = device
         self.is_decode_runner = is_decode_runner
         self.max_step_tokens = max(max_step_tokens, spec.max_num_seqs) if is_decode_runner else max_step_tokens
@@ -130,7 +130,7 @@ class ModelRunner:
             self.model = self._load_model(weights_of)
             self.num_kv_blocks = self._num_kv_blocks()
             # One block more than there are to give out: what pads a step is written to it.
-            self.kv_pool = self._make_pool(self.num_kv_blocks + 1)
+            self.kv_pool: torch.Tensor = self._make_pool(self.num_kv_blocks + 1)
             self.prefill_buffers = self._make_prefill_buffers(max_step_tokens)
             self.decode_rows = self._make_decode_rows() if is_decode_runner else None
             if mirror_to is not None and device.is_cuda:
@@ -150,7 +150,7 @@ class ModelRunner:
 
     def run_prefill_core(self, size: int) -> StepOutput:
         """The buffered prefill step, padded to `size` tokens and to all the requests that there could be."""
-        output = self._run(self._mirrored(self.prefill_buffers.gather(size, self.prefill_buffers.max_num_requests)))
+        output = self._run(self.prefill_buffers.gather(size, self.prefill_buffers.max_num_requests))
         assert output is not None, "a step that is padded to some requests samples for them"
         return output
 
@@ -171,15 +171,14 @@ class ModelRunner:
 
     def _launch_prefill(self, step: PrefillStep) -> SampledTokens | None:
         last = [(chunk.seq, chunk.end - chunk.seq.num_prompt_tokens) for chunk in step.rows if chunk.is_last]
-        if not self.prefill_buffers.holds(step):
-            output = self._run(self._mirrored(prefill_inputs(step, self.block_size, self.device)))
-        elif self._prefill_graphs is None:
-            self.prefill_buffers.update(step, step.num_tokens)
-            output = self._run(self._mirrored(self.prefill_buffers.gather(step.num_tokens, len(last))))
-        else:
+        if self._prefill_graphs is not None and self.prefill_buffers.holds(step):
             size = self._prefill_graphs.size_for(step.num_tokens)
             self.prefill_buffers.update(step, size)
-            output = self._prefill_graphs.replay(size)
+            output: StepOutput | None = self._prefill_graphs.replay(size)
+        else:
+            buffers = self.prefill_buffers if self.prefill_buffers.holds(step) else self._buffers_for(step)
+            buffers.update(step, step.num_tokens)
+            output = self._run(buffers.gather(step.num_tokens, len(last)))
         if output is None or not last:
             return None
         return SampledTokens(output.sampled.token_ids[: len(last)]) if step.is_plain else self._resampled(output, last)
@@ -211,12 +210,6 @@ class ModelRunner:
         # Graphs of all sizes leave their logits in one place: they are large.
         out = None if self._logits is None or len(hidden) > len(self._logits) else self._logits[: len(hidden)]
         return self.model.compute_logits(hidden, out=out)
-
-    def _mirrored(self, inputs: ModelInputs) -> ModelInputs:
-        if self.mirror_to is None:
-            return inputs
-        mirror = Mirror(self.mirror_to.kv_pool, inputs.mirror_slots)
-        return dataclasses.replace(inputs, metadata=dataclasses.replace(inputs.metadata, mirror=mirror))
 
     def _planned(self, metadata: AttentionMetadata) -> AttentionMetadata:
         plan = self.spec.attention.backend.plan(metadata, self.spec.model_config.num_key_value_heads)
@@ -287,7 +280,7 @@ class ModelRunner:
         """Gives weights and pool back, which nothing may be using; the runner is of no use afterwards."""
         with self._on(self.stream):
             del self.model, self.kv_pool, self.prefill_buffers, self.decode_rows
-            del self._prefill_graphs, self._decode_graphs, self._logits
+            del self._prefill_graphs, self._decode_graphs, self._logits, self.mirror_pool
             if self.device.is_cuda:
                 torch.cuda.empty_cache()
 
@@ -321,12 +314,31 @@ class ModelRunner:
         return model
 
     def _make_prefill_buffers(self, max_step_tokens: int) -> PrefillBuffers:
-        spec = self.spec
         # The KV of a step's tokens is in the pool.
         max_num_tokens = min(max_step_tokens, self.num_kv_blocks * self.block_size)
-        max_num_requests = min(MOST_BUFFERED_REQUESTS, spec.max_num_seqs)
+        max_num_requests = min(MOST_BUFFERED_REQUESTS, self.spec.max_num_seqs)
+        longest = self.spec.max_model_len
         return PrefillBuffers(
-            self.device, max_num_tokens, max_num_requests, spec.max_model_len, self.block_size, self.num_kv_blocks
+            self.device,
+            max_num_tokens,
+            max_num_requests,
+            longest,
+            self.block_size,
+            self.num_kv_blocks,
+            self.mirror_pool,
+        )
+
+    def _buffers_for(self, step: PrefillStep) -> PrefillBuffers:
+        """For one step of more requests than `prefill_buffers` holds."""
+        longest = max(chunk.end for chunk in step.rows)
+        return PrefillBuffers(
+            self.device,
+            step.num_tokens,
+            len(step.rows),
+            longest,
+            self.block_size,
+            self.num_kv_blocks,
+            self.mirror_pool,
         )
 
     def _make_decode_rows(self) -> DecodeRows:
@@ -462,8 +474,7 @@ class ModelRunner:
         )
         tokens = torch.zeros(len(positions), dtype=torch.int64, device=device)
         rows = metadata.query_starts[1:].long() - 1
-        nowhere = torch.full_like(tokens, -1)
-        return ModelInputs(tokens, positions.to(device), metadata, nowhere, rows, sampling)
+        return ModelInputs(tokens, positions.to(device), metadata, rows, sampling)
 
 
 def _copy_blocks(source: ModelRunner, target: ModelRunner, pairs: SequenceOf[BlockPair]) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from nanovllm.engine.model_inputs import ModelInputs, mirror_slots
-from nanovllm.engine.scheduler import PrefillStep
-from nanovllm.kernels import AttentionMetadata
+from nanovllm.engine.model_inputs import ModelInputs
+from nanovllm.engine.scheduler import PrefillChunk, PrefillStep
+from nanovllm.kernels import AttentionMetadata, Mirror
 from nanovllm.layers.sampler import SamplingInputs
 from nanovllm.utils.device import Device
 
@@ -20,7 +20,8 @@ NUM_REQUEST_COLUMNS = 6
 class PrefillBuffers:
     """Room for steps of at most `max_num_tokens` tokens of `max_num_requests` requests.
 
-    A step is padded with tokens of no request, which go to `spare_block`, and with requests of no tokens.
+    A step is padded with tokens of no request, which go to `spare_block`, and with requests of no tokens. Its KV is
+    stored in `mirror_pool` as well, if there is one.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class PrefillBuffers:
         max_model_len: int,
         block_size: int,
         spare_block: int,
+        mirror_pool: torch.Tensor | None,
     ) -> None:
         self.device = device
         self.max_num_tokens = max_num_tokens
@@ -42,6 +44,7 @@ class PrefillBuffers:
         self._max_blocks = -(-max_model_len // block_size)
         self._num_request_numbers = max_num_requests * (NUM_REQUEST_COLUMNS + self._max_blocks)
         size = self._num_request_numbers + NUM_TOKEN_COLUMNS * max_num_tokens
+        self._mirror_pool = mirror_pool
         self._numbers = torch.zeros(size, dtype=torch.int64, device=device.torch_device)
 
     def holds(self, step: PrefillStep) -> bool:
@@ -65,7 +68,7 @@ class PrefillBuffers:
             token_ids[first:end] = seq.token_ids[chunk.start : chunk.end]
             positions[first:end] = places
             slots[first:end] = table[places // self.block_size] * self.block_size + places % self.block_size
-            mirrored[first:end] = mirror_slots(chunk, self.block_size)
+            mirrored[first + chunk.mirrored_from - chunk.start : end] = self._mirror_slots(chunk)
             num_blocks = -(-chunk.end // self.block_size)
             tables[row, :num_blocks] = table[:num_blocks]
             context_lens[row], ends[row] = chunk.end, end
@@ -90,13 +93,21 @@ class PrefillBuffers:
             query_starts=torch.nn.functional.pad(ends.int(), (1, 0)),
             max_query_len=max(size, 2),
             max_context_len=self.max_model_len,
+            mirror=None if self._mirror_pool is None else Mirror(self._mirror_pool, mirrored),
         )
         sampling = SamplingInputs(
             temperatures[:num_sampled].view(torch.float64).float(), seeds[:num_sampled], output_indices[:num_sampled]
         )
         return ModelInputs(
-            token_ids, positions, metadata, mirrored, sampled_rows[:num_sampled], sampling if num_sampled else None
+            token_ids, positions, metadata, sampled_rows[:num_sampled], sampling if num_sampled else None
         )
+
+    def _mirror_slots(self, chunk: PrefillChunk) -> np.ndarray:
+        """int64 slots of the decode pool for the tokens of a chunk that are stored there."""
+        places = np.arange(chunk.mirrored_from, chunk.end)
+        table = np.array(chunk.lease.decode_table, dtype=np.int64)
+        slots: np.ndarray = table[places // self.block_size] * self.block_size + places % self.block_size
+        return slots
 
     def _split(self, numbers, size):  # type: ignore[no-untyped-def] # numpy and torch alike
         """[columns, max_num_requests] and [NUM_TOKEN_COLUMNS, size] views of the numbers of a step."""

@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.kernels import AttentionMetadata, BackendRequirements, triton_fused, triton_rows
 from nanovllm.kernels.triton_overlap import begin, overlap
+from nanovllm.kernels.triton_overlap import is_sm_90_or_later as _has_tma
 
 DEFAULT_BLOCK_SIZE = 64
 HEAD_DIMS = (64, 128)
@@ -206,11 +207,6 @@ def _rows_descriptor(kv_cache: torch.Tensor, tile: int) -> TensorDescriptor:
     num_blocks, _, num_kv_heads, block_size, head_dim = kv_cache.shape
     num_rows = (num_blocks - 1) * kv_cache.stride(0) // head_dim + 2 * num_kv_heads * block_size
     return TensorDescriptor(kv_cache, [num_rows, head_dim], [head_dim, 1], [tile, head_dim])
-
-
-@functools.cache
-def _has_tma(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 @functools.cache

@@ -17,9 +17,13 @@ from triton.language.extra import cuda
 
 
 @functools.cache
+def is_sm_90_or_later(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def overlap(device: torch.device) -> dict[str, Any]:
     """The keyword arguments to launch a kernel with."""
-    overlaps = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    overlaps = is_sm_90_or_later(device)
     return {"OVERLAPS": overlaps, "launch_pdl": overlaps}
 
 
