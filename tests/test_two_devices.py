@@ -243,7 +243,7 @@ def test_a_backlog_of_handoffs_holds_prefill_back(checkpoint, limit):
         llm.kv_transfer = faulty = FaultyTransfer(llm.kv_transfer, "stall", lambda number: True)
         ids = [llm.add_request(prompt, GREEDY) for prompt in prompts]
         for _ in range(40):
-            llm._launch_prefill()
+            llm._launch_steps()
             llm._collect_steps()
         statuses = [llm._sequences[request_id].status for request_id in ids]
         assert statuses.count(SequenceStatus.HANDING_OFF) == limit
@@ -370,6 +370,8 @@ def test_the_tests_above_would_notice_a_wrong_handoff(checkpoint, mistake):
     with two_devices(path, lazy=False, enable_prefix_caching=False) as llm:
         if mistake == "one_block_manager":
             llm.scheduler.prefill_pool = llm.scheduler.decode_pool
+            launch = llm._launch_prefill
+            llm._launch_prefill = lambda runner: runner is llm.prefill_runner and launch(runner)
         else:
             llm.kv_transfer = SabotagedTransfer(llm.kv_transfer, mistake)
         try:

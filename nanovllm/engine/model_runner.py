@@ -19,7 +19,7 @@ from nanovllm.engine.decode_batch import DecodeStep
 from nanovllm.engine.decode_rows import DecodeRows
 from nanovllm.engine.model_inputs import ModelInputs, sampling_inputs
 from nanovllm.engine.prefill_buffers import PrefillBuffers
-from nanovllm.engine.scheduler import BlockPair, PrefillStep, Step
+from nanovllm.engine.scheduler import MOST_PREFILL_REQUESTS, BlockPair, PrefillStep, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import HandoffError, ModelLoadError, OutOfKVCacheError, shown
 from nanovllm.kernels import AttentionMetadata, ResolvedBackend
@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 GIB = 1024**3
 CPU_POOL_BYTES = 512 * 1024**2
-MOST_BUFFERED_REQUESTS = 32
-"""Requests of a prefill step beyond which it runs eagerly: many short prompts, which few steps hold."""
 
 
 @dataclass(frozen=True)
@@ -171,14 +169,13 @@ class ModelRunner:
 
     def _launch_prefill(self, step: PrefillStep) -> SampledTokens | None:
         last = [(chunk.seq, chunk.end - chunk.seq.num_prompt_tokens) for chunk in step.rows if chunk.is_last]
-        if self._prefill_graphs is not None and self.prefill_buffers.holds(step):
+        if self._prefill_graphs is not None:
             size = self._prefill_graphs.size_for(step.num_tokens)
             self.prefill_buffers.update(step, size)
             output: StepOutput | None = self._prefill_graphs.replay(size)
         else:
-            buffers = self.prefill_buffers if self.prefill_buffers.holds(step) else self._buffers_for(step)
-            buffers.update(step, step.num_tokens)
-            output = self._run(buffers.gather(step.num_tokens, len(last)))
+            self.prefill_buffers.update(step, step.num_tokens)
+            output = self._run(self.prefill_buffers.gather(step.num_tokens, len(last)))
         if output is None or not last:
             return None
         return SampledTokens(output.sampled.token_ids[: len(last)]) if step.is_plain else self._resampled(output, last)
@@ -316,25 +313,12 @@ class ModelRunner:
     def _make_prefill_buffers(self, max_step_tokens: int) -> PrefillBuffers:
         # The KV of a step's tokens is in the pool.
         max_num_tokens = min(max_step_tokens, self.num_kv_blocks * self.block_size)
-        max_num_requests = min(MOST_BUFFERED_REQUESTS, self.spec.max_num_seqs)
+        max_num_requests = min(MOST_PREFILL_REQUESTS, self.spec.max_num_seqs)
         longest = self.spec.max_model_len
         return PrefillBuffers(
             self.device,
             max_num_tokens,
             max_num_requests,
-            longest,
-            self.block_size,
-            self.num_kv_blocks,
-            self.mirror_pool,
-        )
-
-    def _buffers_for(self, step: PrefillStep) -> PrefillBuffers:
-        """For one step of more requests than `prefill_buffers` holds."""
-        longest = max(chunk.end for chunk in step.rows)
-        return PrefillBuffers(
-            self.device,
-            step.num_tokens,
-            len(step.rows),
             longest,
             self.block_size,
             self.num_kv_blocks,

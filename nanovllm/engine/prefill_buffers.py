@@ -47,10 +47,6 @@ class PrefillBuffers:
         self._mirror_pool = mirror_pool
         self._numbers = torch.zeros(size, dtype=torch.int64, device=device.torch_device)
 
-    def holds(self, step: PrefillStep) -> bool:
-        """Whether there is room for the step."""
-        return len(step.rows) <= self.max_num_requests and step.num_tokens <= self.max_num_tokens
-
     def update(self, step: PrefillStep, size: int) -> None:
         """Sends a step, padded to `size` tokens: one copy."""
         numbers = np.zeros(self._num_request_numbers + NUM_TOKEN_COLUMNS * size, dtype=np.int64)

@@ -21,6 +21,12 @@ GROW_AHEAD_TOKENS = 16
 """When a request needs a block, those that will within so many tokens get theirs with it, if blocks abound: the device
 then hears of new blocks once in several steps."""
 
+MOST_PREFILL_REQUESTS = 32
+"""Requests in a prefill step: the device keeps room for so many, and pads every step to it."""
+ENOUGH_PREFILL_TOKENS = 4096
+"""Where somebody awaits the first token, a prefill step of so many tokens takes no further request: the device is as
+fast with them as with more, and the first request of the step would wait for the last."""
+
 BlockPair = tuple[int, int]
 """A block of the prefill pool and the block of the decode pool that its KV goes to."""
 
@@ -42,6 +48,10 @@ class PrefillChunk:
     mirrored: tuple[BlockPair, ...]
     mirrored_from: int
 
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
 
 @dataclass(frozen=True)
 class PrefillStep:
@@ -51,7 +61,7 @@ class PrefillStep:
 
     @property
     def num_tokens(self) -> int:
-        return sum(chunk.end - chunk.start for chunk in self.rows)
+        return sum(chunk.num_tokens for chunk in self.rows)
 
     @property
     def is_plain(self) -> bool:
@@ -81,8 +91,8 @@ class Scheduler:
     """First come, first served: a request is never overtaken by a younger one for a lease.
 
     Whoever launches a scheduled step or a handoff reports its end (`prefill_done`, `decode_done`, `release`), so that
-    blocks in use by work in flight are freed only after it. One prefill step is in flight on a device at a time; decode
-    steps may be launched ahead, and end in the order of their launch.
+    blocks in use by work in flight are freed only after it. Steps may be launched ahead; those
+    of one device end in the order of their launch.
     """
 
     def __init__(self, limits: SchedulerLimits, prefill_pool: BlockManager, decode_pool: BlockManager) -> None:
@@ -168,12 +178,13 @@ class Scheduler:
         if seq is None:
             return None
         budget = self._prefill_budget(pool)
-        chunks: list[PrefillChunk] = []
-        while seq is not None:
-            chunk = self._next_chunk(seq, budget)
-            budget -= chunk.end - chunk.start
-            chunks.append(chunk)
-            seq = next(candidates, None) if budget > 0 else None
+        chunks = [self._next_chunk(seq, budget)]
+        if seq.is_streamed:
+            budget = min(budget, ENOUGH_PREFILL_TOKENS)
+        budget -= chunks[0].num_tokens
+        while budget > 0 and len(chunks) < MOST_PREFILL_REQUESTS and (seq := next(candidates, None)) is not None:
+            chunks.append(self._next_chunk(seq, budget))
+            budget -= chunks[-1].num_tokens
         return PrefillStep(chunks)
 
     def prefill_done(self, chunk: PrefillChunk) -> bool:
