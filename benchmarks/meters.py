@@ -102,12 +102,11 @@ class HandoffMeter:
         self.sent: Any = None
         """The moment when all blocks had arrived."""
 
-    def _timed_send(self, pairs: Sequence[BlockPair], after: Event, mirrored: Sequence[BlockPair] = ()) -> Any:
+    def _timed_send(self, pairs: Sequence[BlockPair], after: Event) -> Any:
         started = time.perf_counter()
-        handle = self._send(pairs, after, mirrored)
+        handle = self._send(pairs, after)
         self.host_s.append(time.perf_counter() - started)
-        self.num_bytes += (len(pairs) + len(mirrored)) * self._block_bytes
-        if not pairs:
-            wait_event(self._source.copy_stream, after)
+        self.num_bytes += len(pairs) * self._block_bytes
+        wait_event(self._source.copy_stream, after)  # `direct` sends nothing on it
         self.sent = moment(self._source.copy_stream)
         return handle

@@ -81,15 +81,15 @@ class Faults:
         transfer = self._llm.kv_transfer
         send = transfer.send
 
-        def faulty_send(pairs: Sequence[BlockPair], after: Event, mirrored: Sequence[BlockPair] = ()) -> Any:
-            blocks = {block for block, _ in (*pairs, *mirrored)}
+        def faulty_send(pairs: Sequence[BlockPair], after: Event) -> Any:
+            blocks = {block for block, _ in pairs}
             for seq in self._llm.scheduler._running:
                 plan = self.plans.get(seq.request_id)
                 if plan and plan.handoff_faults and seq.lease and blocks.intersection(seq.lease.prefill_table):
                     plan.handoff_faults -= 1
                     self.num_injected += 1
                     raise InjectedError("injected into a handoff")
-            return send(pairs, after, mirrored)
+            return send(pairs, after)
 
         transfer.send = faulty_send  # type: ignore[method-assign]
 

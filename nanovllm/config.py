@@ -51,8 +51,9 @@ class EngineConfig:
         seed: where requests without a seed of their own get theirs from; also of `dummy` weights.
         enable_two_gpu_pd: prefill on one GPU and decode on another; with `device="cpu"`, on two logical CPU devices.
         prefill_device_id, decode_device_id: which ones.
-        kv_handoff: how KV crosses: `copy` (torch's copies), `push` (one kernel for all blocks, over peer access), or
-            `auto`, which takes `push` where there is peer access.
+        kv_handoff: how KV crosses: `copy` (torch's copies, after each prefill step), `push` (the same by one kernel,
+            over peer access), `direct` (each layer's KV within the step, while the next layer runs), or `auto`, which
+            takes `direct` where there is peer access.
         verify_kv_handoff: checksum every block on both sides; a difference is an error of its request. Slow.
         handoff_timeout_s: seconds after which a handoff that has not ended fails its request.
         max_handoff_backlog: most requests between the beginning of their prefill and the arrival of their KV; others

@@ -9,19 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernel_cases import (
-    DECODE,
-    PREFILL,
-    check_fused,
-    check_mirror,
-    check_rows,
-    check_steps,
-    make_case,
-    relative_error,
-)
+from tests.kernel_cases import DECODE, PREFILL, check_fused, check_rows, check_steps, make_case, relative_error
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/test_triton.py"
-from nanovllm.kernels import torch_reference, triton_attention  # noqa: E402 - only once the mode is known
+from nanovllm.kernels import triton_attention  # noqa: E402 - only once the mode is known
 from nanovllm.kernels.triton_attention import Backend  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -55,15 +46,20 @@ def test_decode_spread_over_any_number_of_sms(monkeypatch, num_sms):
     assert relative_error(Backend(), case) < TOLERANCE[torch.float16]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
 @pytest.mark.parametrize("words", [96, 3 * 4096 + 32])
-def test_push_moves_exactly_the_listed_blocks(words):
+def test_push_moves_exactly_the_listed_blocks(words, dtype):
     from nanovllm.kernels.triton_transfer import push_blocks
 
-    source = torch.randn(7, 2, words)
-    target = torch.zeros(9, 2, words)
-    push_blocks(source, target, torch.tensor([[6, 0], [2, 8], [0, 3]]))
+    source = torch.randn(7, 2, words, dtype=dtype)
+    target = torch.zeros(9, 2, words, dtype=dtype)
+    blocks = torch.tensor([3, 6, 0, 2, 8, 0, 3, 1, 1])  # three pairs; the fourth is of an earlier step
+    push_blocks(source, target, blocks, 4)
     assert torch.equal(target[[0, 8, 3]], source[[6, 2, 0]])
     assert not target[[1, 2, 4, 5, 6, 7]].any()
+    push_blocks(source[:, 1], target[:, 0], blocks, 4)  # of one layer
+    assert torch.equal(target[[0, 8, 3], 0], source[[6, 2, 0], 1])
+    assert torch.equal(target[[0, 8, 3], 1], source[[6, 2, 0], 1])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
@@ -80,8 +76,3 @@ def test_rows_of_a_decode_batch_equal_reference():
 def test_what_steps_leave_in_unused_places_reaches_no_answer(monkeypatch, block_size):
     monkeypatch.setattr(triton_attention, "_has_tma", lambda device: True)
     check_steps(Backend(), device="cpu", dtype=torch.float16, block_size=block_size, seed=block_size)
-
-
-@pytest.mark.parametrize("backend", [Backend(), torch_reference.Backend()], ids=["triton", "torch"])
-def test_kv_is_mirrored_where_there_is_a_slot(backend):
-    check_mirror(backend, device="cpu", other_device="cpu", dtype=torch.float16)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanovllm.kernels import SLOT_NUMBERS, AttentionBackend, AttentionMetadata, Mirror, SlotNumber, torch_reference
+from nanovllm.kernels import SLOT_NUMBERS, AttentionBackend, AttentionMetadata, SlotNumber, torch_reference
 
 # (query length, context length) of each request: decode, whole prompts, chunks behind a cached prefix, odd borders.
 DECODE = [(1, 1), (1, 15), (1, 16), (1, 17), (1, 700), (1, 63)]
@@ -244,30 +244,3 @@ def check_steps(backend: AttentionBackend, *, device: str, dtype: torch.dtype, b
         output = backend.attend(query, pool, metadata, 0.125)[:num_tokens].float()
         expected = reference.attend(expected_query.float(), expected_pool.float(), metadata, 0.125)[:num_tokens]
         assert (output - expected).norm() < 1e-2 * expected.norm(), "reads what is not the request's"
-
-
-def check_mirror(backend: AttentionBackend, *, device: str, other_device: str, dtype: torch.dtype) -> None:
-    """KV goes to a second pool as well, at slots of its own, and nowhere else there."""
-    num_heads, num_kv_heads, head_dim, block_size, num_tokens = 4, 2, 64, 32, 70
-    generator = torch.Generator().manual_seed(0)
-    shape = (8, 3, 2, num_kv_heads, block_size, head_dim)
-    pool, mirrored = (torch.full(shape, float("nan"), dtype=dtype, device=where) for where in (device, other_device))
-    qkv = torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, generator=generator).to(device, dtype)
-    weight = torch.ones(head_dim, dtype=dtype, device=device)
-    angles = torch.rand(num_tokens, head_dim // 2, generator=generator).to(device)
-    places = torch.arange(num_tokens)
-    tables = torch.tensor([[6, 1, 3], [2, 7, 4]])
-    slots, mirror_slots = (table[places // block_size] * block_size + places % block_size for table in tables)
-    mirror_slots[:block_size] = -1
-    mirror = Mirror(mirrored[:, 1], mirror_slots.to(device))
-    arguments = (qkv, weight, weight, 1e-6, places.to(device), angles.cos(), angles.sin(), pool[:, 1], slots.to(device))
-    backend.norm_rotate_store(*arguments, mirror)
-    arrived, stored = mirrored[:, 1].to(device), pool[:, 1]
-    assert torch.equal(arrived[7], stored[1])
-    last = num_tokens - 2 * block_size
-    assert torch.equal(arrived[4, :, :, :last], stored[3, :, :, :last])
-    # After the last token its tile's values may be cleared; all else is as it was.
-    assert (arrived[4, 1, :, last:].nan_to_num(0) == 0).all()
-    assert arrived[4, 0, :, last:].isnan().all()
-    assert arrived[[0, 1, 2, 3, 5, 6]].isnan().all()
-    assert mirrored[:, [0, 2]].isnan().all()

@@ -45,8 +45,6 @@ def kernel_cases(capability: int):
                 stages = {"STAGES": 2 if wide else 3, "COMBINED": 4, "IS_PLANNED": True}
                 yield "_decode_kernel", dtype, {**DECODE, **stages, **common}, {"num_warps": 4 if wide else 1}
             yield "_norm_rotate_store_kernel", dtype, {**STORE, "HEAD_DIM": head_dim}, {}
-            alone = {"mirror": None, "mirror_slots": None}
-            yield "_norm_rotate_store_kernel", dtype, {**STORE, **alone, "HEAD_DIM": head_dim}, {}
     chunks = {"CHUNK_TILES": 32, "PROGRAMS_PER_SM": 2, "MOST_PROGRAMS_PER_SM": 16, "PADDED_REQUESTS": 512}
     yield "_share_out_kernel", "words", {"TILE": 32, "ends": None, "NUM_KV_HEADS": 8, **chunks}, {}
     yield "_share_out_kernel", "words", {"TILE": 64, "NUM_KV_HEADS": None, **chunks}, {}
@@ -75,7 +73,7 @@ INTEGER_POINTERS = {
     "seeds": "*i64",
     "output_indices": "*i64",
     "token_ids": "*i64",
-    "pairs": "*i64",
+    "blocks": "*i64",
     "places": "*i32",
     "block_tables": "*i32",
     "context_lens": "*i32",
@@ -83,11 +81,10 @@ INTEGER_POINTERS = {
     "tile_starts": "*i32",
     "chunk_starts": "*i32",
     "slots": "*i64",
-    "mirror_slots": "*i64",
     "numbers": "*i64",
     "row_numbers": "*i64",
 }
-COUNTS = {"num_inputs", "num_outputs", "num_pieces", "words", "size", "vocab_size", "num_tiles"}
+COUNTS = {"num_inputs", "num_outputs", "words", "size", "vocab_size", "num_tiles"}
 INTEGERS = {"num_requests", "num_sms", "num_rows", "num_slots", "max_blocks", "spare_slot"}
 FLOAT_POINTERS = {"partial", "log_sums", "cos", "sin", "best", "temperatures", "row_temperatures"}
 

@@ -17,8 +17,8 @@ class LazyTransfer:
         self.name = f"lazy {inner.name}"
         self.inner, self.polls = inner, polls
 
-    def send(self, pairs: Sequence[BlockPair], after: Event, mirrored: Sequence[BlockPair] = ()) -> TransferHandle:
-        return LazyHandle(lambda: self.inner.send(pairs, after, mirrored), self.polls)
+    def send(self, pairs: Sequence[BlockPair], after: Event) -> TransferHandle:
+        return LazyHandle(lambda: self.inner.send(pairs, after), self.polls)
 
 
 class LazyHandle:
@@ -48,14 +48,14 @@ class FaultyTransfer:
     def unstall(self) -> None:
         self.stalled = False
 
-    def send(self, pairs: Sequence[BlockPair], after: Event, mirrored: Sequence[BlockPair] = ()) -> TransferHandle:
+    def send(self, pairs: Sequence[BlockPair], after: Event) -> TransferHandle:
         number, self.num_sends = self.num_sends, self.num_sends + 1
         if not self.chosen(number):
-            return self.inner.send(pairs, after, mirrored)
+            return self.inner.send(pairs, after)
         self.num_faults += 1
         if self.fault == "launch":
             raise RuntimeError("injected: the copy could not be launched")
-        return FaultyHandle(self, self.inner.send(pairs, after, mirrored))
+        return FaultyHandle(self, self.inner.send(pairs, after))
 
 
 class FaultyHandle:
@@ -78,7 +78,7 @@ class SabotagedTransfer:
         self.name = inner.name
         self.inner, self.mistake = inner, mistake
 
-    def send(self, pairs: Sequence[BlockPair], after: Event, mirrored: Sequence[BlockPair] = ()) -> TransferHandle:
+    def send(self, pairs: Sequence[BlockPair], after: Event) -> TransferHandle:
         if self.mistake == "skip_wait":
             return ForgottenHandle()
         if self.mistake == "skip_block":
@@ -86,7 +86,7 @@ class SabotagedTransfer:
         if self.mistake == "wrong_slot" and len(pairs) > 1:
             targets = [target for _, target in pairs]
             pairs = [(source, target) for (source, _), target in zip(pairs, targets[1:] + targets[:1], strict=True)]
-        return self.inner.send(pairs, after, mirrored)
+        return self.inner.send(pairs, after)
 
 
 class ForgottenHandle:

@@ -162,7 +162,7 @@ def build_runners(
         is_decode_runner=False,
         max_step_tokens=config.max_num_batched_tokens,
         weights_of=decode_runner,
-        mirror_to=decode_runner if method == "direct" else None,
+        push_to=decode_runner if method == "direct" else None,
     )
     transfer = PeerTransfer(prefill_runner, decode_runner, method, verify=config.verify_kv_handoff)
     return prefill_runner, decode_runner, transfer
@@ -179,6 +179,5 @@ def build_scheduler(config: EngineConfig, prefill_runner: ModelRunner, decode_ru
         prefill_chunk_tokens=config.prefill_chunk_tokens,
         max_num_seqs=config.max_num_seqs,
         max_handoff_backlog=config.max_handoff_backlog,
-        mirrors=prefill_runner.mirror_pool is not None,
     )
     return Scheduler(limits, pools[prefill_runner], pools[decode_runner])

@@ -33,11 +33,8 @@ class KVTransfer(Protocol):
 
     name: str
 
-    def send(self, pairs: SequenceOf[BlockPair], after: Event, mirrored: SequenceOf[BlockPair] = ()) -> TransferHandle:
-        """Sends blocks, once the work that computes them (`after`) has ended; waits for nothing itself.
-
-        `mirrored` are blocks that this work has stored in both pools: they arrive as it ends.
-        """
+    def send(self, pairs: SequenceOf[BlockPair], after: Event) -> TransferHandle:
+        """Sends blocks, once the work that computes them (`after`) has ended; waits for nothing itself."""
 
 
 class NoTransfer:
@@ -45,7 +42,7 @@ class NoTransfer:
 
     name = "none"
 
-    def send(self, pairs: SequenceOf[BlockPair], after: Event, mirrored: SequenceOf[BlockPair] = ()) -> TransferHandle:
+    def send(self, pairs: SequenceOf[BlockPair], after: Event) -> TransferHandle:
         raise AssertionError("with one pool there is nothing to send")
 
 
@@ -54,22 +51,22 @@ class PeerTransfer:
 
     Args:
         source, target: the runners.
-        method: `copy`, `push`, `staged` (through pinned host memory), or `direct`: prefill stores its KV in both pools,
-            and only blocks that it found in its own prefix cache are copied.
+        method: `copy`, `push`, `staged` (through pinned host memory), or `direct`: the source pushes blocks in the step
+            that computes them.
         verify: compare checksums of every layer of every block, on both sides, once it has arrived.
     """
 
     def __init__(self, source: ModelRunner, target: ModelRunner, method: str, *, verify: bool) -> None:
         self.name = method
-        direct_copies_by = "push" if source.device.is_cuda else "copy"
-        self._copies_by = direct_copies_by if method == "direct" else method
         self._source, self._target, self._verify = source, target, verify
+        if method == "push":  # the first one compiles the kernel
+            source.sync_kv_cache_to(target, (), method=method).synchronize()
 
-    def send(self, pairs: SequenceOf[BlockPair], after: Event, mirrored: SequenceOf[BlockPair] = ()) -> TransferHandle:
+    def send(self, pairs: SequenceOf[BlockPair], after: Event) -> TransferHandle:
         arrived = after
-        if pairs:
-            arrived = self._source.sync_kv_cache_to(self._target, pairs, method=self._copies_by, after=after)
-        return _PeerHandle(self._source, self._target, (*pairs, *mirrored) if self._verify else (), arrived)
+        if self.name != "direct":
+            arrived = self._source.sync_kv_cache_to(self._target, pairs, method=self.name, after=after)
+        return _PeerHandle(self._source, self._target, pairs if self._verify else (), arrived)
 
 
 class _PeerHandle:
@@ -102,17 +99,17 @@ def resolve_handoff(option: str, source: Device, target: Device) -> str:
     """The method behind `kv_handoff`: as asked for, else the fastest that these devices allow.
 
     Raises:
-        ConfigError: `push` or `direct` was asked for on GPUs without peer access.
+        ConfigError: `push` was asked for without peer access.
     """
     reachable = peer_access(source, target)
-    if (option == "push" or (option == "direct" and source.is_cuda)) and not reachable:
+    if option == "push" and not reachable:
         raise ConfigError(
-            f"kv_handoff={option!r} needs two GPUs with peer access, which {source} and {target} have not; "
+            f"kv_handoff='push' needs two GPUs with peer access, which {source} and {target} have not; "
             "pass 'copy' or 'auto'"
         )
-    if source.is_cuda and not reachable:
+    if option != "push" and source.is_cuda and not reachable:
         logger.warning("%s and %s have no peer access: KV crosses through pinned host memory", source, target)
         return "staged"
-    method = option if option != "auto" else "push" if reachable else "copy"
+    method = option if option != "auto" else "direct" if reachable else "copy"
     logger.info("KV handoff from %s to %s: %s", source, target, method)
     return method

@@ -375,19 +375,18 @@ class LLMEngine:
     # Handoffs
 
     def _send(self, step: PrefillStep, handle: StepHandle) -> None:
-        """Sends the blocks that a prefill step completes; the copies wait for the step on the device."""
+        """Hands over the blocks that a prefill step completes; copies wait for the step on the device."""
         for chunk in step.rows:
-            if not chunk.handoff and not chunk.mirrored:
+            if not chunk.handoff:
                 continue
             self.scheduler.hold(chunk.lease)
             try:
-                transfer = self.kv_transfer.send(chunk.handoff, handle.event, chunk.mirrored)
+                transfer = self.kv_transfer.send(chunk.handoff, handle.event)
             except Exception as error:  # noqa: BLE001 - a copy that cannot be launched fails its request alone
                 self.scheduler.release(chunk.lease)
                 self._fail(chunk.seq, HandoffError(f"{self._about(chunk.seq)}: {error}"))
                 continue
-            pairs = (*chunk.handoff, *chunk.mirrored)
-            self._handoffs.append(Handoff(chunk.seq, chunk.lease, pairs, transfer, step))
+            self._handoffs.append(Handoff(chunk.seq, chunk.lease, chunk.handoff, transfer, step))
 
     def _collect_handoffs(self) -> None:
         for handoff in list(self._handoffs):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import torch
 from nanovllm.engine.cuda_graph import StepGraphs, StepOutput, batch_buckets, token_buckets
 from nanovllm.engine.decode_batch import DecodeStep
 from nanovllm.engine.decode_rows import DecodeRows
-from nanovllm.engine.model_inputs import ModelInputs, sampling_inputs
+from nanovllm.engine.model_inputs import ModelInputs, block_list, sampling_inputs
 from nanovllm.engine.prefill_buffers import PrefillBuffers
 from nanovllm.engine.scheduler import MOST_PREFILL_REQUESTS, BlockPair, PrefillStep, Step
 from nanovllm.engine.sequence import Sequence
@@ -98,7 +99,7 @@ class ModelRunner:
         is_decode_runner: whether decode steps run here (they may run beside prefill steps).
         max_step_tokens: most tokens of a step; workspace for them is kept free.
         weights_of: a runner to copy the weights from, instead of reading them.
-        mirror_to: a runner in whose pool prefill steps store their KV as well; of the same spec.
+        push_to: a runner into whose pool prefill steps push the blocks that they hand over; of the same spec.
 
     Raises:
         ModelLoadError: the weights cannot be loaded or do not fit.
@@ -113,10 +114,10 @@ class ModelRunner:
         is_decode_runner: bool,
         max_step_tokens: int,
         weights_of: ModelRunner | None = None,
-        mirror_to: ModelRunner | None = None,
+        push_to: ModelRunner | None = None,
     ) -> None:
         self.spec = spec
-        self.mirror_pool = None if mirror_to is None else mirror_to.kv_pool
+        self._push_pool = None if push_to is None else push_to.kv_pool
         self.device = device
         self.is_decode_runner = is_decode_runner
         self.max_step_tokens = max(max_step_tokens, spec.max_num_seqs) if is_decode_runner else max_step_tokens
@@ -131,8 +132,8 @@ class ModelRunner:
             self.kv_pool: torch.Tensor = self._make_pool(self.num_kv_blocks + 1)
             self.prefill_buffers = self._make_prefill_buffers(max_step_tokens)
             self.decode_rows = self._make_decode_rows() if is_decode_runner else None
-            if mirror_to is not None and device.is_cuda:
-                enable_peer_access(device, mirror_to.device)
+            if push_to is not None and device.is_cuda:
+                enable_peer_access(device, push_to.device)
             self._prefill_graphs, self._decode_graphs = self._capture_graphs()
         self.synchronize()  # other streams are about to read the weights and write to the pool
 
@@ -277,17 +278,39 @@ class ModelRunner:
         """Gives weights and pool back, which nothing may be using; the runner is of no use afterwards."""
         with self._on(self.stream):
             del self.model, self.kv_pool, self.prefill_buffers, self.decode_rows
-            del self._prefill_graphs, self._decode_graphs, self._logits, self.mirror_pool
+            del self._prefill_graphs, self._decode_graphs, self._logits, self._push_pool
             if self.device.is_cuda:
                 torch.cuda.empty_cache()
 
     def _run(self, inputs: ModelInputs, pool: torch.Tensor | None = None) -> StepOutput | None:
         kv_pool = self.kv_pool if pool is None else pool
-        hidden = self.model(inputs.input_ids, inputs.positions, kv_pool, self._planned(inputs.metadata))
+        push = None if inputs.pushed_blocks is None else functools.partial(self._push_layer, inputs.pushed_blocks)
+        hidden = self.model(inputs.input_ids, inputs.positions, kv_pool, self._planned(inputs.metadata), push)
         if inputs.sampling is None:
+            self._join_pushes()
             return None
         logits = self._compute_logits(hidden[inputs.sampled_rows])
-        return StepOutput(logits, sample(logits, inputs.sampling, self.spec.attention.backend))
+        sampled = sample(logits, inputs.sampling, self.spec.attention.backend)
+        self._join_pushes()
+        return StepOutput(logits, sampled)
+
+    def _push_layer(self, pushed_blocks: torch.Tensor, layer: int) -> None:
+        """Stores a layer's KV of the blocks in the other runner's pool, beside the layers that follow."""
+        assert self._push_pool is not None, "a step has blocks to push only if there is a pool to push them to"
+        source, target = self.kv_pool[:, layer], self._push_pool[:, layer]
+        if self.copy_stream is None:
+            blocks, goals = pushed_blocks[1 : 1 + 2 * int(pushed_blocks[0])].view(-1, 2).unbind(1)
+            target[goals] = source[blocks]
+            return
+        from nanovllm.kernels.triton_transfer import NUM_PROGRAMS_BESIDE, push_blocks  # needs triton
+
+        self.copy_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.copy_stream):
+            push_blocks(source, target, pushed_blocks, NUM_PROGRAMS_BESIDE)
+
+    def _join_pushes(self) -> None:
+        if self._push_pool is not None and self.copy_stream is not None:
+            torch.cuda.current_stream().wait_stream(self.copy_stream)
 
     @contextlib.contextmanager
     def _on(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
@@ -322,7 +345,7 @@ class ModelRunner:
             longest,
             self.block_size,
             self.num_kv_blocks,
-            self.mirror_pool,
+            pushes=self._push_pool is not None,
         )
 
     def _make_decode_rows(self) -> DecodeRows:
@@ -468,10 +491,13 @@ def _copy_blocks(source: ModelRunner, target: ModelRunner, pairs: SequenceOf[Blo
 
 
 def _push_blocks(source: ModelRunner, target: ModelRunner, pairs: SequenceOf[BlockPair]) -> None:
-    from nanovllm.kernels.triton_transfer import push_blocks  # needs triton, which a machine without GPUs may lack
+    from nanovllm.kernels.triton_transfer import (
+        NUM_PROGRAMS,
+        push_blocks,
+    )  # needs triton, which a machine without GPUs may lack
 
     enable_peer_access(source.device, target.device)
-    push_blocks(source.kv_pool, target.kv_pool, source.device.tensor(np.array(pairs, dtype=np.int64)))
+    push_blocks(source.kv_pool, target.kv_pool, source.device.tensor(block_list(pairs)), NUM_PROGRAMS)
 
 
 def _stage_blocks(source: ModelRunner, target: ModelRunner, pairs: SequenceOf[BlockPair]) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from nanovllm.engine.model_inputs import ModelInputs
-from nanovllm.engine.scheduler import PrefillChunk, PrefillStep
-from nanovllm.kernels import AttentionMetadata, Mirror
+from nanovllm.engine.model_inputs import ModelInputs, block_list
+from nanovllm.engine.scheduler import PrefillStep
+from nanovllm.kernels import AttentionMetadata
 from nanovllm.layers.sampler import SamplingInputs
 from nanovllm.utils.device import Device
 
-NUM_TOKEN_COLUMNS = 4
-"""Of each token: its id, position, slot and slot in the decode pool."""
+NUM_TOKEN_COLUMNS = 3
+"""Of each token: its id, position and slot."""
 NUM_REQUEST_COLUMNS = 6
 """Of each request: context length, end in the step, sampled row, seed, output index, temperature; then its blocks."""
 
@@ -20,8 +20,8 @@ NUM_REQUEST_COLUMNS = 6
 class PrefillBuffers:
     """Room for steps of at most `max_num_tokens` tokens of `max_num_requests` requests.
 
-    A step is padded with tokens of no request, which go to `spare_block`, and with requests of no tokens. Its KV is
-    stored in `mirror_pool` as well, if there is one.
+    A step is padded with tokens of no request, which go to `spare_block`, and with requests of no tokens. The
+    blocks that it hands over are part of it if `pushes`.
     """
 
     def __init__(
@@ -32,7 +32,8 @@ class PrefillBuffers:
         max_model_len: int,
         block_size: int,
         spare_block: int,
-        mirror_pool: torch.Tensor | None,
+        *,
+        pushes: bool,
     ) -> None:
         self.device = device
         self.max_num_tokens = max_num_tokens
@@ -43,19 +44,21 @@ class PrefillBuffers:
         self._spare_slot = (spare_block + 1) * block_size - 1
         self._max_blocks = -(-max_model_len // block_size)
         self._num_request_numbers = max_num_requests * (NUM_REQUEST_COLUMNS + self._max_blocks)
-        size = self._num_request_numbers + NUM_TOKEN_COLUMNS * max_num_tokens
-        self._mirror_pool = mirror_pool
+        self._most_pushed_numbers = 1 + 2 * max_num_requests * self._max_blocks if pushes else 0
+        size = self._num_request_numbers + NUM_TOKEN_COLUMNS * max_num_tokens + self._most_pushed_numbers
         self._numbers = torch.zeros(size, dtype=torch.int64, device=device.torch_device)
 
     def update(self, step: PrefillStep, size: int) -> None:
         """Sends a step, padded to `size` tokens: one copy."""
-        numbers = np.zeros(self._num_request_numbers + NUM_TOKEN_COLUMNS * size, dtype=np.int64)
+        handoff = [pair for chunk in step.rows for pair in chunk.handoff]
+        pushed = block_list(handoff)[: self._most_pushed_numbers]  # nothing if none ever are
+        numbers = np.zeros(self._num_request_numbers + NUM_TOKEN_COLUMNS * size + len(pushed), dtype=np.int64)
+        numbers[len(numbers) - len(pushed) :] = pushed
         requests, tokens = self._split(numbers, size)
         context_lens, ends, sampled_rows, seeds, output_indices, temperatures = requests[:NUM_REQUEST_COLUMNS]
         tables = requests[NUM_REQUEST_COLUMNS:].T
-        token_ids, positions, slots, mirrored = tokens
+        token_ids, positions, slots = tokens
         slots[:] = self._spare_slot
-        mirrored[:] = -1
         end, num_sampled = 0, 0
         for row, chunk in enumerate(step.rows):
             seq, table = chunk.seq, np.array(chunk.lease.prefill_table, dtype=np.int64)
@@ -64,7 +67,6 @@ class PrefillBuffers:
             token_ids[first:end] = seq.token_ids[chunk.start : chunk.end]
             positions[first:end] = places
             slots[first:end] = table[places // self.block_size] * self.block_size + places % self.block_size
-            mirrored[first + chunk.mirrored_from - chunk.start : end] = self._mirror_slots(chunk)
             num_blocks = -(-chunk.end // self.block_size)
             tables[row, :num_blocks] = table[:num_blocks]
             context_lens[row], ends[row] = chunk.end, end
@@ -81,7 +83,7 @@ class PrefillBuffers:
         """The inputs of the step, padded to `size` tokens and `num_sampled` sampled rows; runs on the device alone."""
         requests, tokens = self._split(self._numbers, size)
         context_lens, ends, sampled_rows, seeds, output_indices, temperatures = requests[:NUM_REQUEST_COLUMNS]
-        token_ids, positions, slots, mirrored = tokens
+        token_ids, positions, slots = tokens
         metadata = AttentionMetadata(
             slot_mapping=slots,
             block_tables=requests[NUM_REQUEST_COLUMNS:].T.int().contiguous(),
@@ -89,21 +91,20 @@ class PrefillBuffers:
             query_starts=torch.nn.functional.pad(ends.int(), (1, 0)),
             max_query_len=max(size, 2),
             max_context_len=self.max_model_len,
-            mirror=None if self._mirror_pool is None else Mirror(self._mirror_pool, mirrored),
         )
         sampling = SamplingInputs(
             temperatures[:num_sampled].view(torch.float64).float(), seeds[:num_sampled], output_indices[:num_sampled]
         )
+        first_pushed = self._num_request_numbers + NUM_TOKEN_COLUMNS * size
+        pushed = self._numbers[first_pushed : first_pushed + self._most_pushed_numbers]
         return ModelInputs(
-            token_ids, positions, metadata, sampled_rows[:num_sampled], sampling if num_sampled else None
+            token_ids,
+            positions,
+            metadata,
+            sampled_rows[:num_sampled],
+            sampling if num_sampled else None,
+            pushed if len(pushed) else None,
         )
-
-    def _mirror_slots(self, chunk: PrefillChunk) -> np.ndarray:
-        """int64 slots of the decode pool for the tokens of a chunk that are stored there."""
-        places = np.arange(chunk.mirrored_from, chunk.end)
-        table = np.array(chunk.lease.decode_table, dtype=np.int64)
-        slots: np.ndarray = table[places // self.block_size] * self.block_size + places % self.block_size
-        return slots
 
     def _split(self, numbers, size):  # type: ignore[no-untyped-def] # numpy and torch alike
         """[columns, max_num_requests] and [NUM_TOKEN_COLUMNS, size] views of the numbers of a step."""

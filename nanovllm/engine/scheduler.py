@@ -35,8 +35,7 @@ BlockPair = tuple[int, int]
 class PrefillChunk:
     """Tokens [start, end) of a request to run through the model; `is_last` samples a token after them.
 
-    `handoff` lists the blocks whose KV is ready to cross to the decode pool once this chunk has run. `mirrored` lists
-    those that are complete there by then: tokens from `mirrored_from` on are stored in both pools.
+    `handoff` lists the blocks whose KV is ready to cross to the decode pool once this chunk has run.
     """
 
     seq: Sequence
@@ -45,8 +44,6 @@ class PrefillChunk:
     end: int
     is_last: bool
     handoff: tuple[BlockPair, ...]
-    mirrored: tuple[BlockPair, ...]
-    mirrored_from: int
 
     @property
     def num_tokens(self) -> int:
@@ -83,8 +80,6 @@ class SchedulerLimits:
     prefill_chunk_tokens: int
     max_num_seqs: int
     max_handoff_backlog: int
-    mirrors: bool = False
-    """Whether prefill stores KV in the decode pool as well, so that only what it found in its own cache is sent."""
 
 
 class Scheduler:
@@ -384,8 +379,6 @@ class Scheduler:
         else:
             prefill_table = pool.take(hit, num_prefilled)
         seq.lease = Lease(decode_table, prefill_table, pool, num_handed_off_blocks=len(cached))
-        # Blocks that are computed are computed as a whole: a hit ends with a block.
-        seq.lease.first_mirrored_block = max(len(cached), len(hit))
         seq.num_prefilled_tokens = len(hit) * pool.block_size
         seq.status = SequenceStatus.PREFILLING
         return True
@@ -404,22 +397,11 @@ class Scheduler:
         seq.num_prefilled_tokens = end
         self.hold(seq.lease)
         is_last = end == seq.num_tokens
-        handoff = self._handoff_pairs(seq, seq.lease, end, is_last)
-        if not self.limits.mirrors or not self._is_handed_off(seq, seq.lease):
-            return PrefillChunk(seq, seq.lease, start, end, is_last, handoff, (), mirrored_from=end)
-        first = seq.lease.first_mirrored_block
-        num_sent = max(0, min(len(handoff), first - (seq.lease.num_handed_off_blocks - len(handoff))))
-        mirrored_from = max(start, first * self.decode_pool.block_size)
-        return PrefillChunk(
-            seq, seq.lease, start, end, is_last, handoff[:num_sent], handoff[num_sent:], min(mirrored_from, end)
-        )
-
-    def _is_handed_off(self, seq: Sequence, lease: Lease) -> bool:
-        return lease.prefill_pool is not self.decode_pool and seq.num_tokens + 1 != seq.max_num_tokens
+        return PrefillChunk(seq, seq.lease, start, end, is_last, self._handoff_pairs(seq, seq.lease, end, is_last))
 
     def _handoff_pairs(self, seq: Sequence, lease: Lease, end: int, is_last: bool) -> tuple[BlockPair, ...]:
         """Blocks that are complete once the tokens before `end` are computed, and that the decode pool lacks."""
-        if not self._is_handed_off(seq, lease):
+        if lease.prefill_pool is self.decode_pool or seq.num_tokens + 1 == seq.max_num_tokens:
             return ()
         first = lease.num_handed_off_blocks
         complete = self.decode_pool.blocks_for(end) if is_last else end // self.decode_pool.block_size

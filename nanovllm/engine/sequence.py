@@ -42,8 +42,6 @@ class Lease:
     """The pool of `prefill_table`: where the request is prefilled."""
     num_handed_off_blocks: int
     """Leading blocks of `decode_table` whose KV was there before the lease, or was sent there since."""
-    first_mirrored_block: int = 0
-    """From this block on, the KV that is computed may be stored in the decode pool as well."""
     in_flight: int = 0
     """Steps and copies in flight that touch the blocks; while above 0, none is freed."""
     ended: bool = False

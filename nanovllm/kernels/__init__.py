@@ -7,7 +7,7 @@ triton and flash_attn needs to be installed.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
@@ -29,19 +29,6 @@ SLOT_NUMBERS = len(SlotNumber)
 
 
 @dataclass(frozen=True)
-class Mirror:
-    """Where a step's KV is stored a second time: in the pool that it will be read from by decode steps.
-
-    Attributes:
-        kv_cache: that pool, or one layer's view of it; memory that the step's device can write to.
-        slot_mapping: [T] int64, the token's slot there; -1 for a token whose KV is not stored there.
-    """
-
-    kv_cache: torch.Tensor
-    slot_mapping: torch.Tensor
-
-
-@dataclass(frozen=True)
 class AttentionMetadata:
     """Where the tokens of one step belong. B requests, T tokens in all, one after another.
 
@@ -56,7 +43,6 @@ class AttentionMetadata:
         plan: what the backend's `plan` says of the step, None to have it asked for by each layer. It is made from the
             other attributes as they are, and by kernels before the one that `attend` follows: not right before it.
         num_sms: how many SMs to spread decode attention over, None for all of the GPU.
-        mirror: a second pool to store the tokens' KV in, None for none.
     """
 
     slot_mapping: torch.Tensor
@@ -67,13 +53,6 @@ class AttentionMetadata:
     max_context_len: int
     plan: torch.Tensor | None = None
     num_sms: int | None = None
-    mirror: Mirror | None = None
-
-    def of_layer(self, layer: int) -> AttentionMetadata:
-        """The same with one layer's view of the mirror's pool."""
-        if self.mirror is None:
-            return self
-        return replace(self, mirror=replace(self.mirror, kv_cache=self.mirror.kv_cache[:, layer]))
 
     @property
     def is_decode(self) -> bool:
@@ -103,7 +82,6 @@ class AttentionBackend(Protocol):
         sin: torch.Tensor,
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
-        mirror: Mirror | None = None,
     ) -> torch.Tensor:
         """Norms and rotates the query and key heads of `qkv`, and stores keys and values in the pool.
 
@@ -115,7 +93,6 @@ class AttentionBackend(Protocol):
             cos, sin: [max_positions, head_dim / 2] float32; pair (i, i + head_dim / 2) is rotated.
             kv_cache: the layer's view of the pool.
             slot_mapping: [T] int64, as in `AttentionMetadata`.
-            mirror: one layer's view of a second pool to store keys and values in.
 
         Returns:
             The query heads, [T, num_heads, head_dim].

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from nanovllm.kernels import AttentionMetadata, BackendRequirements, Mirror, SlotNumber
+from nanovllm.kernels import AttentionMetadata, BackendRequirements, SlotNumber
 
 DEFAULT_BLOCK_SIZE = 16
 
@@ -32,19 +32,12 @@ class Backend:
         sin: torch.Tensor,
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
-        mirror: Mirror | None = None,
     ) -> torch.Tensor:
         num_kv_heads, head_dim = kv_cache.shape[2], kv_cache.shape[4]
         heads = qkv.unflatten(-1, (-1, head_dim))
         query, key, value = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
         cos_rows, sin_rows = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
-        key = _rotate(_rms_norm(key, key_weight, eps), cos_rows, sin_rows)
-        store_kv(key, value, kv_cache, slot_mapping)
-        if mirror is not None:
-            there = (mirror.slot_mapping >= 0).nonzero().squeeze(1)
-            where = mirror.kv_cache.device
-            slots = mirror.slot_mapping[there].to(where)
-            store_kv(key[there].to(where), value[there].to(where), mirror.kv_cache, slots)
+        store_kv(_rotate(_rms_norm(key, key_weight, eps), cos_rows, sin_rows), value, kv_cache, slot_mapping)
         return _rotate(_rms_norm(query, query_weight, eps), cos_rows, sin_rows)
 
     def plan(self, metadata: AttentionMetadata, num_kv_heads: int) -> None:

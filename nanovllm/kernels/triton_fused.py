@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-from nanovllm.kernels import Mirror
 from nanovllm.kernels.triton_overlap import begin, overlap
 
 VOCAB_TILE = 4096
@@ -139,7 +138,6 @@ def norm_rotate_store(
     sin: torch.Tensor,
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    mirror: Mirror | None = None,
 ) -> torch.Tensor:
     """Norms and rotates query and key heads, stores keys and values in the pool, returns the query heads.
 
@@ -159,8 +157,6 @@ def norm_rotate_store(
         sin,
         kv_cache,
         slot_mapping,
-        None if mirror is None else mirror.kv_cache,
-        None if mirror is None else mirror.slot_mapping,
         eps,
         kv_cache.stride(0),
         NUM_HEADS=num_heads,
@@ -357,8 +353,6 @@ def _norm_rotate_store_kernel(
     sin,
     kv_cache,
     slot_mapping,
-    mirror,
-    mirror_slots,
     eps,
     block_stride,
     NUM_HEADS: tl.constexpr,
@@ -401,29 +395,18 @@ def _norm_rotate_store_kernel(
     tl.store(target + half, first, mask=there)
     tl.store(target + HEAD_DIM // 2 + half, second, mask=there)
     first, second = _norm_rotate(key_first, key_second, key_weight, cos_row, sin_row, eps, HEAD_DIM)
-    value_offset = NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
     place = kv_cache + (slot // BLOCK_SIZE) * block_stride + (kv_heads * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM
     tl.store(place + half, first, mask=kv_there)
     tl.store(place + HEAD_DIM // 2 + half, second, mask=kv_there)
-    tl.store(place + value_offset + dims, values, mask=kv_there)
-    if mirror is not None:
-        # Blocks are as large in both pools, and a token's place in its block is the same.
-        mirror_slot = tl.load(mirror_slots + token)
-        mirror_there = kv_there & (mirror_slot >= 0)
-        mirror_place = mirror + (mirror_slot // BLOCK_SIZE) * block_stride
-        mirror_place += (kv_heads * BLOCK_SIZE + mirror_slot % BLOCK_SIZE) * HEAD_DIM
-        tl.store(mirror_place + half, first, mask=mirror_there)
-        tl.store(mirror_place + HEAD_DIM // 2 + half, second, mask=mirror_there)
-        tl.store(mirror_place + value_offset + dims, values, mask=mirror_there)
+    place += NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
+    tl.store(place + dims, values, mask=kv_there)
 
     # The values that follow in the tile are zero until there are tokens: attention reads whole tiles. It is up to the
     # last token of a request, unless an earlier step has come into the tile and done it.
     if (following != slot + 1) & ((slot % KV_TILE == 0) | (previous == slot - 1)):
         nothing = tl.zeros([PADDED_KV_HEADS, HEAD_DIM], kv_cache.dtype.element_ty)
         for ahead in range(1, KV_TILE - (slot % KV_TILE).to(tl.int32)):
-            tl.store(place + value_offset + ahead * HEAD_DIM + dims, nothing, mask=kv_there)
-            if mirror is not None:
-                tl.store(mirror_place + value_offset + ahead * HEAD_DIM + dims, nothing, mask=mirror_there)
+            tl.store(place + ahead * HEAD_DIM + dims, nothing, mask=kv_there)
 
 
 @triton.jit

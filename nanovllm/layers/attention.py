@@ -44,6 +44,5 @@ class PagedAttention(nn.Module):
             self.rotary.sin,
             kv_cache,
             metadata.slot_mapping,
-            metadata.mirror,
         )
         return self.backend.attend(query, kv_cache, metadata, self.scale)

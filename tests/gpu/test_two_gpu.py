@@ -13,9 +13,7 @@ from nanovllm import LLM, ModelLoadError, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine import kv_transfer
 from nanovllm.utils import device as device_module
-from nanovllm.utils.device import Device, enable_peer_access
 from tests import tiny
-from tests.kernel_cases import check_mirror
 from tests.test_engine import drain, tokens_of
 from tests.test_two_devices import assert_whole
 from tests.transfers import FaultyTransfer, LazyTransfer, poison_after_handoff
@@ -166,12 +164,3 @@ def test_too_little_memory_for_the_weights_names_the_card(tiny_on_disk, monkeypa
     )
     with pytest.raises(ModelLoadError, match=r"cuda:1 has 0.00 GiB free: .* GiB are missing"):
         LLM(path, **OPTIONS)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kv_is_mirrored_on_the_other_card(dtype):
-    from nanovllm.kernels.triton_attention import Backend
-
-    enable_peer_access(Device("cuda", 0), Device("cuda", 1))
-    with torch.cuda.device(0):
-        check_mirror(Backend(), device="cuda:0", other_device="cuda:1", dtype=dtype)
