@@ -46,6 +46,7 @@ def measure(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
             last_token_s[output.request_id] = time.perf_counter()
     gc.collect()
     gc.freeze()
+    last_token_s = dict.fromkeys(last_token_s, time.perf_counter())
     busy_s = 0.0
     for third in range(3):
         started, num_steps = time.perf_counter(), 0
@@ -65,7 +66,7 @@ def measure(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
                     waiting.remove(output.request_id)
             num_steps += is_steady
         if third == 1:
-            flooded_s, busy_s = time.perf_counter() - started, meter.take()[0]
+            busy_s, flooded_s = meter.take()[0], time.perf_counter() - started
             num_prompts -= len(waiting)
             for request_id in list(waiting):
                 llm.abort(request_id)

@@ -180,7 +180,7 @@ def test_token_buckets_pad_little_and_reach_the_largest_step():
         sizes = token_buckets(most)
         assert sizes == sorted(set(sizes))
         assert sizes[-1] == most
-        assert all(after - before <= max(64, before / 16) for before, after in itertools.pairwise(sizes))
+        assert all(after - before <= max(64, before / 32) for before, after in itertools.pairwise(sizes))
 
 
 @pytest.mark.parametrize("num_stop_ids", [1, 3, 20])

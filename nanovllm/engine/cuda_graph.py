@@ -23,10 +23,10 @@ def batch_buckets(max_num_seqs: int) -> list[int]:
 
 
 def token_buckets(max_num_tokens: int) -> list[int]:
-    """Prefill sizes to capture, ascending: no step is padded by more than a sixteenth, or 64 tokens."""
+    """Prefill sizes to capture, ascending: no step is padded by more than 1/32, or 64 tokens."""
     sizes = [min(64, max_num_tokens)]
     while sizes[-1] < max_num_tokens:
-        step = max(64, 1 << (sizes[-1].bit_length() - 5))
+        step = max(64, 1 << (sizes[-1].bit_length() - 6))
         sizes.append(min(sizes[-1] + step, max_num_tokens))
     return sizes
 
