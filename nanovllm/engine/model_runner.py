@@ -122,8 +122,7 @@ class ModelRunner:
         self.is_decode_runner = is_decode_runner
         self.max_step_tokens = max(max_step_tokens, spec.max_num_seqs) if is_decode_runner else max_step_tokens
         with device.current():
-            # Copies take what steps leave free.
-            self.stream = torch.cuda.Stream(device.index, priority=-1) if device.is_cuda else None
+            self.stream = torch.cuda.Stream(device.index) if device.is_cuda else None
             self.copy_stream = torch.cuda.Stream(device.index) if device.is_cuda else None
         self._logits: torch.Tensor | None = None
         with self._on(self.stream):
@@ -285,10 +284,7 @@ class ModelRunner:
 
     def _run(self, inputs: ModelInputs, pool: torch.Tensor | None = None) -> StepOutput | None:
         kv_pool = self.kv_pool if pool is None else pool
-        push = None
-        if inputs.pushed_blocks is not None:
-            expected_blocks = -(-len(inputs.input_ids) // self.block_size) + self.prefill_buffers.max_num_requests
-            push = functools.partial(self._push_layer, inputs.pushed_blocks, expected_blocks)
+        push = None if inputs.pushed_blocks is None else functools.partial(self._push_layer, inputs.pushed_blocks)
         hidden = self.model(inputs.input_ids, inputs.positions, kv_pool, self._planned(inputs.metadata), push)
         if inputs.sampling is None:
             self._join_pushes()
@@ -298,7 +294,7 @@ class ModelRunner:
         self._join_pushes()
         return StepOutput(logits, sampled)
 
-    def _push_layer(self, pushed_blocks: torch.Tensor, expected_blocks: int, layer: int) -> None:
+    def _push_layer(self, pushed_blocks: torch.Tensor, layer: int) -> None:
         """Stores a layer's KV of the blocks in the other runner's pool, beside the layers that follow."""
         assert self._push_pool is not None, "a step has blocks to push only if there is a pool to push them to"
         source, target = self.kv_pool[:, layer], self._push_pool[:, layer]
@@ -306,11 +302,11 @@ class ModelRunner:
             blocks, goals = pushed_blocks[1 : 1 + 2 * int(pushed_blocks[0])].view(-1, 2).unbind(1)
             target[goals] = source[blocks]
             return
-        from nanovllm.kernels.triton_transfer import push_blocks  # needs triton, which a machine without GPUs may lack
+        from nanovllm.kernels.triton_transfer import NUM_PROGRAMS_BESIDE, push_blocks  # as below
 
         self.copy_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.copy_stream):
-            push_blocks(source, target, pushed_blocks, expected_blocks)
+            push_blocks(source, target, pushed_blocks, NUM_PROGRAMS_BESIDE)
 
     def _join_pushes(self) -> None:
         if self._push_pool is not None and self.copy_stream is not None:
@@ -495,10 +491,11 @@ def _copy_blocks(source: ModelRunner, target: ModelRunner, pairs: SequenceOf[Blo
 
 
 def _push_blocks(source: ModelRunner, target: ModelRunner, pairs: SequenceOf[BlockPair]) -> None:
-    from nanovllm.kernels.triton_transfer import push_blocks  # needs triton, which a machine without GPUs may lack
+    # It needs triton, which a machine without GPUs may lack.
+    from nanovllm.kernels.triton_transfer import NUM_PROGRAMS, push_blocks
 
     enable_peer_access(source.device, target.device)
-    push_blocks(source.kv_pool, target.kv_pool, source.device.tensor(block_list(pairs)))
+    push_blocks(source.kv_pool, target.kv_pool, source.device.tensor(block_list(pairs)), NUM_PROGRAMS)
 
 
 def _stage_blocks(source: ModelRunner, target: ModelRunner, pairs: SequenceOf[BlockPair]) -> None:

@@ -12,31 +12,28 @@ import triton.language as tl
 NUM_PROGRAMS = 64
 """Enough to fill the link between two GPUs (measured on NVLink: 32 reach 80 %, 64 all of it), few enough to leave
 the device to the prefill that is running."""
+NUM_PROGRAMS_BESIDE = 32
+"""For a layer's KV, which has the next layer's time to cross: these slow that down the least."""
 WORDS_PER_PIECE = 4096
 
 
-def push_blocks(
-    source: torch.Tensor, target: torch.Tensor, blocks: torch.Tensor, expected_blocks: int | None = None
-) -> None:
+def push_blocks(source: torch.Tensor, target: torch.Tensor, blocks: torch.Tensor, num_programs: int) -> None:
     """Copies blocks of `source` to blocks of `target`.
 
     Args:
         source: a pool, or one layer's view of it, [num_blocks, ...], each block contiguous; on the current device.
         target: the same of another pool, on a device that this one may write to.
         blocks: [1 + 2 * any] int64 on the source's device: the number of pairs and the pairs (block, block there).
-        expected_blocks: for so many there is a program for each piece: short ones, which fit in between the thread
-            blocks of kernels that run beside. None takes few programs that last.
+        num_programs: thread blocks to do it with.
     """
     words_per = 4 // source.element_size()
-    words = source[0].numel() // words_per
-    num_programs = NUM_PROGRAMS if expected_blocks is None else expected_blocks * triton.cdiv(words, WORDS_PER_PIECE)
     _push_kernel[(num_programs,)](
         source.view(torch.int32),
         target.view(torch.int32),
         blocks,
         source.stride(0) // words_per,
         target.stride(0) // words_per,
-        words,
+        source[0].numel() // words_per,
         PIECE=WORDS_PER_PIECE,
         num_warps=8,
     )
