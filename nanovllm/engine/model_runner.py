@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +122,7 @@ class ModelRunner:
         self.max_step_tokens = max(max_step_tokens, spec.max_num_seqs) if is_decode_runner else max_step_tokens
         with device.current():
             self.stream = torch.cuda.Stream(device.index) if device.is_cuda else None
-            self.copy_stream = torch.cuda.Stream(device.index) if device.is_cuda else None
+            self.copy_stream = torch.cuda.Stream(device.index, priority=-1) if device.is_cuda else None
         self._logits: torch.Tensor | None = None
         with self._on(self.stream):
             self.model = self._load_model(weights_of)
@@ -284,8 +283,10 @@ class ModelRunner:
 
     def _run(self, inputs: ModelInputs, pool: torch.Tensor | None = None) -> StepOutput | None:
         kv_pool = self.kv_pool if pool is None else pool
-        push = None if inputs.pushed_blocks is None else functools.partial(self._push_layer, inputs.pushed_blocks)
-        hidden = self.model(inputs.input_ids, inputs.positions, kv_pool, self._planned(inputs.metadata), push)
+        metadata = self._planned(inputs.metadata)
+        if inputs.pushed_blocks is not None:
+            metadata = dataclasses.replace(metadata, after_store=self._pusher(inputs.pushed_blocks))
+        hidden = self.model(inputs.input_ids, inputs.positions, kv_pool, metadata)
         if inputs.sampling is None:
             self._join_pushes()
             return None
@@ -294,19 +295,28 @@ class ModelRunner:
         self._join_pushes()
         return StepOutput(logits, sampled)
 
-    def _push_layer(self, pushed_blocks: torch.Tensor, layer: int) -> None:
-        """Stores a layer's KV of the blocks in the other runner's pool, beside the layers that follow."""
-        assert self._push_pool is not None, "a step has blocks to push only if there is a pool to push them to"
-        source, target = self.kv_pool[:, layer], self._push_pool[:, layer]
-        if self.copy_stream is None:
-            blocks, goals = pushed_blocks[1 : 1 + 2 * int(pushed_blocks[0])].view(-1, 2).unbind(1)
-            target[goals] = source[blocks]
-            return
-        from nanovllm.kernels.triton_transfer import NUM_PROGRAMS_BESIDE, push_blocks  # as below
+    def _pusher(self, pushed_blocks: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        """Stores a layer's KV of the blocks in the other runner's pool, while the layer attends to it.
 
-        self.copy_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.copy_stream):
-            push_blocks(source, target, pushed_blocks, NUM_PROGRAMS_BESIDE)
+        Beside GEMMs it would hold them up for as long as it takes: they count on every SM for an equal share.
+        """
+        assert self._push_pool is not None, "a step has blocks to push only if there is a pool to push them to"
+        targets = iter(self._push_pool.unbind(1))
+
+        def push(kv_cache: torch.Tensor) -> None:
+            target = next(targets)
+            if self.copy_stream is None:
+                blocks, goals = pushed_blocks[1 : 1 + 2 * int(pushed_blocks[0])].view(-1, 2).unbind(1)
+                target[goals] = kv_cache[blocks]
+                return
+            # It needs triton, which a machine without GPUs may lack.
+            from nanovllm.kernels.triton_transfer import NUM_PROGRAMS_BESIDE, push_blocks
+
+            self.copy_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.copy_stream):
+                push_blocks(kv_cache, target, pushed_blocks, NUM_PROGRAMS_BESIDE)
+
+        return push
 
     def _join_pushes(self) -> None:
         if self._push_pool is not None and self.copy_stream is not None:

@@ -6,7 +6,6 @@ stage, the last is its FFN stage, and `forward` is their composition.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,13 +202,10 @@ class Qwen3Model(nn.Module):
         positions: torch.Tensor,
         kv_pool: torch.Tensor,
         metadata: AttentionMetadata,
-        after_layer: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
         hidden, residual = self.embed_tokens(input_ids), None
         for index, layer in enumerate(self.layers):
             hidden, residual = layer(hidden, residual, positions, kv_pool[:, index], metadata)
-            if after_layer is not None:
-                after_layer(index)
         return self.norm(hidden, residual)[0]
 
     def forward_attention_stage(
@@ -266,7 +262,6 @@ class Qwen3ForCausalLM(nn.Module):
         positions: torch.Tensor,
         kv_pool: torch.Tensor,
         metadata: AttentionMetadata,
-        after_layer: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
         """Runs T tokens of B requests.
 
@@ -275,12 +270,11 @@ class Qwen3ForCausalLM(nn.Module):
             positions: [T] int64, each token's place in its request.
             kv_pool: [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]; the tokens' KV is stored in it.
             metadata: which tokens and blocks belong to which request.
-            after_layer: called with the index of each layer once it is launched: its KV is in the pool by then.
 
         Returns:
             Hidden states [T, hidden_size] after the final norm.
         """
-        return self.model(input_ids, positions, kv_pool, metadata, after_layer)
+        return self.model(input_ids, positions, kv_pool, metadata)
 
     def compute_logits(self, hidden: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """[N, hidden_size] -> [N, vocab_size], in `out` if given."""
