@@ -12,8 +12,8 @@ import triton.language as tl
 NUM_PROGRAMS = 64
 """Enough to fill the link between two GPUs (measured on NVLink: 32 reach 80 %, 64 all of it), few enough to leave
 the device to the prefill that is running."""
-NUM_PROGRAMS_BESIDE = 32
-"""For a layer's KV, which has the next layer's time to cross: these slow that down the least."""
+NUM_PROGRAMS_BESIDE = 16
+"""For a layer's KV, which has until the next layer's to cross: the fewer, the less they take from what runs beside."""
 WORDS_PER_PIECE = 4096
 
 
