@@ -1,0 +1,154 @@
+"""SM partitions of one GPU (CUDA green contexts): streams whose kernels run on some of its SMs only. Driver calls, no more.
+
+What a driver grants is a multiple of what the GPU is built of: on Hopper (driver 580) counts are rounded up to a
+multiple of 8, 12 to 16 and 100 to 104, and what is left over can be a partition too, whatever its count: 132 SMs
+split into 32 and 100, 48 and 84, 64 and 68. So only one of two counts needs to be such a multiple if both together
+are all SMs. Partitions of one split share no SM.
+
+    with torch.cuda.device(0):
+        attention, ffn = split_device_green_ctx_by_sm_count(0, [48, 84])
+        print(attention.num_sms, ffn.num_sms)                                # 48 84
+        stream = torch.cuda.ExternalStream(attention.stream, device=0)
+        with torch.cuda.stream(stream):
+            ...                                                              # kernels here run on those 48 SMs
+        destroy([attention, ffn])                                            # once nothing runs on them
+
+A partition's context must not be made current; its stream is all that is used. Kernels of a CUDA graph that was
+captured over such streams stay on their partition when it is replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanovllm.errors import GreenContextError
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Some SMs of a GPU, until it is destroyed.
+
+    Attributes:
+        num_sms: as granted.
+        stream: handle of a non-blocking stream on them.
+    """
+
+    num_sms: int
+    stream: int
+    _context: Any
+
+
+def count_sms(device_index: int) -> int:
+    """How many SMs the GPU has.
+
+    Raises:
+        GreenContextError: there is no driver that knows SM partitions, or it refuses.
+    """
+    driver = _driver()
+    return int(_sm_resource(driver, device_index)[1].sm.smCount)
+
+
+def split_device_green_ctx_by_sm_count(device_index: int, sm_counts: Sequence[int]) -> list[Partition]:
+    """Partitions of at least so many SMs, no SM in two of them; what is left over stays idle.
+
+    The device must have been used before: it has a primary context then. The counts that were granted may be larger
+    than those asked for, up to the next multiple of what the GPU is built of.
+
+    Args:
+        device_index: as CUDA counts devices in this process.
+        sm_counts: one for each partition, in the order in which SMs are given out.
+
+    Raises:
+        GreenContextError: the counts exceed the device, or the driver refuses; nothing is left behind.
+    """
+    driver = _driver()
+    device, left = _sm_resource(driver, device_index)
+    resources = []
+    for count in sm_counts:
+        asked = f"{list(sm_counts)} SMs of GPU {device_index}"
+        if left is None or count > left.sm.smCount:
+            free = 0 if left is None else left.sm.smCount
+            raise GreenContextError(
+                f"{asked} were asked for; after {[resource.sm.smCount for resource in resources]} only {free} are left"
+            )
+        if count == left.sm.smCount:
+            resources.append(left)
+            left = None
+            continue
+        groups, _, rest = _checked(
+            driver, "cuDevSmResourceSplitByCount", driver.cuDevSmResourceSplitByCount(1, left, 0, count), asked
+        )
+        resources.append(groups[0])
+        left = rest if rest.sm.smCount else None
+    partitions: list[Partition] = []
+    try:
+        for resource in resources:
+            partitions.append(_partition(driver, device, resource))
+    except BaseException:
+        destroy(partitions)
+        raise
+    return partitions
+
+
+def destroy(partitions: Sequence[Partition]) -> None:
+    """Gives partitions back, which nothing may be running on or be captured over any more.
+
+    Raises:
+        GreenContextError: the driver refuses.
+    """
+    driver = _driver() if partitions else None
+    for partition in partitions:
+        _checked(driver, "cuStreamDestroy", driver.cuStreamDestroy(partition.stream), f"stream {partition.stream:#x}")
+        _checked(driver, "cuGreenCtxDestroy", driver.cuGreenCtxDestroy(partition._context), "a partition")
+
+
+def _partition(driver: Any, device: Any, resource: Any) -> Partition:
+    about = f"{resource.sm.smCount} SMs"
+    description = _checked(
+        driver, "cuDevResourceGenerateDesc", driver.cuDevResourceGenerateDesc([resource], 1), about
+    )
+    flags = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
+    context = _checked(driver, "cuGreenCtxCreate", driver.cuGreenCtxCreate(description, device, flags), about)
+    try:
+        non_blocking = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+        created = driver.cuGreenCtxStreamCreate(context, non_blocking, 0)
+        stream = _checked(driver, "cuGreenCtxStreamCreate", created, about)
+    except BaseException:
+        driver.cuGreenCtxDestroy(context)
+        raise
+    return Partition(int(resource.sm.smCount), int(stream), context)
+
+
+def _driver() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise GreenContextError("SM partitions need the cuda-python package: pip install cuda-python") from error
+    if not hasattr(driver, "cuDevSmResourceSplitByCount"):
+        raise GreenContextError("this version of cuda-python knows no SM partitions; install 12.5 or later")
+    return driver
+
+
+def _sm_resource(driver: Any, device_index: int) -> tuple[Any, Any]:
+    """The device, and all its SMs as a resource."""
+    about = f"GPU {device_index}"
+    _checked(driver, "cuInit", driver.cuInit(0), about)
+    device = _checked(driver, "cuDeviceGet", driver.cuDeviceGet(device_index), about)
+    kind = driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
+    return device, _checked(
+        driver, "cuDeviceGetDevResource", driver.cuDeviceGetDevResource(device, kind), about
+    )
+
+
+def _checked(driver: Any, call: str, result: tuple[Any, ...], about: str) -> Any:
+    """What a driver call gave besides its code; several things as a tuple.
+
+    Raises:
+        GreenContextError: the code is not that of success.
+    """
+    code, *values = result
+    if int(code) != 0:
+        raise GreenContextError(f"{call} failed for {about}: {getattr(code, 'name', code)} ({int(code)})")
+    return values[0] if len(values) == 1 else tuple(values)
