@@ -105,7 +105,54 @@ def draw_sweep(shape: str, workload: str, sweep: list[dict[str, Any]]) -> None:
     save(figure, f"online_{shape}_{workload}.png")
 
 
+def draw_handoff() -> None:
+    """Bandwidth by bytes of each method that copies; what each method adds to a prompt's prefill, by its length."""
+    (result,) = results("handoff")
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6))
+    for method in dict.fromkeys(row["method"] for row in result["copies"]):
+        rows = [row for row in result["copies"] if row["method"] == method]
+        rates = [row["bytes"] / row["seconds"] / 1e9 for row in rows]
+        panels[0].plot([row["bytes"] / 2**20 for row in rows], rates, "o-", label=method)
+    alone = {row["prompt_len"]: row["prefill_s"] for row in result["exposure"] if row["method"] == "push"}
+    for method in dict.fromkeys(row["method"] for row in result["exposure"]):
+        rows = [row for row in result["exposure"] if row["method"] == method]
+        lengths = [row["prompt_len"] for row in rows]
+        exposed = [row["exposed_s"] * 1e3 for row in rows]
+        panels[1].plot(lengths, exposed, "o-", label=f"{method}: after the prefill")
+        if method == "direct":
+            slower = [(row["prefill_s"] - alone[row["prompt_len"]]) * 1e3 for row in rows]
+            panels[1].plot(lengths, slower, "o--", label="direct: what the prefill takes longer")
+    panels[0].set(xscale="log", xlabel="MiB", ylabel="GB/s")
+    panels[1].set(xlabel="tokens of the prompt", ylabel="ms")
+    for axes in panels:
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+    figure.suptitle(f"{result['model_shape']}, {where(result)}", fontsize=9)
+    save(figure, "handoff.png")
+
+
+def draw_interference() -> None:
+    """ITL alone and while prefill is saturated, by mode."""
+    figure, axes = plt.subplots(figsize=(6, 3.6))
+    found = sorted(results("interference"), key=lambda result: result["mode"])
+    for place, result in enumerate(found):
+        for offset, name, third in ((-0.2, "alone", 0), (0.2, "while prefill is saturated", 1)):
+            itl = result["thirds"][third]["itl_ms"]
+            color = "#9aa5b1" if third == 0 else "#1f77b4"
+            axes.bar(place + offset, itl["p99"], 0.38, color=color, label=name if place == 0 else None)
+            axes.text(place + offset, itl["p99"], f"{itl['p99']:.1f}", ha="center", va="bottom", fontsize=8)
+    axes.set_xticks(range(len(found)), [result["mode"] for result in found])
+    axes.set_ylabel("ITL p99, ms")
+    axes.set_title(
+        f"{found[0]['model_shape']}, {found[0]['num_decoding']} requests decoding, {where(found[0])}", fontsize=9
+    )
+    axes.legend(fontsize=8)
+    save(figure, "interference.png")
+
+
 if __name__ == "__main__":
     draw_offline()
     draw_decode_latency()
     draw_online()
+    draw_handoff()
+    draw_interference()
