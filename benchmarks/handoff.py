@@ -1,8 +1,8 @@
 """What handing KV over costs: bandwidth and host time by number of blocks and method, and the time a request waits.
 
 The first table moves random blocks between the two pools, by each method that the devices allow. The second serves
-single prompts with `max_tokens=2` and shows how long after the end of the last prefill chunk the KV was there: the
-exposed handoff, by the events that end the step and the copies (on GPUs).
+single prompts with `max_tokens=2` by each `--kv-handoff` and shows how long prefill takes, and how long after the end
+of its last chunk the KV was there: the exposed handoff, by the events that end the step and the copies (on GPUs).
 """
 
 from __future__ import annotations
@@ -64,38 +64,46 @@ def measure_copies(llm: LLM, sizes: Sequence[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def watch_prefills(runner: ModelRunner) -> list[Any]:
-    """The moments when its prefill steps ended; grows as they are launched."""
-    launch, ends = runner.launch, []
+def watch_prefills(runner: ModelRunner) -> list[tuple[Any, Any]]:
+    """The moments when its prefill steps began and ended; grows as they are launched."""
+    launch, spans = runner.launch, []
 
     def watched_launch(step: Step) -> Any:
+        start = moment(runner.stream)
         handle = launch(step)
         if isinstance(step, PrefillStep):
-            ends.append(moment(runner.stream))
+            spans.append((start, moment(runner.stream)))
         return handle
 
     runner.launch = watched_launch  # type: ignore[method-assign]
-    return ends
+    return spans
 
 
 def measure_exposure(llm: LLM, prompt_lens: Sequence[int]) -> list[dict[str, Any]]:
-    """Prompts one by one, each length five times; medians."""
-    ends, meter, rng = watch_prefills(llm.prefill_runner), HandoffMeter(llm), random.Random(1)
+    """Prompts one by one, each length nine times; medians."""
+    spans, meter, rng = watch_prefills(llm.prefill_runner), HandoffMeter(llm), random.Random(1)
     vocab_size = llm.decode_runner.spec.model_config.vocab_size
     rows = []
-    print(f"{'prompt':<8}{'exposed us':>12}{'sends':>7}{'host us per send':>18}")
+    method = llm.kv_transfer.name
+    print(f"{'method':<8}{'prompt':>8}{'prefill us':>12}{'exposed us':>12}{'sends':>7}{'host us per send':>18}")
     for prompt_len in prompt_lens:
-        exposed, host_s, num_sends = [], [], 0
-        for _ in range(5):
+        prefill, exposed, host_s, num_sends = [], [], [], 0
+        for _ in range(9):
             meter.take()
+            spans.clear()
             prompt = [rng.randrange(vocab_size) for _ in range(prompt_len)]
             llm.generate([prompt], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
-            exposed.append(seconds_between(ends[-1], meter.sent))
+            exposed.append(seconds_between(spans[-1][1], meter.sent))
+            prefill.append(seconds_between(spans[0][0], spans[-1][1]))
             host_s += meter.host_s
             num_sends = len(meter.host_s)
-        row = {"prompt_len": prompt_len, "exposed_s": sorted(exposed)[2], "sends": num_sends}
-        rows.append({**row, "host_s_per_send": sorted(host_s)[len(host_s) // 2]})
-        print(f"{prompt_len:<8}{row['exposed_s'] * 1e6:12.0f}{num_sends:7}{rows[-1]['host_s_per_send'] * 1e6:18.0f}")
+        prefill_s, exposed_s, host_s_per_send = (sorted(times)[len(times) // 2] for times in (prefill, exposed, host_s))
+        row = {"method": method, "prompt_len": prompt_len, "prefill_s": prefill_s, "exposed_s": exposed_s}
+        rows.append({**row, "sends": num_sends, "host_s_per_send": host_s_per_send})
+        print(
+            f"{method:<8}{prompt_len:8}{prefill_s * 1e6:12.0f}{exposed_s * 1e6:12.0f}{num_sends:7}"
+            f"{host_s_per_send * 1e6:18.0f}"
+        )
     return rows
 
 
@@ -105,24 +113,25 @@ def main() -> None:
     parser.add_argument("--model", help="folder of a checkpoint to serve instead of random weights")
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 4, 16, 64, 128, 512])
     parser.add_argument("--prompt-lens", type=int, nargs="+", default=[512, 2048, 8192])
-    parser.add_argument("--max-num-batched-tokens", type=int, default=2048, help="of a prefill step")
-    parser.add_argument("--kv-handoff", default="auto", help="of the served prompts")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=16384, help="of a prefill step")
+    parser.add_argument("--kv-handoff", nargs="+", default=["auto"], help="of the served prompts, one after another")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
-    with LLM(
-        **model_options(args.model, args.model_shape),
-        device=args.device,
-        enable_two_gpu_pd=True,
-        kv_handoff=args.kv_handoff,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        max_model_len=max(args.prompt_lens) + 8,
-        enable_prefix_caching=False,
-    ) as llm:
-        copies = measure_copies(llm, args.blocks)
-        print(f"served with kv_handoff={llm.kv_transfer.name}")
-        exposure = measure_exposure(llm, args.prompt_lens)
-        result = {"model_shape": args.model_shape, "method": llm.kv_transfer.name}
+    copies, exposure = [], []
+    for method in args.kv_handoff:
+        with LLM(
+            **model_options(args.model, args.model_shape),
+            device=args.device,
+            enable_two_gpu_pd=True,
+            kv_handoff=method,
+            max_num_batched_tokens=args.max_num_batched_tokens,
+            max_model_len=max(args.prompt_lens) + 8,
+            enable_prefix_caching=False,
+        ) as llm:
+            copies = copies or measure_copies(llm, args.blocks)
+            exposure += measure_exposure(llm, args.prompt_lens)
+    result = {"model_shape": args.model_shape, "max_num_batched_tokens": args.max_num_batched_tokens}
     report("handoff", {**result, "copies": copies, "exposure": exposure}, args.output)
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from nanovllm import LLM
+from nanovllm.engine.decode_batch import DecodeBatch, DecodeStep
 from nanovllm.engine.model_runner import ModelRunner, StepHandle
 from nanovllm.engine.scheduler import BlockPair, Step
-from nanovllm.utils.device import Event
+from nanovllm.utils.device import Event, wait_event
 
 
 def moment(stream: torch.cuda.Stream | None) -> Any:
@@ -31,8 +34,20 @@ def seconds_between(start: Any, end: Any) -> float:
     return float(start.elapsed_time(end)) / 1e3
 
 
+@dataclass(frozen=True)
+class Span:
+    """A step between two moments of its device."""
+
+    start: Any
+    end: Any
+    decodes_on: bool
+    """Whether it decodes for a request for which the decode step before it did."""
+    late_s: float
+    """What its launch took the host, if the device had nothing to do meanwhile."""
+
+
 class BusyMeter:
-    """Seconds in which a runner's device works at steps, between two moments around each.
+    """Watches the steps of a runner, between two moments around each.
 
     Steps of one stream follow each other, so the time before a step's turn does not count. On a CPU, where a step ends
     before its launch returns, it is the time of the launch.
@@ -40,19 +55,32 @@ class BusyMeter:
 
     def __init__(self, runner: ModelRunner) -> None:
         self._stream, self._launch = runner.stream, runner.launch
-        self._spans: list[tuple[Any, Any]] = []
+        self._spans: list[Span] = []
+        self._last_batch: DecodeBatch | None = None
         runner.launch = self._timed_launch  # type: ignore[method-assign]
 
-    def take(self) -> float:
-        """Of the steps since the last call; waits for them."""
+    def take(self) -> tuple[float, float]:
+        """Of the steps since the last call: seconds at work, and idle before decode steps that go on with a request.
+
+        Waits for them.
+        """
         spans, self._spans = self._spans, []
-        return sum(seconds_between(start, end) for start, end in spans)
+        busy_s = sum(seconds_between(span.start, span.end) - span.late_s for span in spans)
+        late = ((before, span) for before, span in itertools.pairwise(spans) if span.decodes_on)
+        return busy_s, sum(seconds_between(before.end, span.start) + span.late_s for before, span in late)
 
     def _timed_launch(self, step: Step) -> StepHandle:
-        start = moment(self._stream)
+        decodes_on = isinstance(step, DecodeStep) and self._goes_on(step.batch)
+        is_late = self._stream is not None and (not self._spans or self._spans[-1].end.query())
+        start, started_s = moment(self._stream), time.perf_counter()
         handle = self._launch(step)
-        self._spans.append((start, moment(self._stream)))
+        late_s = time.perf_counter() - started_s if is_late else 0.0
+        self._spans.append(Span(start, moment(self._stream), decodes_on, late_s))
         return handle
+
+    def _goes_on(self, batch: DecodeBatch) -> bool:
+        last, self._last_batch = self._last_batch, batch
+        return last is not None and (batch is last or not set(last.leases).isdisjoint(batch.leases))
 
 
 class HandoffMeter:
@@ -76,12 +104,13 @@ class HandoffMeter:
         self.num_bytes = 0
         self.host_s: list[float] = []
         self.sent: Any = None
-        """The moment when all blocks had left."""
+        """The moment when all blocks had arrived."""
 
     def _timed_send(self, pairs: Sequence[BlockPair], after: Event) -> Any:
         started = time.perf_counter()
         handle = self._send(pairs, after)
         self.host_s.append(time.perf_counter() - started)
         self.num_bytes += len(pairs) * self._block_bytes
+        wait_event(self._source.copy_stream, after)  # `direct` sends nothing on it
         self.sent = moment(self._source.copy_stream)
         return handle

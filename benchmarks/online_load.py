@@ -97,6 +97,8 @@ class Served:
     requests: list[Request]
     busy_share: dict[str, float]
     """Of the time until the last token, by device."""
+    idle_share: dict[str, float]
+    """By device: idle time between two decode steps of a request, as a share of that and of the time of its steps."""
     handoff: dict[str, float]
     """Bytes moved, sends, and the host's microseconds for each; empty where there are none."""
 
@@ -198,8 +200,10 @@ class Engine:
         self._handoffs.take()
         serve(self.llm, requests, begin_at)
         ended_s = max((request.token_times_s[-1] for request in requests if request.token_times_s), default=math.inf)
-        busy = {device: meter.take() / ended_s for device, meter in self._meters.items()}
-        return Served(requests, busy, self._handoffs.take())
+        taken = {device: meter.take() for device, meter in self._meters.items()}
+        busy = {device: busy_s / ended_s for device, (busy_s, _) in taken.items()}
+        idle = {device: idle_s / max(busy_s + idle_s, 1e-9) for device, (busy_s, idle_s) in taken.items()}
+        return Served(requests, busy, idle, self._handoffs.take())
 
 
 _replica: Engine
@@ -226,11 +230,12 @@ def serve_replicas(args: argparse.Namespace) -> list[Served]:
             begin_at = time.time() + 2.0  # both have made their load by then
             parts = [pool.submit(_serve_replica, rate, index, begin_at) for index, pool in enumerate(pools)]
             served = [part.result() for part in parts]
-            busy = {
-                f"replica {index}": share for index, part in enumerate(served) for share in part.busy_share.values()
-            }
+            busy, idle = (
+                {f"replica {index}": share for index, shares in enumerate(by_replica) for share in shares.values()}
+                for by_replica in ([part.busy_share for part in served], [part.idle_share for part in served])
+            )
             requests = sorted((r for part in served for r in part.requests), key=lambda request: request.due_s)
-            results.append(Served(requests, busy, {}))
+            results.append(Served(requests, busy, idle, {}))
         return results
     finally:
         for pool in pools:
@@ -277,6 +282,8 @@ def print_table(summary: dict[str, Any], args: argparse.Namespace) -> None:
     print(f"goodput              {summary['goodput_per_s']:.2f} requests/s within {limits}")
     shares = ", ".join(f"{device} {share:.0%}" for device, share in summary["busy_share"].items())
     print(f"busy                 {shares}")
+    shares = ", ".join(f"{device} {share:.1%}" for device, share in summary["idle_share"].items())
+    print(f"idle while decoding  {shares}")
     if handoff := summary["handoff"]:
         amounts = f"{handoff['bytes'] / 2**30:.2f} GiB in {handoff['sends']} sends"
         print(f"handoff              {amounts}, {handoff['host_us_per_send']:.0f} us of the host each")
@@ -333,7 +340,8 @@ def main() -> None:
     loads = []
     for rate, served in zip(args.rate, results, strict=True):
         summary = summarize(served.requests, args.ttft_limit_ms / 1e3, args.itl_limit_ms / 1e3)
-        summary |= {"rate": rate, "busy_share": served.busy_share, "handoff": served.handoff}
+        summary |= {"rate": rate, "busy_share": served.busy_share, "idle_share": served.idle_share}
+        summary |= {"handoff": served.handoff}
         source = args.trace or f"{args.workload}, {rate:g} requests/s"
         print(f"{args.mode}, {args.model or args.model_shape}, {source}")
         print_table(summary, args)

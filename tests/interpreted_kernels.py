@@ -46,15 +46,20 @@ def test_decode_spread_over_any_number_of_sms(monkeypatch, num_sms):
     assert relative_error(Backend(), case) < TOLERANCE[torch.float16]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
 @pytest.mark.parametrize("words", [96, 3 * 4096 + 32])
-def test_push_moves_exactly_the_listed_blocks(words):
+def test_push_moves_exactly_the_listed_blocks(words, dtype):
     from nanovllm.kernels.triton_transfer import push_blocks
 
-    source = torch.randn(7, 2, words)
-    target = torch.zeros(9, 2, words)
-    push_blocks(source, target, torch.tensor([[6, 0], [2, 8], [0, 3]]))
+    source = torch.randn(7, 2, words, dtype=dtype)
+    target = torch.zeros(9, 2, words, dtype=dtype)
+    blocks = torch.tensor([3, 6, 0, 2, 8, 0, 3, 1, 1])  # three pairs; the fourth is of an earlier step
+    push_blocks(source, target, blocks, 4)
     assert torch.equal(target[[0, 8, 3]], source[[6, 2, 0]])
     assert not target[[1, 2, 4, 5, 6, 7]].any()
+    push_blocks(source[:, 1], target[:, 0], blocks, 4)  # of one layer
+    assert torch.equal(target[[0, 8, 3], 0], source[[6, 2, 0], 1])
+    assert torch.equal(target[[0, 8, 3], 1], source[[6, 2, 0], 1])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])

@@ -80,6 +80,9 @@ def test_it_runs_on_a_cpu_and_ends_with_a_line_of_json(mode):
         assert load["output_tokens"] > 0
         assert len(load["busy_share"]) == (1 if mode == "single" else 2)
         assert all(0 < share < 1 for share in load["busy_share"].values())
+        assert load["idle_share"].keys() == load["busy_share"].keys()
+        assert all(0 <= share < 1 for share in load["idle_share"].values())
+        assert max(load["idle_share"].values()) > 0  # on a CPU, which waits for the host after each step
         assert (load["handoff"].get("bytes", 0) > 0) == (mode == "pd")
     assert "TTFT" in run.stdout
 
@@ -126,10 +129,29 @@ def test_the_cost_of_handoffs_on_two_logical_devices():
     command = [
         *(sys.executable, str(BENCHMARKS / "handoff.py"), "--model", str(DEMO_MODEL_PATH), "--device", "cpu"),
         *("--prompt-lens", "20", "60", "--max-num-batched-tokens", "32", "--blocks", "1", "4"),
+        *("--kv-handoff", "copy", "direct"),
     ]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     result = json.loads(run.stdout.splitlines()[-1])
     assert [(row["method"], row["blocks"]) for row in result["copies"]] == [("copy", 1), ("copy", 4)]
-    assert [(row["prompt_len"], row["sends"]) for row in result["exposure"]] == [(20, 1), (60, 2)]
-    assert all(row["exposed_s"] > 0 for row in result["exposure"])
+    served = [(row["method"], row["prompt_len"], row["sends"]) for row in result["exposure"]]
+    assert served == [(method, *sends) for method in ("copy", "direct") for sends in ((20, 1), (60, 2))]
+    assert all(row["prefill_s"] > row["exposed_s"] > 0 for row in result["exposure"])
+
+
+@pytest.mark.parametrize("mode", ["single", "pd"])
+def test_what_prefill_does_to_decode_on_a_cpu(mode):
+    command = [
+        *(sys.executable, str(BENCHMARKS / "interference.py"), "--model", str(DEMO_MODEL_PATH), "--device", "cpu"),
+        *("--mode", mode, "--num-decoding", "3", "--context", "8", "--num-tokens", "15", "--prompt-len", "40"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    result = json.loads(run.stdout.splitlines()[-1])
+    before, flooded, after = result["thirds"]
+    assert flooded["prefill_tokens_per_s"] > 0
+    assert before["prefill_tokens_per_s"] == 0
+    assert after["itl_ms"]["p50"] > 0
+    # One thread does it all: a gap has a prompt in it.
+    assert result["ratio"]["p50"] > 1

@@ -73,7 +73,7 @@ INTEGER_POINTERS = {
     "seeds": "*i64",
     "output_indices": "*i64",
     "token_ids": "*i64",
-    "pairs": "*i64",
+    "blocks": "*i64",
     "places": "*i32",
     "block_tables": "*i32",
     "context_lens": "*i32",
@@ -84,7 +84,7 @@ INTEGER_POINTERS = {
     "numbers": "*i64",
     "row_numbers": "*i64",
 }
-COUNTS = {"num_inputs", "num_outputs", "num_pieces", "words", "size", "vocab_size", "num_tiles"}
+COUNTS = {"num_inputs", "num_outputs", "words", "size", "vocab_size", "num_tiles"}
 INTEGERS = {"num_requests", "num_sms", "num_rows", "num_slots", "max_blocks", "spare_slot"}
 FLOAT_POINTERS = {"partial", "log_sums", "cos", "sin", "best", "temperatures", "row_temperatures"}
 

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from nanovllm import LLM, ConfigError, HandoffError, HandoffTimeout, RequestError, SamplingParams
+from nanovllm.engine import kv_transfer
+from nanovllm.engine.kv_transfer import resolve_handoff
 from nanovllm.engine.model_runner import StepHandle
 from nanovllm.engine.scheduler import PrefillStep
 from nanovllm.engine.sequence import SequenceStatus
+from nanovllm.utils.device import Device
 from tests import tiny
 from tests.test_engine import drain, tokens_of
 from tests.transfers import FaultyTransfer, LazyTransfer, SabotagedTransfer, poison_after_handoff
@@ -26,6 +29,9 @@ MODES = {
     "preempted": {"num_kvcache_blocks": 9},
     "verified": {"verify_kv_handoff": True, "max_num_batched_tokens": 40},
     "few_at_a_time": {"max_num_seqs": 3, "kvcache_block_size": 32},
+    "direct": {"kv_handoff": "direct"},
+    "direct_chunked": {"kv_handoff": "direct", "max_num_batched_tokens": 24, "verify_kv_handoff": True},
+    "direct_preempted": {"kv_handoff": "direct", "num_kvcache_blocks": 9},
 }
 
 
@@ -74,13 +80,14 @@ def test_seeded_tokens_equal_those_of_one_device(tiny_path):
             assert [answer["token_ids"] for answer in llm.generate(prompts, params, use_tqdm=False)] == expected
 
 
+@pytest.mark.parametrize("kv_handoff", ["copy", "direct"])
 @pytest.mark.parametrize("seed", range(4))
-def test_aborts_at_random_moments_change_no_other_token(checkpoint, seed):
+def test_aborts_at_random_moments_change_no_other_token(checkpoint, seed, kv_handoff):
     path, reference = checkpoint("gqa2")
     rng = random.Random(seed)
     prompts = tiny.random_prompts(20, seed=seed, longest=60, shared=20 * (seed % 2))
     options = {"num_kvcache_blocks": 16, "max_num_batched_tokens": 40} if seed > 1 else {}
-    with two_devices(path, **options) as llm:
+    with two_devices(path, kv_handoff=kv_handoff, **options) as llm:
         ids = {llm.add_request(prompt, GREEDY): prompt for prompt in prompts}
         doomed = {request_id: rng.randint(0, 40) for request_id in rng.sample(list(ids), 6)}
         outputs = drain(llm, doomed)
@@ -95,10 +102,11 @@ def test_aborts_at_random_moments_change_no_other_token(checkpoint, seed):
             assert got == expected
 
 
-def test_prefix_hits_on_both_devices(checkpoint):
+@pytest.mark.parametrize("kv_handoff", ["copy", "direct"])
+def test_prefix_hits_on_both_devices(checkpoint, kv_handoff):
     path, reference = checkpoint("gqa2")
     prompts = tiny.random_prompts(4, seed=3, shared=70)
-    with two_devices(path, lazy=False) as llm:
+    with two_devices(path, lazy=False, kv_handoff=kv_handoff) as llm:
         llm.generate([prompts[0]], GREEDY, use_tqdm=False)
         computed, sent = llm.counters.prefill_tokens, llm.counters.handoff_blocks
         answers = llm.generate(prompts[1:], GREEDY, use_tqdm=False)
@@ -109,10 +117,17 @@ def test_prefix_hits_on_both_devices(checkpoint):
         assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 24)
 
 
-def test_blocks_cached_on_the_prefill_device_alone_are_sent(checkpoint):
+@pytest.mark.parametrize("kv_handoff", ["copy", "direct"])
+def test_blocks_cached_on_the_prefill_device_alone_are_sent(checkpoint, kv_handoff):
     path, reference = checkpoint("gqa2")
     prompt = tiny.random_prompts(1, seed=4, longest=1, shared=79)[0]
-    with two_devices(path, lazy=False) as llm:
+    with two_devices(path, lazy=False, kv_handoff=kv_handoff) as llm:
+        copied = []
+        copy = llm.prefill_runner.sync_kv_cache_to
+        llm.prefill_runner.sync_kv_cache_to = lambda other, pairs, **options: (
+            copied.extend(pairs),
+            copy(other, pairs, **options),
+        )[1]
         # A request that ends with its first token leaves KV on the prefill device and hands nothing over.
         llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
         assert llm.counters.handoffs == 0
@@ -120,6 +135,7 @@ def test_blocks_cached_on_the_prefill_device_alone_are_sent(checkpoint):
         answer = llm.generate([prompt], GREEDY, use_tqdm=False)[0]
         assert llm.counters.prefill_tokens - computed == 16
         assert llm.counters.handoff_blocks == 5
+        assert len(copied) == (5 if kv_handoff == "copy" else 0)
     assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 24)
 
 
@@ -229,7 +245,7 @@ def test_a_backlog_of_handoffs_holds_prefill_back(checkpoint, limit):
         llm.kv_transfer = faulty = FaultyTransfer(llm.kv_transfer, "stall", lambda number: True)
         ids = [llm.add_request(prompt, GREEDY) for prompt in prompts]
         for _ in range(40):
-            llm._launch_prefill()
+            llm._launch_steps()
             llm._collect_steps()
         statuses = [llm._sequences[request_id].status for request_id in ids]
         assert statuses.count(SequenceStatus.HANDING_OFF) == limit
@@ -323,6 +339,53 @@ def test_a_request_that_fails_in_a_forward_pass_is_retried_once_then_ends_by_nam
             assert got == expected
 
 
+def test_verify_notices_what_a_step_pushed_wrong(checkpoint, caplog):
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(3, seed=12, longest=60, shared=30)
+    with two_devices(path, lazy=False, kv_handoff="direct", verify_kv_handoff=True) as llm:
+        launch, launched = llm.prefill_runner.launch, []
+
+        def corrupting(step):
+            handle = launch(step)
+            if not launched:
+                with torch.inference_mode():
+                    llm.decode_runner.kv_pool[step.rows[0].handoff[0][1], 1, 0, 0, 0, 0] += 1e-3
+            launched.append(step)
+            return handle
+
+        llm.prefill_runner.launch = corrupting
+        outputs = run_with_fault(llm, prompts)
+        assert_whole(llm)
+    goal = launched[0].rows[0].handoff[0][1]
+    assert f"handoff of request 0 from cpu:0 to cpu:1 by 'direct': block {goal} of the decode pool" in caplog.text
+    assert "differs in layer 1" in caplog.text
+    for index, prompt in enumerate(prompts):
+        assert tokens_of(outputs[index]) == tiny.reference_tokens(reference, prompt, 24)
+
+
+@pytest.mark.parametrize("kv_handoff", ["copy", "direct"])
+def test_prefill_steps_are_launched_ahead(checkpoint, kv_handoff):
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(8, seed=21, longest=60)
+    most = 0
+    with two_devices(path, lazy=False, kv_handoff=kv_handoff, max_num_batched_tokens=24) as llm:
+        launch = llm._launch_steps
+
+        def watched_launch():
+            nonlocal most
+            launched = launch()
+            most = max(most, llm._num_in_flight(llm.prefill_runner, PrefillStep))
+            return launched
+
+        llm._launch_steps = watched_launch
+        ids = [llm.add_request(prompt, GREEDY) for prompt in prompts]
+        outputs = drain(llm, steps_overlap=True)
+        assert_whole(llm)
+    assert most == 2
+    for request_id, prompt in zip(ids, prompts, strict=True):
+        assert tokens_of(outputs[request_id]) == tiny.reference_tokens(reference, prompt, 24)
+
+
 def test_verify_names_request_block_and_layer(checkpoint, caplog):
     path, reference = checkpoint("gqa2")
     prompts = tiny.random_prompts(3, seed=12, longest=60, shared=30)
@@ -356,6 +419,8 @@ def test_the_tests_above_would_notice_a_wrong_handoff(checkpoint, mistake):
     with two_devices(path, lazy=False, enable_prefix_caching=False) as llm:
         if mistake == "one_block_manager":
             llm.scheduler.prefill_pool = llm.scheduler.decode_pool
+            launch = llm._launch_prefill
+            llm._launch_prefill = lambda runner: runner is llm.prefill_runner and launch(runner)
         else:
             llm.kv_transfer = SabotagedTransfer(llm.kv_transfer, mistake)
         try:
@@ -389,6 +454,20 @@ def test_refused_options(tiny_path, options, message):
         LLM(tiny_path, **{**TWO, **options})
 
 
+def test_ways_of_handing_over(monkeypatch):
+    gpus, cpus = ([Device(kind, index) for index in range(2)] for kind in ("cuda", "cpu"))
+    monkeypatch.setattr(kv_transfer, "peer_access", lambda source, target: source.is_cuda)
+    assert resolve_handoff("auto", *gpus) == "direct"
+    assert resolve_handoff("push", *gpus) == "push"
+    assert resolve_handoff("auto", *cpus) == "copy"
+    assert resolve_handoff("direct", *cpus) == "direct"
+    monkeypatch.setattr(kv_transfer, "peer_access", lambda source, target: False)
+    assert [resolve_handoff(option, *gpus) for option in ("auto", "copy")] == ["staged", "staged"]
+    for option in ("push", "direct"):
+        with pytest.raises(ConfigError, match=f"kv_handoff='{option}' needs two GPUs with peer access"):
+            resolve_handoff(option, *gpus)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() >= 2, reason="two GPUs are here")
 def test_fewer_than_two_gpus_are_refused(tiny_path):
     with pytest.raises(ConfigError, match="needs two GPUs and torch sees"):
@@ -417,3 +496,20 @@ def test_sync_kv_cache_to_copies_blocks_between_runners(tiny_path):
 def test_handoff_errors_are_errors_of_this_package():
     assert issubclass(HandoffTimeout, HandoffError)
     assert issubclass(HandoffTimeout, TimeoutError)
+
+
+def test_direct_writes_no_block_that_the_decode_device_has(checkpoint):
+    path, _ = checkpoint("gqa2")
+    prompt = tiny.random_prompts(1, seed=9, longest=1, shared=60)[0]
+    with two_devices(path, lazy=False, kv_handoff="direct") as llm:
+        llm.generate([prompt[:40]], GREEDY, use_tqdm=False)
+        before = llm.decode_runner.kv_pool.clone()
+        ids = llm.add_request([*prompt, 5], SamplingParams(temperature=0, max_tokens=2))
+        table: list[int] = []
+        while not llm.is_finished():
+            seq = llm._sequences[ids]
+            table = list(seq.lease.decode_table) if seq.lease else table
+            llm.step()
+        changed = (llm.decode_runner.kv_pool != before).flatten(1).any(dim=1).nonzero().flatten().tolist()
+    assert set(changed) <= set(table[2:])
+    assert set(table[2:4]) <= set(changed)

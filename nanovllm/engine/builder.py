@@ -153,13 +153,16 @@ def build_runners(
         runner = ModelRunner(spec, decode_device, is_decode_runner=True, max_step_tokens=config.max_num_batched_tokens)
         return runner, runner, NoTransfer()
     method = resolve_handoff(config.kv_handoff, prefill_device, decode_device)
-    prefill_runner = ModelRunner(
-        spec, prefill_device, is_decode_runner=False, max_step_tokens=config.max_num_batched_tokens
-    )
     # A request that failed once is prefilled here, in chunks.
     chunk_tokens = min(config.prefill_chunk_tokens, config.max_num_batched_tokens)
-    decode_runner = ModelRunner(
-        spec, decode_device, is_decode_runner=True, max_step_tokens=chunk_tokens, weights_of=prefill_runner
+    decode_runner = ModelRunner(spec, decode_device, is_decode_runner=True, max_step_tokens=chunk_tokens)
+    prefill_runner = ModelRunner(
+        spec,
+        prefill_device,
+        is_decode_runner=False,
+        max_step_tokens=config.max_num_batched_tokens,
+        weights_of=decode_runner,
+        push_to=decode_runner if method == "direct" else None,
     )
     transfer = PeerTransfer(prefill_runner, decode_runner, method, verify=config.verify_kv_handoff)
     return prefill_runner, decode_runner, transfer

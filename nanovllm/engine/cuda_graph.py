@@ -23,10 +23,10 @@ def batch_buckets(max_num_seqs: int) -> list[int]:
 
 
 def token_buckets(max_num_tokens: int) -> list[int]:
-    """Prefill sizes to capture, ascending: no step is padded by more than a quarter, or 64 tokens."""
+    """Prefill sizes to capture, ascending: no step is padded by more than 1/32, or 64 tokens."""
     sizes = [min(64, max_num_tokens)]
     while sizes[-1] < max_num_tokens:
-        step = max(64, 1 << (sizes[-1].bit_length() - 3))
+        step = max(64, 1 << (sizes[-1].bit_length() - 6))
         sizes.append(min(sizes[-1] + step, max_num_tokens))
     return sizes
 
@@ -54,8 +54,10 @@ class StepGraphs:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._outputs: dict[int, StepOutput] = {}
         started, free_before = time.perf_counter(), torch.cuda.mem_get_info()[0]
+        warmed_up = _to_warm_up(sizes)
         for size in reversed(sizes):  # the largest first: the smaller ones fit into its memory
-            step(size)
+            if size in warmed_up:
+                step(size)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
                 self._outputs[size] = step(size)
@@ -73,3 +75,11 @@ class StepGraphs:
         """Runs the step of a captured size; the result is overwritten by the next replay from the same memory."""
         self._graphs[size].replay()
         return self._outputs[size]
+
+
+def _to_warm_up(sizes: list[int]) -> set[int]:
+    """Sizes to run once before they are captured, so that kernels are compiled: the others use the same ones.
+
+    Large steps take too long to run them all.
+    """
+    return {size for size in sizes if size <= 256 or size & (size - 1) == 0 or size == sizes[-1]}

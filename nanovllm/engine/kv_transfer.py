@@ -51,16 +51,21 @@ class PeerTransfer:
 
     Args:
         source, target: the runners.
-        method: `copy`, `push` or `staged` (through pinned host memory).
+        method: `copy`, `push`, `staged` (through pinned host memory), or `direct`: the source pushes blocks in the step
+            that computes them.
         verify: compare checksums of every layer of every block, on both sides, once it has arrived.
     """
 
     def __init__(self, source: ModelRunner, target: ModelRunner, method: str, *, verify: bool) -> None:
         self.name = method
         self._source, self._target, self._verify = source, target, verify
+        if method == "push":  # the first one compiles the kernel
+            source.sync_kv_cache_to(target, (), method=method).synchronize()
 
     def send(self, pairs: SequenceOf[BlockPair], after: Event) -> TransferHandle:
-        arrived = self._source.sync_kv_cache_to(self._target, pairs, method=self.name, after=after)
+        arrived = after
+        if self.name != "direct":
+            arrived = self._source.sync_kv_cache_to(self._target, pairs, method=self.name, after=after)
         return _PeerHandle(self._source, self._target, pairs if self._verify else (), arrived)
 
 
@@ -94,17 +99,17 @@ def resolve_handoff(option: str, source: Device, target: Device) -> str:
     """The method behind `kv_handoff`: as asked for, else the fastest that these devices allow.
 
     Raises:
-        ConfigError: `push` was asked for without peer access.
+        ConfigError: `push` or `direct` was asked for on GPUs without peer access.
     """
     reachable = peer_access(source, target)
-    if option == "push" and not reachable:
+    if not reachable and (option == "push" or (option == "direct" and source.is_cuda)):
         raise ConfigError(
-            f"kv_handoff='push' needs two GPUs with peer access, which {source} and {target} have not; "
+            f"kv_handoff={option!r} needs two GPUs with peer access, which {source} and {target} have not; "
             "pass 'copy' or 'auto'"
         )
-    if option != "push" and source.is_cuda and not reachable:
+    if source.is_cuda and not reachable:
         logger.warning("%s and %s have no peer access: KV crosses through pinned host memory", source, target)
         return "staged"
-    method = option if option != "auto" else "push" if reachable else "copy"
+    method = option if option != "auto" else "direct" if reachable else "copy"
     logger.info("KV handoff from %s to %s: %s", source, target, method)
     return method

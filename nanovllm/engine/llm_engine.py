@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 DECODE_STEPS_AHEAD = 2
 """Decode steps in flight: one that runs and one queued behind it, launched before the first one's tokens are seen."""
 
+PREFILL_STEPS_AHEAD = 2
+"""Prefill steps in flight on a device of their own, for the same reason. Where decode steps wait for them it is one."""
+
 
 @dataclass
 class Counters:
@@ -195,9 +198,7 @@ class LLMEngine:
     def _advance(self) -> None:
         """One turn: launch what can be launched, else wait; then collect what has ended."""
         try:
-            launched = self._launch_prefill()
-            launched = self._launch_decode() or launched
-            if launched:
+            if self._launch_steps():
                 self._progressed()
             else:
                 self._wait()
@@ -241,17 +242,21 @@ class LLMEngine:
                     self.scheduler.finish(seq, "abort")
                 self._give_out(seq)
 
-    def _launch_prefill(self) -> bool:
+    def _launch_steps(self) -> bool:
         launched = False
-        # With one pool this is one entry; the decode device prefills what has failed once.
-        pools = {self.scheduler.decode_pool: self.decode_runner, self.scheduler.prefill_pool: self.prefill_runner}
-        for pool, runner in pools.items():
-            if (
-                not self._num_in_flight(runner, PrefillStep)
-                and (step := self.scheduler.schedule_prefill(pool)) is not None
-            ):
-                launched = self._launch(runner, step) or launched
+        # The decode device first, which prefills as well: what has failed once, or, with one device, everything.
+        for runner in dict.fromkeys((self.decode_runner, self.prefill_runner)):
+            launched = self._launch_prefill(runner) or launched
+            if runner is self.decode_runner:
+                launched = self._launch_decode() or launched
         return launched
+
+    def _launch_prefill(self, runner: ModelRunner) -> bool:
+        decodes = runner is self.decode_runner
+        if self._num_in_flight(runner, PrefillStep) >= (1 if decodes else PREFILL_STEPS_AHEAD):
+            return False
+        step = self.scheduler.schedule_prefill(self.scheduler.decode_pool if decodes else self.scheduler.prefill_pool)
+        return step is not None and self._launch(runner, step)
 
     def _launch_decode(self) -> bool:
         if self._num_in_flight(self.decode_runner, DecodeStep) >= DECODE_STEPS_AHEAD:
@@ -373,7 +378,7 @@ class LLMEngine:
     # Handoffs
 
     def _send(self, step: PrefillStep, handle: StepHandle) -> None:
-        """Sends the blocks that a prefill step completes; the copies wait for the step on the device."""
+        """Hands over the blocks that a prefill step completes; copies wait for the step on the device."""
         for chunk in step.rows:
             if not chunk.handoff:
                 continue

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from nanovllm.engine.scheduler import BlockPair
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels import AttentionMetadata
 from nanovllm.layers.sampler import SamplingInputs
@@ -23,6 +25,7 @@ class ModelInputs:
         metadata: where the tokens' KV is.
         sampled_rows: [N] int64 rows of T whose logits are wanted.
         sampling: parameters of the N rows, None if N is 0.
+        pushed_blocks: the blocks that go to another runner's pool layer by layer, as in `block_list`; None for none.
     """
 
     input_ids: torch.Tensor
@@ -30,6 +33,12 @@ class ModelInputs:
     metadata: AttentionMetadata
     sampled_rows: torch.Tensor
     sampling: SamplingInputs | None
+    pushed_blocks: torch.Tensor | None = None
+
+
+def block_list(pairs: SequenceOf[BlockPair]) -> np.ndarray:
+    """[1 + 2N] int64: how many pairs of blocks there are, and the pairs."""
+    return np.array([len(pairs), *itertools.chain.from_iterable(pairs)], dtype=np.int64)
 
 
 def sampling_inputs(rows: SequenceOf[tuple[Sequence, int]], vocab_size: int, device: Device) -> SamplingInputs:

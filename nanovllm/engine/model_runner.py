@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,9 @@ import torch
 from nanovllm.engine.cuda_graph import StepGraphs, StepOutput, batch_buckets, token_buckets
 from nanovllm.engine.decode_batch import DecodeStep
 from nanovllm.engine.decode_rows import DecodeRows
-from nanovllm.engine.model_inputs import ModelInputs, sampling_inputs
+from nanovllm.engine.model_inputs import ModelInputs, block_list, sampling_inputs
 from nanovllm.engine.prefill_buffers import PrefillBuffers
-from nanovllm.engine.scheduler import BlockPair, PrefillStep, Step
+from nanovllm.engine.scheduler import MOST_PREFILL_REQUESTS, BlockPair, PrefillStep, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import HandoffError, ModelLoadError, OutOfKVCacheError, shown
 from nanovllm.kernels import AttentionMetadata, ResolvedBackend
@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 GIB = 1024**3
 CPU_POOL_BYTES = 512 * 1024**2
-MOST_BUFFERED_REQUESTS = 32
-"""Requests of a prefill step beyond which it runs eagerly: many short prompts, which few steps hold."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +98,7 @@ class ModelRunner:
         is_decode_runner: whether decode steps run here (they may run beside prefill steps).
         max_step_tokens: most tokens of a step; workspace for them is kept free.
         weights_of: a runner to copy the weights from, instead of reading them.
+        push_to: a runner into whose pool prefill steps push the blocks that they hand over; of the same spec.
 
     Raises:
         ModelLoadError: the weights cannot be loaded or do not fit.
@@ -114,22 +113,26 @@ class ModelRunner:
         is_decode_runner: bool,
         max_step_tokens: int,
         weights_of: ModelRunner | None = None,
+        push_to: ModelRunner | None = None,
     ) -> None:
         self.spec = spec
+        self._push_pool = None if push_to is None else push_to.kv_pool
         self.device = device
         self.is_decode_runner = is_decode_runner
         self.max_step_tokens = max(max_step_tokens, spec.max_num_seqs) if is_decode_runner else max_step_tokens
         with device.current():
             self.stream = torch.cuda.Stream(device.index) if device.is_cuda else None
-            self.copy_stream = torch.cuda.Stream(device.index) if device.is_cuda else None
+            self.copy_stream = torch.cuda.Stream(device.index, priority=-1) if device.is_cuda else None
         self._logits: torch.Tensor | None = None
         with self._on(self.stream):
             self.model = self._load_model(weights_of)
             self.num_kv_blocks = self._num_kv_blocks()
             # One block more than there are to give out: what pads a step is written to it.
-            self.kv_pool = self._make_pool(self.num_kv_blocks + 1)
+            self.kv_pool: torch.Tensor = self._make_pool(self.num_kv_blocks + 1)
             self.prefill_buffers = self._make_prefill_buffers(max_step_tokens)
             self.decode_rows = self._make_decode_rows() if is_decode_runner else None
+            if push_to is not None and device.is_cuda:
+                enable_peer_access(device, push_to.device)
             self._prefill_graphs, self._decode_graphs = self._capture_graphs()
         self.synchronize()  # other streams are about to read the weights and write to the pool
 
@@ -166,14 +169,13 @@ class ModelRunner:
 
     def _launch_prefill(self, step: PrefillStep) -> SampledTokens | None:
         last = [(chunk.seq, chunk.end - chunk.seq.num_prompt_tokens) for chunk in step.rows if chunk.is_last]
-        if self._prefill_graphs is not None and self.prefill_buffers.holds(step):
+        if self._prefill_graphs is not None:
             size = self._prefill_graphs.size_for(step.num_tokens)
             self.prefill_buffers.update(step, size)
             output: StepOutput | None = self._prefill_graphs.replay(size)
         else:
-            buffers = self.prefill_buffers if self.prefill_buffers.holds(step) else self._buffers_for(step)
-            buffers.update(step, step.num_tokens)
-            output = self._run(buffers.gather(step.num_tokens, len(last)))
+            self.prefill_buffers.update(step, step.num_tokens)
+            output = self._run(self.prefill_buffers.gather(step.num_tokens, len(last)))
         if output is None or not last:
             return None
         return SampledTokens(output.sampled.token_ids[: len(last)]) if step.is_plain else self._resampled(output, last)
@@ -275,17 +277,50 @@ class ModelRunner:
         """Gives weights and pool back, which nothing may be using; the runner is of no use afterwards."""
         with self._on(self.stream):
             del self.model, self.kv_pool, self.prefill_buffers, self.decode_rows
-            del self._prefill_graphs, self._decode_graphs, self._logits
+            del self._prefill_graphs, self._decode_graphs, self._logits, self._push_pool
             if self.device.is_cuda:
                 torch.cuda.empty_cache()
 
     def _run(self, inputs: ModelInputs, pool: torch.Tensor | None = None) -> StepOutput | None:
         kv_pool = self.kv_pool if pool is None else pool
-        hidden = self.model(inputs.input_ids, inputs.positions, kv_pool, self._planned(inputs.metadata))
+        metadata = self._planned(inputs.metadata)
+        if inputs.pushed_blocks is not None:
+            metadata = dataclasses.replace(metadata, after_store=self._pusher(inputs.pushed_blocks))
+        hidden = self.model(inputs.input_ids, inputs.positions, kv_pool, metadata)
         if inputs.sampling is None:
+            self._join_pushes()
             return None
         logits = self._compute_logits(hidden[inputs.sampled_rows])
-        return StepOutput(logits, sample(logits, inputs.sampling, self.spec.attention.backend))
+        sampled = sample(logits, inputs.sampling, self.spec.attention.backend)
+        self._join_pushes()
+        return StepOutput(logits, sampled)
+
+    def _pusher(self, pushed_blocks: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        """Stores a layer's KV of the blocks in the other runner's pool, while the layer attends to it.
+
+        Beside GEMMs it would hold them up for as long as it takes: they count on every SM for an equal share.
+        """
+        assert self._push_pool is not None, "a step has blocks to push only if there is a pool to push them to"
+        targets = iter(self._push_pool.unbind(1))
+
+        def push(kv_cache: torch.Tensor) -> None:
+            target = next(targets)
+            if self.copy_stream is None:
+                blocks, goals = pushed_blocks[1 : 1 + 2 * int(pushed_blocks[0])].view(-1, 2).unbind(1)
+                target[goals] = kv_cache[blocks]
+                return
+            # It needs triton, which a machine without GPUs may lack.
+            from nanovllm.kernels.triton_transfer import NUM_PROGRAMS_BESIDE, push_blocks
+
+            self.copy_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.copy_stream):
+                push_blocks(kv_cache, target, pushed_blocks, NUM_PROGRAMS_BESIDE)
+
+        return push
+
+    def _join_pushes(self) -> None:
+        if self._push_pool is not None and self.copy_stream is not None:
+            torch.cuda.current_stream().wait_stream(self.copy_stream)
 
     @contextlib.contextmanager
     def _on(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
@@ -311,17 +346,16 @@ class ModelRunner:
     def _make_prefill_buffers(self, max_step_tokens: int) -> PrefillBuffers:
         # The KV of a step's tokens is in the pool.
         max_num_tokens = min(max_step_tokens, self.num_kv_blocks * self.block_size)
-        max_num_requests = min(MOST_BUFFERED_REQUESTS, self.spec.max_num_seqs)
+        max_num_requests = min(MOST_PREFILL_REQUESTS, self.spec.max_num_seqs)
         longest = self.spec.max_model_len
         return PrefillBuffers(
-            self.device, max_num_tokens, max_num_requests, longest, self.block_size, self.num_kv_blocks
-        )
-
-    def _buffers_for(self, step: PrefillStep) -> PrefillBuffers:
-        """For one step of more requests than `prefill_buffers` holds."""
-        longest = max(chunk.end for chunk in step.rows)
-        return PrefillBuffers(
-            self.device, step.num_tokens, len(step.rows), longest, self.block_size, self.num_kv_blocks
+            self.device,
+            max_num_tokens,
+            max_num_requests,
+            longest,
+            self.block_size,
+            self.num_kv_blocks,
+            pushes=self._push_pool is not None,
         )
 
     def _make_decode_rows(self) -> DecodeRows:
@@ -431,7 +465,8 @@ class ModelRunner:
     def _largest_step(self) -> ModelInputs:
         """A prefill step of most tokens and most sampled rows, all of them reading and writing block 0."""
         device, spec = self.device.torch_device, self.spec
-        num_rows = min(spec.max_num_seqs, self.max_step_tokens)
+        most_rows = max(spec.max_num_seqs if self.is_decode_runner else 1, MOST_PREFILL_REQUESTS)
+        num_rows = min(most_rows, self.max_step_tokens)
         lengths = torch.full((num_rows,), self.max_step_tokens // num_rows, dtype=torch.int32)
         lengths[0] += self.max_step_tokens - int(lengths.sum())
         positions = torch.cat([torch.arange(n) for n in lengths.tolist()]) % spec.max_model_len
@@ -467,10 +502,11 @@ def _copy_blocks(source: ModelRunner, target: ModelRunner, pairs: SequenceOf[Blo
 
 
 def _push_blocks(source: ModelRunner, target: ModelRunner, pairs: SequenceOf[BlockPair]) -> None:
-    from nanovllm.kernels.triton_transfer import push_blocks  # needs triton, which a machine without GPUs may lack
+    # It needs triton, which a machine without GPUs may lack.
+    from nanovllm.kernels.triton_transfer import NUM_PROGRAMS, push_blocks
 
     enable_peer_access(source.device, target.device)
-    push_blocks(source.kv_pool, target.kv_pool, source.device.tensor(np.array(pairs, dtype=np.int64)))
+    push_blocks(source.kv_pool, target.kv_pool, source.device.tensor(block_list(pairs)), NUM_PROGRAMS)
 
 
 def _stage_blocks(source: ModelRunner, target: ModelRunner, pairs: SequenceOf[BlockPair]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from nanovllm.engine.model_inputs import ModelInputs
+from nanovllm.engine.model_inputs import ModelInputs, block_list
 from nanovllm.engine.scheduler import PrefillStep
 from nanovllm.kernels import AttentionMetadata
 from nanovllm.layers.sampler import SamplingInputs
@@ -20,7 +20,8 @@ NUM_REQUEST_COLUMNS = 6
 class PrefillBuffers:
     """Room for steps of at most `max_num_tokens` tokens of `max_num_requests` requests.
 
-    A step is padded with tokens of no request, which go to `spare_block`, and with requests of no tokens.
+    A step is padded with tokens of no request, which go to `spare_block`, and with requests of no tokens. The
+    blocks that it hands over are part of it if `pushes`.
     """
 
     def __init__(
@@ -31,6 +32,8 @@ class PrefillBuffers:
         max_model_len: int,
         block_size: int,
         spare_block: int,
+        *,
+        pushes: bool,
     ) -> None:
         self.device = device
         self.max_num_tokens = max_num_tokens
@@ -41,16 +44,17 @@ class PrefillBuffers:
         self._spare_slot = (spare_block + 1) * block_size - 1
         self._max_blocks = -(-max_model_len // block_size)
         self._num_request_numbers = max_num_requests * (NUM_REQUEST_COLUMNS + self._max_blocks)
-        size = self._num_request_numbers + NUM_TOKEN_COLUMNS * max_num_tokens
+        self._pushes = pushes
+        most_pushed_numbers = 1 + 2 * max_num_requests * self._max_blocks
+        size = self._num_request_numbers + NUM_TOKEN_COLUMNS * max_num_tokens + most_pushed_numbers
         self._numbers = torch.zeros(size, dtype=torch.int64, device=device.torch_device)
-
-    def holds(self, step: PrefillStep) -> bool:
-        """Whether there is room for the step."""
-        return len(step.rows) <= self.max_num_requests and step.num_tokens <= self.max_num_tokens
 
     def update(self, step: PrefillStep, size: int) -> None:
         """Sends a step, padded to `size` tokens: one copy."""
-        numbers = np.zeros(self._num_request_numbers + NUM_TOKEN_COLUMNS * size, dtype=np.int64)
+        num_numbers = self._num_request_numbers + NUM_TOKEN_COLUMNS * size
+        pushed = block_list([pair for chunk in step.rows for pair in chunk.handoff] if self._pushes else [])
+        numbers = np.zeros(num_numbers + len(pushed), dtype=np.int64)
+        numbers[num_numbers:] = pushed
         requests, tokens = self._split(numbers, size)
         context_lens, ends, sampled_rows, seeds, output_indices, temperatures = requests[:NUM_REQUEST_COLUMNS]
         tables = requests[NUM_REQUEST_COLUMNS:].T
@@ -92,8 +96,14 @@ class PrefillBuffers:
         sampling = SamplingInputs(
             temperatures[:num_sampled].view(torch.float64).float(), seeds[:num_sampled], output_indices[:num_sampled]
         )
+        first_pushed = self._num_request_numbers + NUM_TOKEN_COLUMNS * size
         return ModelInputs(
-            token_ids, positions, metadata, sampled_rows[:num_sampled], sampling if num_sampled else None
+            token_ids,
+            positions,
+            metadata,
+            sampled_rows[:num_sampled],
+            sampling if num_sampled else None,
+            self._numbers[first_pushed:] if self._pushes else None,
         )
 
     def _split(self, numbers, size):  # type: ignore[no-untyped-def] # numpy and torch alike

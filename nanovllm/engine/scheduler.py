@@ -21,6 +21,12 @@ GROW_AHEAD_TOKENS = 16
 """When a request needs a block, those that will within so many tokens get theirs with it, if blocks abound: the device
 then hears of new blocks once in several steps."""
 
+MOST_PREFILL_REQUESTS = 32
+"""Requests in a prefill step: the device keeps room for so many, and pads every step to it."""
+ENOUGH_PREFILL_TOKENS = 4096
+"""Where somebody awaits the first token, the requests after the first get what it leaves of so many tokens: the device
+is as fast with them as with more, and the first request of a step waits for the last."""
+
 BlockPair = tuple[int, int]
 """A block of the prefill pool and the block of the decode pool that its KV goes to."""
 
@@ -39,6 +45,10 @@ class PrefillChunk:
     is_last: bool
     handoff: tuple[BlockPair, ...]
 
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
 
 @dataclass(frozen=True)
 class PrefillStep:
@@ -48,7 +58,7 @@ class PrefillStep:
 
     @property
     def num_tokens(self) -> int:
-        return sum(chunk.end - chunk.start for chunk in self.rows)
+        return sum(chunk.num_tokens for chunk in self.rows)
 
     @property
     def is_plain(self) -> bool:
@@ -76,8 +86,8 @@ class Scheduler:
     """First come, first served: a request is never overtaken by a younger one for a lease.
 
     Whoever launches a scheduled step or a handoff reports its end (`prefill_done`, `decode_done`, `release`), so that
-    blocks in use by work in flight are freed only after it. One prefill step is in flight on a device at a time; decode
-    steps may be launched ahead, and end in the order of their launch.
+    blocks in use by work in flight are freed only after it. Steps may be launched ahead; those of one device end in the
+    order of their launch.
     """
 
     def __init__(self, limits: SchedulerLimits, prefill_pool: BlockManager, decode_pool: BlockManager) -> None:
@@ -163,13 +173,14 @@ class Scheduler:
         if seq is None:
             return None
         budget = self._prefill_budget(pool)
-        chunks: list[PrefillChunk] = []
+        step = PrefillStep([])
         while seq is not None:
-            chunk = self._next_chunk(seq, budget)
-            budget -= chunk.end - chunk.start
-            chunks.append(chunk)
-            seq = next(candidates, None) if budget > 0 else None
-        return PrefillStep(chunks)
+            step.rows.append(self._next_chunk(seq, budget - step.num_tokens))
+            if seq.is_streamed:
+                budget = min(budget, ENOUGH_PREFILL_TOKENS)
+            is_full = step.num_tokens >= budget or len(step.rows) == MOST_PREFILL_REQUESTS
+            seq = None if is_full else next(candidates, None)
+        return step
 
     def prefill_done(self, chunk: PrefillChunk) -> bool:
         """The chunk has run: its full blocks are shareable where it ran.

@@ -7,6 +7,7 @@ triton and flash_attn needs to be installed.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
@@ -43,6 +44,8 @@ class AttentionMetadata:
         plan: what the backend's `plan` says of the step, None to have it asked for by each layer. It is made from the
             other attributes as they are, and by kernels before the one that `attend` follows: not right before it.
         num_sms: how many SMs to spread decode attention over, None for all of the GPU.
+        after_store: called by each layer in turn with its view of the pool, once the step's KV is stored there and
+            before it is attended to; None for nothing to do.
     """
 
     slot_mapping: torch.Tensor
@@ -53,6 +56,7 @@ class AttentionMetadata:
     max_context_len: int
     plan: torch.Tensor | None = None
     num_sms: int | None = None
+    after_store: Callable[[torch.Tensor], None] | None = None
 
     @property
     def is_decode(self) -> bool:

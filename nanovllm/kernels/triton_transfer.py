@@ -12,37 +12,42 @@ import triton.language as tl
 NUM_PROGRAMS = 64
 """Enough to fill the link between two GPUs (measured on NVLink: 32 reach 80 %, 64 all of it), few enough to leave
 the device to the prefill that is running."""
+NUM_PROGRAMS_BESIDE = 16
+"""For a layer's KV, which crosses while the layer attends: the fewer, the less they take from that."""
 WORDS_PER_PIECE = 4096
 
 
-def push_blocks(source: torch.Tensor, target: torch.Tensor, pairs: torch.Tensor) -> None:
-    """Copies blocks `pairs[:, 0]` of `source` to blocks `pairs[:, 1]` of `target`.
+def push_blocks(source: torch.Tensor, target: torch.Tensor, blocks: torch.Tensor, num_programs: int) -> None:
+    """Copies blocks of `source` to blocks of `target`.
 
     Args:
-        source: a pool, contiguous [num_blocks, ...], on the current device.
-        target: a pool of the same block shape, on a device that this one may write to.
-        pairs: [N, 2] int64 on the source's device.
+        source: a pool, or one layer's view of it, [num_blocks, ...], each block contiguous; on the current device.
+        target: the same of another pool, on a device that this one may write to.
+        blocks: [1 + 2 * any] int64 on the source's device: the number of pairs and the pairs (block, block there).
+        num_programs: thread blocks to do it with.
     """
-    words = source[0].nbytes // 4
-    _push_kernel[(NUM_PROGRAMS,)](
-        source.view(-1).view(torch.int32),
-        target.view(-1).view(torch.int32),
-        pairs,
-        pairs.shape[0] * triton.cdiv(words, WORDS_PER_PIECE),
-        words,
+    words_per = 4 // source.element_size()
+    _push_kernel[(num_programs,)](
+        source.view(torch.int32),
+        target.view(torch.int32),
+        blocks,
+        source.stride(0) // words_per,
+        target.stride(0) // words_per,
+        source[0].numel() // words_per,
         PIECE=WORDS_PER_PIECE,
         num_warps=8,
     )
 
 
-@triton.jit(do_not_specialize=["num_pieces"])
-def _push_kernel(source, target, pairs, num_pieces, words, PIECE: tl.constexpr):
+@triton.jit
+def _push_kernel(source, target, blocks, source_stride, target_stride, words, PIECE: tl.constexpr):
     """Programs take pieces of blocks in turn."""
     pieces_per_block = tl.cdiv(words, PIECE)
+    num_pieces = tl.load(blocks).to(tl.int32) * pieces_per_block
     for piece in range(tl.program_id(0), num_pieces, tl.num_programs(0)):
         pair = piece // pieces_per_block
         place = (piece % pieces_per_block) * PIECE + tl.arange(0, PIECE)
         there = place < words
-        origin = tl.load(pairs + 2 * pair) * words
-        goal = tl.load(pairs + 2 * pair + 1) * words
+        origin = tl.load(blocks + 1 + 2 * pair) * source_stride
+        goal = tl.load(blocks + 2 + 2 * pair) * target_stride
         tl.store(target + goal + place, tl.load(source + origin + place, mask=there), mask=there)

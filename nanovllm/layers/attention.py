@@ -45,4 +45,6 @@ class PagedAttention(nn.Module):
             kv_cache,
             metadata.slot_mapping,
         )
+        if metadata.after_store is not None:
+            metadata.after_store(kv_cache)
         return self.backend.attend(query, kv_cache, metadata, self.scale)

@@ -51,7 +51,7 @@ def current_device():
         yield
 
 
-@pytest.mark.parametrize("handoff", ["copy", "push", "staged"])
+@pytest.mark.parametrize("handoff", ["copy", "push", "staged", "direct"])
 @pytest.mark.parametrize("caching", [True, False], ids=["cached", "poisoned"])
 @pytest.mark.parametrize("mode", MODES)
 def test_float32_tokens_equal_transformers(tiny_on_disk, monkeypatch, mode, caching, handoff):
@@ -120,8 +120,7 @@ def test_prefill_and_decode_are_in_flight_together(tiny_on_disk):
         together = False
         for prompt in tiny.random_prompts(20, seed=4):
             llm.add_request(prompt, GREEDY)
-            llm._launch_prefill()
-            llm._launch_decode()
+            llm._launch_steps()
             together |= {work.runner.device.index for work in llm._in_flight} == {0, 1}
             llm.step()
         drain(llm)
@@ -145,7 +144,7 @@ def test_faulty_copies_cost_a_retry(tiny_on_disk, fault):
         assert tokens_of(outputs[index]) == tiny.reference_tokens(reference, prompt, 24)
 
 
-@pytest.mark.parametrize("handoff", ["copy", "push"])
+@pytest.mark.parametrize("handoff", ["copy", "push", "direct"])
 def test_demo_answers_in_bfloat16_equal_the_written_ones(handoff):
     pairs = json.loads((Path(DEMO_MODEL_PATH) / "questions.json").read_text(encoding="utf-8"))
     conversations = [[{"role": "user", "content": pair["question"]}] for pair in pairs]
