@@ -74,7 +74,7 @@ def decode(llm: LLM, steady: set[int], num_steps: int, flood: Flood, *, floods: 
 def measure(llm: LLM, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Of each third: gaps, and what the devices did meanwhile."""
     rng = random.Random(0)
-    params = SamplingParams(temperature=0.7, max_tokens=3 * args.num_tokens + MOST_FIRST_TOKENS, ignore_eos=True)
+    params = SamplingParams(temperature=0.7, max_tokens=4 * args.num_tokens + MOST_FIRST_TOKENS, ignore_eos=True)
     flood = Flood(llm, [random_prompt(rng, llm, args.prompt_len) for _ in range(16)])
     steady = {llm.add_request(random_prompt(rng, llm, args.context), params) for _ in range(args.num_decoding)}
     meters = {runner: BusyMeter(runner) for runner in dict.fromkeys((llm.prefill_runner, llm.decode_runner))}
@@ -103,6 +103,7 @@ def measure(llm: LLM, args: argparse.Namespace) -> list[dict[str, Any]]:
             }
         )
         flood.end()
+        decode(llm, steady, args.num_tokens // 4, flood, floods=False)  # until nothing of it is in flight
     assert steady == llm._sequences.keys(), "a steady request has ended before the last third"
     return thirds
 
@@ -126,7 +127,7 @@ def main() -> None:
     with LLM(
         **model_options(args.model, args.model_shape),
         device=args.device,
-        max_model_len=max(args.prompt_len, args.context + 3 * args.num_tokens + MOST_FIRST_TOKENS) + 64,
+        max_model_len=max(args.prompt_len, args.context + 4 * args.num_tokens + MOST_FIRST_TOKENS) + 64,
         enable_prefix_caching=False,
         **(two_devices if args.mode == "pd" else {}),
     ) as llm:

@@ -42,6 +42,8 @@ class Span:
     end: Any
     decodes_on: bool
     """Whether it decodes for a request for which the decode step before it did."""
+    late_s: float
+    """What its launch took the host, if the device had nothing to do meanwhile."""
 
 
 class BusyMeter:
@@ -58,20 +60,22 @@ class BusyMeter:
         runner.launch = self._timed_launch  # type: ignore[method-assign]
 
     def take(self) -> tuple[float, float]:
-        """Of the steps since the last call: seconds at work, and idle although a request was there to be decoded.
+        """Of the steps since the last call: seconds at work, and idle before decode steps that go on with a request.
 
         Waits for them.
         """
         spans, self._spans = self._spans, []
-        busy_s = sum(seconds_between(span.start, span.end) for span in spans)
-        gaps = ((before.end, span.start) for before, span in itertools.pairwise(spans) if span.decodes_on)
-        return busy_s, sum(seconds_between(end, start) for end, start in gaps)
+        busy_s = sum(seconds_between(span.start, span.end) - span.late_s for span in spans)
+        late = ((before, span) for before, span in itertools.pairwise(spans) if span.decodes_on)
+        return busy_s, sum(seconds_between(before.end, span.start) + span.late_s for before, span in late)
 
     def _timed_launch(self, step: Step) -> StepHandle:
         decodes_on = isinstance(step, DecodeStep) and self._goes_on(step.batch)
-        start = moment(self._stream)
+        is_late = self._stream is not None and (not self._spans or self._spans[-1].end.query())
+        start, started_s = moment(self._stream), time.perf_counter()
         handle = self._launch(step)
-        self._spans.append(Span(start, moment(self._stream), decodes_on))
+        late_s = time.perf_counter() - started_s if is_late else 0.0
+        self._spans.append(Span(start, moment(self._stream), decodes_on, late_s))
         return handle
 
     def _goes_on(self, batch: DecodeBatch) -> bool:

@@ -75,7 +75,8 @@ def draw_online() -> None:
             continue
         (load,) = result["loads"]
         label = f"{result['mode']}, {result['model_shape']}, {result['workload']}, {load['rate']:g}/s"
-        label += f", chunks of {result['prefill_chunk_tokens']}"
+        if result["mode"] != "pd":
+            label += f", chunks of {result['prefill_chunk_tokens']}"
         for axes, name in zip(panels, ("ttft_ms", "itl_ms"), strict=True):
             axes.plot(list(load[name]), list(load[name].values()), "o-", label=label)
     for axes, title in zip(panels, ("TTFT", "ITL"), strict=True):
@@ -90,14 +91,18 @@ def draw_online() -> None:
 
 
 def draw_sweep(shape: str, workload: str, sweep: list[dict[str, Any]]) -> None:
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6))
+    figure, panels = plt.subplots(1, 3, figsize=(12, 3.6))
     for result in sweep:
         rates = [load["rate"] for load in result["loads"]]
         panels[0].plot(rates, [load["goodput_per_s"] for load in result["loads"]], "o-", label=result["mode"])
-        panels[1].plot(rates, [load["itl_ms"]["p99"] for load in result["loads"]], "o-", label=result["mode"])
+        for axes, name in ((panels[1], "itl_ms"), (panels[2], "ttft_ms")):
+            axes.plot(rates, [load[name]["p99"] for load in result["loads"]], "o-", label=result["mode"])
     limits = f"TTFT {sweep[0]['ttft_limit_ms']:g} ms, ITL {sweep[0]['itl_limit_ms']:g} ms"
     panels[0].set(xlabel="requests per second", ylabel=f"good requests per second\n({limits})")
-    panels[1].set(xlabel="requests per second", ylabel="ITL p99, ms", yscale="log")
+    panels[1].set(xlabel="requests per second", ylabel="ITL p99, ms")
+    panels[2].set(xlabel="requests per second", ylabel="TTFT p99, ms")
+    panels[1].set_ylim(bottom=0)
+    panels[2].set_ylim(bottom=0)
     for axes in panels:
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
@@ -105,7 +110,55 @@ def draw_sweep(shape: str, workload: str, sweep: list[dict[str, Any]]) -> None:
     save(figure, f"online_{shape}_{workload}.png")
 
 
+def draw_handoff() -> None:
+    """Bandwidth by bytes of each method that copies; what each method adds to a prompt's prefill, by its length."""
+    (result,) = results("handoff")
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6))
+    for method in dict.fromkeys(row["method"] for row in result["copies"]):
+        rows = [row for row in result["copies"] if row["method"] == method]
+        rates = [row["bytes"] / row["seconds"] / 1e9 for row in rows]
+        panels[0].plot([row["bytes"] / 2**20 for row in rows], rates, "o-", label=method)
+    alone = {row["prompt_len"]: row["prefill_s"] for row in result["exposure"] if row["method"] == "push"}
+    for method in dict.fromkeys(row["method"] for row in result["exposure"]):
+        rows = [row for row in result["exposure"] if row["method"] == method]
+        lengths = [row["prompt_len"] for row in rows]
+        exposed = [row["exposed_s"] * 1e3 for row in rows]
+        panels[1].plot(lengths, exposed, "o-", label=f"{method}: after the prefill")
+        if method == "direct":
+            slower = [(row["prefill_s"] - alone[row["prompt_len"]]) * 1e3 for row in rows]
+            panels[1].plot(lengths, slower, "o--", label="direct: what the prefill takes longer")
+    panels[0].set(xscale="log", xlabel="MiB", ylabel="GB/s")
+    panels[1].set(xlabel="tokens of the prompt", ylabel="ms")
+    for axes in panels:
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+    figure.suptitle(f"{result['model_shape']}, {where(result)}", fontsize=9)
+    save(figure, "handoff.png")
+
+
+def draw_interference() -> None:
+    """ITL alone and while prefill is saturated, by mode."""
+    figure, axes = plt.subplots(figsize=(6, 3.6))
+    found = sorted(results("interference"), key=lambda result: result["mode"])
+    for place, result in enumerate(found):
+        before, flooded, after = (third["itl_ms"]["p99"] for third in result["thirds"])
+        # Contexts grow by as much before the middle third as after it.
+        bars = (("alone", (before + after) / 2, "#9aa5b1"), ("while prefill is saturated", flooded, "#1f77b4"))
+        for offset, (name, itl, color) in zip((-0.2, 0.2), bars, strict=True):
+            axes.bar(place + offset, itl, 0.38, color=color, label=name if place == 0 else None)
+            axes.text(place + offset, itl, f"{itl:.1f}", ha="center", va="bottom", fontsize=8)
+    axes.set_xticks(range(len(found)), [result["mode"] for result in found])
+    axes.set_ylabel("ITL p99, ms")
+    axes.set_title(
+        f"{found[0]['model_shape']}, {found[0]['num_decoding']} requests decoding, {where(found[0])}", fontsize=9
+    )
+    axes.legend(fontsize=8)
+    save(figure, "interference.png")
+
+
 if __name__ == "__main__":
     draw_offline()
     draw_decode_latency()
     draw_online()
+    draw_handoff()
+    draw_interference()

@@ -52,10 +52,11 @@ class EngineConfig:
         enable_two_gpu_pd: prefill on one GPU and decode on another; with `device="cpu"`, on two logical CPU devices.
         prefill_device_id, decode_device_id: which ones.
         kv_handoff: how KV crosses: `copy` (torch's copies, after each prefill step), `push` (the same by one kernel,
-            over peer access), `direct` (each layer's KV within the step, while the next layer runs), or `auto`, which
+            over peer access), `direct` (each layer's KV within the step, while the layer attends), or `auto`, which
             takes `direct` where there is peer access.
         verify_kv_handoff: checksum every block on both sides; a difference is an error of its request. Slow.
-        handoff_timeout_s: seconds after which a handoff that has not ended fails its request.
+        handoff_timeout_s: seconds after which a handoff that has not ended fails its request; one by `direct` ends with
+            the prefill step.
         max_handoff_backlog: most requests between the beginning of their prefill and the arrival of their KV; others
             wait in the queue.
 

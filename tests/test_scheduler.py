@@ -36,7 +36,7 @@ class OnePool(RuleBasedStateMachine):
         self.prefill_pool, self.decode_pool = self.pools()
         self.scheduler = Scheduler(LIMITS, self.prefill_pool, self.decode_pool)
         self.seqs: list[Sequence] = []
-        self.prefills: dict[BlockManager, PrefillStep] = {}
+        self.prefills: dict[BlockManager, list[PrefillStep]] = {}
         self.decodes: list[DecodeStep] = []
         self.handoffs: list[PrefillChunk] = []
         self.handing_off: list[Sequence] = []
@@ -52,12 +52,12 @@ class OnePool(RuleBasedStateMachine):
     @rule(on_decode_device=st.booleans())
     def launch_prefill(self, on_decode_device: bool) -> None:
         pool = self.decode_pool if on_decode_device else self.prefill_pool
-        if pool in self.prefills:
+        if len(self.prefills.get(pool, ())) == (1 if pool is self.decode_pool else 2):
             return
         step = self.scheduler.schedule_prefill(pool)
         if step is None:
             return
-        self.prefills[pool] = step
+        self.prefills.setdefault(pool, []).append(step)
         for chunk in step.rows:
             assert chunk.start < chunk.end <= chunk.seq.num_tokens
             assert chunk.lease.prefill_pool is pool
@@ -74,7 +74,9 @@ class OnePool(RuleBasedStateMachine):
         self.end_prefill_of(data.draw(st.sampled_from(list(self.prefills))), fails)
 
     def end_prefill_of(self, pool: BlockManager, fails: bool = False) -> None:
-        step = self.prefills.pop(pool)
+        step = self.prefills[pool].pop(-1 if fails else 0)  # it is a launch that fails
+        if not self.prefills[pool]:
+            del self.prefills[pool]
         if fails:
             self.scheduler.cancel(step)
             for chunk in step.rows:
@@ -170,8 +172,8 @@ class OnePool(RuleBasedStateMachine):
             for source, target in chunk.handoff:
                 assert chunk.lease.prefill_pool._holders[source], "a handoff reads a block that others may get"
                 assert self.decode_pool._holders[target] == 1, "a handoff writes to a block that others may get"
-        for pool, prefill in self.prefills.items():
-            for chunk in prefill.rows:
+        for pool, prefills in self.prefills.items():
+            for chunk in (chunk for prefill in prefills for chunk in prefill.rows):
                 written = chunk.lease.prefill_table[chunk.start // BLOCK_SIZE : -(-chunk.end // BLOCK_SIZE)]
                 assert all(map(pool._holders.__getitem__, written)), "a prefill writes to a block that others may get"
 
@@ -250,6 +252,24 @@ def test_chunks_are_small_only_while_others_decode():
     scheduler.finish(scheduler.unfinished()[0], "abort")
     scheduler.add(make_sequence(2, [7] * 30))
     assert run_prefill(scheduler) == [(1, 10, 12), (2, 0, 18)]
+
+
+def test_a_prefill_step_has_at_most_so_many_requests(monkeypatch):
+    monkeypatch.setattr("nanovllm.engine.scheduler.MOST_PREFILL_REQUESTS", 3)
+    scheduler, _ = scheduler_with(40, *([[place] * 2 for place in range(8)]), prefill_chunk_tokens=100)
+    assert [len(run_prefill(scheduler)) for _ in range(3)] == [3, 3, 2]
+
+
+def test_the_first_request_of_a_step_waits_for_few_others_if_it_is_streamed(monkeypatch):
+    monkeypatch.setattr("nanovllm.engine.scheduler.ENOUGH_PREFILL_TOKENS", 10)
+    scheduler, _ = scheduler_with(40, [1] * 6, [2] * 20, [3] * 4)
+    assert run_prefill(scheduler) == [(0, 0, 6), (1, 0, 4)]
+    scheduler, seqs = scheduler_with(40, [1] * 30, [2] * 20)
+    assert run_prefill(scheduler) == [(0, 0, 30)]
+    scheduler, seqs = scheduler_with(40, [1] * 6, [2] * 20, [3] * 4)
+    for seq in seqs:
+        seq.is_streamed = False
+    assert run_prefill(scheduler) == [(0, 0, 6), (1, 0, 20), (2, 0, 4)]
 
 
 def test_first_come_first_served_even_if_a_younger_one_would_fit():

@@ -99,15 +99,15 @@ def resolve_handoff(option: str, source: Device, target: Device) -> str:
     """The method behind `kv_handoff`: as asked for, else the fastest that these devices allow.
 
     Raises:
-        ConfigError: `push` was asked for without peer access.
+        ConfigError: `push` or `direct` was asked for on GPUs without peer access.
     """
     reachable = peer_access(source, target)
-    if option == "push" and not reachable:
+    if not reachable and (option == "push" or (option == "direct" and source.is_cuda)):
         raise ConfigError(
-            f"kv_handoff='push' needs two GPUs with peer access, which {source} and {target} have not; "
+            f"kv_handoff={option!r} needs two GPUs with peer access, which {source} and {target} have not; "
             "pass 'copy' or 'auto'"
         )
-    if option != "push" and source.is_cuda and not reachable:
+    if source.is_cuda and not reachable:
         logger.warning("%s and %s have no peer access: KV crosses through pinned host memory", source, target)
         return "staged"
     method = option if option != "auto" else "direct" if reachable else "copy"

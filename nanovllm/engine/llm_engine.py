@@ -243,10 +243,13 @@ class LLMEngine:
                 self._give_out(seq)
 
     def _launch_steps(self) -> bool:
+        launched = False
         # The decode device first, which prefills as well: what has failed once, or, with one device, everything.
-        launched = self._launch_prefill(self.decode_runner)
-        launched = self._launch_decode() or launched
-        return self._launch_prefill(self.prefill_runner) or launched
+        for runner in dict.fromkeys((self.decode_runner, self.prefill_runner)):
+            launched = self._launch_prefill(runner) or launched
+            if runner is self.decode_runner:
+                launched = self._launch_decode() or launched
+        return launched
 
     def _launch_prefill(self, runner: ModelRunner) -> bool:
         decodes = runner is self.decode_runner

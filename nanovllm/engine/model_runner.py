@@ -465,7 +465,8 @@ class ModelRunner:
     def _largest_step(self) -> ModelInputs:
         """A prefill step of most tokens and most sampled rows, all of them reading and writing block 0."""
         device, spec = self.device.torch_device, self.spec
-        num_rows = min(spec.max_num_seqs, self.max_step_tokens)
+        most_rows = max(spec.max_num_seqs if self.is_decode_runner else 1, MOST_PREFILL_REQUESTS)
+        num_rows = min(most_rows, self.max_step_tokens)
         lengths = torch.full((num_rows,), self.max_step_tokens // num_rows, dtype=torch.int32)
         lengths[0] += self.max_step_tokens - int(lengths.sum())
         positions = torch.cat([torch.arange(n) for n in lengths.tolist()]) % spec.max_model_len

@@ -44,16 +44,17 @@ class PrefillBuffers:
         self._spare_slot = (spare_block + 1) * block_size - 1
         self._max_blocks = -(-max_model_len // block_size)
         self._num_request_numbers = max_num_requests * (NUM_REQUEST_COLUMNS + self._max_blocks)
-        self._most_pushed_numbers = 1 + 2 * max_num_requests * self._max_blocks if pushes else 0
-        size = self._num_request_numbers + NUM_TOKEN_COLUMNS * max_num_tokens + self._most_pushed_numbers
+        self._pushes = pushes
+        most_pushed_numbers = 1 + 2 * max_num_requests * self._max_blocks
+        size = self._num_request_numbers + NUM_TOKEN_COLUMNS * max_num_tokens + most_pushed_numbers
         self._numbers = torch.zeros(size, dtype=torch.int64, device=device.torch_device)
 
     def update(self, step: PrefillStep, size: int) -> None:
         """Sends a step, padded to `size` tokens: one copy."""
-        handoff = [pair for chunk in step.rows for pair in chunk.handoff]
-        pushed = block_list(handoff)[: self._most_pushed_numbers]  # nothing if none ever are
-        numbers = np.zeros(self._num_request_numbers + NUM_TOKEN_COLUMNS * size + len(pushed), dtype=np.int64)
-        numbers[len(numbers) - len(pushed) :] = pushed
+        num_numbers = self._num_request_numbers + NUM_TOKEN_COLUMNS * size
+        pushed = block_list([pair for chunk in step.rows for pair in chunk.handoff] if self._pushes else [])
+        numbers = np.zeros(num_numbers + len(pushed), dtype=np.int64)
+        numbers[num_numbers:] = pushed
         requests, tokens = self._split(numbers, size)
         context_lens, ends, sampled_rows, seeds, output_indices, temperatures = requests[:NUM_REQUEST_COLUMNS]
         tables = requests[NUM_REQUEST_COLUMNS:].T
@@ -96,14 +97,13 @@ class PrefillBuffers:
             temperatures[:num_sampled].view(torch.float64).float(), seeds[:num_sampled], output_indices[:num_sampled]
         )
         first_pushed = self._num_request_numbers + NUM_TOKEN_COLUMNS * size
-        pushed = self._numbers[first_pushed : first_pushed + self._most_pushed_numbers]
         return ModelInputs(
             token_ids,
             positions,
             metadata,
             sampled_rows[:num_sampled],
             sampling if num_sampled else None,
-            pushed if len(pushed) else None,
+            self._numbers[first_pushed:] if self._pushes else None,
         )
 
     def _split(self, numbers, size):  # type: ignore[no-untyped-def] # numpy and torch alike

@@ -24,8 +24,8 @@ then hears of new blocks once in several steps."""
 MOST_PREFILL_REQUESTS = 32
 """Requests in a prefill step: the device keeps room for so many, and pads every step to it."""
 ENOUGH_PREFILL_TOKENS = 4096
-"""Where somebody awaits the first token, a prefill step of so many tokens takes no further request: the device is as
-fast with them as with more, and the first request of the step would wait for the last."""
+"""Where somebody awaits the first token, the requests after the first get what it leaves of so many tokens: the device
+is as fast with them as with more, and the first request of a step waits for the last."""
 
 BlockPair = tuple[int, int]
 """A block of the prefill pool and the block of the decode pool that its KV goes to."""
@@ -86,8 +86,8 @@ class Scheduler:
     """First come, first served: a request is never overtaken by a younger one for a lease.
 
     Whoever launches a scheduled step or a handoff reports its end (`prefill_done`, `decode_done`, `release`), so that
-    blocks in use by work in flight are freed only after it. Steps may be launched ahead; those
-    of one device end in the order of their launch.
+    blocks in use by work in flight are freed only after it. Steps may be launched ahead; those of one device end in the
+    order of their launch.
     """
 
     def __init__(self, limits: SchedulerLimits, prefill_pool: BlockManager, decode_pool: BlockManager) -> None:
@@ -173,14 +173,14 @@ class Scheduler:
         if seq is None:
             return None
         budget = self._prefill_budget(pool)
-        chunks = [self._next_chunk(seq, budget)]
-        if seq.is_streamed:
-            budget = min(budget, ENOUGH_PREFILL_TOKENS)
-        budget -= chunks[0].num_tokens
-        while budget > 0 and len(chunks) < MOST_PREFILL_REQUESTS and (seq := next(candidates, None)) is not None:
-            chunks.append(self._next_chunk(seq, budget))
-            budget -= chunks[-1].num_tokens
-        return PrefillStep(chunks)
+        step = PrefillStep([])
+        while seq is not None:
+            step.rows.append(self._next_chunk(seq, budget - step.num_tokens))
+            if seq.is_streamed:
+                budget = min(budget, ENOUGH_PREFILL_TOKENS)
+            is_full = step.num_tokens >= budget or len(step.rows) == MOST_PREFILL_REQUESTS
+            seq = None if is_full else next(candidates, None)
+        return step
 
     def prefill_done(self, chunk: PrefillChunk) -> bool:
         """The chunk has run: its full blocks are shareable where it ran.

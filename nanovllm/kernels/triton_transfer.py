@@ -13,7 +13,7 @@ NUM_PROGRAMS = 64
 """Enough to fill the link between two GPUs (measured on NVLink: 32 reach 80 %, 64 all of it), few enough to leave
 the device to the prefill that is running."""
 NUM_PROGRAMS_BESIDE = 16
-"""For a layer's KV, which has until the next layer's to cross: the fewer, the less they take from what runs beside."""
+"""For a layer's KV, which crosses while the layer attends: the fewer, the less they take from that."""
 WORDS_PER_PIECE = 4096
 
 
