@@ -6,6 +6,7 @@ micro-batches: while one attends for a micro-batch, the other runs the GEMMs of 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -79,7 +80,7 @@ def check_plan(plan: Sequence[PlanStep], num_layers: int, num_micro_batches: int
         of_it = [index for index, step in enumerate(plan) if step.micro_batch == micro_batch]
         pieces = [piece for index in of_it for piece in plan[index].pieces]
         assert pieces == expected, f"micro-batch {micro_batch} runs {pieces}"
-        for before, index in zip(of_it, of_it[1:], strict=False):
+        for before, index in itertools.pairwise(of_it):
             same_lane = plan[before].lane is plan[index].lane
             assert same_lane or before in plan[index].wait_for, f"step {index} does not wait for step {before}"
     for index, step in enumerate(plan):

@@ -1,4 +1,4 @@
-"""SM partitions of one GPU (CUDA green contexts): streams whose kernels run on some of its SMs only. Driver calls, no more.
+"""SM partitions of one GPU (CUDA green contexts): streams whose kernels run on some of its SMs. Driver calls only.
 
 What a driver grants is a multiple of what the GPU is built of: on Hopper (driver 580) counts are rounded up to a
 multiple of 8, 12 to 16 and 100 to 104, and what is left over can be a partition too, whatever its count: 132 SMs
@@ -65,7 +65,7 @@ def split_device_green_ctx_by_sm_count(device_index: int, sm_counts: Sequence[in
     """
     driver = _driver()
     device, left = _sm_resource(driver, device_index)
-    resources = []
+    resources: list[Any] = []
     for count in sm_counts:
         asked = f"{list(sm_counts)} SMs of GPU {device_index}"
         if left is None or count > left.sm.smCount:
@@ -98,7 +98,9 @@ def destroy(partitions: Sequence[Partition]) -> None:
     Raises:
         GreenContextError: the driver refuses.
     """
-    driver = _driver() if partitions else None
+    if not partitions:
+        return
+    driver = _driver()
     for partition in partitions:
         _checked(driver, "cuStreamDestroy", driver.cuStreamDestroy(partition.stream), f"stream {partition.stream:#x}")
         _checked(driver, "cuGreenCtxDestroy", driver.cuGreenCtxDestroy(partition._context), "a partition")
@@ -106,9 +108,7 @@ def destroy(partitions: Sequence[Partition]) -> None:
 
 def _partition(driver: Any, device: Any, resource: Any) -> Partition:
     about = f"{resource.sm.smCount} SMs"
-    description = _checked(
-        driver, "cuDevResourceGenerateDesc", driver.cuDevResourceGenerateDesc([resource], 1), about
-    )
+    description = _checked(driver, "cuDevResourceGenerateDesc", driver.cuDevResourceGenerateDesc([resource], 1), about)
     flags = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
     context = _checked(driver, "cuGreenCtxCreate", driver.cuGreenCtxCreate(description, device, flags), about)
     try:
@@ -137,9 +137,7 @@ def _sm_resource(driver: Any, device_index: int) -> tuple[Any, Any]:
     _checked(driver, "cuInit", driver.cuInit(0), about)
     device = _checked(driver, "cuDeviceGet", driver.cuDeviceGet(device_index), about)
     kind = driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
-    return device, _checked(
-        driver, "cuDeviceGetDevResource", driver.cuDeviceGetDevResource(device, kind), about
-    )
+    return device, _checked(driver, "cuDeviceGetDevResource", driver.cuDeviceGetDevResource(device, kind), about)
 
 
 def _checked(driver: Any, call: str, result: tuple[Any, ...], about: str) -> Any:

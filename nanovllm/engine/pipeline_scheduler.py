@@ -1,0 +1,188 @@
+"""Runs the layers of a decode step as a plan says: on two lanes at a time, or one after another.
+
+Embedding, output head and sampling are not part of the plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from nanovllm.engine.green_manager import GreenManager
+from nanovllm.engine.pipeline_plan import Cut, Lane, PlanStep, check_plan, make_plan
+from nanovllm.kernels import AttentionMetadata
+from nanovllm.models.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
+
+
+@dataclass
+class MicroBatch:
+    """Some rows of a decode step on their way through the layers; [B, ...] tensors."""
+
+    positions: torch.Tensor
+    metadata: AttentionMetadata
+    hidden: torch.Tensor | None
+    residual: torch.Tensor | None = None
+    heads: torch.Tensor | None = None
+    """Query, key and value heads after `project_qkv`, attended ones after `attend`."""
+    kept: dict[Lane, list[torch.Tensor]] = field(default_factory=lambda: {lane: [] for lane in Lane})
+    """By the lane that made them, tensors that the other lane may still read."""
+
+    def run(self, step: PlanStep, layers: Sequence[Qwen3DecoderLayer], kv_pool: torch.Tensor) -> None:
+        """The pieces of a step, on the current stream, which waits for what the step waits for."""
+        # What this lane made in its last step was read by the step of the other lane that this one waits for: only now
+        # may its memory be used again, by what this lane launches next.
+        self.kept[step.lane].clear()
+        for layer, piece in step.pieces:
+            getattr(self, f"_{piece}")(layers[layer], kv_pool[:, layer])
+        made = (self.hidden, self.residual, self.heads)
+        self.kept[step.lane] += [tensor for tensor in made if tensor is not None]
+
+    def _project_qkv(self, layer: Qwen3DecoderLayer, kv_cache: torch.Tensor) -> None:
+        assert self.hidden is not None and self.heads is None, "a layer begins with its input, and with no heads"
+        self.heads, self.residual = layer.project_qkv(self.hidden, self.residual)
+        self.hidden = None
+
+    def _attend(self, layer: Qwen3DecoderLayer, kv_cache: torch.Tensor) -> None:
+        assert self.heads is not None, "attention follows the projection of its heads"
+        self.heads = layer.attend(self.heads, self.positions, kv_cache, self.metadata)
+
+    def _project_out(self, layer: Qwen3DecoderLayer, kv_cache: torch.Tensor) -> None:
+        assert self.heads is not None and self.hidden is None, "the output projection follows attention"
+        self.hidden, self.heads = layer.project_out(self.heads), None
+
+    def _feed_forward(self, layer: Qwen3DecoderLayer, kv_cache: torch.Tensor) -> None:
+        assert self.hidden is not None and self.residual is not None, "the FFN follows the attention stage"
+        self.hidden, self.residual = layer.feed_forward(self.hidden, self.residual)
+
+
+class PipelineScheduler:
+    """The decode pipeline of one model on the lanes of one device.
+
+    Args:
+        model: whose layers run.
+        green_manager: where the lanes come from.
+        num_micro_batches: parts of a batch that take turns; no more than it has rows.
+        cut: what runs on which lane.
+        in_order: run the plan on the current stream alone, step by step: the reference that lanes are compared with.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3ForCausalLM,
+        green_manager: GreenManager,
+        *,
+        num_micro_batches: int = 2,
+        cut: Cut = Cut.GEMMS,
+        in_order: bool = False,
+    ) -> None:
+        self.model = model
+        self.green_manager = green_manager
+        self.num_micro_batches = num_micro_batches
+        self.cut = cut
+        self.in_order = in_order
+
+    def decode_token(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, kv_pool: torch.Tensor, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        """One decode step's layers; the same as the model's `forward`, of one token of each of B requests.
+
+        Returns:
+            Hidden states [B, hidden_size] after the final norm.
+        """
+        layers = self.model.model.layers
+        lanes = self.green_manager.allocate()
+        micro_batches = self._split(input_ids, positions, metadata, lanes.split[0] or None)
+        plan = self._plan(len(layers), len(micro_batches))
+        if self.in_order:
+            for step in plan:
+                micro_batches[step.micro_batch].run(step, layers, kv_pool)
+        elif lanes.streams[Lane.FFN] is None:
+            _run_on_logical_lanes(plan, micro_batches, layers, kv_pool)
+        else:
+            _run_on_streams(plan, lanes.streams, micro_batches, layers, kv_pool)
+        hidden = torch.cat([micro_batch.hidden for micro_batch in micro_batches])  # type: ignore[misc] # all have one
+        residual = torch.cat([micro_batch.residual for micro_batch in micro_batches])  # type: ignore[misc]
+        return self.model.model.norm(hidden, residual)[0]
+
+    def _plan(self, num_layers: int, num_micro_batches: int) -> list[PlanStep]:
+        plan = make_plan(num_layers, num_micro_batches, self.cut)
+        check_plan(plan, num_layers, num_micro_batches)
+        return plan
+
+    def _split(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata, num_sms: int | None
+    ) -> list[MicroBatch]:
+        """Rows in parts of equal size, give or take one, each with attention metadata of its own."""
+        num_rows = len(input_ids)
+        num_parts = min(self.num_micro_batches, num_rows)
+        ends = [num_rows * part // num_parts for part in range(num_parts + 1)]
+        embedded = self.model.model.embed_tokens(input_ids)
+        parts = []
+        for first, last in itertools.pairwise(ends):
+            rows = slice(first, last)
+            of_part = dataclasses.replace(
+                metadata,
+                slot_mapping=metadata.slot_mapping[rows],
+                block_tables=metadata.block_tables[rows],
+                context_lens=metadata.context_lens[rows],
+                query_starts=metadata.query_starts[: last - first + 1],
+                plan=None,
+                num_sms=num_sms,
+            )
+            plan = self.model.model.layers[0].attention.backend.plan(of_part, self.model.config.num_key_value_heads)
+            planned = dataclasses.replace(of_part, plan=plan)
+            parts.append(MicroBatch(positions[rows], planned, embedded[rows]))
+        return parts
+
+
+def _run_on_streams(
+    plan: Sequence[PlanStep],
+    streams: Mapping[Lane, torch.cuda.Stream | None],
+    micro_batches: Sequence[MicroBatch],
+    layers: Sequence[Qwen3DecoderLayer],
+    kv_pool: torch.Tensor,
+) -> None:
+    """Each step on its lane's stream, ordered by events; the current stream waits for the lanes, and they for it."""
+    current = torch.cuda.current_stream()
+    done: dict[int, torch.cuda.Event] = {}
+    waited_for = {index for step in plan for index in step.wait_for}
+    for stream in streams.values():
+        assert stream is not None, "lanes of a GPU have streams"
+        stream.wait_stream(current)
+    for index, step in enumerate(plan):
+        stream = streams[step.lane]
+        assert stream is not None, "lanes of a GPU have streams"
+        for earlier in step.wait_for:
+            stream.wait_event(done[earlier])
+        with torch.cuda.stream(stream):
+            micro_batches[step.micro_batch].run(step, layers, kv_pool)
+        if index in waited_for:
+            done[index] = stream.record_event()
+    for stream in streams.values():
+        assert stream is not None, "lanes of a GPU have streams"
+        current.wait_stream(stream)
+
+
+def _run_on_logical_lanes(
+    plan: Sequence[PlanStep],
+    micro_batches: Sequence[MicroBatch],
+    layers: Sequence[Qwen3DecoderLayer],
+    kv_pool: torch.Tensor,
+) -> None:
+    """Each lane as far as it gets before the other one's turn: an order that streams may take, and that shows a step
+    that does not wait for all that it needs."""
+    queues = {lane: deque(index for index, step in enumerate(plan) if step.lane is lane) for lane in reversed(Lane)}
+    ended: set[int] = set()
+    while any(queues.values()):
+        num_ended = len(ended)
+        for queue in queues.values():
+            while queue and ended.issuperset(plan[queue[0]].wait_for):
+                index = queue.popleft()
+                micro_batches[plan[index].micro_batch].run(plan[index], layers, kv_pool)
+                ended.add(index)
+        assert len(ended) > num_ended, "each lane waits for the other"
