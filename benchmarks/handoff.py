@@ -118,7 +118,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
-    copies, exposure = [], []
+    copies: list[dict[str, Any]] = []
+    exposure: list[dict[str, Any]] = []
     for method in args.kv_handoff:
         with LLM(
             **model_options(args.model, args.model_shape),

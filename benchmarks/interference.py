@@ -54,7 +54,9 @@ def random_prompt(rng: random.Random, llm: LLM, length: int) -> list[int]:
 
 def decode(llm: LLM, steady: set[int], num_steps: int, flood: Flood, *, floods: bool) -> list[float]:
     """Runs until the steady requests have got so many tokens; all gaps between them, in seconds."""
-    gaps, last_token_s, steps = [], {}, 0
+    gaps: list[float] = []
+    last_token_s: dict[int, float] = {}
+    steps = 0
     while steps < num_steps:
         if floods:
             flood.top_up()
