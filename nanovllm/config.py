@@ -24,6 +24,8 @@ TWO_GPU_OPTIONS = (
     "handoff_timeout_s",
     "max_handoff_backlog",
 )
+DECODE_PIPELINES = ("static", "auto", "disabled")
+PIPELINE_OPTIONS = ("decode_pipeline", "decode_attention_sm", "decode_ffn_sm", "decode_micro_batches")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,12 @@ class EngineConfig:
             the prefill step.
         max_handoff_backlog: most requests between the beginning of their prefill and the arrival of their KV; others
             wait in the queue.
+        enable_decode_pipeline: run attention and GEMMs of decode steps side by side on two SM partitions.
+        decode_pipeline: `static` (the given split for every step), `auto` (whichever of the pipeline and plain decode
+            measured faster for the batch) or `disabled` (plain decode); None takes `static` if SM counts are given,
+            else `auto`.
+        decode_attention_sm, decode_ffn_sm: SMs of the two partitions; None for what measured best.
+        decode_micro_batches: parts of a batch that take turns on the partitions.
 
     Raises:
         ConfigError: a value is of the wrong type, out of range or contradicts another.
@@ -87,6 +95,11 @@ class EngineConfig:
     verify_kv_handoff: bool = False
     handoff_timeout_s: float = 30.0
     max_handoff_backlog: int = 256
+    enable_decode_pipeline: bool = False
+    decode_pipeline: str | None = None
+    decode_attention_sm: int | None = None
+    decode_ffn_sm: int | None = None
+    decode_micro_batches: int = 2
 
     def __post_init__(self) -> None:
         for name in ("max_num_batched_tokens", "prefill_chunk_tokens", "max_num_seqs"):
@@ -119,6 +132,30 @@ class EngineConfig:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed={shown(self.seed)} is not an integer from 0 to 2**63 - 1")
         self._check_two_gpu_options()
+        self._check_pipeline_options()
+
+    @property
+    def pipeline_mode(self) -> str:
+        """`decode_pipeline` with its defaults: `disabled` without `enable_decode_pipeline`."""
+        if not self.enable_decode_pipeline:
+            return "disabled"
+        has_split = self.decode_attention_sm is not None or self.decode_ffn_sm is not None
+        return self.decode_pipeline or ("static" if has_split else "auto")
+
+    def _check_pipeline_options(self) -> None:
+        _check_bool("enable_decode_pipeline", self.enable_decode_pipeline)
+        if self.decode_pipeline is not None:
+            _check_choice("decode_pipeline", self.decode_pipeline, DECODE_PIPELINES)
+        for name in ("decode_attention_sm", "decode_ffn_sm"):
+            if getattr(self, name) is not None:
+                _check_positive(name, getattr(self, name))
+        micro_batches = self.decode_micro_batches
+        if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or not 2 <= micro_batches <= 8:
+            raise ConfigError(f"decode_micro_batches={shown(micro_batches)} is not an integer from 2 to 8")
+        if self.enable_decode_pipeline and not self.enable_two_gpu_pd:
+            raise ConfigError(
+                "enable_decode_pipeline=True needs enable_two_gpu_pd=True: it splits the SMs of a decode card"
+            )
 
     def _check_two_gpu_options(self) -> None:
         _check_bool("enable_two_gpu_pd", self.enable_two_gpu_pd)
@@ -158,9 +195,10 @@ class EngineConfig:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}"
                 raise ConfigError(f"unknown option {name!r}; {hint}")
-        unused = [name for name in TWO_GPU_OPTIONS if name in options]
-        if unused and not options.get("enable_two_gpu_pd"):
-            raise ConfigError(f"{', '.join(unused)} given without enable_two_gpu_pd=True; add it or leave them out")
+        for switch, switched in (("enable_two_gpu_pd", TWO_GPU_OPTIONS), ("enable_decode_pipeline", PIPELINE_OPTIONS)):
+            unused = [name for name in switched if name in options]
+            if unused and not options.get(switch):
+                raise ConfigError(f"{', '.join(unused)} given without {switch}=True; add it or leave them out")
         return cls(model=model, **options)
 
 

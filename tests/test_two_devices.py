@@ -32,6 +32,8 @@ MODES = {
     "direct": {"kv_handoff": "direct"},
     "direct_chunked": {"kv_handoff": "direct", "max_num_batched_tokens": 24, "verify_kv_handoff": True},
     "direct_preempted": {"kv_handoff": "direct", "num_kvcache_blocks": 9},
+    "pipeline": {"enable_decode_pipeline": True},
+    "pipeline_of_three": {"enable_decode_pipeline": True, "decode_micro_batches": 3, "num_kvcache_blocks": 9},
 }
 
 
@@ -447,6 +449,11 @@ def test_the_tests_above_would_notice_a_wrong_handoff(checkpoint, mistake):
         ({"device": "cuda:1"}, "names one GPU, enable_two_gpu_pd uses two"),
         ({"enable_two_gpu_pd": False, "kv_handoff": "copy"}, "kv_handoff given without enable_two_gpu_pd=True"),
         ({"enable_two_gpu_pd": "yes"}, "enable_two_gpu_pd='yes' is not a bool"),
+        ({"enable_two_gpu_pd": False, "enable_decode_pipeline": True}, "enable_decode_pipeline=True needs enable_two"),
+        ({"decode_attention_sm": 48}, "decode_attention_sm given without enable_decode_pipeline=True"),
+        ({"enable_decode_pipeline": True, "decode_ffn_sm": 0}, "decode_ffn_sm=0 is not a positive integer"),
+        ({"enable_decode_pipeline": True, "decode_micro_batches": 1}, "decode_micro_batches=1 is not an integer from"),
+        ({"enable_decode_pipeline": True, "decode_pipeline": "statc"}, "did you mean 'static'"),
     ],
 )
 def test_refused_options(tiny_path, options, message):

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.kv_transfer import KVTransfer, NoTransfer, PeerTransfer, resolve_handoff
-from nanovllm.engine.model_runner import ModelRunner, RunnerSpec
+from nanovllm.engine.model_runner import ModelRunner, PipelineOptions, RunnerSpec
 from nanovllm.engine.requests import RequestIntake
 from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
 from nanovllm.engine.tokenizer import end_of_sequence_ids, load_tokenizer
@@ -155,7 +155,12 @@ def build_runners(
     method = resolve_handoff(config.kv_handoff, prefill_device, decode_device)
     # A request that failed once is prefilled here, in chunks.
     chunk_tokens = min(config.prefill_chunk_tokens, config.max_num_batched_tokens)
-    decode_runner = ModelRunner(spec, decode_device, is_decode_runner=True, max_step_tokens=chunk_tokens)
+    pipeline = None
+    if config.pipeline_mode != "disabled":
+        pipeline = PipelineOptions(config.decode_attention_sm, config.decode_ffn_sm, config.decode_micro_batches)
+    decode_runner = ModelRunner(
+        spec, decode_device, is_decode_runner=True, max_step_tokens=chunk_tokens, pipeline=pipeline
+    )
     prefill_runner = ModelRunner(
         spec,
         prefill_device,

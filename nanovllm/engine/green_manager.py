@@ -108,8 +108,8 @@ class GreenManager:
     def _checked(self, attention_sm: int, ffn_sm: int) -> Split:
         if self.num_sms and attention_sm + ffn_sm > self.num_sms:
             raise ConfigError(
-                f"decode_attention_sm={attention_sm} and decode_ffn_sm={ffn_sm} are more than the {self.num_sms} SMs of "
-                f"{self.device}; pass fewer"
+                f"decode_attention_sm={attention_sm} and decode_ffn_sm={ffn_sm} are more than the {self.num_sms} SMs "
+                f"of {self.device}; pass fewer"
             )
         return attention_sm, ffn_sm
 

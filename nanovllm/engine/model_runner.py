@@ -17,11 +17,13 @@ import torch
 from nanovllm.engine.cuda_graph import StepGraphs, StepOutput, batch_buckets, token_buckets
 from nanovllm.engine.decode_batch import DecodeStep
 from nanovllm.engine.decode_rows import DecodeRows
+from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.model_inputs import ModelInputs, block_list, sampling_inputs
+from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.prefill_buffers import PrefillBuffers
 from nanovllm.engine.scheduler import MOST_PREFILL_REQUESTS, BlockPair, PrefillStep, Step
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import HandoffError, ModelLoadError, OutOfKVCacheError, shown
+from nanovllm.errors import GreenContextError, HandoffError, ModelLoadError, OutOfKVCacheError, shown
 from nanovllm.kernels import AttentionMetadata, ResolvedBackend
 from nanovllm.layers.sampler import SampledTokens, SamplingInputs, sample
 from nanovllm.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
@@ -58,6 +60,15 @@ class RunnerSpec:
         config, tokens = self.model_config, self.attention.block_size
         per_layer = 2 * config.num_key_value_heads * tokens * config.head_dim
         return config.num_hidden_layers * per_layer * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """The split of a decode device's SMs, None where it is to be chosen, and how many micro-batches take turns."""
+
+    attention_sm: int | None = None
+    ffn_sm: int | None = None
+    num_micro_batches: int = 2
 
 
 @dataclass(frozen=True)
@@ -99,6 +110,7 @@ class ModelRunner:
         max_step_tokens: most tokens of a step; workspace for them is kept free.
         weights_of: a runner to copy the weights from, instead of reading them.
         push_to: a runner into whose pool prefill steps push the blocks that they hand over; of the same spec.
+        pipeline: how decode steps use SM partitions, None for plain decode.
 
     Raises:
         ModelLoadError: the weights cannot be loaded or do not fit.
@@ -114,6 +126,7 @@ class ModelRunner:
         max_step_tokens: int,
         weights_of: ModelRunner | None = None,
         push_to: ModelRunner | None = None,
+        pipeline: PipelineOptions | None = None,
     ) -> None:
         self.spec = spec
         self._push_pool = None if push_to is None else push_to.kv_pool
@@ -126,6 +139,7 @@ class ModelRunner:
         self._logits: torch.Tensor | None = None
         with self._on(self.stream):
             self.model = self._load_model(weights_of)
+            self.pipeline = None if pipeline is None else self._make_pipeline(pipeline)
             self.num_kv_blocks = self._num_kv_blocks()
             # One block more than there are to give out: what pads a step is written to it.
             self.kv_pool: torch.Tensor = self._make_pool(self.num_kv_blocks + 1)
@@ -161,7 +175,10 @@ class ModelRunner:
         """One decode step over the first `size` rows of the batch, on the device alone: no host value is read."""
         assert self.decode_rows is not None, f"{self.device} was made for prefill, it cannot run a decode step"
         inputs = self.decode_rows.gather(size)
-        hidden = self.model(inputs.input_ids, inputs.positions, self.kv_pool, self._planned(inputs.metadata))
+        if self.pipeline is not None:
+            hidden = self.pipeline.decode_token(inputs.input_ids, inputs.positions, self.kv_pool, inputs.metadata)
+        else:
+            hidden = self.model(inputs.input_ids, inputs.positions, self.kv_pool, self._planned(inputs.metadata))
         logits = self._compute_logits(hidden)
         sampled = sample(logits, inputs.sampling, self.spec.attention.backend)
         self.decode_rows.advance(inputs, sampled.token_ids)
@@ -278,6 +295,8 @@ class ModelRunner:
         with self._on(self.stream):
             del self.model, self.kv_pool, self.prefill_buffers, self.decode_rows
             del self._prefill_graphs, self._decode_graphs, self._logits, self._push_pool
+            if self.pipeline is not None:
+                self.pipeline.green_manager.close()
             if self.device.is_cuda:
                 torch.cuda.empty_cache()
 
@@ -342,6 +361,16 @@ class ModelRunner:
         else:
             load_weights(spec.folder, model.checkpoint_tensors(), model.ignored_checkpoint_tensors())
         return model
+
+    def _make_pipeline(self, options: PipelineOptions) -> PipelineScheduler | None:
+        """None, with a line in the log, where SMs cannot be split: decode is plain then."""
+        try:
+            manager = GreenManager(self.device, options.attention_sm, options.ffn_sm)
+            manager.allocate()
+        except GreenContextError as error:
+            logger.warning("%s: no decode pipeline, decode is plain: %s", self.device, error)
+            return None
+        return PipelineScheduler(self.model, manager, num_micro_batches=options.num_micro_batches)
 
     def _make_prefill_buffers(self, max_step_tokens: int) -> PrefillBuffers:
         # The KV of a step's tokens is in the pool.

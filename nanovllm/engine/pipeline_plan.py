@@ -56,8 +56,8 @@ class PlanStep:
 def make_plan(num_layers: int, num_micro_batches: int, cut: Cut) -> list[PlanStep]:
     """All layers of a decode step, layer by layer and micro-batch by micro-batch.
 
-    Within a lane steps run in the order of the plan. A step waits for the one before it of its micro-batch, which ran on
-    the other lane, and for nothing else.
+    Within a lane steps run in the order of the plan. A step waits for the one before it of its micro-batch, which ran
+    on the other lane, and for nothing else.
     """
     runs = _runs(num_layers, cut)
     plan: list[PlanStep] = []
@@ -71,9 +71,9 @@ def make_plan(num_layers: int, num_micro_batches: int, cut: Cut) -> list[PlanSte
 
 
 def check_plan(plan: Sequence[PlanStep], num_layers: int, num_micro_batches: int) -> None:
-    """Asserts that every piece of every layer runs once for each micro-batch, in order, and that no lane waits for ever.
+    """Asserts that every piece of every layer runs once for each micro-batch, in order, and that no lane is stuck.
 
-    A lane that runs its steps in the order of the plan cannot wait for ever if every step waits only for earlier ones.
+    Lanes that run their steps in the order of the plan cannot be if every step waits only for earlier ones.
     """
     expected = [(layer, piece) for layer in range(num_layers) for piece in PIECES]
     for micro_batch in range(num_micro_batches):

@@ -43,7 +43,7 @@ class MicroBatch:
         self.kept[step.lane] += [tensor for tensor in made if tensor is not None]
 
     def _project_qkv(self, layer: Qwen3DecoderLayer, kv_cache: torch.Tensor) -> None:
-        assert self.hidden is not None and self.heads is None, "a layer begins with its input, and with no heads"
+        assert self.hidden is not None, "a layer begins with its input"
         self.heads, self.residual = layer.project_qkv(self.hidden, self.residual)
         self.hidden = None
 
@@ -52,11 +52,12 @@ class MicroBatch:
         self.heads = layer.attend(self.heads, self.positions, kv_cache, self.metadata)
 
     def _project_out(self, layer: Qwen3DecoderLayer, kv_cache: torch.Tensor) -> None:
-        assert self.heads is not None and self.hidden is None, "the output projection follows attention"
+        assert self.heads is not None, "the output projection follows attention"
         self.hidden, self.heads = layer.project_out(self.heads), None
 
     def _feed_forward(self, layer: Qwen3DecoderLayer, kv_cache: torch.Tensor) -> None:
-        assert self.hidden is not None and self.residual is not None, "the FFN follows the attention stage"
+        assert self.hidden is not None, "the FFN follows the attention stage"
+        assert self.residual is not None, "a layer that has begun has a residual"
         self.hidden, self.residual = layer.feed_forward(self.hidden, self.residual)
 
 
@@ -85,6 +86,7 @@ class PipelineScheduler:
         self.num_micro_batches = num_micro_batches
         self.cut = cut
         self.in_order = in_order
+        self._eager_lane = Lane.FFN
 
     def decode_token(
         self, input_ids: torch.Tensor, positions: torch.Tensor, kv_pool: torch.Tensor, metadata: AttentionMetadata
@@ -102,7 +104,8 @@ class PipelineScheduler:
             for step in plan:
                 micro_batches[step.micro_batch].run(step, layers, kv_pool)
         elif lanes.streams[Lane.FFN] is None:
-            _run_on_logical_lanes(plan, micro_batches, layers, kv_pool)
+            self._eager_lane = Lane.FFN if self._eager_lane is Lane.ATTENTION else Lane.ATTENTION
+            _run_on_logical_lanes(plan, self._eager_lane, micro_batches, layers, kv_pool)
         else:
             _run_on_streams(plan, lanes.streams, micro_batches, layers, kv_pool)
         hidden = torch.cat([micro_batch.hidden for micro_batch in micro_batches])  # type: ignore[misc] # all have one
@@ -170,19 +173,22 @@ def _run_on_streams(
 
 def _run_on_logical_lanes(
     plan: Sequence[PlanStep],
+    eager_lane: Lane,
     micro_batches: Sequence[MicroBatch],
     layers: Sequence[Qwen3DecoderLayer],
     kv_pool: torch.Tensor,
 ) -> None:
-    """Each lane as far as it gets before the other one's turn: an order that streams may take, and that shows a step
-    that does not wait for all that it needs."""
-    queues = {lane: deque(index for index, step in enumerate(plan) if step.lane is lane) for lane in reversed(Lane)}
+    """A step of `eager_lane` whenever there is one that need not wait, else one of the other: as early as can be.
+
+    It is an order that streams may take: a step of that lane that does not wait for all that it needs runs too early.
+    """
+    lanes = sorted(Lane, key=lambda lane: lane is not eager_lane)
+    queues = {lane: deque(index for index, step in enumerate(plan) if step.lane is lane) for lane in lanes}
     ended: set[int] = set()
     while any(queues.values()):
-        num_ended = len(ended)
-        for queue in queues.values():
-            while queue and ended.issuperset(plan[queue[0]].wait_for):
-                index = queue.popleft()
-                micro_batches[plan[index].micro_batch].run(plan[index], layers, kv_pool)
-                ended.add(index)
-        assert len(ended) > num_ended, "each lane waits for the other"
+        ready = (queue for queue in queues.values() if queue and ended.issuperset(plan[queue[0]].wait_for))
+        queue = next(ready, None)
+        assert queue is not None, "each lane waits for the other"
+        index = queue.popleft()
+        micro_batches[plan[index].micro_batch].run(plan[index], layers, kv_pool)
+        ended.add(index)

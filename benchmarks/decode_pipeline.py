@@ -1,0 +1,154 @@
+"""The decode pipeline against plain decode: ms per step by batch, context, split of the SMs, and cut of the layers.
+
+Each point is one decode step of a model on one device, in a CUDA graph, with random KV of its own for every request;
+plain and pipelined steps are measured in turn in one run. What reads the KV is on the attention lane; a cut says what
+else is. Of each point the best is shown beside plain decode, and a bound: the KV read once and the weights once for
+each micro-batch, at the streaming bandwidth measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from typing import Any
+
+import torch
+from common import SHAPES, model_options, report
+
+from nanovllm.config import EngineConfig
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.builder import runner_spec
+from nanovllm.engine.decode_batch import DecodeBatch, DecodeRow, DecodeStep
+from nanovllm.engine.green_manager import GreenManager, Split
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.pipeline_plan import Cut
+from nanovllm.engine.pipeline_scheduler import PipelineScheduler
+from nanovllm.engine.sequence import Lease, Sequence
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.device import resolve_device
+from nanovllm.utils.loader import checkpoint_folder, read_json
+
+NUM_REPLAYS = 10
+
+
+def make_runner(args: argparse.Namespace) -> ModelRunner:
+    """Without graphs of its own: each measurement captures the one that it needs."""
+    options = model_options(args.model, args.model_shape)
+    folder = checkpoint_folder(options.pop("model"))
+    longest = max(args.contexts) + 4 * NUM_REPLAYS
+    config = EngineConfig(model=str(folder), max_model_len=longest, enforce_eager=True, **options)
+    device = resolve_device(args.device)
+    spec = runner_spec(config, folder, read_json(folder, "config.json") or {}, device)
+    runner = ModelRunner(spec, device, is_decode_runner=True, max_step_tokens=64)
+    with runner._on(runner.stream):
+        runner.kv_pool.normal_()
+    return runner
+
+
+def fill_batch(runner: ModelRunner, batch: int, context: int) -> bool:
+    """Makes `batch` requests of `context` tokens the ones to decode; False if the pool does not hold them."""
+    manager = BlockManager(runner.num_kv_blocks, runner.block_size)
+    num_blocks = manager.blocks_for(context + 4 * NUM_REPLAYS)
+    if batch * num_blocks > runner.num_kv_blocks:
+        return False
+    rows = []
+    for request_id in range(batch):
+        seq = Sequence(request_id, [1] * context, SamplingParams(temperature=0.6), request_id, 0.0, context + 1000)
+        rows.append(DecodeRow(seq, Lease(manager.take((), num_blocks), [], manager, 0), context - 1))
+    runner.forget_decode_rows()
+    decode_batch = DecodeBatch.of(rows, runner.block_size)
+    runner.launch(DecodeStep(decode_batch, decode_batch.positions)).wait()
+    return True
+
+
+def time_steps(runner: ModelRunner, batch: int, pipeline: PipelineScheduler | None) -> float:
+    """Seconds per step; the median of several, of one graph on a GPU."""
+    runner.pipeline = pipeline
+    times = []
+    with runner._on(runner.stream):
+        runner.run_decode_core(batch)
+        if runner.stream is None:
+            for _ in range(3):
+                started = time.perf_counter()
+                runner.run_decode_core(batch)
+                times.append(time.perf_counter() - started)
+            return sorted(times)[1]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=runner.stream):
+            runner.run_decode_core(batch)
+        for _ in range(NUM_REPLAYS):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+    return sorted(times)[len(times) // 2]
+
+
+def bound_s(runner: ModelRunner, batch: int, context: int, bandwidth: float, num_micro_batches: int) -> float:
+    """KV read once, layers' weights once per micro-batch, the output head once."""
+    config = runner.spec.model_config
+    kv_bytes = batch * context * runner.spec.block_bytes / runner.block_size
+    head_bytes = config.vocab_size * config.hidden_size * runner.spec.dtype.itemsize
+    layer_bytes = config.num_parameters * runner.spec.dtype.itemsize - head_bytes
+    return float((kv_bytes + head_bytes + num_micro_batches * layer_bytes) / bandwidth)
+
+
+def sweep(runner: ModelRunner, args: argparse.Namespace, bandwidth: float) -> list[dict[str, Any]]:
+    rows = []
+    splits: list[Split] = args.splits if runner.device.is_cuda else [(0, 0)]
+    manager = GreenManager(runner.device, *splits[0], enable_rebalance=True)
+    print(f"{'batch':>6}{'context':>9}{'plain ms':>10}{'best ms':>9}{'gain':>7}  best, bound ms")
+    for batch, context in itertools.product(args.batches, args.contexts):
+        if not fill_batch(runner, batch, context):
+            print(f"{batch:6}{context:9}  does not fit into the pool")
+            continue
+        plain_s = time_steps(runner, batch, None)
+        points = []
+        for split, cut, parts in itertools.product(splits, args.cuts, args.micro_batches):
+            manager.rebalance(*split)
+            pipeline = PipelineScheduler(runner.model, manager, num_micro_batches=parts, cut=cut)
+            points.append({"split": split, "cut": cut.name, "parts": parts, "s": time_steps(runner, batch, pipeline)})
+        best = min(points, key=lambda point: point["s"])
+        bound = bound_s(runner, batch, context, bandwidth, best["parts"])
+        rows.append({"batch": batch, "context": context, "plain_s": plain_s, "bound_s": bound, "points": points})
+        name = f"{best['split'][0]}:{best['split'][1]} {best['cut']} x{best['parts']}"
+        gain = plain_s / best["s"]
+        print(f"{batch:6}{context:9}{plain_s * 1e3:10.2f}{best['s'] * 1e3:9.2f}{gain:7.2f}  {name}, {bound * 1e3:.2f}")
+    runner.pipeline = None
+    manager.close()
+    return rows
+
+
+def _split(text: str) -> Split:
+    attention_sm, ffn_sm = map(int, text.split(":"))
+    return attention_sm, ffn_sm
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-shape", choices=SHAPES, default="qwen3-8b", help="random weights of this shape")
+    parser.add_argument("--model", help="folder of a checkpoint instead of random weights")
+    parser.add_argument("--batches", type=int, nargs="+", default=[128, 256, 512])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--splits", type=_split, nargs="+", default=[(32, 100), (40, 92), (48, 84), (64, 68)])
+    parser.add_argument("--cuts", type=Cut.__getitem__, nargs="+", default=list(Cut), help="STAGES, GEMMS")
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[2])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", help="file for the JSON line")
+    args = parser.parse_args()
+    runner = make_runner(args)
+    bandwidth = 1e10
+    if runner.device.is_cuda:
+        from streaming import streaming_bandwidth  # needs triton
+
+        bandwidth = streaming_bandwidth()
+    rows = sweep(runner, args, bandwidth)
+    result = {"model_shape": args.model_shape, "bytes_per_s": bandwidth, "rows": rows}
+    report("decode_pipeline", result, args.output)
+
+
+if __name__ == "__main__":
+    main()
