@@ -25,7 +25,13 @@ TWO_GPU_OPTIONS = (
     "max_handoff_backlog",
 )
 DECODE_PIPELINES = ("static", "auto", "disabled")
-PIPELINE_OPTIONS = ("decode_pipeline", "decode_attention_sm", "decode_ffn_sm", "decode_micro_batches")
+PIPELINE_OPTIONS = (
+    "decode_pipeline",
+    "decode_attention_sm",
+    "decode_ffn_sm",
+    "decode_micro_batches",
+    "decode_pipeline_profiling",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +73,7 @@ class EngineConfig:
             else `auto`.
         decode_attention_sm, decode_ffn_sm: SMs of the two partitions; None for what measured best.
         decode_micro_batches: parts of a batch that take turns on the partitions.
+        decode_pipeline_profiling: time the partitions for `decode_runner.get_pipeline_statistics()`.
 
     Raises:
         ConfigError: a value is of the wrong type, out of range or contradicts another.
@@ -100,6 +107,7 @@ class EngineConfig:
     decode_attention_sm: int | None = None
     decode_ffn_sm: int | None = None
     decode_micro_batches: int = 2
+    decode_pipeline_profiling: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_num_batched_tokens", "prefill_chunk_tokens", "max_num_seqs"):
@@ -144,6 +152,7 @@ class EngineConfig:
 
     def _check_pipeline_options(self) -> None:
         _check_bool("enable_decode_pipeline", self.enable_decode_pipeline)
+        _check_bool("decode_pipeline_profiling", self.decode_pipeline_profiling)
         if self.decode_pipeline is not None:
             _check_choice("decode_pipeline", self.decode_pipeline, DECODE_PIPELINES)
         for name in ("decode_attention_sm", "decode_ffn_sm"):

@@ -11,6 +11,7 @@ import torch
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.pipeline_plan import PIECES, Cut, Lane, PlanStep, check_plan, draw, make_plan
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
+from nanovllm.engine.pipeline_statistics import LaneClock, PipelineCounters, lines, statistics
 from nanovllm.kernels import AttentionMetadata, torch_reference
 from nanovllm.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 from nanovllm.utils.device import Device
@@ -140,3 +141,58 @@ def test_lanes_that_wait_for_each_other_are_noticed(model, monkeypatch):
     monkeypatch.setattr(pipeline, "_plan", lambda *sizes: stuck)
     with pytest.raises(AssertionError, match="each lane waits for the other"):
         pipeline.decode_token(input_ids, positions, pool, metadata)
+
+
+def run_profiled(model, *, in_order: bool):
+    input_ids, positions, pool, metadata = decode_step(6, seed=5)
+    pipeline = PipelineScheduler(model, GreenManager(CPU, None, None), enable_profiling=True, in_order=in_order)
+    with torch.inference_mode():
+        expected = model(input_ids, positions, pool.clone(), metadata)
+        for _ in range(3):
+            torch.testing.assert_close(pipeline.decode_token(input_ids, positions, pool, metadata), expected)
+    return pipeline.clock
+
+
+def test_profiling_changes_nothing_and_sums_up_the_lanes(model):
+    clock = run_profiled(model, in_order=True)
+    averages = clock.averages_ms()
+    assert averages["attention"] > 0
+    assert averages["ffn"] > 0
+    # One after another on one thread.
+    assert averages["overlap"] == 0
+    assert averages["total"] >= averages["attention"] + averages["ffn"]
+    clock.reset()
+    assert clock.averages_ms() == {}
+
+
+def test_overlap_is_what_steps_of_two_lanes_have_in_common():
+    plan = make_plan(1, 2, Cut.STAGES)  # attention 0, attention 1, FFN 0, FFN 1
+    clock = LaneClock(torch.device("cpu"))
+    millisecond = 1_000_000
+    moments = torch.tensor([[0, 10, 10, 22], [10, 20, 22, 30]]) * millisecond
+    clock.add(plan, moments)
+    clock.add(plan, moments + 5 * millisecond)
+    assert clock.averages_ms() == {"attention": 20.0, "ffn": 20.0, "total": 30.0, "overlap": 10.0}
+
+
+def test_statistics_are_printed_as_documented():
+    counters = PipelineCounters(steps=2, tokens=12)
+    counters.fallbacks["capture failed"] += 1
+    averages = {"attention": 2.0, "ffn": 3.0, "total": 4.0, "overlap": 1.0}
+    result = statistics(counters, (48, 84), averages)
+    assert lines(result, sequential_ms=4.4) == [
+        "[M2 Pipeline Statistics - GPU1 Decode Card]",
+        "  Total tokens:         12",
+        "  Avg attention time:   2.000 ms",
+        "  Avg FFN time:         3.000 ms",
+        "  Avg total time:       4.000 ms",
+        "  Attention SMs:        48",
+        "  FFN SMs:              84",
+        "  Attention lane idle:  2.000 ms",
+        "  FFN lane idle:        1.000 ms",
+        "  Overlap:              1.000 ms",
+        "  Sequential time:      4.400 ms",
+        "  Fallbacks:            1 x capture failed",
+    ]
+    unmeasured = lines(statistics(counters, (48, 84), {}), sequential_ms=None)
+    assert "  Avg total time:       not measured (decode_pipeline_profiling=False)" in unmeasured

@@ -8,8 +8,9 @@ import time
 import pytest
 import torch
 
-from nanovllm import LLM, ConfigError, HandoffError, HandoffTimeout, RequestError, SamplingParams
+from nanovllm import LLM, ConfigError, GreenContextError, HandoffError, HandoffTimeout, RequestError, SamplingParams
 from nanovllm.engine import kv_transfer
+from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.kv_transfer import resolve_handoff
 from nanovllm.engine.model_runner import StepHandle
 from nanovllm.engine.scheduler import PrefillStep
@@ -520,3 +521,38 @@ def test_direct_writes_no_block_that_the_decode_device_has(checkpoint):
         changed = (llm.decode_runner.kv_pool != before).flatten(1).any(dim=1).nonzero().flatten().tolist()
     assert set(changed) <= set(table[2:])
     assert set(table[2:4]) <= set(changed)
+
+
+def test_pipeline_statistics(checkpoint, capsys):
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(5, seed=8)
+    with two_devices(path, lazy=False, enable_decode_pipeline=True, decode_pipeline_profiling=True) as llm:
+        answers = llm.generate(prompts, GREEDY, use_tqdm=False)
+        result = llm.decode_runner.get_pipeline_statistics()
+        llm.decode_runner.print_pipeline_statistics()
+    assert result["total_tokens"] == sum(len(answer["token_ids"]) - 1 for answer in answers)
+    assert result["avg_total_ms"] >= result["avg_attention_ms"] > 0
+    assert "[M2 Pipeline Statistics - GPU1 Decode Card]" in capsys.readouterr().out
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 24)
+    with two_devices(path, lazy=False, enable_decode_pipeline=True, decode_pipeline="disabled") as llm:
+        llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert llm.decode_runner.get_pipeline_statistics()["total_tokens"] == 0
+
+
+def test_a_refused_partition_falls_back_to_plain_decode(checkpoint, monkeypatch, caplog):
+    path, reference = checkpoint("gqa2")
+
+    def refuse(manager, split=None):
+        raise GreenContextError("cuGreenCtxCreate failed for 48 SMs: injected")
+
+    monkeypatch.setattr(GreenManager, "allocate", refuse)
+    prompts = tiny.random_prompts(3, seed=8)
+    with two_devices(path, lazy=False, enable_decode_pipeline=True) as llm:
+        answers = llm.generate(prompts, GREEDY, use_tqdm=False)
+        result = llm.decode_runner.get_pipeline_statistics()
+    assert result["fallbacks"] == {"cuGreenCtxCreate failed for 48 SMs: injected": 1}
+    assert result["total_tokens"] == 0
+    assert "no decode pipeline, decode is plain: cuGreenCtxCreate failed" in caplog.text
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 24)

@@ -157,7 +157,12 @@ def build_runners(
     chunk_tokens = min(config.prefill_chunk_tokens, config.max_num_batched_tokens)
     pipeline = None
     if config.pipeline_mode != "disabled":
-        pipeline = PipelineOptions(config.decode_attention_sm, config.decode_ffn_sm, config.decode_micro_batches)
+        pipeline = PipelineOptions(
+            config.decode_attention_sm,
+            config.decode_ffn_sm,
+            config.decode_micro_batches,
+            config.decode_pipeline_profiling,
+        )
     decode_runner = ModelRunner(
         spec, decode_device, is_decode_runner=True, max_step_tokens=chunk_tokens, pipeline=pipeline
     )

@@ -101,6 +101,8 @@ class GreenManager:
             self.release(split)
 
     def _completed(self, attention_sm: int | None, ffn_sm: int | None) -> Split:
+        if not self.num_sms:
+            return attention_sm or 0, ffn_sm or 0
         if attention_sm is None:
             attention_sm = DEFAULT_ATTENTION_SM if ffn_sm is None else max(self.num_sms - ffn_sm, 1)
         return attention_sm, max(self.num_sms - attention_sm, 1) if ffn_sm is None else ffn_sm

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from nanovllm.engine.decode_rows import DecodeRows
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.model_inputs import ModelInputs, block_list, sampling_inputs
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
+from nanovllm.engine.pipeline_statistics import PipelineCounters, lines, statistics
 from nanovllm.engine.prefill_buffers import PrefillBuffers
 from nanovllm.engine.scheduler import MOST_PREFILL_REQUESTS, BlockPair, PrefillStep, Step
 from nanovllm.engine.sequence import Sequence
@@ -64,11 +66,13 @@ class RunnerSpec:
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """The split of a decode device's SMs, None where it is to be chosen, and how many micro-batches take turns."""
+    """The split of a decode device's SMs, None where it is to be chosen; how many micro-batches take turns; whether
+    the lanes are timed."""
 
     attention_sm: int | None = None
     ffn_sm: int | None = None
     num_micro_batches: int = 2
+    profiling: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,7 @@ class ModelRunner:
         self._logits: torch.Tensor | None = None
         with self._on(self.stream):
             self.model = self._load_model(weights_of)
+            self.pipeline_counters = PipelineCounters()
             self.pipeline = None if pipeline is None else self._make_pipeline(pipeline)
             self.num_kv_blocks = self._num_kv_blocks()
             # One block more than there are to give out: what pads a step is written to it.
@@ -201,6 +206,9 @@ class ModelRunner:
         assert self.decode_rows is not None, f"{self.device} was made for prefill, it cannot run a decode step"
         self.decode_rows.update(step)
         num_rows = len(step.batch)
+        if self.pipeline is not None:
+            self.pipeline_counters.steps += 1
+            self.pipeline_counters.tokens += num_rows
         if self._decode_graphs is None:
             output = self.run_decode_core(num_rows)
         else:
@@ -368,9 +376,29 @@ class ModelRunner:
             manager = GreenManager(self.device, options.attention_sm, options.ffn_sm)
             manager.allocate()
         except GreenContextError as error:
-            logger.warning("%s: no decode pipeline, decode is plain: %s", self.device, error)
+            self._fall_back(str(error))
             return None
-        return PipelineScheduler(self.model, manager, num_micro_batches=options.num_micro_batches)
+        parts = options.num_micro_batches
+        return PipelineScheduler(self.model, manager, options.profiling, num_micro_batches=parts)
+
+    def _fall_back(self, reason: str) -> None:
+        """Decode is plain from now on."""
+        logger.warning("%s: no decode pipeline, decode is plain: %s", self.device, reason)
+        self.pipeline_counters.fallbacks[reason] += 1
+        self.pipeline = None
+
+    def get_pipeline_statistics(self) -> dict[str, Any]:
+        """What the decode pipeline has done since the start; times only with `decode_pipeline_profiling`.
+
+        Waits for the device if the lanes are timed.
+        """
+        split = (0, 0) if self.pipeline is None else self.pipeline.green_manager.split
+        clock = None if self.pipeline is None else self.pipeline.clock
+        return statistics(self.pipeline_counters, split, {} if clock is None else clock.averages_ms())
+
+    def print_pipeline_statistics(self) -> None:
+        """The same as a table."""
+        print("\n".join(lines(self.get_pipeline_statistics(), sequential_ms=None)))  # noqa: T201 - what it is for
 
     def _make_prefill_buffers(self, max_step_tokens: int) -> PrefillBuffers:
         # The KV of a step's tokens is in the pool.
@@ -412,7 +440,16 @@ class ModelRunner:
             return prefill, None
         self.decode_rows.pad(self.decode_rows.max_num_rows)
         sizes = batch_buckets(self.decode_rows.max_num_rows)
-        return prefill, StepGraphs("decode", self.run_decode_core, sizes, pool)
+        try:
+            decode = StepGraphs("decode", self.run_decode_core, sizes, pool)
+        except RuntimeError as error:
+            if self.pipeline is None:
+                raise
+            self._fall_back(f"its capture failed: {error}")
+            decode = StepGraphs("decode", self.run_decode_core, sizes, pool)
+        if self.pipeline is not None and self.pipeline.clock is not None:
+            self.pipeline.clock.reset()
+        return prefill, decode
 
     def _make_model(self, device: torch.device) -> Qwen3ForCausalLM:
         spec = self.spec

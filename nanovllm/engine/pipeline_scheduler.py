@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.pipeline_plan import Cut, Lane, PlanStep, check_plan, make_plan
+from nanovllm.engine.pipeline_statistics import LaneClock
 from nanovllm.kernels import AttentionMetadata
 from nanovllm.models.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
 
@@ -67,6 +68,7 @@ class PipelineScheduler:
     Args:
         model: whose layers run.
         green_manager: where the lanes come from.
+        enable_profiling: time the steps of the plan; changes no token.
         num_micro_batches: parts of a batch that take turns; no more than it has rows.
         cut: what runs on which lane.
         in_order: run the plan on the current stream alone, step by step: the reference that lanes are compared with.
@@ -76,6 +78,7 @@ class PipelineScheduler:
         self,
         model: Qwen3ForCausalLM,
         green_manager: GreenManager,
+        enable_profiling: bool = False,
         *,
         num_micro_batches: int = 2,
         cut: Cut = Cut.GEMMS,
@@ -86,6 +89,8 @@ class PipelineScheduler:
         self.num_micro_batches = num_micro_batches
         self.cut = cut
         self.in_order = in_order
+        where = green_manager.device.torch_device
+        self.clock = LaneClock(where) if enable_profiling else None
         self._eager_lane = Lane.FFN
 
     def decode_token(
@@ -100,14 +105,26 @@ class PipelineScheduler:
         lanes = self.green_manager.allocate()
         micro_batches = self._split(input_ids, positions, metadata, lanes.split[0] or None)
         plan = self._plan(len(layers), len(micro_batches))
+        moments = None if self.clock is None else self.clock.begin(plan)
+
+        def run(index: int) -> None:
+            step = plan[index]
+            if self.clock is not None and moments is not None:
+                self.clock.stamp(moments, index, ends=False)
+            micro_batches[step.micro_batch].run(step, layers, kv_pool)
+            if self.clock is not None and moments is not None:
+                self.clock.stamp(moments, index, ends=True)
+
         if self.in_order:
-            for step in plan:
-                micro_batches[step.micro_batch].run(step, layers, kv_pool)
+            for index in range(len(plan)):
+                run(index)
         elif lanes.streams[Lane.FFN] is None:
             self._eager_lane = Lane.FFN if self._eager_lane is Lane.ATTENTION else Lane.ATTENTION
-            _run_on_logical_lanes(plan, self._eager_lane, micro_batches, layers, kv_pool)
+            _run_on_logical_lanes(plan, self._eager_lane, run)
         else:
-            _run_on_streams(plan, lanes.streams, micro_batches, layers, kv_pool)
+            _run_on_streams(plan, lanes.streams, run)
+        if self.clock is not None and moments is not None:
+            self.clock.add(plan, moments)
         hidden = torch.cat([micro_batch.hidden for micro_batch in micro_batches])  # type: ignore[misc] # all have one
         residual = torch.cat([micro_batch.residual for micro_batch in micro_batches])  # type: ignore[misc]
         return self.model.model.norm(hidden, residual)[0]
@@ -144,11 +161,7 @@ class PipelineScheduler:
 
 
 def _run_on_streams(
-    plan: Sequence[PlanStep],
-    streams: Mapping[Lane, torch.cuda.Stream | None],
-    micro_batches: Sequence[MicroBatch],
-    layers: Sequence[Qwen3DecoderLayer],
-    kv_pool: torch.Tensor,
+    plan: Sequence[PlanStep], streams: Mapping[Lane, torch.cuda.Stream | None], run: Callable[[int], None]
 ) -> None:
     """Each step on its lane's stream, ordered by events; the current stream waits for the lanes, and they for it."""
     current = torch.cuda.current_stream()
@@ -163,7 +176,7 @@ def _run_on_streams(
         for earlier in step.wait_for:
             stream.wait_event(done[earlier])
         with torch.cuda.stream(stream):
-            micro_batches[step.micro_batch].run(step, layers, kv_pool)
+            run(index)
         if index in waited_for:
             done[index] = stream.record_event()
     for stream in streams.values():
@@ -171,13 +184,7 @@ def _run_on_streams(
         current.wait_stream(stream)
 
 
-def _run_on_logical_lanes(
-    plan: Sequence[PlanStep],
-    eager_lane: Lane,
-    micro_batches: Sequence[MicroBatch],
-    layers: Sequence[Qwen3DecoderLayer],
-    kv_pool: torch.Tensor,
-) -> None:
+def _run_on_logical_lanes(plan: Sequence[PlanStep], eager_lane: Lane, run: Callable[[int], None]) -> None:
     """A step of `eager_lane` whenever there is one that need not wait, else one of the other: as early as can be.
 
     It is an order that streams may take: a step of that lane that does not wait for all that it needs runs too early.
@@ -190,5 +197,5 @@ def _run_on_logical_lanes(
         queue = next(ready, None)
         assert queue is not None, "each lane waits for the other"
         index = queue.popleft()
-        micro_batches[plan[index].micro_batch].run(plan[index], layers, kv_pool)
+        run(index)
         ended.add(index)

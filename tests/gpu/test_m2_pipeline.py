@@ -1,0 +1,157 @@
+"""The decode pipeline on a card: disjoint SMs, lanes that run at a time, plain decode's tokens, and its speed."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanovllm import LLM, GreenContextError, SamplingParams
+from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.engine.green_manager import GreenManager
+from nanovllm.engine.pipeline_plan import Cut, Lane
+from nanovllm.engine.pipeline_scheduler import PipelineScheduler
+from nanovllm.utils import green_ctx
+from nanovllm.utils.device import Device
+from tests import tiny
+
+pytestmark = [pytest.mark.gpu]
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+TWO_GPUS = {"device": "cuda", "dtype": "float32", "enable_two_gpu_pd": True, "kvcache_block_size": 16}
+NUM_PROGRAMS = 1024
+
+
+@pytest.fixture
+def manager():
+    torch.zeros(1, device="cuda:0")
+    manager = GreenManager(Device("cuda", 0), 48, 84, enable_rebalance=True)
+    yield manager
+    manager.close()
+
+
+@pytest.fixture(scope="module")
+def tiny_on_disk(tmp_path_factory):
+    model = tiny.make_reference(seed=1, head_dim=64)
+    return tiny.save(model, tmp_path_factory.mktemp("tiny64")), model
+
+
+def note_sms(stream: torch.cuda.Stream, sms: torch.Tensor) -> None:
+    """Which SM each of many programs on a stream runs on."""
+    from tests.gpu.sm_kernel import note_sm
+
+    with torch.cuda.stream(stream):
+        note_sm[(NUM_PROGRAMS,)](sms)
+
+
+@pytest.mark.parametrize("split", [(16, 116), (32, 100), (48, 84), (64, 68), (96, 36)])
+def test_lanes_have_the_sms_they_were_given_and_share_none(manager, split):
+    lanes = manager.allocate(split)
+    notes = {lane: torch.full((NUM_PROGRAMS,), -1, dtype=torch.int32, device="cuda:0") for lane in Lane}
+    for lane, stream in lanes.streams.items():
+        note_sms(stream, notes[lane])
+    torch.cuda.synchronize(0)
+    eager = {lane: set(sms.tolist()) for lane, sms in notes.items()}
+    graph, capturing = torch.cuda.CUDAGraph(), torch.cuda.Stream(0)
+    with torch.cuda.graph(graph, stream=capturing):
+        for lane, stream in lanes.streams.items():
+            stream.wait_stream(capturing)
+            note_sms(stream, notes[lane])
+            capturing.wait_stream(stream)
+    for sms in notes.values():
+        sms.fill_(-1)
+    graph.replay()
+    torch.cuda.synchronize(0)
+    for found in (eager, {lane: set(sms.tolist()) for lane, sms in notes.items()}):
+        assert not found[Lane.ATTENTION] & found[Lane.FFN]
+        assert -1 not in found[Lane.ATTENTION] | found[Lane.FFN]
+        assert (len(found[Lane.ATTENTION]), len(found[Lane.FFN])) == split
+
+
+def test_a_thousand_rebalances_leak_nothing(manager):
+    free = []
+    for turn in range(1000):
+        manager.rebalance(*[(40, 92), (48, 84), (64, 68)][turn % 3])
+        for split in [split for split in list(manager._held) if split != manager.split]:
+            manager.release(split)
+        if turn % 100 == 99:
+            free.append(torch.cuda.mem_get_info(0)[0])
+    assert free[-1] >= free[1] - 2**20
+    assert manager.stats()["splits_held"] == 1
+
+
+def test_what_cannot_be_granted_is_an_error():
+    torch.zeros(1, device="cuda:0")
+    with pytest.raises(GreenContextError, match="are left"):
+        green_ctx.split_device_green_ctx_by_sm_count(0, [100, 100])
+    with pytest.raises(GreenContextError, match="grants 48 and 84"):
+        GreenManager(Device("cuda", 0), 44, 84).allocate()
+
+
+@pytest.mark.two_gpu
+@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize("num_micro_batches", [2, 3])
+def test_float32_tokens_equal_transformers(tiny_on_disk, num_micro_batches, eager):
+    path, reference = tiny_on_disk
+    prompts = tiny.random_prompts(7, seed=1) + tiny.random_prompts(4, seed=2, longest=40, shared=48)
+    lengths = [1 + 5 * (place % 5) for place in range(len(prompts))]  # they end mid-way
+    params = [SamplingParams(temperature=0, max_tokens=length) for length in lengths]
+    options = {"num_kvcache_blocks": 2000, "decode_micro_batches": num_micro_batches, "enforce_eager": eager}
+    with LLM(path, **TWO_GPUS, **options, enable_decode_pipeline=True, decode_pipeline="static") as llm:
+        answers = llm.generate(prompts, params, use_tqdm=False)
+        statistics = llm.decode_runner.get_pipeline_statistics()
+        alone = llm.generate(prompts[:1], GREEDY, use_tqdm=False)[0]
+    assert statistics["fallbacks"] == {}
+    assert statistics["steps"] > 0
+    assert alone["token_ids"] == tiny.reference_tokens(reference, prompts[0], 24)
+    for prompt, answer, length in zip(prompts, answers, lengths, strict=True):
+        assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, length)
+
+
+@pytest.mark.two_gpu
+def test_demo_answers_in_bfloat16_equal_the_written_ones():
+    pairs = json.loads((Path(DEMO_MODEL_PATH) / "questions.json").read_text(encoding="utf-8"))
+    conversations = [[{"role": "user", "content": pair["question"]}] for pair in pairs]
+    options = {"gpu_memory_utilization": 0.2, "enable_decode_pipeline": True, "decode_pipeline": "static"}
+    with LLM(DEMO_MODEL_PATH, device="cuda", enable_two_gpu_pd=True, **options) as llm:
+        answers = llm.chat(conversations, SamplingParams(temperature=0, max_tokens=128), use_tqdm=False)
+        assert llm.decode_runner.get_pipeline_statistics()["fallbacks"] == {}
+    wrong = [pair for pair, answer in zip(pairs, answers, strict=True) if answer["text"] != pair["answer"]]
+    assert not wrong
+
+
+@pytest.mark.two_gpu
+def test_lanes_overlap_and_one_stream_does_not(tiny_on_disk):
+    path, _ = tiny_on_disk
+    prompts = tiny.random_prompts(64, seed=3, longest=60)
+    options = {"num_kvcache_blocks": 4000, "enable_decode_pipeline": True, "decode_pipeline": "static"}
+    overlaps = {}
+    for in_order in (False, True):
+        with LLM(path, **TWO_GPUS, **options, decode_pipeline_profiling=True, enforce_eager=True) as llm:
+            llm.decode_runner.pipeline.in_order = in_order
+            llm.generate(prompts, GREEDY, use_tqdm=False)
+            overlaps[in_order] = llm.decode_runner.get_pipeline_statistics()["avg_overlap_ms"]
+    assert overlaps[True] == 0
+    assert overlaps[False] > 0
+
+
+@pytest.mark.parametrize("cut", Cut, ids=lambda cut: cut.name)
+def test_speed_is_reported(cut, tiny_on_disk, capsys):
+    path, _ = tiny_on_disk
+    with LLM(path, device="cuda", dtype="float16", num_kvcache_blocks=4000, enforce_eager=True) as llm:
+        runner = llm.decode_runner
+        prompts = tiny.random_prompts(128, seed=3, longest=60)
+        manager = GreenManager(runner.device, 48, 84)
+        for pipeline in (None, PipelineScheduler(runner.model, manager, cut=cut)):
+            runner.pipeline = pipeline
+            started = time.perf_counter()
+            llm.generate(prompts, SamplingParams(max_tokens=50, ignore_eos=True), use_tqdm=False)
+            with capsys.disabled():
+                name = "plain" if pipeline is None else cut.name
+                print(f"{name}: {time.perf_counter() - started:.2f} s", end=" ")  # noqa: T201 - a report
+        runner.pipeline = None
+        runner.synchronize()
+        manager.close()
