@@ -139,6 +139,7 @@ class ModelRunner:
         self.max_step_tokens = max(max_step_tokens, spec.max_num_seqs) if is_decode_runner else max_step_tokens
         with device.current():
             self.stream = torch.cuda.Stream(device.index) if device.is_cuda else None
+            # What is pushed beside a layer gets SMs before the layer's own thread blocks that still wait for one.
             self.copy_stream = torch.cuda.Stream(device.index, priority=-1) if device.is_cuda else None
         self._logits: torch.Tensor | None = None
         with self._on(self.stream):
