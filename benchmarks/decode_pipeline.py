@@ -20,8 +20,9 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.builder import runner_spec
 from nanovllm.engine.decode_batch import DecodeBatch, DecodeRow, DecodeStep
-from nanovllm.engine.green_manager import GreenManager, Split
+from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.pipeline_choice import Split
 from nanovllm.engine.pipeline_plan import Cut
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.sequence import Lease, Sequence
@@ -65,18 +66,19 @@ def fill_batch(runner: ModelRunner, batch: int, context: int) -> bool:
 def time_steps(runner: ModelRunner, batch: int, pipeline: PipelineScheduler | None) -> float:
     """Seconds per step; the median of several, of one graph on a GPU."""
     runner.pipeline = pipeline
+    split = None if pipeline is None else pipeline.green_manager.split
     times = []
     with runner._on(runner.stream):
-        runner.run_decode_core(batch)
+        runner.run_decode_core(batch, split)
         if runner.stream is None:
             for _ in range(3):
                 started = time.perf_counter()
-                runner.run_decode_core(batch)
+                runner.run_decode_core(batch, split)
                 times.append(time.perf_counter() - started)
             return sorted(times)[1]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=runner.stream):
-            runner.run_decode_core(batch)
+            runner.run_decode_core(batch, split)
         for _ in range(NUM_REPLAYS):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()

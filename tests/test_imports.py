@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "nanovllm"
 LEVELS = ["llm", "engine", "models", "layers", "kernels", "utils", "errors"]
 LEAVES = {"config", "sampling_params", "outputs", "errors", "version"}
-WITHOUT_TORCH = ["sequence", "decode_batch", "block_manager", "scheduler"]
+WITHOUT_TORCH = ["sequence", "decode_batch", "block_manager", "scheduler", "pipeline_plan", "pipeline_choice"]
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nanovllm.engine.green_manager import GreenManager
+from nanovllm.engine.pipeline_choice import Measured, PipelineChoice
 from nanovllm.engine.pipeline_plan import PIECES, Cut, Lane, PlanStep, check_plan, draw, make_plan
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.pipeline_statistics import LaneClock, PipelineCounters, lines, statistics
@@ -196,3 +197,21 @@ def test_statistics_are_printed_as_documented():
     ]
     unmeasured = lines(statistics(counters, (48, 84), {}), sequential_ms=None)
     assert "  Avg total time:       not measured (decode_pipeline_profiling=False)" in unmeasured
+
+
+def test_the_nearest_point_decides_and_ties_go_to_plain_decode():
+    choice = PipelineChoice(
+        [
+            Measured(128, 512, 1.0, {(48, 84): 1.2, (64, 68): 1.3}),
+            Measured(512, 512, 1.0, {(48, 84): 0.9, (64, 68): 0.8}),
+            Measured(512, 4096, 1.0, {(48, 84): 0.8, (64, 68): 0.995}),
+            Measured(1024, 512, 1.0, {(48, 84): 0.995, (64, 68): 1.0}),
+        ]
+    )
+    assert choice.splits == [(48, 84), (64, 68)]
+    assert choice.split_for(130, 500.0) is None
+    assert choice.split_for(400, 700.0) == (64, 68)
+    assert choice.split_for(400, 2500.0) == (48, 84)
+    assert choice.split_for(2000, 300.0) is None
+    assert choice.split_for(5, 4096.0) is None
+    assert PipelineChoice([]).split_for(512, 512.0) is None

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, ConfigError, GreenContextError, HandoffError, HandoffTimeout, RequestError, SamplingParams
-from nanovllm.engine import kv_transfer
+from nanovllm.engine import kv_transfer, model_runner
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.kv_transfer import resolve_handoff
 from nanovllm.engine.model_runner import StepHandle
@@ -33,8 +33,13 @@ MODES = {
     "direct": {"kv_handoff": "direct"},
     "direct_chunked": {"kv_handoff": "direct", "max_num_batched_tokens": 24, "verify_kv_handoff": True},
     "direct_preempted": {"kv_handoff": "direct", "num_kvcache_blocks": 9},
-    "pipeline": {"enable_decode_pipeline": True},
-    "pipeline_of_three": {"enable_decode_pipeline": True, "decode_micro_batches": 3, "num_kvcache_blocks": 9},
+    "pipeline": {"enable_decode_pipeline": True, "decode_pipeline": "static"},
+    "pipeline_of_three": {
+        "enable_decode_pipeline": True,
+        "decode_attention_sm": 48,
+        "decode_micro_batches": 3,
+        "num_kvcache_blocks": 9,
+    },
 }
 
 
@@ -526,7 +531,9 @@ def test_direct_writes_no_block_that_the_decode_device_has(checkpoint):
 def test_pipeline_statistics(checkpoint, capsys):
     path, reference = checkpoint("gqa2")
     prompts = tiny.random_prompts(5, seed=8)
-    with two_devices(path, lazy=False, enable_decode_pipeline=True, decode_pipeline_profiling=True) as llm:
+    with two_devices(
+        path, lazy=False, enable_decode_pipeline=True, decode_pipeline="static", decode_pipeline_profiling=True
+    ) as llm:
         answers = llm.generate(prompts, GREEDY, use_tqdm=False)
         result = llm.decode_runner.get_pipeline_statistics()
         llm.decode_runner.print_pipeline_statistics()
@@ -556,3 +563,31 @@ def test_a_refused_partition_falls_back_to_plain_decode(checkpoint, monkeypatch,
     assert "no decode pipeline, decode is plain: cuGreenCtxCreate failed" in caplog.text
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 24)
+
+
+def test_auto_runs_the_pipeline_where_it_measured_faster(checkpoint, monkeypatch):
+    path, reference = checkpoint("gqa2")
+    monkeypatch.setattr(model_runner, "CALIBRATED_BATCHES", (2, 4, 8))
+    monkeypatch.setattr(model_runner, "CALIBRATED_CONTEXTS", (16, 64))
+    monkeypatch.setattr(model_runner.ModelRunner, "_time", lambda runner, run: timed(run))
+
+    def timed(run):
+        # As if the pipeline paid for batches of 4 and more.
+        (size,), is_plain = run.args, run.keywords["split"] is None
+        run()
+        return 1.0 if is_plain else 0.9 if size >= 4 else 1.1
+
+    prompts = tiny.random_prompts(7, seed=8)
+    params = [SamplingParams(temperature=0, max_tokens=4 + 4 * place) for place in range(7)]
+    with two_devices(path, lazy=False, enable_decode_pipeline=True) as llm:
+        runner = llm.decode_runner
+        assert [(point.batch, point.context) for point in runner._choice.points] == [
+            (batch, context) for batch in (2, 4, 8) for context in (16, 64)
+        ]
+        answers = llm.generate(prompts, params, use_tqdm=False)
+        result = runner.get_pipeline_statistics()
+        assert_whole(llm)
+    # The last requests decode alone.
+    assert 0 < result["steps"] < llm.counters.decode_steps
+    for prompt, answer, of_it in zip(prompts, answers, params, strict=True):
+        assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, of_it.max_tokens)

@@ -162,6 +162,7 @@ def build_runners(
             config.decode_ffn_sm,
             config.decode_micro_batches,
             config.decode_pipeline_profiling,
+            adaptive=config.pipeline_mode == "auto",
         )
     decode_runner = ModelRunner(
         spec, decode_device, is_decode_runner=True, max_step_tokens=chunk_tokens, pipeline=pipeline

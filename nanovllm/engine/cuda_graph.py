@@ -39,6 +39,16 @@ class StepOutput:
     sampled: SampledTokens
 
 
+class EagerSteps:
+    """Runs `step(size)` as it is, where there are no graphs."""
+
+    def __init__(self, step: Callable[[int], StepOutput]) -> None:
+        self.replay = step
+
+    def size_for(self, size: int) -> int:
+        return size
+
+
 class StepGraphs:
     """Replays `step(size)` from a graph.
 

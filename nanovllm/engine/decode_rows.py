@@ -62,6 +62,7 @@ class DecodeRows:
         self.max_model_len = max_model_len
         self.max_num_rows = max_num_rows
         self.spare_slot = max_num_rows
+        self._spare_block = spare_block
         num_slots, where = max_num_rows + 1, device.torch_device
         max_blocks = -(-max_model_len // block_size)
         self._numbers = torch.zeros(SLOT_NUMBERS, num_slots, dtype=torch.int64, device=where)
@@ -97,6 +98,14 @@ class DecodeRows:
         """Makes `size` spare rows the batch: for warm-up and capture."""
         self._batch_sent = None
         self._order[:size] = self.spare_slot
+
+    def pretend(self, size: int, context: int) -> None:
+        """Makes `size` requests of `context` tokens in blocks at random places the batch: to time a step of them."""
+        self.forget()
+        where = self._block_tables.device
+        self._order[:size] = torch.arange(size, device=where)
+        self._numbers[SlotNumber.POSITION, :size] = context - 1
+        self._block_tables[:size] = torch.randint(self._spare_block, self._block_tables[:size].shape, device=where)
 
     def gather(self, size: int) -> DecodeInputs:
         """The inputs of the next step; runs on the device alone, so that it can be captured."""

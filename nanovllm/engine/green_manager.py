@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nanovllm.engine.pipeline_choice import Split
 from nanovllm.engine.pipeline_plan import Lane
 from nanovllm.errors import ConfigError, GreenContextError
 from nanovllm.utils import green_ctx
@@ -17,9 +18,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_ATTENTION_SM = 48
 """Of all SMs, where no split is given: so many can read at nearly the speed of all."""
-
-Split = tuple[int, int]
-"""SMs for attention and for the FFN."""
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -15,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanovllm.engine.cuda_graph import StepGraphs, StepOutput, batch_buckets, token_buckets
+from nanovllm.engine.cuda_graph import EagerSteps, StepGraphs, StepOutput, batch_buckets, token_buckets
 from nanovllm.engine.decode_batch import DecodeStep
 from nanovllm.engine.decode_rows import DecodeRows
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.model_inputs import ModelInputs, block_list, sampling_inputs
+from nanovllm.engine.pipeline_choice import Measured, PipelineChoice, Split
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.pipeline_statistics import PipelineCounters, lines, statistics
 from nanovllm.engine.prefill_buffers import PrefillBuffers
@@ -37,6 +41,10 @@ logger = logging.getLogger(__name__)
 
 GIB = 1024**3
 CPU_POOL_BYTES = 512 * 1024**2
+CALIBRATED_BATCHES = (64, 128, 256, 512, 1024)
+CALIBRATED_CONTEXTS = (256, 512, 1024, 2048, 4096)
+CALIBRATED_ATTENTION_SM = (32, 48, 64)
+""""auto" times the decode pipeline for these."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +74,14 @@ class RunnerSpec:
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """The split of a decode device's SMs, None where it is to be chosen; how many micro-batches take turns; whether
-    the lanes are timed."""
+    """How a decode device's SMs are split, None where that is to be chosen; how many micro-batches take turns; whether
+    the lanes are timed; and whether the pipeline runs only where it is faster than plain decode."""
 
     attention_sm: int | None = None
     ffn_sm: int | None = None
     num_micro_batches: int = 2
     profiling: bool = False
+    adaptive: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,7 +162,9 @@ class ModelRunner:
             self.decode_rows = self._make_decode_rows() if is_decode_runner else None
             if push_to is not None and device.is_cuda:
                 enable_peer_access(device, push_to.device)
-            self._prefill_graphs, self._decode_graphs = self._capture_graphs()
+            self._prefill_graphs, self._graph_pool = self._capture_prefill()
+            self._choice: PipelineChoice | None = None
+            self._decode_steps = {} if self.decode_rows is None else self._make_decode_paths(pipeline)
         self.synchronize()  # other streams are about to read the weights and write to the pool
 
     @property
@@ -177,12 +188,18 @@ class ModelRunner:
         if self.decode_rows is not None:
             self.decode_rows.forget()
 
-    def run_decode_core(self, size: int) -> StepOutput:
-        """One decode step over the first `size` rows of the batch, on the device alone: no host value is read."""
+    def run_decode_core(self, size: int, split: Split | None = None) -> StepOutput:
+        """One decode step over the first `size` rows of the batch, on the device alone: no host value is read.
+
+        By the pipeline with this split of the SMs, or plain.
+        """
         assert self.decode_rows is not None, f"{self.device} was made for prefill, it cannot run a decode step"
         inputs = self.decode_rows.gather(size)
-        if self.pipeline is not None:
-            hidden = self.pipeline.decode_token(inputs.input_ids, inputs.positions, self.kv_pool, inputs.metadata)
+        if split is not None:
+            assert self.pipeline is not None, "a split is of a pipeline"
+            hidden = self.pipeline.decode_token(
+                inputs.input_ids, inputs.positions, self.kv_pool, inputs.metadata, split
+            )
         else:
             hidden = self.model(inputs.input_ids, inputs.positions, self.kv_pool, self._planned(inputs.metadata))
         logits = self._compute_logits(hidden)
@@ -207,18 +224,23 @@ class ModelRunner:
         assert self.decode_rows is not None, f"{self.device} was made for prefill, it cannot run a decode step"
         self.decode_rows.update(step)
         num_rows = len(step.batch)
-        if self.pipeline is not None:
+        split = self._split_for(step)
+        if split is not None:
             self.pipeline_counters.steps += 1
             self.pipeline_counters.tokens += num_rows
-        if self._decode_graphs is None:
-            output = self.run_decode_core(num_rows)
-        else:
-            output = self._decode_graphs.replay(self._decode_graphs.size_for(num_rows))
+        steps = self._decode_steps[split]
+        output = steps.replay(steps.size_for(num_rows))
         if step.is_plain:  # without a list of its rows
             return SampledTokens(output.sampled.token_ids[:num_rows])
         sampled = self._resampled(output, [(row.seq, row.output_index) for row in step.rows])
         self.decode_rows.correct(sampled.token_ids)
         return sampled
+
+    def _split_for(self, step: DecodeStep) -> Split | None:
+        """How the pipeline runs a step, None for plain decode."""
+        if self._choice is None:
+            return next(iter(self._decode_steps))
+        return self._choice.split_for(len(step.batch), float(step.positions.mean()) + 1)
 
     def _resampled(self, output: StepOutput, rows: SequenceOf[tuple[Sequence, int]]) -> SampledTokens:
         """A token for each request, with its index in the request's output, from a step's logits and all parameters.
@@ -303,7 +325,7 @@ class ModelRunner:
         """Gives weights and pool back, which nothing may be using; the runner is of no use afterwards."""
         with self._on(self.stream):
             del self.model, self.kv_pool, self.prefill_buffers, self.decode_rows
-            del self._prefill_graphs, self._decode_graphs, self._logits, self._push_pool
+            del self._prefill_graphs, self._decode_steps, self._graph_pool, self._logits, self._push_pool
             if self.pipeline is not None:
                 self.pipeline.green_manager.close()
             if self.device.is_cuda:
@@ -426,7 +448,8 @@ class ModelRunner:
     def _uses_graphs(self) -> bool:
         return self.device.is_cuda and self.spec.attention.backend.is_capturable and not self.spec.enforce_eager
 
-    def _capture_graphs(self) -> tuple[StepGraphs | None, StepGraphs | None]:
+    def _capture_prefill(self) -> tuple[StepGraphs | None, Any]:
+        """The graphs of prefill steps, and the memory that all graphs share."""
         if not self._uses_graphs:
             logger.info("%s: no graphs, the %s backend runs eagerly", self.device, self.spec.attention.backend.name)
             return None, None
@@ -436,21 +459,83 @@ class ModelRunner:
             most_rows, self.spec.model_config.vocab_size, dtype=self.spec.dtype, device=self.device.torch_device
         )
         # The first tokens of block 0 are written to meanwhile; no request has it yet.
-        prefill = StepGraphs("prefill", self.run_prefill_core, token_buckets(self.prefill_buffers.max_num_tokens), pool)
-        if self.decode_rows is None:
-            return prefill, None
-        self.decode_rows.pad(self.decode_rows.max_num_rows)
+        sizes = token_buckets(self.prefill_buffers.max_num_tokens)
+        return StepGraphs("prefill", self.run_prefill_core, sizes, pool), pool
+
+    def _make_decode_paths(self, options: PipelineOptions | None) -> dict[Split | None, StepGraphs | EagerSteps]:
+        """Decode steps by the split that they run with, None for plain ones: those that will be needed."""
+        assert self.decode_rows is not None, f"{self.device} was made for prefill"
         sizes = batch_buckets(self.decode_rows.max_num_rows)
-        try:
-            decode = StepGraphs("decode", self.run_decode_core, sizes, pool)
-        except RuntimeError as error:
-            if self.pipeline is None:
-                raise
-            self._fall_back(f"its capture failed: {error}")
-            decode = StepGraphs("decode", self.run_decode_core, sizes, pool)
-        if self.pipeline is not None and self.pipeline.clock is not None:
-            self.pipeline.clock.reset()
-        return prefill, decode
+        paths: dict[Split | None, StepGraphs | EagerSteps] = {}
+        if self.pipeline is not None and options is not None:
+            try:
+                if options.adaptive:
+                    self._choice = self._calibrated(options)
+                    wanted = self._choice.splits
+                else:
+                    wanted = [self.pipeline.green_manager.split]
+                paths |= {split: self._steps(sizes, split) for split in wanted}
+            except RuntimeError as error:  # a capture that the driver refuses, say
+                self._fall_back(str(error))
+                paths, self._choice = {}, None
+            if self.pipeline is not None and self.pipeline.clock is not None:
+                self.pipeline.clock.reset()
+        if self._choice is not None or not paths:
+            paths[None] = self._steps(sizes, None)
+        return paths
+
+    def _steps(self, sizes: list[int], split: Split | None) -> StepGraphs | EagerSteps:
+        assert self.decode_rows is not None, f"{self.device} was made for prefill"
+        step = functools.partial(self.run_decode_core, split=split)
+        if not self._uses_graphs:
+            return EagerSteps(step)
+        self.decode_rows.pad(self.decode_rows.max_num_rows)
+        return StepGraphs("decode" if split is None else f"decode {split[0]}:{split[1]}", step, sizes, self._graph_pool)
+
+    def _calibrated(self, options: PipelineOptions) -> PipelineChoice:
+        """Times plain decode and the pipeline for some batches and contexts."""
+        assert self.decode_rows is not None, f"{self.device} was made for prefill"
+        assert self.pipeline is not None, "there is a pipeline to be timed"
+        manager = self.pipeline.green_manager
+        is_given = options.attention_sm is not None or options.ffn_sm is not None or not manager.num_sms
+        splits = [manager.split] if is_given else [(sms, manager.num_sms - sms) for sms in CALIBRATED_ATTENTION_SM]
+        batches = [batch for batch in CALIBRATED_BATCHES if batch <= self.decode_rows.max_num_rows]
+        contexts = [context for context in CALIBRATED_CONTEXTS if context < self.spec.max_model_len]
+        paths = {split: self._steps(batches, split) for split in (None, *splits)} if batches else {}
+        points = []
+        for batch, context in itertools.product(batches, contexts):
+            seconds = {}
+            for split, steps in paths.items():
+                self.decode_rows.pretend(batch, context)
+                seconds[split] = self._time(functools.partial(steps.replay, batch))
+            plain_s = seconds.pop(None)
+            points.append(Measured(batch, context, plain_s, {split: s for split, s in seconds.items() if split}))
+            logger.info("%s: %s", self.device, points[-1])
+        self.decode_rows.forget()
+        choice = PipelineChoice(points)
+        for split in splits:
+            if split not in choice.splits and manager.num_sms:
+                paths.pop(split)
+                self.synchronize()
+                manager.release(split)
+        return choice
+
+    def _time(self, run: Callable[[], object]) -> float:
+        """Seconds on the current stream, or of a CPU; the best of three."""
+        times = []
+        for _ in range(3):
+            if self.stream is None:
+                started = time.perf_counter()
+                run()
+                times.append(time.perf_counter() - started)
+                continue
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        return min(times)
 
     def _make_model(self, device: torch.device) -> Qwen3ForCausalLM:
         spec = self.spec

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from nanovllm.engine.green_manager import GreenManager
+from nanovllm.engine.pipeline_choice import Split
 from nanovllm.engine.pipeline_plan import Cut, Lane, PlanStep, check_plan, make_plan
 from nanovllm.engine.pipeline_statistics import LaneClock
 from nanovllm.kernels import AttentionMetadata
@@ -94,15 +95,22 @@ class PipelineScheduler:
         self._eager_lane = Lane.FFN
 
     def decode_token(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, kv_pool: torch.Tensor, metadata: AttentionMetadata
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kv_pool: torch.Tensor,
+        metadata: AttentionMetadata,
+        split: Split | None = None,
     ) -> torch.Tensor:
         """One decode step's layers; the same as the model's `forward`, of one token of each of B requests.
+
+        Runs on the lanes of `split`, by default of the manager's current one.
 
         Returns:
             Hidden states [B, hidden_size] after the final norm.
         """
         layers = self.model.model.layers
-        lanes = self.green_manager.allocate()
+        lanes = self.green_manager.allocate(split)
         micro_batches = self._split(input_ids, positions, metadata, lanes.split[0] or None)
         plan = self._plan(len(layers), len(micro_batches))
         moments = None if self.clock is None else self.clock.begin(plan)
