@@ -17,16 +17,12 @@ import torch
 from common import SHAPES, model_options, report
 
 from nanovllm.config import EngineConfig
-from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.builder import runner_spec
-from nanovllm.engine.decode_batch import DecodeBatch, DecodeRow, DecodeStep
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.pipeline_choice import Split
 from nanovllm.engine.pipeline_plan import Cut
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
-from nanovllm.engine.sequence import Lease, Sequence
-from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.device import resolve_device
 from nanovllm.utils.loader import checkpoint_folder, read_json
 
@@ -37,7 +33,7 @@ def make_runner(args: argparse.Namespace) -> ModelRunner:
     """Without graphs of its own: each measurement captures the one that it needs."""
     options = model_options(args.model, args.model_shape)
     folder = checkpoint_folder(options.pop("model"))
-    longest = max(args.contexts) + 4 * NUM_REPLAYS
+    longest = max(args.contexts) + 2 * NUM_REPLAYS
     config = EngineConfig(model=str(folder), max_model_len=longest, enforce_eager=True, **options)
     device = resolve_device(args.device)
     spec = runner_spec(config, folder, read_json(folder, "config.json") or {}, device)
@@ -47,28 +43,14 @@ def make_runner(args: argparse.Namespace) -> ModelRunner:
     return runner
 
 
-def fill_batch(runner: ModelRunner, batch: int, context: int) -> bool:
-    """Makes `batch` requests of `context` tokens the ones to decode; False if the pool does not hold them."""
-    manager = BlockManager(runner.num_kv_blocks, runner.block_size)
-    num_blocks = manager.blocks_for(context + 4 * NUM_REPLAYS)
-    if batch * num_blocks > runner.num_kv_blocks:
-        return False
-    rows = []
-    for request_id in range(batch):
-        seq = Sequence(request_id, [1] * context, SamplingParams(temperature=0.6), request_id, 0.0, context + 1000)
-        rows.append(DecodeRow(seq, Lease(manager.take((), num_blocks), [], manager, 0), context - 1))
-    runner.forget_decode_rows()
-    decode_batch = DecodeBatch.of(rows, runner.block_size)
-    runner.launch(DecodeStep(decode_batch, decode_batch.positions)).wait()
-    return True
-
-
-def time_steps(runner: ModelRunner, batch: int, pipeline: PipelineScheduler | None) -> float:
+def time_steps(runner: ModelRunner, batch: int, context: int, pipeline: PipelineScheduler | None) -> float:
     """Seconds per step; the median of several, of one graph on a GPU."""
     runner.pipeline = pipeline
     split = None if pipeline is None else pipeline.green_manager.split
     times = []
+    assert runner.decode_rows is not None, "it was made to decode"
     with runner._on(runner.stream):
+        runner.decode_rows.pretend(batch, context)  # each step moves on by a token
         runner.run_decode_core(batch, split)
         if runner.stream is None:
             for _ in range(3):
@@ -104,15 +86,17 @@ def sweep(runner: ModelRunner, args: argparse.Namespace, bandwidth: float) -> li
     manager = GreenManager(runner.device, *splits[0], enable_rebalance=True)
     print(f"{'batch':>6}{'context':>9}{'plain ms':>10}{'best ms':>9}{'gain':>7}  best, bound ms")
     for batch, context in itertools.product(args.batches, args.contexts):
-        if not fill_batch(runner, batch, context):
+        if batch * (context + 2 * NUM_REPLAYS) > runner.num_kv_blocks * runner.block_size:
             print(f"{batch:6}{context:9}  does not fit into the pool")
             continue
-        plain_s = time_steps(runner, batch, None)
+        plain_s = time_steps(runner, batch, context, None)
         points = []
         for split, cut, parts in itertools.product(splits, args.cuts, args.micro_batches):
             manager.rebalance(*split)
             pipeline = PipelineScheduler(runner.model, manager, num_micro_batches=parts, cut=cut)
-            points.append({"split": split, "cut": cut.name, "parts": parts, "s": time_steps(runner, batch, pipeline)})
+            points.append(
+                {"split": split, "cut": cut.name, "parts": parts, "s": time_steps(runner, batch, context, pipeline)}
+            )
         best = min(points, key=lambda point: point["s"])
         bound = bound_s(runner, batch, context, bandwidth, best["parts"])
         rows.append({"batch": batch, "context": context, "plain_s": plain_s, "bound_s": bound, "points": points})

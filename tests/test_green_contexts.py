@@ -121,6 +121,16 @@ def test_a_driver_call_that_fails_is_named_and_leaves_nothing_behind(driver, cal
     assert not driver.streams
 
 
+def test_what_the_driver_lacks_is_an_error_of_this_package(driver, monkeypatch):
+    def missing(*args):
+        raise RuntimeError('Function "cuGreenCtxCreate" not found')
+
+    monkeypatch.setattr(driver, "cuGreenCtxCreate", missing)
+    with pytest.raises(GreenContextError, match='cuGreenCtxCreate cannot be called: Function "cuGreenCtxCreate" not'):
+        green_ctx.split_device_green_ctx_by_sm_count(0, [48, 84])
+    assert not driver.contexts
+
+
 def test_without_cuda_python_the_package_to_install_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(GreenContextError, match="pip install cuda-python"):

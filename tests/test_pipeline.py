@@ -180,7 +180,7 @@ def test_statistics_are_printed_as_documented():
     counters = PipelineCounters(steps=2, tokens=12)
     counters.fallbacks["capture failed"] += 1
     averages = {"attention": 2.0, "ffn": 3.0, "total": 4.0, "overlap": 1.0}
-    result = statistics(counters, (48, 84), averages)
+    result = statistics(counters, [(48, 84)], averages)
     assert lines(result, sequential_ms=4.4) == [
         "[M2 Pipeline Statistics - GPU1 Decode Card]",
         "  Total tokens:         12",
@@ -195,7 +195,7 @@ def test_statistics_are_printed_as_documented():
         "  Sequential time:      4.400 ms",
         "  Fallbacks:            1 x capture failed",
     ]
-    unmeasured = lines(statistics(counters, (48, 84), {}), sequential_ms=None)
+    unmeasured = lines(statistics(counters, [], {}), sequential_ms=None)
     assert "  Avg total time:       not measured (decode_pipeline_profiling=False)" in unmeasured
 
 

@@ -591,3 +591,14 @@ def test_auto_runs_the_pipeline_where_it_measured_faster(checkpoint, monkeypatch
     assert 0 < result["steps"] < llm.counters.decode_steps
     for prompt, answer, of_it in zip(prompts, answers, params, strict=True):
         assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, of_it.max_tokens)
+
+
+def test_auto_without_a_batch_to_calibrate_for_is_plain_decode(checkpoint):
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(3, seed=8)
+    with two_devices(path, lazy=False, enable_decode_pipeline=True, max_num_seqs=8) as llm:
+        assert llm.decode_runner._choice.points == []
+        answers = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert llm.decode_runner.get_pipeline_statistics()["steps"] == 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 24)

@@ -75,9 +75,10 @@ class GreenManager:
         return lanes
 
     def release(self, split: Split) -> None:
-        """Gives the partitions of a split back, which nothing may be running on or be captured over."""
-        _, partitions = self._held.pop(split)
-        green_ctx.destroy(partitions)
+        """Gives the partitions of a split back, if it is held; nothing may be running on them or captured over them."""
+        if split in self._held:
+            _, partitions = self._held.pop(split)
+            green_ctx.destroy(partitions)
 
     def stats(self) -> dict[str, int]:
         """SMs of the device, of each lane and of none, splits held and rebalances so far."""
@@ -101,6 +102,8 @@ class GreenManager:
     def _completed(self, attention_sm: int | None, ffn_sm: int | None) -> Split:
         if not self.num_sms:
             return attention_sm or 0, ffn_sm or 0
+        if self.num_sms <= DEFAULT_ATTENTION_SM and attention_sm is None and ffn_sm is None:
+            raise GreenContextError(f"{self.device} has {self.num_sms} SMs, few to split; give decode_attention_sm")
         if attention_sm is None:
             attention_sm = DEFAULT_ATTENTION_SM if ffn_sm is None else max(self.num_sms - ffn_sm, 1)
         return attention_sm, max(self.num_sms - attention_sm, 1) if ffn_sm is None else ffn_sm

@@ -44,7 +44,8 @@ CPU_POOL_BYTES = 512 * 1024**2
 CALIBRATED_BATCHES = (64, 128, 256, 512, 1024)
 CALIBRATED_CONTEXTS = (256, 512, 1024, 2048, 4096)
 CALIBRATED_ATTENTION_SM = (32, 48, 64)
-""""auto" times the decode pipeline for these."""
+"""What `auto` times the decode pipeline for."""
+NUM_TIMED_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,9 @@ class ModelRunner:
         with self._on(self.stream):
             self.model = self._load_model(weights_of)
             self.pipeline_counters = PipelineCounters()
-            self.pipeline = None if pipeline is None else self._make_pipeline(pipeline)
+            self.pipeline: PipelineScheduler | None = None
+            if pipeline is not None:
+                self.pipeline = self._make_pipeline(pipeline)
             self.num_kv_blocks = self._num_kv_blocks()
             # One block more than there are to give out: what pads a step is written to it.
             self.kv_pool: torch.Tensor = self._make_pool(self.num_kv_blocks + 1)
@@ -326,8 +329,7 @@ class ModelRunner:
         with self._on(self.stream):
             del self.model, self.kv_pool, self.prefill_buffers, self.decode_rows
             del self._prefill_graphs, self._decode_steps, self._graph_pool, self._logits, self._push_pool
-            if self.pipeline is not None:
-                self.pipeline.green_manager.close()
+            self._close_pipeline()
             if self.device.is_cuda:
                 torch.cuda.empty_cache()
 
@@ -405,19 +407,29 @@ class ModelRunner:
         return PipelineScheduler(self.model, manager, options.profiling, num_micro_batches=parts)
 
     def _fall_back(self, reason: str) -> None:
-        """Decode is plain from now on."""
+        """Decode is plain from now on; nothing may be left that was captured over the pipeline's lanes."""
         logger.warning("%s: no decode pipeline, decode is plain: %s", self.device, reason)
         self.pipeline_counters.fallbacks[reason] += 1
-        self.pipeline = None
+        self._close_pipeline()
+
+    def _close_pipeline(self) -> None:
+        if self.pipeline is None:
+            return
+        manager, self.pipeline = self.pipeline.green_manager, None
+        if self.device.is_cuda:
+            torch.cuda.empty_cache()  # memory that was used on a lane's stream is given back while there is the stream
+        manager.close()
 
     def get_pipeline_statistics(self) -> dict[str, Any]:
         """What the decode pipeline has done since the start; times only with `decode_pipeline_profiling`.
 
         Waits for the device if the lanes are timed.
         """
-        split = (0, 0) if self.pipeline is None else self.pipeline.green_manager.split
+        splits = [split for split in self._decode_steps if split is not None]
         clock = None if self.pipeline is None else self.pipeline.clock
-        return statistics(self.pipeline_counters, split, {} if clock is None else clock.averages_ms())
+        with self._on(self.stream):
+            averages_ms = {} if clock is None else clock.averages_ms()
+        return statistics(self.pipeline_counters, splits, averages_ms)
 
     def print_pipeline_statistics(self) -> None:
         """The same as a table."""
@@ -476,8 +488,8 @@ class ModelRunner:
                     wanted = [self.pipeline.green_manager.split]
                 paths |= {split: self._steps(sizes, split) for split in wanted}
             except RuntimeError as error:  # a capture that the driver refuses, say
-                self._fall_back(str(error))
                 paths, self._choice = {}, None
+                self._fall_back(str(error))
             if self.pipeline is not None and self.pipeline.clock is not None:
                 self.pipeline.clock.reset()
         if self._choice is not None or not paths:
@@ -490,7 +502,10 @@ class ModelRunner:
         if not self._uses_graphs:
             return EagerSteps(step)
         self.decode_rows.pad(self.decode_rows.max_num_rows)
-        return StepGraphs("decode" if split is None else f"decode {split[0]}:{split[1]}", step, sizes, self._graph_pool)
+        if split is None:
+            return StepGraphs("decode", step, sizes, self._graph_pool)
+        # Memory of their own: a capture that fails leaves its pool of no use, and so does a lane that is given back.
+        return StepGraphs(f"decode {split[0]}:{split[1]}", step, sizes, torch.cuda.graph_pool_handle())
 
     def _calibrated(self, options: PipelineOptions) -> PipelineChoice:
         """Times plain decode and the pipeline for some batches and contexts."""
@@ -500,8 +515,21 @@ class ModelRunner:
         is_given = options.attention_sm is not None or options.ffn_sm is not None or not manager.num_sms
         splits = [manager.split] if is_given else [(sms, manager.num_sms - sms) for sms in CALIBRATED_ATTENTION_SM]
         batches = [batch for batch in CALIBRATED_BATCHES if batch <= self.decode_rows.max_num_rows]
-        contexts = [context for context in CALIBRATED_CONTEXTS if context < self.spec.max_model_len]
-        paths = {split: self._steps(batches, split) for split in (None, *splits)} if batches else {}
+        # Each of the steps that are timed moves on by a token.
+        longest = self.spec.max_model_len - NUM_TIMED_STEPS
+        contexts = [context for context in CALIBRATED_CONTEXTS if context <= longest]
+        if not batches or not contexts:
+            return PipelineChoice([])
+        choice = PipelineChoice(self._measured(splits, batches, contexts))
+        self.synchronize()
+        for split in splits:
+            if split not in choice.splits:
+                manager.release(split)
+        return choice
+
+    def _measured(self, splits: list[Split], batches: list[int], contexts: list[int]) -> list[Measured]:
+        assert self.decode_rows is not None, f"{self.device} was made for prefill"
+        paths = {split: self._steps(batches, split) for split in (None, *splits)}
         points = []
         for batch, context in itertools.product(batches, contexts):
             seconds = {}
@@ -512,18 +540,12 @@ class ModelRunner:
             points.append(Measured(batch, context, plain_s, {split: s for split, s in seconds.items() if split}))
             logger.info("%s: %s", self.device, points[-1])
         self.decode_rows.forget()
-        choice = PipelineChoice(points)
-        for split in splits:
-            if split not in choice.splits and manager.num_sms:
-                paths.pop(split)
-                self.synchronize()
-                manager.release(split)
-        return choice
+        return points
 
     def _time(self, run: Callable[[], object]) -> float:
-        """Seconds on the current stream, or of a CPU; the best of three."""
+        """Seconds on the current stream, or of a CPU; the best of some."""
         times = []
-        for _ in range(3):
+        for _ in range(NUM_TIMED_STEPS):
             if self.stream is None:
                 started = time.perf_counter()
                 run()

@@ -93,6 +93,7 @@ class PipelineScheduler:
         where = green_manager.device.torch_device
         self.clock = LaneClock(where) if enable_profiling else None
         self._eager_lane = Lane.FFN
+        self._plans: dict[int, list[PlanStep]] = {}
 
     def decode_token(
         self,
@@ -138,9 +139,11 @@ class PipelineScheduler:
         return self.model.model.norm(hidden, residual)[0]
 
     def _plan(self, num_layers: int, num_micro_batches: int) -> list[PlanStep]:
-        plan = make_plan(num_layers, num_micro_batches, self.cut)
-        check_plan(plan, num_layers, num_micro_batches)
-        return plan
+        if num_micro_batches not in self._plans:
+            plan = make_plan(num_layers, num_micro_batches, self.cut)
+            check_plan(plan, num_layers, num_micro_batches)
+            self._plans[num_micro_batches] = plan
+        return self._plans[num_micro_batches]
 
     def _split(
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata, num_sms: int | None
@@ -178,18 +181,20 @@ def _run_on_streams(
     for stream in streams.values():
         assert stream is not None, "lanes of a GPU have streams"
         stream.wait_stream(current)
-    for index, step in enumerate(plan):
-        stream = streams[step.lane]
-        assert stream is not None, "lanes of a GPU have streams"
-        for earlier in step.wait_for:
-            stream.wait_event(done[earlier])
-        with torch.cuda.stream(stream):
-            run(index)
-        if index in waited_for:
-            done[index] = stream.record_event()
-    for stream in streams.values():
-        assert stream is not None, "lanes of a GPU have streams"
-        current.wait_stream(stream)
+    try:
+        for index, step in enumerate(plan):
+            stream = streams[step.lane]
+            assert stream is not None, "lanes of a GPU have streams"
+            for earlier in step.wait_for:
+                stream.wait_event(done[earlier])
+            with torch.cuda.stream(stream):
+                run(index)
+            if index in waited_for:
+                done[index] = stream.record_event()
+    finally:  # a capture cannot end with lanes that have not joined
+        for stream in streams.values():
+            assert stream is not None, "lanes of a GPU have streams"
+            current.wait_stream(stream)
 
 
 def _run_on_logical_lanes(plan: Sequence[PlanStep], eager_lane: Lane, run: Callable[[int], None]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from nanovllm.engine.pipeline_choice import Split
 from nanovllm.engine.pipeline_plan import Lane, PlanStep
 
 NS_PER_MS = 1e6
@@ -74,13 +75,13 @@ class LaneClock:
         self._sums.zero_()
 
 
-def statistics(counters: PipelineCounters, split: tuple[int, int], averages_ms: dict[str, float]) -> dict[str, Any]:
-    """Counters, and averages per step in ms where they were measured."""
+def statistics(counters: PipelineCounters, splits: Sequence[Split], averages_ms: dict[str, float]) -> dict[str, Any]:
+    """Counters, and averages per step in ms where they were measured; of splits there may be none, or several."""
     result: dict[str, Any] = {
         "steps": counters.steps,
         "total_tokens": counters.tokens,
-        "attention_sm": split[0],
-        "ffn_sm": split[1],
+        "attention_sm": [attention_sm for attention_sm, _ in splits],
+        "ffn_sm": [ffn_sm for _, ffn_sm in splits],
         "fallbacks": dict(counters.fallbacks),
     }
     if averages_ms:
@@ -97,7 +98,8 @@ def lines(result: dict[str, Any], sequential_ms: float | None) -> list[str]:
     for title, name in (("attention", "attention"), ("FFN", "ffn"), ("total", "total")):
         value = f"{result[f'avg_{name}_ms']:.3f} ms" if measured else "not measured (decode_pipeline_profiling=False)"
         rows.append((f"Avg {title} time", value))
-    rows += [("Attention SMs", str(result["attention_sm"])), ("FFN SMs", str(result["ffn_sm"]))]
+    for title, name in (("Attention SMs", "attention_sm"), ("FFN SMs", "ffn_sm")):
+        rows.append((title, ", ".join(map(str, result[name])) or "none"))
     if measured:
         rows += [
             ("Attention lane idle", f"{result['avg_attention_idle_ms']:.3f} ms"),

@@ -19,7 +19,8 @@ captured over such streams stay on their partition when it is replayed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,8 +128,26 @@ def _driver() -> Any:
     except ImportError as error:
         raise GreenContextError("SM partitions need the cuda-python package: pip install cuda-python") from error
     if not hasattr(driver, "cuDevSmResourceSplitByCount"):
-        raise GreenContextError("this version of cuda-python knows no SM partitions; install 12.5 or later")
-    return driver
+        raise GreenContextError("this version of cuda-python knows no SM partitions; install 13.0 or later")
+    return _Driver(driver)
+
+
+class _Driver:
+    """The driver's functions, which raise errors of this package where the driver lacks them or cannot be loaded."""
+
+    def __init__(self, bindings: Any) -> None:
+        self._bindings = bindings
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._bindings, name)
+        return functools.partial(_called, name, found) if name.startswith("cu") else found
+
+
+def _called(name: str, function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return function(*args)
+    except RuntimeError as error:
+        raise GreenContextError(f"{name} cannot be called: {error}") from error
 
 
 def _sm_resource(driver: Any, device_index: int) -> tuple[Any, Any]:

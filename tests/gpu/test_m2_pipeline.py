@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,10 @@ import torch
 
 from nanovllm import LLM, GreenContextError, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.engine import pipeline_scheduler
+from nanovllm.engine.cuda_graph import StepGraphs
 from nanovllm.engine.green_manager import GreenManager
-from nanovllm.engine.pipeline_plan import Cut, Lane
-from nanovllm.engine.pipeline_scheduler import PipelineScheduler
+from nanovllm.engine.pipeline_plan import Lane
 from nanovllm.utils import green_ctx
 from nanovllm.utils.device import Device
 from tests import tiny
@@ -51,6 +51,7 @@ def note_sms(stream: torch.cuda.Stream, sms: torch.Tensor) -> None:
 def test_lanes_have_the_sms_they_were_given_and_share_none(manager, split):
     lanes = manager.allocate(split)
     notes = {lane: torch.full((NUM_PROGRAMS,), -1, dtype=torch.int32, device="cuda:0") for lane in Lane}
+    torch.cuda.synchronize(0)
     for lane, stream in lanes.streams.items():
         note_sms(stream, notes[lane])
     torch.cuda.synchronize(0)
@@ -124,34 +125,53 @@ def test_demo_answers_in_bfloat16_equal_the_written_ones():
 
 
 @pytest.mark.two_gpu
-def test_lanes_overlap_and_one_stream_does_not(tiny_on_disk):
+def test_lanes_overlap_and_one_stream_does_not(tiny_on_disk, monkeypatch):
     path, _ = tiny_on_disk
     prompts = tiny.random_prompts(64, seed=3, longest=60)
     options = {"num_kvcache_blocks": 4000, "enable_decode_pipeline": True, "decode_pipeline": "static"}
     overlaps = {}
     for in_order in (False, True):
-        with LLM(path, **TWO_GPUS, **options, decode_pipeline_profiling=True, enforce_eager=True) as llm:
-            llm.decode_runner.pipeline.in_order = in_order
+        if in_order:
+            # Before the graphs are captured.
+            monkeypatch.setattr(
+                "nanovllm.engine.pipeline_scheduler._run_on_streams",
+                lambda plan, streams, run: [run(index) for index in range(len(plan))],
+            )
+        with LLM(path, **TWO_GPUS, **options, decode_pipeline_profiling=True) as llm:
             llm.generate(prompts, GREEDY, use_tqdm=False)
             overlaps[in_order] = llm.decode_runner.get_pipeline_statistics()["avg_overlap_ms"]
     assert overlaps[True] == 0
     assert overlaps[False] > 0
 
 
-@pytest.mark.parametrize("cut", Cut, ids=lambda cut: cut.name)
-def test_speed_is_reported(cut, tiny_on_disk, capsys):
-    path, _ = tiny_on_disk
-    with LLM(path, device="cuda", dtype="float16", num_kvcache_blocks=4000, enforce_eager=True) as llm:
-        runner = llm.decode_runner
-        prompts = tiny.random_prompts(128, seed=3, longest=60)
-        manager = GreenManager(runner.device, 48, 84)
-        for pipeline in (None, PipelineScheduler(runner.model, manager, cut=cut)):
-            runner.pipeline = pipeline
-            started = time.perf_counter()
-            llm.generate(prompts, SamplingParams(max_tokens=50, ignore_eos=True), use_tqdm=False)
-            with capsys.disabled():
-                name = "plain" if pipeline is None else cut.name
-                print(f"{name}: {time.perf_counter() - started:.2f} s", end=" ")  # noqa: T201 - a report
-        runner.pipeline = None
-        runner.synchronize()
-        manager.close()
+@pytest.mark.two_gpu
+def test_auto_calibrates_and_answers_right(tiny_on_disk):
+    path, reference = tiny_on_disk
+    prompts = tiny.random_prompts(70, seed=3, longest=60)
+    with LLM(path, **TWO_GPUS, num_kvcache_blocks=4000, max_num_seqs=128, enable_decode_pipeline=True) as llm:
+        assert {point.batch for point in llm.decode_runner._choice.points} == {64, 128}
+        answers = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert llm.decode_runner.get_pipeline_statistics()["fallbacks"] == {}
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 24)
+
+
+@pytest.mark.two_gpu
+def test_a_failed_capture_falls_back_to_plain_graphs(tiny_on_disk, monkeypatch):
+    path, reference = tiny_on_disk
+    run, prompts = pipeline_scheduler.MicroBatch.run, tiny.random_prompts(5, seed=4)
+
+    def failing(micro_batch, step, layers, kv_pool):
+        if torch.cuda.is_current_stream_capturing() and step.pieces[0] == (1, "attend"):
+            raise RuntimeError("injected into a capture")
+        run(micro_batch, step, layers, kv_pool)
+
+    monkeypatch.setattr(pipeline_scheduler.MicroBatch, "run", failing)
+    options = {"num_kvcache_blocks": 2000, "enable_decode_pipeline": True, "decode_pipeline": "static"}
+    with LLM(path, **TWO_GPUS, **options) as llm:
+        assert list(llm.decode_runner._decode_steps) == [None]
+        assert isinstance(llm.decode_runner._decode_steps[None], StepGraphs)
+        answers = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert sum(llm.decode_runner.get_pipeline_statistics()["fallbacks"].values()) == 1
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 24)
