@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -63,6 +64,17 @@ def write_shape(name: str) -> str:
 def model_options(folder: str | None, shape: str) -> dict[str, Any]:
     """What to serve, as arguments of `LLM`: a checkpoint, or random weights of a shape if there is none."""
     return {"model": folder} if folder else {"model": write_shape(shape), "load_format": "dummy"}
+
+
+def check_kv_handoff(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses `--kv-handoff` in modes that hand nothing over."""
+    if args.kv_handoff and args.mode != "pd":
+        parser.error(f"--kv-handoff is of mode pd, not of {args.mode}")
+
+
+def mode_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Where to serve, as arguments of `LLM`: on two devices in mode `pd`."""
+    return {"enable_two_gpu_pd": True, "kv_handoff": args.kv_handoff or "auto"} if args.mode == "pd" else {}
 
 
 def median_ms(function: Any, repeats: int = 20) -> float:

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from common import SHAPES, model_options, report
-from meters import HandoffMeter, moment, seconds_between
+from meters import BusyMeter, HandoffMeter, seconds_between
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.model_runner import COPY_METHODS, ModelRunner
-from nanovllm.engine.scheduler import BlockPair, PrefillStep, Step
+from nanovllm.engine.scheduler import BlockPair
 from nanovllm.utils.device import peer_access
 
 
@@ -64,24 +64,9 @@ def measure_copies(llm: LLM, sizes: Sequence[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def watch_prefills(runner: ModelRunner) -> list[tuple[Any, Any]]:
-    """The moments when its prefill steps began and ended; grows as they are launched."""
-    launch, spans = runner.launch, []
-
-    def watched_launch(step: Step) -> Any:
-        start = moment(runner.stream)
-        handle = launch(step)
-        if isinstance(step, PrefillStep):
-            spans.append((start, moment(runner.stream)))
-        return handle
-
-    runner.launch = watched_launch  # type: ignore[method-assign]
-    return spans
-
-
 def measure_exposure(llm: LLM, prompt_lens: Sequence[int]) -> list[dict[str, Any]]:
     """Prompts one by one, each length nine times; medians."""
-    spans, meter, rng = watch_prefills(llm.prefill_runner), HandoffMeter(llm), random.Random(1)
+    prefills, meter, rng = BusyMeter(llm.prefill_runner), HandoffMeter(llm), random.Random(1)
     vocab_size = llm.decode_runner.spec.model_config.vocab_size
     rows = []
     method = llm.kv_transfer.name
@@ -90,11 +75,11 @@ def measure_exposure(llm: LLM, prompt_lens: Sequence[int]) -> list[dict[str, Any
         prefill, exposed, host_s, num_sends = [], [], [], 0
         for _ in range(9):
             meter.take()
-            spans.clear()
+            prefills.take()
             prompt = [rng.randrange(vocab_size) for _ in range(prompt_len)]
             llm.generate([prompt], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
-            exposed.append(seconds_between(spans[-1][1], meter.sent))
-            prefill.append(seconds_between(spans[0][0], spans[-1][1]))
+            exposed.append(seconds_between(prefills.spans[-1].end, meter.sent))
+            prefill.append(seconds_between(prefills.spans[0].start, prefills.spans[-1].end))
             host_s += meter.host_s
             num_sends = len(meter.host_s)
         prefill_s, exposed_s, host_s_per_send = (sorted(times)[len(times) // 2] for times in (prefill, exposed, host_s))

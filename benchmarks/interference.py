@@ -15,7 +15,7 @@ import random
 import time
 from typing import Any
 
-from common import SHAPES, model_options, report
+from common import SHAPES, check_kv_handoff, mode_options, model_options, report
 from meters import BusyMeter
 from online_load import quantiles_ms
 
@@ -123,15 +123,13 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
-    if args.kv_handoff and args.mode != "pd":
-        parser.error(f"--kv-handoff is of mode pd, not of {args.mode}")
-    two_devices: dict[str, Any] = {"enable_two_gpu_pd": True, "kv_handoff": args.kv_handoff or "auto"}
+    check_kv_handoff(parser, args)
     with LLM(
         **model_options(args.model, args.model_shape),
         device=args.device,
         max_model_len=max(args.prompt_len, args.context + 4 * args.num_tokens + MOST_FIRST_TOKENS) + 64,
         enable_prefix_caching=False,
-        **(two_devices if args.mode == "pd" else {}),
+        **mode_options(args),
     ) as llm:
         thirds = measure(llm, args)
     before, flooded, after = (third["itl_ms"] for third in thirds)

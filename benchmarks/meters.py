@@ -55,7 +55,7 @@ class BusyMeter:
 
     def __init__(self, runner: ModelRunner) -> None:
         self._stream, self._launch = runner.stream, runner.launch
-        self._spans: list[Span] = []
+        self.spans: list[Span] = []
         self._last_batch: DecodeBatch | None = None
         runner.launch = self._timed_launch  # type: ignore[method-assign]
 
@@ -64,18 +64,18 @@ class BusyMeter:
 
         Waits for them.
         """
-        spans, self._spans = self._spans, []
+        spans, self.spans = self.spans, []
         busy_s = sum(seconds_between(span.start, span.end) - span.late_s for span in spans)
         late = ((before, span) for before, span in itertools.pairwise(spans) if span.decodes_on)
         return busy_s, sum(seconds_between(before.end, span.start) + span.late_s for before, span in late)
 
     def _timed_launch(self, step: Step) -> StepHandle:
         decodes_on = isinstance(step, DecodeStep) and self._goes_on(step.batch)
-        is_late = self._stream is not None and (not self._spans or self._spans[-1].end.query())
+        is_late = self._stream is not None and (not self.spans or self.spans[-1].end.query())
         start, started_s = moment(self._stream), time.perf_counter()
         handle = self._launch(step)
         late_s = time.perf_counter() - started_s if is_late else 0.0
-        self._spans.append(Span(start, moment(self._stream), decodes_on, late_s))
+        self.spans.append(Span(start, moment(self._stream), decodes_on, late_s))
         return handle
 
     def _goes_on(self, batch: DecodeBatch) -> bool:

@@ -37,7 +37,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import SHAPES, model_options, report
+from common import SHAPES, check_kv_handoff, mode_options, model_options, report
 from meters import BusyMeter, HandoffMeter
 
 from nanovllm import LLM, SamplingParams
@@ -169,7 +169,6 @@ class Engine:
 
     def __init__(self, args: argparse.Namespace, device: str) -> None:
         self.args = args
-        two_devices: dict[str, Any] = {"enable_two_gpu_pd": True, "kv_handoff": args.kv_handoff or "auto"}
         self.llm = LLM(
             **model_options(args.model, args.model_shape),
             device=device,
@@ -177,7 +176,7 @@ class Engine:
             max_num_seqs=args.max_num_seqs,
             prefill_chunk_tokens=args.prefill_chunk_tokens,
             enable_prefix_caching=False,
-            **(two_devices if args.mode == "pd" else {}),
+            **mode_options(args),
         )
         self.vocab_size = self.llm.decode_runner.spec.model_config.vocab_size
         runners = dict.fromkeys((self.llm.prefill_runner, self.llm.decode_runner))
@@ -297,7 +296,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--mode", choices=["single", "pd", "dp2"], default="single")
     parser.add_argument("--model-shape", choices=SHAPES, default="qwen3-0.6b", help="random weights of this shape")
     parser.add_argument("--model", help="folder of a checkpoint to serve instead of random weights")
-    parser.add_argument("--workload", choices=WORKLOADS, default="chat")
+    parser.add_argument("--workload", choices=WORKLOADS, help="chat if not given")
     parser.add_argument("--trace", help="file of JSON lines to serve instead of a workload and its rates")
     parser.add_argument("--rate", type=float, nargs="+", help="requests per second, one after another; 10 if not given")
     parser.add_argument("--duration", type=float, default=30.0, help="seconds in which requests arrive")
@@ -311,11 +310,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
-    if args.kv_handoff and args.mode != "pd":
-        parser.error(f"--kv-handoff is of mode pd, not of {args.mode}")
-    if args.rate and args.trace:
-        parser.error("--rate and --trace exclude each other: a trace has its own arrivals")
+    check_kv_handoff(parser, args)
+    if args.trace and (args.rate or args.workload):
+        parser.error("--trace excludes --rate and --workload: a trace has its own arrivals and lengths")
     args.rate = args.rate or [10.0]
+    args.workload = args.workload or "chat"  # of the warm-up, with a trace
     if not all(0 < number < math.inf for number in (*args.rate, args.duration)):
         parser.error("--rate and --duration must be above 0 and finite")
     if args.trace:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common import SHAPES, model_options, report
+from common import SHAPES, check_kv_handoff, mode_options, model_options, report
 from memory import memory_mib
 
 from nanovllm import LLM, RequestOutput, SamplingParams
@@ -179,18 +179,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
-    if args.kv_handoff and args.mode != "pd":
-        parser.error(f"--kv-handoff is of mode pd, not of {args.mode}")
+    check_kv_handoff(parser, args)
 
     logging.getLogger("nanovllm").setLevel(logging.ERROR)  # it warns of every fault
     rng = random.Random(args.seed)
-    two_devices: dict[str, Any] = {"enable_two_gpu_pd": True, "kv_handoff": args.kv_handoff or "auto"}
     with LLM(
         **model_options(args.model, args.model_shape),
         device=args.device,
         max_model_len=args.max_model_len,
         num_kvcache_blocks=args.num_kvcache_blocks,
-        **(two_devices if args.mode == "pd" else {}),
+        **mode_options(args),
     ) as llm:
         faults = Faults(llm)
         started = time.perf_counter()
