@@ -1,6 +1,6 @@
 """The decode pipeline as data: which pieces of a layer run on which lane, in which order, and what they wait for.
 
-A layer is four pieces, `project_qkv`, `attend`, `project_out` and `feed_forward`. Two lanes take turns with
+A layer is five pieces, `project_qkv`, `store_kv`, `attend`, `project_out` and `feed_forward`. Two lanes take turns with
 micro-batches: while one attends for a micro-batch, the other runs the GEMMs of another. No torch here.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-PIECES = ("project_qkv", "attend", "project_out", "feed_forward")
+PIECES = ("project_qkv", "store_kv", "attend", "project_out", "feed_forward")
 
 
 class Lane(Enum):
@@ -22,10 +22,12 @@ class Lane(Enum):
 class Cut(Enum):
     """Where a layer is cut in two: the pieces that the attention lane runs."""
 
-    STAGES = ("project_qkv", "attend", "project_out")
+    STAGES = ("project_qkv", "store_kv", "attend", "project_out")
     """The attention stage on one lane, the FFN stage on the other: one change of lanes per stage."""
-    GEMMS = ("attend",)
-    """All GEMMs on the FFN lane: what reads the KV runs beside what computes."""
+    GEMMS = ("store_kv", "attend")
+    """All GEMMs on the FFN lane: what works with KV runs beside what computes."""
+    REST = ("attend",)
+    """All but attention on the FFN lane: the attention lane does nothing but read KV."""
 
     def lane_of(self, piece: str) -> Lane:
         return Lane.ATTENTION if piece in self.value else Lane.FFN

@@ -30,37 +30,43 @@ class MicroBatch:
     hidden: torch.Tensor | None
     residual: torch.Tensor | None = None
     heads: torch.Tensor | None = None
-    """Query, key and value heads after `project_qkv`, attended ones after `attend`."""
+    """Query, key and value heads after `project_qkv`, query heads after `store_kv`, attended ones after `attend`."""
     kept: dict[Lane, list[torch.Tensor]] = field(default_factory=lambda: {lane: [] for lane in Lane})
     """By the lane that made them, tensors that the other lane may still read."""
 
-    def run(self, step: PlanStep, layers: Sequence[Qwen3DecoderLayer], kv_pool: torch.Tensor) -> None:
-        """The pieces of a step, on the current stream, which waits for what the step waits for."""
+    def run(
+        self, step: PlanStep, layers: Sequence[Qwen3DecoderLayer], kv_pool: torch.Tensor, num_sms: int | None
+    ) -> None:
+        """The pieces of a step, on the current stream of so many SMs, which waits for what the step waits for."""
         # What this lane made in its last step was read by the step of the other lane that this one waits for: only now
         # may its memory be used again, by what this lane launches next.
         self.kept[step.lane].clear()
         for layer, piece in step.pieces:
-            getattr(self, f"_{piece}")(layers[layer], kv_pool[:, layer])
+            getattr(self, f"_{piece}")(layers[layer], kv_pool[:, layer], num_sms)
         made = (self.hidden, self.residual, self.heads)
         self.kept[step.lane] += [tensor for tensor in made if tensor is not None]
 
-    def _project_qkv(self, layer: Qwen3DecoderLayer, kv_cache: torch.Tensor) -> None:
+    def _project_qkv(self, layer: Qwen3DecoderLayer, kv_cache: torch.Tensor, num_sms: int | None) -> None:
         assert self.hidden is not None, "a layer begins with its input"
-        self.heads, self.residual = layer.project_qkv(self.hidden, self.residual)
+        self.heads, self.residual = layer.project_qkv(self.hidden, self.residual, num_sms)
         self.hidden = None
 
-    def _attend(self, layer: Qwen3DecoderLayer, kv_cache: torch.Tensor) -> None:
+    def _store_kv(self, layer: Qwen3DecoderLayer, kv_cache: torch.Tensor, num_sms: int | None) -> None:
+        assert self.heads is not None, "keys and values follow their projection"
+        self.heads = layer.store_kv(self.heads, self.positions, kv_cache, self.metadata)
+
+    def _attend(self, layer: Qwen3DecoderLayer, kv_cache: torch.Tensor, num_sms: int | None) -> None:
         assert self.heads is not None, "attention follows the projection of its heads"
-        self.heads = layer.attend(self.heads, self.positions, kv_cache, self.metadata)
+        self.heads = layer.attend(self.heads, kv_cache, self.metadata)
 
-    def _project_out(self, layer: Qwen3DecoderLayer, kv_cache: torch.Tensor) -> None:
+    def _project_out(self, layer: Qwen3DecoderLayer, kv_cache: torch.Tensor, num_sms: int | None) -> None:
         assert self.heads is not None, "the output projection follows attention"
-        self.hidden, self.heads = layer.project_out(self.heads), None
+        self.hidden, self.heads = layer.project_out(self.heads, num_sms), None
 
-    def _feed_forward(self, layer: Qwen3DecoderLayer, kv_cache: torch.Tensor) -> None:
+    def _feed_forward(self, layer: Qwen3DecoderLayer, kv_cache: torch.Tensor, num_sms: int | None) -> None:
         assert self.hidden is not None, "the FFN follows the attention stage"
         assert self.residual is not None, "a layer that has begun has a residual"
-        self.hidden, self.residual = layer.feed_forward(self.hidden, self.residual)
+        self.hidden, self.residual = layer.feed_forward(self.hidden, self.residual, num_sms)
 
 
 class PipelineScheduler:
@@ -112,7 +118,8 @@ class PipelineScheduler:
         """
         layers = self.model.model.layers
         lanes = self.green_manager.allocate(split)
-        micro_batches = self._split(input_ids, positions, metadata, lanes.split[0] or None)
+        num_sms = {lane: sms or None for lane, sms in zip(Lane, lanes.split, strict=True)}
+        micro_batches = self._split(input_ids, positions, metadata, num_sms[Lane.ATTENTION])
         plan = self._plan(len(layers), len(micro_batches))
         moments = None if self.clock is None else self.clock.begin(plan)
 
@@ -120,7 +127,7 @@ class PipelineScheduler:
             step = plan[index]
             if self.clock is not None and moments is not None:
                 self.clock.stamp(moments, index, ends=False)
-            micro_batches[step.micro_batch].run(step, layers, kv_pool)
+            micro_batches[step.micro_batch].run(step, layers, kv_pool, num_sms[step.lane])
             if self.clock is not None and moments is not None:
                 self.clock.stamp(moments, index, ends=True)
 

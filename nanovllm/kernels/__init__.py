@@ -110,8 +110,13 @@ class AttentionBackend(Protocol):
     ) -> torch.Tensor:
         """Causal attention of `query`, [T, num_heads, head_dim], to each request's whole context; same shape out."""
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x W^T + b of [T, in_features] and [out_features, in_features]; [T, out_features]."""
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, num_sms: int | None = None
+    ) -> torch.Tensor:
+        """x W^T + b of [T, in_features] and [out_features, in_features]; [T, out_features].
+
+        `num_sms` is how many SMs the current stream has, None for all of the GPU.
+        """
 
     def norm_linear(
         self,
@@ -120,11 +125,17 @@ class AttentionBackend(Protocol):
         norm: tuple[torch.Tensor, float],
         weight: torch.Tensor,
         bias: torch.Tensor | None,
+        num_sms: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`linear` of `add_rms_norm`, whose weight and eps are `norm`, and the sum."""
 
     def norm_gated_linear(
-        self, x: torch.Tensor, residual: torch.Tensor | None, norm: tuple[torch.Tensor, float], weight: torch.Tensor
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        norm: tuple[torch.Tensor, float],
+        weight: torch.Tensor,
+        num_sms: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`silu_and_mul` of `norm_linear`, and the sum."""
 

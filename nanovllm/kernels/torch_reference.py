@@ -54,7 +54,9 @@ class Backend:
             output[rows] = _attend_one(query[rows], key, value, scale)
         return output
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, num_sms: int | None = None
+    ) -> torch.Tensor:
         return functional.linear(x, weight, bias)
 
     def norm_linear(
@@ -64,12 +66,18 @@ class Backend:
         norm: tuple[torch.Tensor, float],
         weight: torch.Tensor,
         bias: torch.Tensor | None,
+        num_sms: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         normed, total = self.add_rms_norm(x, residual, *norm)
         return self.linear(normed, weight, bias), total
 
     def norm_gated_linear(
-        self, x: torch.Tensor, residual: torch.Tensor | None, norm: tuple[torch.Tensor, float], weight: torch.Tensor
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        norm: tuple[torch.Tensor, float],
+        weight: torch.Tensor,
+        num_sms: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         gate_up, total = self.norm_linear(x, residual, norm, weight, None)
         return self.silu_and_mul(gate_up), total

@@ -21,11 +21,11 @@ from nanovllm.kernels.triton_overlap import is_sm_90_or_later as _has_tma
 DEFAULT_BLOCK_SIZE = 64
 HEAD_DIMS = (64, 128)
 LOG2_E = 1.4426950408889634
-DECODE_TILE = 32
+DECODE_TILE = 16
 """Tokens of a tile of the decode kernel: one warp holds a tile's scores and products in registers."""
 DECODE_STAGES = 3
 """One more than the tiles on their way to a program."""
-CHUNK_TILES = 32
+CHUNK_TILES = 64
 """Tiles of a chunk in which loading well outweighs getting started."""
 PROGRAMS_PER_SM = 2
 """With shorter chunks than that, decode attention makes this many: enough to keep an SM's memory requests coming."""
@@ -179,7 +179,7 @@ def _decode(
         scale * LOG2_E,
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
-        PADDED_GROUP=max(16, triton.next_power_of_2(group)),
+        PADDED_GROUP=max(8, triton.next_power_of_2(group)),
         PADDED_REQUESTS=_padded(num_requests),
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
@@ -433,13 +433,15 @@ def _decode_kernel(
     block = tl.load(table + low * TILE // BLOCK_SIZE)
     if IS_PLANNED:  # at the beginning of the step: only now is something needed of the kernel before
         begin(OVERLAPS)
-    q = tl.load(query + offsets, mask=there[:, None], other=0.0)
+    # Keys and values come first in both products, transposed: their tiles fill the tensor cores' 16 rows, while few
+    # queries share a KV head, and 8 columns are enough for most.
+    q = tl.trans(tl.load(query + offsets, mask=there[:, None], other=0.0))
 
     maximum = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
     total = tl.zeros([PADDED_GROUP], tl.float32)
-    accumulator = tl.zeros([PADDED_GROUP, HEAD_DIM], tl.float32)
+    accumulator = tl.zeros([HEAD_DIM, PADDED_GROUP], tl.float32)
     for tile in tl.range(low, high, num_stages=STAGES):
-        in_context = tile * TILE + tl.arange(0, TILE) < context_len
+        in_context = (tile * TILE + tl.arange(0, TILE) < context_len)[:, None]
         if USE_TMA:
             place = block * block_rows + kv_head * BLOCK_SIZE + tile * TILE % BLOCK_SIZE
             k = kv_rows.load([place, 0])
@@ -448,13 +450,18 @@ def _decode_kernel(
             block = tl.load(table + tl.minimum(tile + 1, num_tiles - 1) * TILE // BLOCK_SIZE)
         else:
             cached = _places(table, tile, context_len, kv_head, block_stride, BLOCK_SIZE, HEAD_DIM, TILE)
-            k = tl.load(kv_cache + cached, mask=in_context[:, None], other=0.0)
-            v = tl.load(kv_cache + cached + value_offset * HEAD_DIM, mask=in_context[:, None], other=0.0)
-        maximum, total, accumulator = _attend_tile(
-            q, k, v, maximum, total, accumulator, scale_log2, in_context[None, :]
-        )
+            k = tl.load(kv_cache + cached, mask=in_context, other=0.0)
+            v = tl.load(kv_cache + cached + value_offset * HEAD_DIM, mask=in_context, other=0.0)
+        scores = tl.where(in_context, tl.dot(k, q, input_precision="ieee"), float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, 0))
+        correction = tl.exp2((maximum - new_maximum) * scale_log2)
+        p = tl.exp2(scores * scale_log2 - (new_maximum * scale_log2)[None, :])
+        total = total * correction + tl.sum(p, 0)
+        products = tl.dot(tl.trans(v), p.to(v.dtype), input_precision="ieee")
+        accumulator = accumulator * correction[None, :] + products
+        maximum = new_maximum
 
-    result = accumulator / total[:, None]
+    result = tl.trans(accumulator / total[None, :])
     head_places = (row.to(tl.int64) * NUM_KV_HEADS + kv_head) * GROUP + group
     if num_chunks == 1:
         target = head_places[:, None] * HEAD_DIM + dims[None, :]

@@ -30,10 +30,10 @@ class PagedAttention(nn.Module):
         self.query_weight = nn.Parameter(torch.empty(head_dim, dtype=dtype, device=device), requires_grad=False)
         self.key_weight = nn.Parameter(torch.empty(head_dim, dtype=dtype, device=device), requires_grad=False)
 
-    def forward(
+    def store_kv(
         self, qkv: torch.Tensor, positions: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
-        """[T, (num_heads + 2 * num_kv_heads) * head_dim] -> [T, num_heads, head_dim]."""
+        """[T, (num_heads + 2 * num_kv_heads) * head_dim] -> query heads, [T, num_heads, head_dim]."""
         query = self.backend.norm_rotate_store(
             qkv,
             self.query_weight,
@@ -47,4 +47,8 @@ class PagedAttention(nn.Module):
         )
         if metadata.after_store is not None:
             metadata.after_store(kv_cache)
+        return query
+
+    def attend(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+        """[T, num_heads, head_dim] -> the same."""
         return self.backend.attend(query, kv_cache, metadata, self.scale)

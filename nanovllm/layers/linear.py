@@ -14,7 +14,8 @@ from nanovllm.layers.layernorm import RMSNorm
 class Linear(nn.Module):
     """y = x W^T + b, [num_tokens, in_features] -> [num_tokens, sum(out_features)].
 
-    `out_features` lists the rows of each stacked part: one GEMM serves query, key and value, or gate and up.
+    `out_features` lists the rows of each stacked part: one GEMM serves query, key and value, or gate and up. `num_sms`
+    is how many SMs the current stream has, None for all of the GPU.
     """
 
     def __init__(
@@ -34,21 +35,21 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(total, in_features, dtype=dtype, device=device), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(total, dtype=dtype, device=device), requires_grad=False) if bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.backend.linear(x, self.weight, self.bias)
+    def forward(self, x: torch.Tensor, num_sms: int | None = None) -> torch.Tensor:
+        return self.backend.linear(x, self.weight, self.bias, num_sms)
 
     def forward_normed(
-        self, x: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm
+        self, x: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm, num_sms: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """y of the norm of `x + residual`, and the sum."""
-        return self.backend.norm_linear(x, residual, (norm.weight, norm.eps), self.weight, self.bias)
+        return self.backend.norm_linear(x, residual, (norm.weight, norm.eps), self.weight, self.bias, num_sms)
 
     def forward_gated(
-        self, x: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm
+        self, x: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm, num_sms: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """silu(first half of y) * second half, of the same; SwiGLU's gate and up without bias."""
         assert self.bias is None, "gate and up have no bias"
-        return self.backend.norm_gated_linear(x, residual, (norm.weight, norm.eps), self.weight)
+        return self.backend.norm_gated_linear(x, residual, (norm.weight, norm.eps), self.weight, num_sms)
 
     def parts(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """The views that checkpoint tensors `<name>.weight` (and `<name>.bias`) are loaded into, one name a part."""

@@ -1,7 +1,7 @@
 """Dense Qwen3: this file is the specification of the model. It knows nothing about requests or scheduling.
 
-A layer is four pieces, `project_qkv`, `attend`, `project_out` and `feed_forward`; the first three are its attention
-stage, the last is its FFN stage, and `forward` is their composition.
+A layer is five pieces, `project_qkv`, `store_kv`, `attend`, `project_out` and `feed_forward`; all but the last are its
+attention stage, the last is its FFN stage, and `forward` is their composition.
 """
 
 from __future__ import annotations
@@ -113,25 +113,33 @@ class Qwen3DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(hidden, eps, backend, dtype=dtype, device=device)
         self.post_attention_layernorm = RMSNorm(hidden, eps, backend, dtype=dtype, device=device)
 
-    def project_qkv(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def project_qkv(
+        self, hidden: torch.Tensor, residual: torch.Tensor | None, num_sms: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, hidden_size] -> query, key and value heads side by side, [T, (num_heads + 2 * num_kv_heads) * head_dim],
-        and the residual."""
-        return self.qkv_proj.forward_normed(hidden, residual, self.input_layernorm)
+        and the residual. `num_sms`, here and below: the SMs of the current stream, None for all of the GPU."""
+        return self.qkv_proj.forward_normed(hidden, residual, self.input_layernorm, num_sms)
 
-    def attend(
+    def store_kv(
         self, qkv: torch.Tensor, positions: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
-        """Norms and rotates the heads, stores their KV and attends; [T, num_heads, head_dim] out."""
-        return self.attention(qkv, positions, kv_cache, metadata)
+        """Norms and rotates the heads and stores their KV; the query heads, [T, num_heads, head_dim]."""
+        return self.attention.store_kv(qkv, positions, kv_cache, metadata)
 
-    def project_out(self, attended: torch.Tensor) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+        """[T, num_heads, head_dim] -> the same."""
+        return self.attention.attend(query, kv_cache, metadata)
+
+    def project_out(self, attended: torch.Tensor, num_sms: int | None = None) -> torch.Tensor:
         """[T, num_heads, head_dim] -> [T, hidden_size]."""
-        return self.o_proj(attended.flatten(1))
+        return self.o_proj(attended.flatten(1), num_sms)
 
-    def feed_forward(self, hidden: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def feed_forward(
+        self, hidden: torch.Tensor, residual: torch.Tensor, num_sms: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, hidden_size] twice -> the same."""
-        activated, residual = self.gate_up_proj.forward_gated(hidden, residual, self.post_attention_layernorm)
-        return self.down_proj(activated), residual
+        activated, residual = self.gate_up_proj.forward_gated(hidden, residual, self.post_attention_layernorm, num_sms)
+        return self.down_proj(activated, num_sms), residual
 
     def forward_attention_stage(
         self,
@@ -141,9 +149,10 @@ class Qwen3DecoderLayer(nn.Module):
         kv_cache: torch.Tensor,
         metadata: AttentionMetadata,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`project_qkv`, `attend`, `project_out`."""
+        """`project_qkv`, `store_kv`, `attend`, `project_out`."""
         qkv, residual = self.project_qkv(hidden, residual)
-        return self.project_out(self.attend(qkv, positions, kv_cache, metadata)), residual
+        query = self.store_kv(qkv, positions, kv_cache, metadata)
+        return self.project_out(self.attend(query, kv_cache, metadata)), residual
 
     def forward_ffn_stage(self, hidden: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`feed_forward`."""

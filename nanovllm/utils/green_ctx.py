@@ -65,24 +65,20 @@ def split_device_green_ctx_by_sm_count(device_index: int, sm_counts: Sequence[in
         GreenContextError: the counts exceed the device, or the driver refuses; nothing is left behind.
     """
     driver = _driver()
-    device, left = _sm_resource(driver, device_index)
-    resources: list[Any] = []
-    for count in sm_counts:
-        asked = f"{list(sm_counts)} SMs of GPU {device_index}"
-        if left is None or count > left.sm.smCount:
-            free = 0 if left is None else left.sm.smCount
-            raise GreenContextError(
-                f"{asked} were asked for; after {[resource.sm.smCount for resource in resources]} only {free} are left"
-            )
-        if count == left.sm.smCount:
-            resources.append(left)
-            left = None
-            continue
-        groups, _, rest = _checked(
-            driver, "cuDevSmResourceSplitByCount", driver.cuDevSmResourceSplitByCount(1, left, 0, count), asked
-        )
-        resources.append(groups[0])
-        left = rest if rest.sm.smCount else None
+    device, all_sms = _sm_resource(driver, device_index)
+    asked = f"{list(sm_counts)} SMs of GPU {device_index}"
+    try:
+        resources = _split(driver, all_sms, sm_counts, asked)
+    except GreenContextError:
+        resources = []
+    if list(sm_counts) != [resource.sm.smCount for resource in resources]:
+        # What is left over may have any count: the first one is granted as asked if it is cut off last, perhaps.
+        try:
+            backwards = _split(driver, all_sms, sm_counts[::-1], asked)[::-1]
+        except GreenContextError:
+            backwards = []
+        if not resources or list(sm_counts) == [resource.sm.smCount for resource in backwards]:
+            resources = backwards or _split(driver, all_sms, sm_counts, asked)
     partitions: list[Partition] = []
     try:
         for resource in resources:
@@ -105,6 +101,26 @@ def destroy(partitions: Sequence[Partition]) -> None:
     for partition in partitions:
         _checked(driver, "cuStreamDestroy", driver.cuStreamDestroy(partition.stream), f"stream {partition.stream:#x}")
         _checked(driver, "cuGreenCtxDestroy", driver.cuGreenCtxDestroy(partition._context), "a partition")
+
+
+def _split(driver: Any, left: Any, sm_counts: Sequence[int], asked: str) -> list[Any]:
+    """Resources of at least so many SMs, cut off one after the other."""
+    resources: list[Any] = []
+    for count in sm_counts:
+        if left is None or count > left.sm.smCount:
+            free = 0 if left is None else left.sm.smCount
+            raise GreenContextError(
+                f"{asked} were asked for; after {[resource.sm.smCount for resource in resources]} only {free} are left"
+            )
+        if count == left.sm.smCount:
+            resources.append(left)
+            left = None
+            continue
+        call = "cuDevSmResourceSplitByCount"
+        groups, _, rest = _checked(driver, call, driver.cuDevSmResourceSplitByCount(1, left, 0, count), asked)
+        resources.append(groups[0])
+        left = rest if rest.sm.smCount else None
+    return resources
 
 
 def _partition(driver: Any, device: Any, resource: Any) -> Partition:

@@ -1,0 +1,147 @@
+"""GEMMs for a part of a GPU's SMs, in CUDA C++ for Hopper (sm_90a): float16 and bfloat16.
+
+What a partition asks of them beside a lane that streams KV: tiles as wide as makes their number a whole number of turns
+of the SMs that there are, few reads of the L2 cache (thread blocks of a cluster share the weights that they fetch), and
+enough tiles on their way to wait for memory. The kernel is `cuda_gemm.cu`.
+
+The caller makes the tensors' device the current one.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+from nanovllm.utils.nvrtc import Kernel, compile_source, tensor_map
+
+ARCHITECTURE = "sm_90a"
+TILE_M = 128
+TILE_K = 64
+WIDEST = 256
+CLUSTERS = (4, 2)
+"""Thread blocks that fetch weights together, the best first."""
+FEWEST_TOKENS = 128
+"""With fewer, half of each tile would be computed for nothing."""
+NUM_THREADS = 384
+SHARED_BYTES = 227 * 1024 - 256
+"""Of an SM, less what the kernel's barriers take."""
+OTHER_BYTES = 1024 + 8 * 16 * 144
+"""To align tiles, and for outputs on their way."""
+
+
+def can_serve(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `shared_linear` is for this GEMM: not for few tokens, float32, other GPUs than Hopper's, odd sizes."""
+    is_half = x.dtype in (torch.bfloat16, torch.float16)
+    is_even = x.shape[1] % 8 == 0 and weight.shape[0] % 16 == 0
+    return is_half and is_even and x.shape[0] >= FEWEST_TOKENS and _is_hopper(x.device)
+
+
+def shared_linear(x: torch.Tensor, weight: torch.Tensor, num_sms: int, *, is_gated: bool = False) -> torch.Tensor:
+    """x W^T of [T, in] and [out, in], by `num_sms` thread blocks that stay, one on each SM.
+
+    If it is gated, silu of the first half of that times the second half, [T, out / 2].
+
+    Raises:
+        BackendUnavailableError: the kernel cannot be compiled or loaded.
+    """
+    num_tokens, num_inputs = x.shape
+    num_outputs = weight.shape[0] // 2 if is_gated else weight.shape[0]
+    output = x.new_empty(num_tokens, num_outputs)
+    num_rows = -(-num_tokens // TILE_M)
+    cluster, num_clusters = _clusters(num_rows, num_sms, x.dtype, x.device)
+    width = tile_width(weight.shape[0], max(num_clusters // (num_rows // cluster), 1))
+    kernel = _kernel(width, cluster, is_gated, x.dtype, x.device)
+    kernel.launch(
+        num_clusters * cluster,
+        NUM_THREADS,
+        [
+            tensor_map(x, (TILE_M, TILE_K)),
+            tensor_map(weight, (width // max(2, cluster), TILE_K)),
+            output,
+            num_tokens,
+            -(-num_inputs // TILE_K),
+            num_outputs,
+            num_outputs if is_gated else width // 2,
+        ],
+        cluster=cluster,
+    )
+    return output
+
+
+def _clusters(num_rows: int, num_sms: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+    """Thread blocks of a cluster, and how many clusters: the largest ones that use nearly all SMs of the stream.
+
+    A cluster's SMs must lie together, which on some partitions leaves many SMs for none of them.
+    """
+    for cluster in CLUSTERS:
+        if num_rows % cluster == 0:
+            num_clusters = _kernel(WIDEST, cluster, False, dtype, device).max_clusters(NUM_THREADS, cluster)
+            num_clusters = min(num_clusters, num_sms // cluster)
+            if num_clusters * cluster > num_sms - 4:
+                return cluster, num_clusters
+    return 1, num_sms
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
+def tile_width(num_rows: int, num_at_a_time: int) -> int:
+    """How many weight rows a tile has, if that many tiles are computed at a time: for least time, all in all.
+
+    A turn of tiles takes as long as they are wide, and a little: each begins and ends.
+    """
+
+    def cost(width: int) -> int:
+        num_tiles = -(-num_rows // width)
+        return -(-num_tiles // num_at_a_time) * (width + 16)
+
+    return min(range(WIDEST, 95, -32), key=cost)
+
+
+@functools.cache
+def _kernel(width: int, cluster: int, is_gated: bool, dtype: torch.dtype, device: torch.device) -> Kernel:
+    stages = num_stages(width)
+    shared_bytes = OTHER_BYTES + stages * _stage_bytes(width)
+    return Kernel(_compiled(width, cluster, stages, is_gated, dtype), "shared_linear", shared_bytes)
+
+
+def num_stages(width: int) -> int:
+    """As many tiles on their way as there is shared memory for, with what aligning them may take."""
+    return (SHARED_BYTES - OTHER_BYTES) // _stage_bytes(width)
+
+
+def _stage_bytes(width: int) -> int:
+    return (TILE_M + width) * TILE_K * 2
+
+
+@functools.cache
+def _compiled(width: int, cluster: int, stages: int, is_gated: bool, dtype: torch.dtype) -> bytes:
+    file = Path(__file__).with_suffix(".cu")
+    constants = {
+        "WIDTH": width,
+        "CLUSTER": cluster,
+        "STAGES": stages,
+        "GATED": int(is_gated),
+        "BF16": int(dtype == torch.bfloat16),
+    }
+    defined = "".join(f"#define {name} {value}\n" for name, value in constants.items())
+    source = defined + _wgmma(width, "bf16" if dtype == torch.bfloat16 else "f16") + file.read_text(encoding="utf-8")
+    return compile_source(source, file.name, ARCHITECTURE)
+
+
+def _wgmma(width: int, kind: str) -> str:
+    """The macro of the instruction that multiplies 64 rows by `width`: it names all registers of the accumulators."""
+    number = width // 2
+    registers = ", ".join(f"%{place}" for place in range(number))
+    operands = ", ".join(f'"+f"((d)[{place}])' for place in range(number))
+    return (
+        '#define WGMMA(d, a, b, adds) asm volatile("{ .reg .pred p; '
+        f"setp.ne.b32 p, %{number + 2}, 0; wgmma.mma_async.sync.aligned.m64n{width}k16.f32.{kind}.{kind} "
+        f'{{{registers}}}, %{number}, %{number + 1}, p, 1, 1, 0, 0; }}" : {operands} : "l"(a), "l"(b), '
+        '"r"(static_cast<int>(adds)))\n'
+    )

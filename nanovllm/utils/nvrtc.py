@@ -1,0 +1,155 @@
+"""CUDA C++ compiled at run time (NVRTC), and the driver calls that launch it. Knows nothing of what a kernel does."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from nanovllm.errors import BackendUnavailableError
+
+
+def compile_source(source: str, name: str, architecture: str) -> bytes:
+    """The machine code of a CUDA C++ source. Needs no GPU.
+
+    Args:
+        source: with no includes but those that NVRTC brings.
+        name: of the source, for messages.
+        architecture: such as `sm_90a`.
+
+    Raises:
+        BackendUnavailableError: there is no NVRTC, or it refuses the source; the message has its log.
+    """
+    try:
+        from cuda.bindings import nvrtc
+
+        code, program = nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], [])
+    except (ImportError, RuntimeError) as error:  # the bindings load the library when it is first called
+        remedy = "pip install cuda-python nvidia-cuda-nvrtc"
+        raise BackendUnavailableError(f"{name} needs NVRTC, which cannot be used ({error}); {remedy}") from error
+    _check(nvrtc, "nvrtcCreateProgram", code)
+    options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
+    (code,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if int(code):
+        _, size = nvrtc.nvrtcGetProgramLogSize(program)
+        log = b" " * size
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise BackendUnavailableError(f"NVRTC refuses {name}: {log.decode(errors='replace').strip()}")
+    code, size = nvrtc.nvrtcGetCUBINSize(program)
+    _check(nvrtc, "nvrtcGetCUBINSize", code)
+    cubin = b" " * size
+    (code,) = nvrtc.nvrtcGetCUBIN(program, cubin)
+    _check(nvrtc, "nvrtcGetCUBIN", code)
+    nvrtc.nvrtcDestroyProgram(program)
+    return cubin
+
+
+class Kernel:
+    """A kernel of compiled code, loaded for the current device.
+
+    Args:
+        cubin: from `compile_source`.
+        name: of the kernel, declared `extern "C"`.
+        shared_bytes: dynamic shared memory of each thread block.
+
+    Raises:
+        BackendUnavailableError: the driver refuses the code.
+    """
+
+    def __init__(self, cubin: bytes, name: str, shared_bytes: int) -> None:
+        from cuda.bindings import driver
+
+        self._driver = driver
+        self._shared_bytes = shared_bytes
+        torch.cuda.current_stream()  # the device's context is there from now on
+        self._module = self._called("cuModuleLoadData", cubin)
+        self._function = self._called("cuModuleGetFunction", self._module, name.encode())
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        self._called("cuFuncSetAttribute", self._function, attribute, shared_bytes)
+
+    def launch(self, num_blocks: int, num_threads: int, arguments: Sequence[Any], *, cluster: int = 1) -> None:
+        """On the current stream; the kernel itself waits for the one before it (programmatic dependent launch).
+
+        Args:
+            num_blocks, num_threads: of a one-dimensional grid and block.
+            arguments: tensors (their addresses), integers (32 bits) and what `tensor_map` gives.
+            cluster: thread blocks of a cluster.
+        """
+        values = [_argument(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*[address for address, _ in values])
+        config = self._config(num_blocks, num_threads, cluster)
+        self._called("cuLaunchKernelEx", config, self._function, ctypes.addressof(pointers), 0)
+
+    def max_clusters(self, num_threads: int, cluster: int) -> int:
+        """How many clusters of thread blocks run at a time on the SMs that the current stream has."""
+        return int(self._called("cuOccupancyMaxActiveClusters", self._function, self._config(cluster, num_threads, cluster)))
+
+    def _config(self, num_blocks: int, num_threads: int, cluster: int) -> Any:
+        driver = self._driver
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = num_blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = num_threads, 1, 1
+        config.sharedMemBytes = self._shared_bytes
+        config.hStream = torch.cuda.current_stream().cuda_stream
+        overlaps, clusters = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
+        overlaps.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        overlaps.value.programmaticStreamSerializationAllowed = 1
+        clusters.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        clusters.value.clusterDim.x, clusters.value.clusterDim.y, clusters.value.clusterDim.z = cluster, 1, 1
+        config.attrs, config.numAttrs = [overlaps, clusters], 2
+        return config
+
+    def _called(self, name: str, *arguments: Any) -> Any:
+        code, *values = getattr(self._driver, name)(*arguments)
+        _check(self._driver, name, code)
+        return values[0] if values else None
+
+
+def tensor_map(matrix: torch.Tensor, box: tuple[int, int]) -> Any:
+    """What the copy engine needs to know of a matrix of 16-bit values to fetch boxes of it, of 128-byte rows, swizzled.
+
+    Args:
+        matrix: [rows, columns], rows of a multiple of 16 bytes; what a box has beyond them is zero.
+        box: rows, up to 256, and columns of what is fetched at a time.
+    """
+    from cuda.bindings import driver
+
+    assert box[1] * matrix.itemsize == 128, "rows of a box are as long as the swizzle"
+    kinds = driver.CUtensorMapDataType
+    kind = kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+    if matrix.dtype == torch.float16:
+        kind = kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+    rows, columns = matrix.shape
+    code, made = driver.cuTensorMapEncodeTiled(
+        kind,
+        2,
+        matrix.data_ptr(),
+        [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
+        [driver.cuuint64_t(matrix.stride(0) * matrix.itemsize)],
+        [driver.cuuint32_t(box[1]), driver.cuuint32_t(box[0])],
+        [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    _check(driver, "cuTensorMapEncodeTiled", code)
+    return made
+
+
+def _argument(argument: Any) -> tuple[int, Any]:
+    """Where an argument's value lies, and what must be kept for it to lie there."""
+    if isinstance(argument, torch.Tensor):
+        address = ctypes.c_uint64(argument.data_ptr())
+        return ctypes.addressof(address), address
+    if isinstance(argument, int):
+        number = ctypes.c_int32(argument)
+        return ctypes.addressof(number), number
+    return argument.getPtr(), argument
+
+
+def _check(bindings: Any, name: str, code: Any) -> None:
+    if int(code):
+        raise BackendUnavailableError(f"{name} failed: {getattr(code, 'name', code)} ({int(code)})")
