@@ -1,9 +1,10 @@
 """The decode pipeline against plain decode: ms per step by batch, context, split of the SMs, and cut of the layers.
 
-Each point is one decode step of a model on one device, in a CUDA graph, with random KV of its own for every request;
-plain and pipelined steps are measured in turn in one run. What reads the KV is on the attention lane; a cut says what
-else is. Of each point the best is shown beside plain decode, and a bound: the KV read once and the weights once for
-each micro-batch, at the streaming bandwidth measured in the same run.
+Each point is one decode step of a model on one device, in a CUDA graph at steady clocks, with random KV of its own for
+every request; plain and pipelined steps are measured in turn in one run. What reads the KV is on the attention lane; a
+cut says what else is. Of each point the best is shown beside plain decode, what `decode_pipeline="auto"` would have
+chosen by what it measured when the runner was made, and a bound: the KV read once and the weights once for each
+micro-batch, at the streaming bandwidth measured in the same run.
 """
 
 from __future__ import annotations
@@ -18,56 +19,49 @@ from common import SHAPES, model_options, report
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.builder import runner_spec
-from nanovllm.engine.green_manager import GreenManager
-from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.pipeline_choice import Split
-from nanovllm.engine.pipeline_plan import Cut
-from nanovllm.engine.pipeline_scheduler import PipelineScheduler
+from nanovllm.engine.model_runner import ModelRunner, PipelineOptions
+from nanovllm.engine.pipeline_plan import Arrangement, Cut, Split
 from nanovllm.utils.device import resolve_device
 from nanovllm.utils.loader import checkpoint_folder, read_json
 
 NUM_REPLAYS = 10
 """Steps before contexts begin anew."""
-WARM_S = 0.4
+WARM_S = 0.3
 """So long the GPU's clocks take to come down to what its power allows."""
-TIMED_S = 0.4
+TIMED_S = 0.3
 
 
 def make_runner(args: argparse.Namespace) -> ModelRunner:
-    """Without graphs of its own: each measurement captures the one that it needs."""
+    """A decode runner that chooses for itself, its KV random."""
     options = model_options(args.model, args.model_shape)
     folder = checkpoint_folder(options.pop("model"))
     longest = max(args.contexts) + 2 * NUM_REPLAYS
-    most = max(args.batches)
-    config = EngineConfig(
-        model=str(folder), max_model_len=longest, max_num_seqs=most, enforce_eager=True, **options
-    )
+    config = EngineConfig(model=str(folder), max_model_len=longest, max_num_seqs=max(args.batches), **options)
     device = resolve_device(args.device)
     spec = runner_spec(config, folder, read_json(folder, "config.json") or {}, device)
-    runner = ModelRunner(spec, device, is_decode_runner=True, max_step_tokens=64)
+    pipeline = PipelineOptions(adaptive=True)
+    runner = ModelRunner(spec, device, is_decode_runner=True, max_step_tokens=64, pipeline=pipeline)
     with runner._on(runner.stream):
         runner.kv_pool.normal_()
     return runner
 
 
-def time_steps(runner: ModelRunner, batch: int, context: int, pipeline: PipelineScheduler | None) -> float:
+def time_steps(runner: ModelRunner, batch: int, context: int, arrangement: Arrangement | None) -> float:
     """Seconds per step; the median of several, of one graph on a GPU at its steady clocks."""
-    runner.pipeline = pipeline
-    split = None if pipeline is None else pipeline.green_manager.split
     times = []
     assert runner.decode_rows is not None, "it was made to decode"
     with runner._on(runner.stream):
         runner.decode_rows.pretend(batch, context)  # each step moves on by a token
-        runner.run_decode_core(batch, split)
+        runner.run_decode_core(batch, arrangement)
         if runner.stream is None:
             for _ in range(3):
                 started = time.perf_counter()
-                runner.run_decode_core(batch, split)
+                runner.run_decode_core(batch, arrangement)
                 times.append(time.perf_counter() - started)
             return sorted(times)[1]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=runner.stream):
-            runner.run_decode_core(batch, split)
+            runner.run_decode_core(batch, arrangement)
         started = time.perf_counter()
         while time.perf_counter() - started < WARM_S + TIMED_S:
             runner.decode_rows.pretend(batch, context)
@@ -93,29 +87,39 @@ def bound_s(runner: ModelRunner, batch: int, context: int, bandwidth: float, num
 
 def sweep(runner: ModelRunner, args: argparse.Namespace, bandwidth: float) -> list[dict[str, Any]]:
     rows = []
+    assert runner.pipeline is not None, "this device's SMs cannot be split"
+    assert runner._choice is not None, "it was made to choose"
     splits: list[Split] = args.splits if runner.device.is_cuda else [(0, 0)]
-    manager = GreenManager(runner.device, *splits[0], enable_rebalance=True)
-    print(f"{'batch':>6}{'context':>9}{'plain ms':>10}{'best ms':>9}{'gain':>7}  best, bound ms")
+    print(f"{'batch':>6}{'context':>9}{'plain ms':>10}{'best ms':>9}{'gain':>7}{'auto':>7}  best; auto; bound ms")
     for batch, context in itertools.product(args.batches, args.contexts):
         if batch * (context + 2 * NUM_REPLAYS) > runner.num_kv_blocks * runner.block_size:
             print(f"{batch:6}{context:9}  does not fit into the pool")
             continue
+        chosen = runner._choice.arrangement_for(batch, context)
+        arrangements = [Arrangement(*pair) for pair in itertools.product(splits, args.cuts)]
+        if chosen is not None and chosen not in arrangements:
+            arrangements.append(chosen)
         plain_s = time_steps(runner, batch, context, None)
+        seconds: dict[Arrangement | None, float] = {None: plain_s}
         points = []
-        for split, cut, parts in itertools.product(splits, args.cuts, args.micro_batches):
-            manager.rebalance(*split)
-            pipeline = PipelineScheduler(runner.model, manager, num_micro_batches=parts, cut=cut)
-            points.append(
-                {"split": split, "cut": cut.name, "parts": parts, "s": time_steps(runner, batch, context, pipeline)}
-            )
+        for parts, arrangement in itertools.product(args.micro_batches, arrangements):
+            runner.pipeline.num_micro_batches = parts
+            took = time_steps(runner, batch, context, arrangement)
+            points.append({"split": arrangement.split, "cut": arrangement.cut.name, "parts": parts, "s": took})
+            if parts == args.micro_batches[0]:
+                seconds[arrangement] = took
         best = min(points, key=lambda point: point["s"])
         bound = bound_s(runner, batch, context, bandwidth, best["parts"])
-        rows.append({"batch": batch, "context": context, "plain_s": plain_s, "bound_s": bound, "points": points})
+        auto_s = seconds[chosen]
+        auto = {"chosen": str(chosen or "plain"), "s": auto_s}
+        rows.append(
+            {"batch": batch, "context": context, "plain_s": plain_s, "bound_s": bound, "auto": auto, "points": points}
+        )
         name = f"{best['split'][0]}:{best['split'][1]} {best['cut']} x{best['parts']}"
-        gain = plain_s / best["s"]
-        print(f"{batch:6}{context:9}{plain_s * 1e3:10.2f}{best['s'] * 1e3:9.2f}{gain:7.2f}  {name}, {bound * 1e3:.2f}")
-    runner.pipeline = None
-    manager.close()
+        print(
+            f"{batch:6}{context:9}{plain_s * 1e3:10.2f}{best['s'] * 1e3:9.2f}{plain_s / best['s']:7.3f}"
+            f"{plain_s / auto_s:7.3f}  {name}; {auto['chosen']}; {bound * 1e3:.2f}"
+        )
     return rows
 
 
@@ -128,10 +132,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-shape", choices=SHAPES, default="qwen3-8b", help="random weights of this shape")
     parser.add_argument("--model", help="folder of a checkpoint instead of random weights")
-    parser.add_argument("--batches", type=int, nargs="+", default=[128, 256, 512])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 512, 1024])
-    parser.add_argument("--splits", type=_split, nargs="+", default=[(32, 100), (40, 92), (48, 84), (64, 68)])
-    parser.add_argument("--cuts", type=Cut.__getitem__, nargs="+", default=list(Cut), help="STAGES, GEMMS")
+    parser.add_argument("--batches", type=int, nargs="+", default=[256, 512, 768, 1024])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 384, 512, 1024])
+    parser.add_argument("--splits", type=_split, nargs="+", default=[(28, 104), (32, 100), (36, 96), (64, 68)])
+    cuts = [Cut.GEMMS, Cut.REST]
+    parser.add_argument("--cuts", type=Cut.__getitem__, nargs="+", default=cuts, help="of STAGES, GEMMS and REST")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[2])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", help="file for the JSON line")

@@ -91,7 +91,15 @@ def driver(monkeypatch):
 
 @pytest.mark.parametrize(
     ("asked", "granted"),
-    [([48, 84], [48, 84]), ([32, 100], [32, 100]), ([100], [104]), ([16, 16], [16, 16]), ([12, 116], [16, 116])],
+    [
+        ([48, 84], [48, 84]),
+        ([32, 100], [32, 100]),
+        ([100], [104]),
+        ([16, 16], [16, 16]),
+        ([12, 116], [16, 116]),
+        ([36, 96], [36, 96]),
+        ([28, 104], [28, 104]),
+    ],
 )
 def test_counts_are_rounded_up_but_for_all_that_is_left(driver, asked, granted):
     partitions = green_ctx.split_device_green_ctx_by_sm_count(0, asked)
@@ -162,7 +170,7 @@ class TestManager:
         return GreenManager(Device("cuda", 0), attention_sm, ffn_sm, **options)
 
     def test_what_is_not_given_is_what_is_left(self):
-        assert self.manager().split == (48, 84)
+        assert self.manager().split == (32, 100)
         assert self.manager(32).split == (32, 100)
         assert self.manager(None, 84).split == (48, 84)
 
@@ -173,6 +181,9 @@ class TestManager:
     def test_a_split_that_is_not_granted_names_the_one_that_is(self):
         with pytest.raises(GreenContextError, match="asked for 44 and 84 SMs and grants 48 and 84"):
             self.manager(44, 84).allocate()
+        assert not self.driver.contexts
+        self.manager(44, 88).allocate()
+        self.driver.contexts.clear()
         assert not self.driver.contexts
 
     def test_idle_sms_are_warned_of(self, caplog):
@@ -187,18 +198,16 @@ class TestManager:
         for turn in range(1000):
             lanes = manager.rebalance(*[(40, 92), (48, 84), (64, 68)][turn % 3])
             assert set(lanes.streams) == set(Lane)
-        assert manager.allocate((48, 84)) is first
-        assert len(self.driver.contexts) == 6
+        assert manager.allocate((32, 100)) is first
+        assert len(self.driver.contexts) == 8
         assert manager.stats() == {
             "num_sms": 132,
             "attention_sm": 40,
             "ffn_sm": 92,
             "idle_sm": 0,
-            "splits_held": 3,
+            "splits_held": 4,
             "rebalances": 1000,
         }
-        manager.release((64, 68))
-        assert len(self.driver.contexts) == 4
         manager.close()
         assert not self.driver.contexts
 
@@ -208,5 +217,5 @@ class TestManager:
         self.driver.failing.add("cuGreenCtxCreate")
         with pytest.raises(GreenContextError):
             manager.rebalance(64, 68)
-        assert manager.split == (48, 84)
+        assert manager.split == (32, 100)
         assert manager.stats()["rebalances"] == 0

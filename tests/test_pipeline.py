@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from nanovllm.engine.green_manager import GreenManager
-from nanovllm.engine.pipeline_choice import Measured, PipelineChoice
-from nanovllm.engine.pipeline_plan import PIECES, Cut, Lane, PlanStep, check_plan, draw, make_plan
+from nanovllm.engine.pipeline_choice import Measured, PipelineChoice, best_of_all
+from nanovllm.engine.pipeline_plan import PIECES, Arrangement, Cut, Lane, PlanStep, check_plan, draw, make_plan
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.pipeline_statistics import LaneClock, PipelineCounters, lines, statistics
 from nanovllm.kernels import AttentionMetadata, torch_reference
@@ -180,8 +180,8 @@ def test_statistics_are_printed_as_documented():
     counters = PipelineCounters(steps=2, tokens=12)
     counters.fallbacks["capture failed"] += 1
     averages = {"attention": 2.0, "ffn": 3.0, "total": 4.0, "overlap": 1.0}
-    result = statistics(counters, [(48, 84)], averages)
-    assert lines(result, sequential_ms=4.4) == [
+    result = statistics(counters, [Arrangement((48, 84), Cut.GEMMS)], averages, sequential_ms=4.4)
+    assert lines(result) == [
         "[M2 Pipeline Statistics - GPU1 Decode Card]",
         "  Total tokens:         12",
         "  Avg attention time:   2.000 ms",
@@ -195,23 +195,41 @@ def test_statistics_are_printed_as_documented():
         "  Sequential time:      4.400 ms",
         "  Fallbacks:            1 x capture failed",
     ]
-    unmeasured = lines(statistics(counters, [], {}), sequential_ms=None)
+    unmeasured = lines(statistics(counters, [], {}, sequential_ms=None))
     assert "  Avg total time:       not measured (decode_pipeline_profiling=False)" in unmeasured
+    assert "  Sequential time:      not measured" in unmeasured
+
+
+FEW, MANY = Arrangement((48, 84), Cut.GEMMS), Arrangement((64, 68), Cut.REST)
+POINTS = [
+    Measured(128, 512, 1.0, {FEW: 1.2, MANY: 1.3}),
+    Measured(512, 512, 1.1, {FEW: 0.9, MANY: 0.8}),
+    Measured(512, 4096, 1.2, {FEW: 0.8, MANY: 0.995}),
+    Measured(1024, 512, 1.0, {FEW: 0.995, MANY: 1.0}),
+]
 
 
 def test_the_nearest_point_decides_and_ties_go_to_plain_decode():
-    choice = PipelineChoice(
-        [
-            Measured(128, 512, 1.0, {(48, 84): 1.2, (64, 68): 1.3}),
-            Measured(512, 512, 1.0, {(48, 84): 0.9, (64, 68): 0.8}),
-            Measured(512, 4096, 1.0, {(48, 84): 0.8, (64, 68): 0.995}),
-            Measured(1024, 512, 1.0, {(48, 84): 0.995, (64, 68): 1.0}),
-        ]
-    )
-    assert choice.splits == [(48, 84), (64, 68)]
-    assert choice.split_for(130, 500.0) is None
-    assert choice.split_for(400, 700.0) == (64, 68)
-    assert choice.split_for(400, 2500.0) == (48, 84)
-    assert choice.split_for(2000, 300.0) is None
-    assert choice.split_for(5, 4096.0) is None
-    assert PipelineChoice([]).split_for(512, 512.0) is None
+    choice = PipelineChoice(POINTS)
+    assert choice.arrangements == [FEW, MANY]
+    assert choice.arrangement_for(130, 500.0) is None
+    assert choice.arrangement_for(400, 700.0) == MANY
+    assert choice.arrangement_for(400, 2500.0) == FEW
+    assert choice.arrangement_for(2000, 300.0) is None
+    assert choice.arrangement_for(5, 4096.0) is None
+    assert choice.may_choose(FEW, 400)
+    assert not choice.may_choose(MANY, 1024 * 4)
+    assert choice.plain_s(600.0, 3000.0) == 1.2
+    nothing = PipelineChoice([])
+    assert nothing.arrangement_for(512, 512.0) is None
+    assert nothing.arrangements == []
+    assert nothing.plain_s(1.0, 1.0) is None
+
+
+def test_a_choice_that_was_made_is_made_always():
+    assert best_of_all(POINTS) == FEW
+    choice = PipelineChoice(POINTS, always=FEW)
+    assert choice.arrangements == [FEW]
+    assert choice.arrangement_for(5, 30.0) == FEW
+    assert choice.may_choose(FEW, 1)
+    assert PipelineChoice([], always=FEW).may_choose(FEW, 1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nanovllm import BackendUnavailableError
-from nanovllm.kernels import BackendRequirements, resolve_backend, unsupported_reasons
+from nanovllm.kernels import BackendRequirements, cuda_gemm, resolve_backend, unsupported_reasons
 
 triton = pytest.importorskip("triton")
 SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -31,7 +31,7 @@ FLOAT_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 POINTER_TYPES = {**FLOAT_TYPES, "words": "*i32"}
 STORE = {"NUM_HEADS": 32, "PADDED_HEADS": 32, "NUM_KV_HEADS": 8, "PADDED_KV_HEADS": 8, "BLOCK_SIZE": 64, "KV_TILE": 64}
 PREFILL = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "PADDED_REQUESTS": 64, "BLOCK_SIZE": 64, "TILE_M": 64}
-DECODE = {"NUM_KV_HEADS": 8, "GROUP": 4, "PADDED_GROUP": 16, "PADDED_REQUESTS": 512, "BLOCK_SIZE": 64, "TILE": 32}
+DECODE = {"NUM_KV_HEADS": 8, "GROUP": 4, "PADDED_GROUP": 8, "PADDED_REQUESTS": 512, "BLOCK_SIZE": 64, "TILE": 16}
 
 
 def kernel_cases(capability: int):
@@ -56,6 +56,7 @@ def kernel_cases(capability: int):
         yield "_add_rms_norm_kernel", dtype, {"HAS_RESIDUAL": True, "PADDED_SIZE": 4096}, {"num_warps": 8}
         yield "_silu_and_mul_kernel", dtype, {"TILE": 1024}, {}
         yield "_best_of_tile_kernel", dtype, {"TILE": 4096, "IS_CUDA": True}, {}
+    yield "_stamp_kernel", "words", {}, {"num_warps": 1}
     yield "_best_of_tiles_kernel", "float32", {"PADDED_TILES": 64}, {"num_warps": 1}
     yield (
         "_gather_rows_kernel",
@@ -68,6 +69,7 @@ def kernel_cases(capability: int):
 
 
 INTEGER_POINTERS = {
+    "stamps": "*i64",
     "slot_mapping": "*i64",
     "positions": "*i64",
     "seeds": "*i64",
@@ -85,7 +87,7 @@ INTEGER_POINTERS = {
     "row_numbers": "*i64",
 }
 COUNTS = {"num_inputs", "num_outputs", "words", "size", "vocab_size", "num_tiles"}
-INTEGERS = {"num_requests", "num_sms", "num_rows", "num_slots", "max_blocks", "spare_slot"}
+INTEGERS = {"place", "num_requests", "num_sms", "num_rows", "num_slots", "max_blocks", "spare_slot"}
 FLOAT_POINTERS = {"partial", "log_sums", "cos", "sin", "best", "temperatures", "row_temperatures"}
 
 
@@ -106,9 +108,9 @@ def test_kernels_compile_without_a_gpu(capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from nanovllm.kernels import triton_attention, triton_fused, triton_rows, triton_transfer
+    from nanovllm.kernels import triton_attention, triton_fused, triton_rows, triton_stamps, triton_transfer
 
-    modules = (triton_attention, triton_fused, triton_rows, triton_transfer)
+    modules = (triton_attention, triton_fused, triton_rows, triton_stamps, triton_transfer)
     kernels = {name: kernel for module in modules for name, kernel in vars(module).items()}
     for name, dtype, constants, options in kernel_cases(capability):
         kernel = kernels[name]
@@ -127,6 +129,34 @@ def test_kernels_compile_without_a_gpu(capability):
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert len(compiled.asm["cubin"]) > 0
         assert compiled.metadata.shared <= SHARED_MEMORY_BYTES[capability], f"{name} {dtype} {constants}"
+
+
+TILES = [(256, 4, True), (192, 3, False), (176, 2, False), (96, 1, True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("width", "cluster", "gated"), TILES)
+def test_gemms_of_lanes_compile_without_a_gpu(width, cluster, gated, dtype):
+    pytest.importorskip("cuda.bindings.nvrtc")
+    stages = cuda_gemm.num_stages(width)
+    try:
+        code = cuda_gemm._compiled(width, cluster, stages, gated, dtype)
+    except BackendUnavailableError as error:
+        if "needs NVRTC" in str(error):
+            pytest.skip(str(error))
+        raise
+    assert code[1:4] == b"ELF"
+    # Barriers take two words a stage.
+    assert cuda_gemm.OTHER_BYTES + stages * (cuda_gemm._stage_bytes(width) + 16) <= SHARED_MEMORY_BYTES[90]
+
+
+def test_tiles_are_as_wide_as_makes_whole_turns():
+    # 24, 23 and 4 x 24 tiles, where 25 fit at a time.
+    assert [cuda_gemm.tile_width(rows, 25, 16) for rows in (6144, 4096, 24576)] == [256, 176, 256]
+    # Two turns of narrow tiles instead of one of 23 wide ones and one of a single one.
+    assert cuda_gemm.tile_width(6144, 23, 16) == 144
+    assert cuda_gemm.tile_width(4096, 23, 48) == 192
+    assert cuda_gemm.tile_width(96, 100, 48) == 96
 
 
 def test_resolve_backend_answers_with_reasons():

@@ -573,7 +573,7 @@ def test_auto_runs_the_pipeline_where_it_measured_faster(checkpoint, monkeypatch
 
     def timed(run):
         # As if the pipeline paid for batches of 4 and more.
-        (size,), is_plain = run.args, run.keywords["split"] is None
+        (size,), is_plain = run.args, run.keywords["arrangement"] is None
         run()
         return 1.0 if is_plain else 0.9 if size >= 4 else 1.1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import functools
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -23,13 +25,21 @@ from nanovllm.engine.decode_batch import DecodeStep
 from nanovllm.engine.decode_rows import DecodeRows
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.model_inputs import ModelInputs, block_list, sampling_inputs
-from nanovllm.engine.pipeline_choice import Measured, PipelineChoice, Split
+from nanovllm.engine.pipeline_choice import Measured, PipelineChoice, best_of_all
+from nanovllm.engine.pipeline_plan import Arrangement, Cut, Split
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.pipeline_statistics import PipelineCounters, lines, statistics
 from nanovllm.engine.prefill_buffers import PrefillBuffers
 from nanovllm.engine.scheduler import MOST_PREFILL_REQUESTS, BlockPair, PrefillStep, Step
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import GreenContextError, HandoffError, ModelLoadError, OutOfKVCacheError, shown
+from nanovllm.errors import (
+    BackendUnavailableError,
+    GreenContextError,
+    HandoffError,
+    ModelLoadError,
+    OutOfKVCacheError,
+    shown,
+)
 from nanovllm.kernels import AttentionMetadata, ResolvedBackend
 from nanovllm.layers.sampler import SampledTokens, SamplingInputs, sample
 from nanovllm.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
@@ -41,11 +51,14 @@ logger = logging.getLogger(__name__)
 
 GIB = 1024**3
 CPU_POOL_BYTES = 512 * 1024**2
-CALIBRATED_BATCHES = (64, 128, 256, 512, 1024)
-CALIBRATED_CONTEXTS = (256, 512, 1024, 2048, 4096)
-CALIBRATED_ATTENTION_SM = (32, 48, 64)
-"""What `auto` times the decode pipeline for."""
-NUM_TIMED_STEPS = 3
+CALIBRATED_BATCHES = (256, 512, 768, 1024, 1536, 2048)
+CALIBRATED_CONTEXTS = (128, 256, 384, 512, 768, 1024, 2048)
+CALIBRATED_ATTENTION_SM = (28, 32, 36, 56, 64)
+CALIBRATED_CUTS = (Cut.GEMMS, Cut.REST)
+"""What the decode pipeline is timed for. Smaller batches it has never been worth."""
+NUM_TIMED_STEPS = 4
+HEATING_S = 0.4
+"""So long a GPU's clocks take to come down to what its power allows."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +180,11 @@ class ModelRunner:
                 enable_peer_access(device, push_to.device)
             self._prefill_graphs, self._graph_pool = self._capture_prefill()
             self._choice: PipelineChoice | None = None
-            self._decode_steps = {} if self.decode_rows is None else self._make_decode_paths(pipeline)
+            self._decode_sizes: list[int] = []
+            self._decode_steps: dict[Arrangement | None, StepGraphs | EagerSteps] = {}
+            if self.decode_rows is not None:
+                self._decode_sizes = batch_buckets(self.decode_rows.max_num_rows)
+                self._decode_steps = self._make_decode_paths(pipeline)
         self.synchronize()  # other streams are about to read the weights and write to the pool
 
     @property
@@ -191,17 +208,17 @@ class ModelRunner:
         if self.decode_rows is not None:
             self.decode_rows.forget()
 
-    def run_decode_core(self, size: int, split: Split | None = None) -> StepOutput:
+    def run_decode_core(self, size: int, arrangement: Arrangement | None = None) -> StepOutput:
         """One decode step over the first `size` rows of the batch, on the device alone: no host value is read.
 
-        By the pipeline with this split of the SMs, or plain.
+        By the pipeline, arranged so, or plain.
         """
         assert self.decode_rows is not None, f"{self.device} was made for prefill, it cannot run a decode step"
         inputs = self.decode_rows.gather(size)
-        if split is not None:
-            assert self.pipeline is not None, "a split is of a pipeline"
+        if arrangement is not None:
+            assert self.pipeline is not None, "an arrangement is of a pipeline"
             hidden = self.pipeline.decode_token(
-                inputs.input_ids, inputs.positions, self.kv_pool, inputs.metadata, split
+                inputs.input_ids, inputs.positions, self.kv_pool, inputs.metadata, arrangement
             )
         else:
             hidden = self.model(inputs.input_ids, inputs.positions, self.kv_pool, self._planned(inputs.metadata))
@@ -227,23 +244,21 @@ class ModelRunner:
         assert self.decode_rows is not None, f"{self.device} was made for prefill, it cannot run a decode step"
         self.decode_rows.update(step)
         num_rows = len(step.batch)
-        split = self._split_for(step)
-        if split is not None:
-            self.pipeline_counters.steps += 1
-            self.pipeline_counters.tokens += num_rows
-        steps = self._decode_steps[split]
-        output = steps.replay(steps.size_for(num_rows))
+        size = self._decode_sizes[bisect.bisect_left(self._decode_sizes, num_rows)] if self._uses_graphs else num_rows
+        arrangement = None
+        if self._choice is not None:
+            context = float(step.positions.mean()) + 1
+            arrangement = self._choice.arrangement_for(size, context)
+            if arrangement is not None:
+                self.pipeline_counters.steps += 1
+                self.pipeline_counters.tokens += num_rows
+                self.pipeline_counters.contexts += context
+        output = self._decode_steps[arrangement].replay(size)
         if step.is_plain:  # without a list of its rows
             return SampledTokens(output.sampled.token_ids[:num_rows])
         sampled = self._resampled(output, [(row.seq, row.output_index) for row in step.rows])
         self.decode_rows.correct(sampled.token_ids)
         return sampled
-
-    def _split_for(self, step: DecodeStep) -> Split | None:
-        """How the pipeline runs a step, None for plain decode."""
-        if self._choice is None:
-            return next(iter(self._decode_steps))
-        return self._choice.split_for(len(step.batch), float(step.positions.mean()) + 1)
 
     def _resampled(self, output: StepOutput, rows: SequenceOf[tuple[Sequence, int]]) -> SampledTokens:
         """A token for each request, with its index in the request's output, from a step's logits and all parameters.
@@ -425,15 +440,19 @@ class ModelRunner:
 
         Waits for the device if the lanes are timed.
         """
-        splits = [split for split in self._decode_steps if split is not None]
+        counters = self.pipeline_counters
         clock = None if self.pipeline is None else self.pipeline.clock
         with self._on(self.stream):
             averages_ms = {} if clock is None else clock.averages_ms()
-        return statistics(self.pipeline_counters, splits, averages_ms)
+        sequential_s = None
+        if self._choice is not None and counters.steps:
+            sequential_s = self._choice.plain_s(counters.tokens / counters.steps, counters.contexts / counters.steps)
+        arrangements = [] if self._choice is None else self._choice.arrangements
+        return statistics(counters, arrangements, averages_ms, None if sequential_s is None else sequential_s * 1e3)
 
     def print_pipeline_statistics(self) -> None:
         """The same as a table."""
-        print("\n".join(lines(self.get_pipeline_statistics(), sequential_ms=None)))  # noqa: T201 - what it is for
+        print("\n".join(lines(self.get_pipeline_statistics())))  # noqa: T201 - what it is for
 
     def _make_prefill_buffers(self, max_step_tokens: int) -> PrefillBuffers:
         # The KV of a step's tokens is in the pool.
@@ -474,90 +493,119 @@ class ModelRunner:
         sizes = token_buckets(self.prefill_buffers.max_num_tokens)
         return StepGraphs("prefill", self.run_prefill_core, sizes, pool), pool
 
-    def _make_decode_paths(self, options: PipelineOptions | None) -> dict[Split | None, StepGraphs | EagerSteps]:
-        """Decode steps by the split that they run with, None for plain ones: those that will be needed."""
-        assert self.decode_rows is not None, f"{self.device} was made for prefill"
-        sizes = batch_buckets(self.decode_rows.max_num_rows)
-        paths: dict[Split | None, StepGraphs | EagerSteps] = {}
+    def _make_decode_paths(self, options: PipelineOptions | None) -> dict[Arrangement | None, StepGraphs | EagerSteps]:
+        """Decode steps by how the pipeline is arranged, None for plain ones: those that will be needed."""
+        paths: dict[Arrangement | None, StepGraphs | EagerSteps] = {}
         if self.pipeline is not None and options is not None:
             try:
-                if options.adaptive:
-                    self._choice = self._calibrated(options)
-                    wanted = self._choice.splits
-                else:
-                    wanted = [self.pipeline.green_manager.split]
-                paths |= {split: self._steps(sizes, split) for split in wanted}
-            except RuntimeError as error:  # a capture that the driver refuses, say
+                self._choice = self._make_choice(options)
+                for arrangement in self._choice.arrangements:
+                    sizes = [size for size in self._decode_sizes if self._choice.may_choose(arrangement, size)]
+                    paths[arrangement] = self._steps(sizes, arrangement)
+            except (RuntimeError, BackendUnavailableError) as error:  # a capture that the driver refuses, say
                 paths, self._choice = {}, None
                 self._fall_back(str(error))
             if self.pipeline is not None and self.pipeline.clock is not None:
                 self.pipeline.clock.reset()
-        if self._choice is not None or not paths:
-            paths[None] = self._steps(sizes, None)
+        if self._choice is None or self._choice.always is None:
+            paths[None] = self._steps(self._decode_sizes, None)
         return paths
 
-    def _steps(self, sizes: list[int], split: Split | None) -> StepGraphs | EagerSteps:
+    def _steps(self, sizes: list[int], arrangement: Arrangement | None) -> StepGraphs | EagerSteps:
         assert self.decode_rows is not None, f"{self.device} was made for prefill"
-        step = functools.partial(self.run_decode_core, split=split)
+        step = functools.partial(self.run_decode_core, arrangement=arrangement)
         if not self._uses_graphs:
             return EagerSteps(step)
         self.decode_rows.pad(self.decode_rows.max_num_rows)
-        if split is None:
+        if arrangement is None:
             return StepGraphs("decode", step, sizes, self._graph_pool)
-        # Memory of their own: a capture that fails leaves its pool of no use, and so does a lane that is given back.
-        return StepGraphs(f"decode {split[0]}:{split[1]}", step, sizes, torch.cuda.graph_pool_handle())
+        # Memory of their own: a capture that fails leaves its pool of no use.
+        return StepGraphs(f"decode {arrangement}", step, sizes, torch.cuda.graph_pool_handle())
 
-    def _calibrated(self, options: PipelineOptions) -> PipelineChoice:
-        """Times plain decode and the pipeline for some batches and contexts."""
+    def _make_choice(self, options: PipelineOptions) -> PipelineChoice:
+        """Times plain decode and the pipeline, arranged in several ways, where there is something to choose or show."""
         assert self.decode_rows is not None, f"{self.device} was made for prefill"
         assert self.pipeline is not None, "there is a pipeline to be timed"
+        is_given = options.attention_sm is not None or options.ffn_sm is not None
+        given = Arrangement(self.pipeline.green_manager.split, self.pipeline.cut)
+        largest = self.decode_rows.max_num_rows
+        if options.adaptive:
+            batches = [batch for batch in CALIBRATED_BATCHES if batch <= largest]
+            return PipelineChoice(self._measured(self._candidates(is_given), batches))
+        if not self.device.is_cuda or (is_given and not options.profiling):
+            return PipelineChoice([], always=given)
+        if is_given:
+            return PipelineChoice(self._measured([given], [largest]), always=given)
+        points = self._measured(self._candidates(is_given), [largest])
+        return PipelineChoice(points, always=best_of_all(points))
+
+    def _candidates(self, is_given: bool) -> list[Arrangement]:
+        """How the pipeline may be arranged, as far as the driver grants it; the split may have been given."""
+        assert self.pipeline is not None, "there is a pipeline to be arranged"
         manager = self.pipeline.green_manager
-        is_given = options.attention_sm is not None or options.ffn_sm is not None or not manager.num_sms
-        splits = [manager.split] if is_given else [(sms, manager.num_sms - sms) for sms in CALIBRATED_ATTENTION_SM]
-        batches = [batch for batch in CALIBRATED_BATCHES if batch <= self.decode_rows.max_num_rows]
+        if not manager.num_sms:
+            return [Arrangement(manager.split, self.pipeline.cut)]
+        splits = [manager.split]
+        if not is_given:
+            splits = [(sms, manager.num_sms - sms) for sms in CALIBRATED_ATTENTION_SM if sms < manager.num_sms]
+        granted = [split for split in splits if self._is_granted(split)]
+        if not granted:
+            raise GreenContextError(f"{self.device} grants none of {splits}; give decode_attention_sm")
+        return [Arrangement(split, cut) for split in granted for cut in CALIBRATED_CUTS]
+
+    def _is_granted(self, split: Split) -> bool:
+        assert self.pipeline is not None, "there is a pipeline to be arranged"
+        try:
+            self.pipeline.green_manager.allocate(split)
+        except GreenContextError as error:
+            logger.info("%s: not timed: %s", self.device, error)
+            return False
+        return True
+
+    def _measured(self, arrangements: list[Arrangement], batches: list[int]) -> list[Measured]:
+        assert self.decode_rows is not None, f"{self.device} was made for prefill"
+        if not batches:
+            return []
         # Each of the steps that are timed moves on by a token.
         longest = self.spec.max_model_len - NUM_TIMED_STEPS
-        contexts = [context for context in CALIBRATED_CONTEXTS if context <= longest]
-        if not batches or not contexts:
-            return PipelineChoice([])
-        choice = PipelineChoice(self._measured(splits, batches, contexts))
-        self.synchronize()
-        for split in splits:
-            if split not in choice.splits:
-                manager.release(split)
-        return choice
-
-    def _measured(self, splits: list[Split], batches: list[int], contexts: list[int]) -> list[Measured]:
-        assert self.decode_rows is not None, f"{self.device} was made for prefill"
-        paths = {split: self._steps(batches, split) for split in (None, *splits)}
+        contexts = [context for context in CALIBRATED_CONTEXTS if context <= longest] or [max(longest, 1)]
+        paths = {arrangement: self._steps(batches, arrangement) for arrangement in (None, *arrangements)}
+        self._heat(functools.partial(paths[None].replay, batches[-1]))
         points = []
         for batch, context in itertools.product(batches, contexts):
             seconds = {}
-            for split, steps in paths.items():
+            for arrangement, steps in paths.items():
                 self.decode_rows.pretend(batch, context)
-                seconds[split] = self._time(functools.partial(steps.replay, batch))
-            plain_s = seconds.pop(None)
-            points.append(Measured(batch, context, plain_s, {split: s for split, s in seconds.items() if split}))
-            logger.info("%s: %s", self.device, points[-1])
+                seconds[arrangement] = self._time(functools.partial(steps.replay, batch))
+            pipelined_s = {arrangement: seconds[arrangement] for arrangement in arrangements}
+            points.append(Measured(batch, context, seconds[None], pipelined_s))
+            logger.info("%s: %s, fastest %s", self.device, points[-1], points[-1].best() or "plain")
         self.decode_rows.forget()
         return points
 
+    def _heat(self, run: Callable[[], object]) -> None:
+        """Keeps a GPU busy until it runs at the clocks that it will run at."""
+        started = time.perf_counter()
+        while self.stream is not None and time.perf_counter() - started < HEATING_S:
+            run()
+            self.stream.synchronize()
+
     def _time(self, run: Callable[[], object]) -> float:
-        """Seconds on the current stream, or of a CPU; the best of some."""
-        times = []
-        for _ in range(NUM_TIMED_STEPS):
-            if self.stream is None:
+        """Seconds on the current stream, or of a CPU; the median of some, back to back."""
+        if self.stream is None:
+            times = []
+            for _ in range(NUM_TIMED_STEPS):
                 started = time.perf_counter()
                 run()
                 times.append(time.perf_counter() - started)
-                continue
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
+            return median(times)
+        moments = [torch.cuda.Event(enable_timing=True) for _ in range(NUM_TIMED_STEPS + 1)]
+        moments[0].record()
+        for moment in moments[1:]:
             run()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        return min(times)
+            moment.record()
+        moments[-1].synchronize()
+        return median(start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(moments))
 
     def _make_model(self, device: torch.device) -> Qwen3ForCausalLM:
         spec = self.spec

@@ -1,4 +1,4 @@
-"""When the decode pipeline runs, and with which split: by what was measured nearest to a batch. No torch."""
+"""When the decode pipeline runs, and how: by what was measured nearest to a batch. No torch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-Split = tuple[int, int]
-"""SMs for attention and for the FFN."""
+from nanovllm.engine.pipeline_plan import Arrangement
 
 MARGIN = 0.01
 """What the pipeline must be faster by than plain decode: less is within what a measurement may be wrong by."""
@@ -15,42 +14,65 @@ MARGIN = 0.01
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds per decode step of a batch with contexts of one length: plain, and by split of the pipeline."""
+    """Seconds per decode step of a batch with contexts of one length: plain, and by how the pipeline is arranged."""
 
     batch: int
     context: int
     plain_s: float
-    pipelined_s: dict[Split, float]
+    pipelined_s: dict[Arrangement, float]
 
-    def best_split(self) -> Split | None:
+    def best(self) -> Arrangement | None:
         """None where plain decode is as fast."""
         if not self.pipelined_s:
             return None
-        split = min(self.pipelined_s, key=self.pipelined_s.__getitem__)
-        return split if self.pipelined_s[split] < self.plain_s * (1 - MARGIN) else None
+        best = min(self.pipelined_s, key=self.pipelined_s.__getitem__)
+        return best if self.pipelined_s[best] < self.plain_s * (1 - MARGIN) else None
 
 
 class PipelineChoice:
-    """Chooses for a batch what was fastest at the nearest point measured, by the logarithms of batch and context."""
+    """Chooses for a batch what was fastest at the nearest point measured, by the logarithms of batch and context.
 
-    def __init__(self, points: Sequence[Measured]) -> None:
+    Args:
+        points: what was measured; there need be none.
+        always: what to choose whatever was measured.
+    """
+
+    def __init__(self, points: Sequence[Measured], always: Arrangement | None = None) -> None:
         self.points = list(points)
+        self.always = always
         self._logs = [(math.log(point.batch), math.log(point.context)) for point in points]
-        self._best = [point.best_split() for point in points]
+        self._best = [point.best() for point in points]
 
     @property
-    def splits(self) -> list[Split]:
+    def arrangements(self) -> list[Arrangement]:
         """Those that are ever chosen."""
-        return sorted({split for split in self._best if split is not None})
+        return [self.always] if self.always else sorted({best for best in self._best if best is not None}, key=str)
 
-    def split_for(self, batch: int, context: float) -> Split | None:
+    def arrangement_for(self, batch: int, context: float) -> Arrangement | None:
         """None for plain decode. `context` is the mean of the batch."""
-        if not self.points:
-            return None
-        log_batch, log_context = math.log(batch), math.log(max(context, 1.0))
-        nearest = min(
+        # Weights are read once per micro-batch: what did not pay for more requests does not for fewer.
+        if self.always or not self.points or batch < min(point.batch for point in self.points):
+            return self.always
+        return self._best[self._nearest(batch, context)]
+
+    def may_choose(self, arrangement: Arrangement, batch: int) -> bool:
+        """Whether it is chosen for the batch with any contexts."""
+        contexts = {point.context for point in self.points} or {1}
+        return any(self.arrangement_for(batch, context) == arrangement for context in contexts)
+
+    def plain_s(self, batch: float, context: float) -> float | None:
+        """Seconds of a plain step, as measured at the nearest point."""
+        return self.points[self._nearest(batch, context)].plain_s if self.points else None
+
+    def _nearest(self, batch: float, context: float) -> int:
+        log_batch, log_context = math.log(max(batch, 1.0)), math.log(max(context, 1.0))
+        return min(
             range(len(self._logs)),
             key=lambda index: abs(self._logs[index][0] - log_batch) + abs(self._logs[index][1] - log_context),
         )
-        # Weights are read once per micro-batch: what did not pay for more requests does not for fewer.
-        return self._best[nearest] if batch >= min(point.batch for point in self.points) else None
+
+
+def best_of_all(points: Sequence[Measured]) -> Arrangement:
+    """What takes the least part of the time of plain decode, on average over all points."""
+    arrangements = list(points[0].pipelined_s)
+    return min(arrangements, key=lambda one: sum(point.pipelined_s[one] / point.plain_s for point in points))

@@ -33,6 +33,21 @@ class Cut(Enum):
         return Lane.ATTENTION if piece in self.value else Lane.FFN
 
 
+Split = tuple[int, int]
+"""SMs for attention and for the FFN."""
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How a decode step is arranged on two lanes; on a CPU a split has no SMs."""
+
+    split: Split
+    cut: Cut
+
+    def __str__(self) -> str:
+        return f"{self.split[0]}:{self.split[1]} {self.cut.name}"
+
+
 @dataclass(frozen=True)
 class PlanStep:
     """Pieces, each of a layer, that one lane runs for one micro-batch without changing lanes.

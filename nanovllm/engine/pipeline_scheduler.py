@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from nanovllm.engine.green_manager import GreenManager
-from nanovllm.engine.pipeline_choice import Split
-from nanovllm.engine.pipeline_plan import Cut, Lane, PlanStep, check_plan, make_plan
+from nanovllm.engine.pipeline_plan import Arrangement, Cut, Lane, PlanStep, check_plan, make_plan
 from nanovllm.engine.pipeline_statistics import LaneClock
 from nanovllm.kernels import AttentionMetadata
 from nanovllm.models.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
@@ -99,7 +98,7 @@ class PipelineScheduler:
         where = green_manager.device.torch_device
         self.clock = LaneClock(where) if enable_profiling else None
         self._eager_lane = Lane.FFN
-        self._plans: dict[int, list[PlanStep]] = {}
+        self._plans: dict[tuple[int, Cut], list[PlanStep]] = {}
 
     def decode_token(
         self,
@@ -107,20 +106,27 @@ class PipelineScheduler:
         positions: torch.Tensor,
         kv_pool: torch.Tensor,
         metadata: AttentionMetadata,
-        split: Split | None = None,
+        arrangement: Arrangement | None = None,
     ) -> torch.Tensor:
         """One decode step's layers; the same as the model's `forward`, of one token of each of B requests.
 
-        Runs on the lanes of `split`, by default of the manager's current one.
+        Args:
+            input_ids, positions: [B] int64.
+            kv_pool: [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim].
+            metadata: of the step.
+            arrangement: the lanes and what runs on them, by default the manager's current split and this cut.
 
         Returns:
             Hidden states [B, hidden_size] after the final norm.
+
+        Raises:
+            GreenContextError: the lanes cannot be had.
         """
         layers = self.model.model.layers
-        lanes = self.green_manager.allocate(split)
+        lanes = self.green_manager.allocate(None if arrangement is None else arrangement.split)
         num_sms = {lane: sms or None for lane, sms in zip(Lane, lanes.split, strict=True)}
         micro_batches = self._split(input_ids, positions, metadata, num_sms[Lane.ATTENTION])
-        plan = self._plan(len(layers), len(micro_batches))
+        plan = self._plan(len(layers), len(micro_batches), self.cut if arrangement is None else arrangement.cut)
         moments = None if self.clock is None else self.clock.begin(plan)
 
         def run(index: int) -> None:
@@ -145,12 +151,12 @@ class PipelineScheduler:
         residual = torch.cat([micro_batch.residual for micro_batch in micro_batches])  # type: ignore[misc]
         return self.model.model.norm(hidden, residual)[0]
 
-    def _plan(self, num_layers: int, num_micro_batches: int) -> list[PlanStep]:
-        if num_micro_batches not in self._plans:
-            plan = make_plan(num_layers, num_micro_batches, self.cut)
+    def _plan(self, num_layers: int, num_micro_batches: int, cut: Cut) -> list[PlanStep]:
+        if (num_micro_batches, cut) not in self._plans:
+            plan = make_plan(num_layers, num_micro_batches, cut)
             check_plan(plan, num_layers, num_micro_batches)
-            self._plans[num_micro_batches] = plan
-        return self._plans[num_micro_batches]
+            self._plans[num_micro_batches, cut] = plan
+        return self._plans[num_micro_batches, cut]
 
     def _split(
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata, num_sms: int | None

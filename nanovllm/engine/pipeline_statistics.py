@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.engine.pipeline_choice import Split
-from nanovllm.engine.pipeline_plan import Lane, PlanStep
+from nanovllm.engine.pipeline_plan import Arrangement, Lane, PlanStep
 
 NS_PER_MS = 1e6
 MEASURED = ("attention", "ffn", "total", "overlap")
@@ -23,6 +22,8 @@ class PipelineCounters:
 
     steps: int = 0
     tokens: int = 0
+    contexts: float = 0.0
+    """Mean contexts of the steps, summed up."""
     fallbacks: Counter[str] = field(default_factory=Counter)
 
 
@@ -75,13 +76,22 @@ class LaneClock:
         self._sums.zero_()
 
 
-def statistics(counters: PipelineCounters, splits: Sequence[Split], averages_ms: dict[str, float]) -> dict[str, Any]:
-    """Counters, and averages per step in ms where they were measured; of splits there may be none, or several."""
+def statistics(
+    counters: PipelineCounters,
+    arrangements: Sequence[Arrangement],
+    averages_ms: dict[str, float],
+    sequential_ms: float | None,
+) -> dict[str, Any]:
+    """Counters, and averages per step in ms where they were measured; of arrangements there may be none, or several.
+
+    `sequential_ms` is a plain step's time, measured at the start for a batch and contexts as these were on average.
+    """
     result: dict[str, Any] = {
         "steps": counters.steps,
         "total_tokens": counters.tokens,
-        "attention_sm": [attention_sm for attention_sm, _ in splits],
-        "ffn_sm": [ffn_sm for _, ffn_sm in splits],
+        "attention_sm": [arrangement.split[0] for arrangement in arrangements],
+        "ffn_sm": [arrangement.split[1] for arrangement in arrangements],
+        "sequential_ms": sequential_ms,
         "fallbacks": dict(counters.fallbacks),
     }
     if averages_ms:
@@ -91,7 +101,7 @@ def statistics(counters: PipelineCounters, splits: Sequence[Split], averages_ms:
     return result
 
 
-def lines(result: dict[str, Any], sequential_ms: float | None) -> list[str]:
+def lines(result: dict[str, Any]) -> list[str]:
     """`statistics` as a table to print."""
     rows = [("Total tokens", str(result["total_tokens"]))]
     measured = "avg_total_ms" in result
@@ -106,6 +116,7 @@ def lines(result: dict[str, Any], sequential_ms: float | None) -> list[str]:
             ("FFN lane idle", f"{result['avg_ffn_idle_ms']:.3f} ms"),
             ("Overlap", f"{result['avg_overlap_ms']:.3f} ms"),
         ]
+    sequential_ms = result["sequential_ms"]
     rows.append(("Sequential time", "not measured" if sequential_ms is None else f"{sequential_ms:.3f} ms"))
     reasons = ", ".join(f"{number} x {reason}" for reason, number in result["fallbacks"].items())
     rows.append(("Fallbacks", reasons or "none"))

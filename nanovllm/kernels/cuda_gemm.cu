@@ -1,6 +1,6 @@
 // output = x weight^T of 16-bit types for a part of a GPU's SMs (sm_90a): clusters of thread blocks that stay, one
 // thread of each fetching tiles, two warpgroups multiplying. Compiled at run time by cuda_gemm.py, which defines
-//   WIDTH    weight rows of a tile, a multiple of 16 up to 256
+//   WIDTH    weight rows of a tile, up to 256; a multiple of 8 for each box that they are fetched in
 //   CLUSTER  thread blocks side by side in tokens: each fetches a part of the weights for all of them
 //   STAGES   tiles on their way to a thread block
 //   GATED    whether a tile is WIDTH / 2 rows of a gate and the WIDTH / 2 that it gates
@@ -15,7 +15,8 @@ struct alignas(64) TensorMap {
 
 constexpr int TILE_M = 128, TILE_K = 64, HALF = WIDTH / 2;
 constexpr int ROW_BYTES = TILE_K * 2, X_BYTES = TILE_M * ROW_BYTES, STAGE_BYTES = X_BYTES + WIDTH * ROW_BYTES;
-constexpr int BOXES = CLUSTER > 2 ? CLUSTER : 2, BOX_ROWS = WIDTH / BOXES;
+// A box of weights lies in one half of the tile, and each thread block of a cluster fetches as many as the others.
+constexpr int BOXES = CLUSTER % 2 == 0 ? CLUSTER : 2 * CLUSTER, BOX_ROWS = WIDTH / BOXES;
 constexpr int ROW_PITCH = 64 * 2 + 16;  // of 64 outputs, and no two rows of a group of eight in the same banks
 constexpr int OUTPUTS = GATED ? HALF : WIDTH;
 

@@ -20,7 +20,9 @@ ARCHITECTURE = "sm_90a"
 TILE_M = 128
 TILE_K = 64
 WIDEST = 256
-CLUSTERS = (4, 2)
+NARROWEST = 96
+"""Rows of weights; and a multiple of what any cluster asks for."""
+CLUSTERS = (4, 3, 2)
 """Thread blocks that fetch weights together, the best first."""
 FEWEST_TOKENS = 128
 """With fewer, half of each tile would be computed for nothing."""
@@ -51,14 +53,14 @@ def shared_linear(x: torch.Tensor, weight: torch.Tensor, num_sms: int, *, is_gat
     output = x.new_empty(num_tokens, num_outputs)
     num_rows = -(-num_tokens // TILE_M)
     cluster, num_clusters = _clusters(num_rows, num_sms, x.dtype, x.device)
-    width = tile_width(weight.shape[0], max(num_clusters // (num_rows // cluster), 1))
+    width = tile_width(weight.shape[0], max(num_clusters // (num_rows // cluster), 1), 8 * _boxes(cluster))
     kernel = _kernel(width, cluster, is_gated, x.dtype, x.device)
     kernel.launch(
         num_clusters * cluster,
         NUM_THREADS,
         [
             tensor_map(x, (TILE_M, TILE_K)),
-            tensor_map(weight, (width // max(2, cluster), TILE_K)),
+            tensor_map(weight, (width // _boxes(cluster), TILE_K)),
             output,
             num_tokens,
             -(-num_inputs // TILE_K),
@@ -77,7 +79,7 @@ def _clusters(num_rows: int, num_sms: int, dtype: torch.dtype, device: torch.dev
     """
     for cluster in CLUSTERS:
         if num_rows % cluster == 0:
-            num_clusters = _kernel(WIDEST, cluster, False, dtype, device).max_clusters(NUM_THREADS, cluster)
+            num_clusters = _kernel(NARROWEST, cluster, False, dtype, device).max_clusters(NUM_THREADS, cluster)
             num_clusters = min(num_clusters, num_sms // cluster)
             if num_clusters * cluster > num_sms - 4:
                 return cluster, num_clusters
@@ -90,7 +92,7 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 @functools.cache
-def tile_width(num_rows: int, num_at_a_time: int) -> int:
+def tile_width(num_rows: int, num_at_a_time: int, step: int) -> int:
     """How many weight rows a tile has, if that many tiles are computed at a time: for least time, all in all.
 
     A turn of tiles takes as long as they are wide, and a little: each begins and ends.
@@ -100,7 +102,12 @@ def tile_width(num_rows: int, num_at_a_time: int) -> int:
         num_tiles = -(-num_rows // width)
         return -(-num_tiles // num_at_a_time) * (width + 16)
 
-    return min(range(WIDEST, 95, -32), key=cost)
+    return min(range(WIDEST // step * step, NARROWEST - 1, -step), key=cost)
+
+
+def _boxes(cluster: int) -> int:
+    """In how many boxes the weights of a tile are fetched, as the kernel has it."""
+    return cluster if cluster % 2 == 0 else 2 * cluster
 
 
 @functools.cache

@@ -22,11 +22,14 @@ DEFAULT_BLOCK_SIZE = 64
 HEAD_DIMS = (64, 128)
 LOG2_E = 1.4426950408889634
 DECODE_TILE = 16
-"""Tokens of a tile of the decode kernel: one warp holds a tile's scores and products in registers."""
+"""Tokens of a tile of the decode kernel: many programs fit on an SM, and each has a tile to wait for."""
+FEW_REQUESTS = 8
+FEW_REQUESTS_TILE = 32
+"""Of fewer requests than that: an SM has few programs then, and larger tiles take fewer turns."""
 DECODE_STAGES = 3
 """One more than the tiles on their way to a program."""
-CHUNK_TILES = 64
-"""Tiles of a chunk in which loading well outweighs getting started."""
+CHUNK_TOKENS = 1024
+"""Of a chunk in which loading well outweighs getting started."""
 PROGRAMS_PER_SM = 2
 """With shorter chunks than that, decode attention makes this many: enough to keep an SM's memory requests coming."""
 MOST_PROGRAMS_PER_SM = 16
@@ -63,7 +66,8 @@ class Backend:
 
     def plan(self, metadata: AttentionMetadata, num_kv_heads: int) -> torch.Tensor:
         if metadata.is_decode:
-            return _share_out(metadata.context_lens, None, DECODE_TILE, num_kv_heads, metadata.num_sms)
+            tile = _decode_tile(len(metadata.context_lens))
+            return _share_out(metadata.context_lens, None, tile, num_kv_heads, metadata.num_sms)
         return _share_out(metadata.query_starts, metadata.query_starts[1:], PREFILL_TILE_M)
 
     def attend(
@@ -98,7 +102,7 @@ def _share_out(
         num_sms or _num_sms(lengths.device),
         NUM_KV_HEADS=num_kv_heads,
         TILE=tile,
-        CHUNK_TILES=CHUNK_TILES,
+        CHUNK_TILES=CHUNK_TOKENS // tile,
         PROGRAMS_PER_SM=PROGRAMS_PER_SM,
         MOST_PROGRAMS_PER_SM=MOST_PROGRAMS_PER_SM,
         PADDED_REQUESTS=_padded(num_requests),
@@ -161,10 +165,11 @@ def _decode(
     partial = torch.empty(num_programs, group, head_dim, dtype=torch.float32, device=query.device)
     log_sums = torch.empty(num_programs, group, dtype=torch.float32, device=query.device)
     is_wide = query.element_size() == 4
-    use_tma = _has_tma(query.device) and not is_wide and block_size % DECODE_TILE == 0
+    tile = _decode_tile(num_requests)
+    use_tma = _has_tma(query.device) and not is_wide and block_size % tile == 0
     _decode_kernel[(num_programs,)](
         query,
-        _rows_descriptor(kv_cache, DECODE_TILE) if use_tma else kv_cache,
+        _rows_descriptor(kv_cache, tile) if use_tma else kv_cache,
         kv_cache,
         output,
         partial,
@@ -183,7 +188,7 @@ def _decode(
         PADDED_REQUESTS=_padded(num_requests),
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
-        TILE=DECODE_TILE,
+        TILE=tile,
         USE_TMA=use_tma,
         STAGES=2 if is_wide else DECODE_STAGES,
         COMBINED=COMBINED_CHUNKS,
@@ -192,6 +197,10 @@ def _decode(
         **overlap(query.device),
     )
     return output
+
+
+def _decode_tile(num_requests: int) -> int:
+    return DECODE_TILE if num_requests >= FEW_REQUESTS else FEW_REQUESTS_TILE
 
 
 def _padded(num_requests: int) -> int:

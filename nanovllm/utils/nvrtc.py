@@ -84,7 +84,8 @@ class Kernel:
 
     def max_clusters(self, num_threads: int, cluster: int) -> int:
         """How many clusters of thread blocks run at a time on the SMs that the current stream has."""
-        return int(self._called("cuOccupancyMaxActiveClusters", self._function, self._config(cluster, num_threads, cluster)))
+        config = self._config(cluster, num_threads, cluster)
+        return int(self._called("cuOccupancyMaxActiveClusters", self._function, config))
 
     def _config(self, num_blocks: int, num_threads: int, cluster: int) -> Any:
         driver = self._driver
