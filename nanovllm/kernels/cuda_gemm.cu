@@ -16,7 +16,7 @@ struct alignas(64) TensorMap {
 constexpr int TILE_M = 128, TILE_K = 64, HALF = WIDTH / 2;
 constexpr int ROW_BYTES = TILE_K * 2, X_BYTES = TILE_M * ROW_BYTES, STAGE_BYTES = X_BYTES + WIDTH * ROW_BYTES;
 // A box of weights lies in one half of the tile, and each thread block of a cluster fetches as many as the others.
-constexpr int BOXES = CLUSTER % 2 == 0 ? CLUSTER : 2 * CLUSTER, BOX_ROWS = WIDTH / BOXES;
+constexpr int BOXES = CLUSTER > 2 ? CLUSTER : 2, BOX_ROWS = WIDTH / BOXES;
 constexpr int ROW_PITCH = 64 * 2 + 16;  // of 64 outputs, and no two rows of a group of eight in the same banks
 constexpr int OUTPUTS = GATED ? HALF : WIDTH;
 

@@ -22,7 +22,7 @@ TILE_K = 64
 WIDEST = 256
 NARROWEST = 96
 """Rows of weights; and a multiple of what any cluster asks for."""
-CLUSTERS = (4, 3, 2)
+CLUSTERS = (4, 2)
 """Thread blocks that fetch weights together, the best first."""
 FEWEST_TOKENS = 128
 """With fewer, half of each tile would be computed for nothing."""
@@ -107,7 +107,7 @@ def tile_width(num_rows: int, num_at_a_time: int, step: int) -> int:
 
 def _boxes(cluster: int) -> int:
     """In how many boxes the weights of a tile are fetched, as the kernel has it."""
-    return cluster if cluster % 2 == 0 else 2 * cluster
+    return max(cluster, 2)
 
 
 @functools.cache
