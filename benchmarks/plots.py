@@ -156,9 +156,34 @@ def draw_interference() -> None:
     save(figure, "interference.png")
 
 
+def draw_pipeline() -> None:
+    """The best gain of the decode pipeline by batch and context, a map for each model shape."""
+    found = results("decode_pipeline")
+    figure, maps = plt.subplots(1, len(found), figsize=(5.2 * len(found), 3.6), squeeze=False)
+    for axes, result in zip(maps[0], found, strict=True):
+        gains = {
+            (row["batch"], row["context"]): row["plain_s"] / min(point["s"] for point in row["points"])
+            for row in result["rows"]
+        }
+        batches, contexts = (sorted(set(values)) for values in zip(*gains, strict=True))
+        grid = [[gains.get((batch, context), float("nan")) for context in contexts] for batch in batches]
+        axes.imshow(grid, cmap="RdBu", vmin=0.8, vmax=1.2, origin="lower", aspect="auto")
+        for row, column in ((row, column) for row in range(len(batches)) for column in range(len(contexts))):
+            gain = grid[row][column]
+            text = "does not fit" if gain != gain else f"{gain:.2f}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=8)
+        axes.set_xticks(range(len(contexts)), contexts)
+        axes.set_yticks(range(len(batches)), batches)
+        axes.set_xlabel("context")
+        axes.set_ylabel("batch")
+        axes.set_title(f"plain / pipelined step, {result['model_shape']}\n{where(result)}", fontsize=9)
+    save(figure, "decode_pipeline.png")
+
+
 if __name__ == "__main__":
     draw_offline()
     draw_decode_latency()
     draw_online()
     draw_handoff()
     draw_interference()
+    draw_pipeline()

@@ -13,10 +13,14 @@ from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine import model_runner, pipeline_scheduler
 from nanovllm.engine.cuda_graph import StepGraphs
 from nanovllm.engine.green_manager import GreenManager
-from nanovllm.engine.pipeline_plan import Lane
-from nanovllm.kernels import cuda_gemm
+from nanovllm.engine.pipeline_plan import Arrangement, Cut, Lane
+from nanovllm.engine.pipeline_scheduler import PipelineScheduler
+from nanovllm.kernels import AttentionMetadata, cuda_gemm
+from nanovllm.kernels.triton_attention import Backend
+from nanovllm.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 from nanovllm.utils import green_ctx
 from nanovllm.utils.device import Device
+from nanovllm.utils.loader import fill_randomly
 from tests import tiny
 
 pytestmark = [pytest.mark.gpu]
@@ -89,6 +93,67 @@ def test_what_cannot_be_granted_is_an_error():
         green_ctx.split_device_green_ctx_by_sm_count(0, [100, 100])
     with pytest.raises(GreenContextError, match="grants 48 and 84"):
         GreenManager(Device("cuda", 0), 44, 84).allocate()
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Small, of sizes that the GEMMs for lanes take."""
+    config = {
+        "vocab_size": 512,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "max_position_embeddings": 1024,
+    }
+    device = torch.device("cuda", 0)
+    model = Qwen3ForCausalLM(Qwen3Config.from_dict(config), Backend(), 1024, dtype=torch.bfloat16, device=device)
+    with torch.inference_mode():
+        fill_randomly(model.checkpoint_tensors(), seed=0)
+    return model
+
+
+def decode_step(num_rows):
+    """A decode step of requests of 1 to 192 tokens, over a pool of random KV."""
+    generator = torch.Generator("cuda:0").manual_seed(num_rows)
+    where = {"generator": generator, "device": "cuda:0"}
+    pool = torch.randn(3 * num_rows, 4, 2, 2, 64, 128, **where).bfloat16()
+    tables = torch.randperm(3 * num_rows, **where).int().view(num_rows, 3)
+    lengths = torch.randint(1, 193, (num_rows,), **where)
+    positions = lengths - 1
+    slots = tables.gather(1, positions[:, None] // 64)[:, 0].long() * 64 + positions % 64
+    metadata = AttentionMetadata(
+        slot_mapping=slots,
+        block_tables=tables,
+        context_lens=lengths.int(),
+        query_starts=torch.arange(num_rows + 1, dtype=torch.int32, device="cuda:0"),
+        max_query_len=1,
+        max_context_len=192,
+    )
+    return torch.randint(0, 512, (num_rows,), **where), positions, pool, metadata
+
+
+@pytest.mark.parametrize("cut", Cut, ids=lambda cut: cut.name)
+@pytest.mark.parametrize("num_rows", [1, 7, 300, 512])
+def test_lanes_compute_what_is_computed_in_order(model, manager, cut, num_rows):
+    """Bit for bit: eagerly and in many replays of a graph, in which kernels start while others end."""
+    step, arrangement = decode_step(num_rows), Arrangement((32, 100), cut)
+    stream = torch.cuda.Stream(0)
+    with torch.inference_mode(), torch.cuda.stream(stream):
+        expected = PipelineScheduler(model, manager, in_order=True).decode_token(*step, arrangement)
+        plain = model(*step)
+        pipeline = PipelineScheduler(model, manager)
+        assert torch.equal(pipeline.decode_token(*step, arrangement), expected)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            hidden = pipeline.decode_token(*step, arrangement)
+        for _ in range(100):
+            hidden.zero_()
+            graph.replay()
+            assert torch.equal(hidden, expected)
+    torch.testing.assert_close(expected.float(), plain.float(), rtol=0.05, atol=0.1)
 
 
 GEMMS = [(512, 4096, 4096), (256, 6144, 4096), (384, 1024, 3072), (640, 4096, 1024), (130, 1008, 520), (1024, 512, 72)]
