@@ -89,6 +89,7 @@ def sweep(runner: ModelRunner, args: argparse.Namespace, bandwidth: float) -> li
     rows = []
     assert runner.pipeline is not None, "this device's SMs cannot be split"
     assert runner._choice is not None, "it was made to choose"
+    default_parts = runner.pipeline.num_micro_batches
     splits: list[Split] = args.splits if runner.device.is_cuda else [(0, 0)]
     print(f"{'batch':>6}{'context':>9}{'plain ms':>10}{'best ms':>9}{'gain':>7}{'auto':>7}  best; auto; bound ms")
     for batch, context in itertools.product(args.batches, args.contexts):
@@ -100,17 +101,19 @@ def sweep(runner: ModelRunner, args: argparse.Namespace, bandwidth: float) -> li
         if chosen is not None and chosen not in arrangements:
             arrangements.append(chosen)
         plain_s = time_steps(runner, batch, context, None)
-        seconds: dict[Arrangement | None, float] = {None: plain_s}
+        auto_s = plain_s
+        if chosen is not None and default_parts not in args.micro_batches:
+            auto_s = time_steps(runner, batch, context, chosen)
         points = []
         for parts, arrangement in itertools.product(args.micro_batches, arrangements):
             runner.pipeline.num_micro_batches = parts
             took = time_steps(runner, batch, context, arrangement)
             points.append({"split": arrangement.split, "cut": arrangement.cut.name, "parts": parts, "s": took})
-            if parts == args.micro_batches[0]:
-                seconds[arrangement] = took
+            if (parts, arrangement) == (default_parts, chosen):
+                auto_s = took
+        runner.pipeline.num_micro_batches = default_parts
         best = min(points, key=lambda point: point["s"])
         bound = bound_s(runner, batch, context, bandwidth, best["parts"])
-        auto_s = seconds[chosen]
         auto = {"chosen": str(chosen or "plain"), "s": auto_s}
         rows.append(
             {"batch": batch, "context": context, "plain_s": plain_s, "bound_s": bound, "auto": auto, "points": points}

@@ -189,6 +189,7 @@ def test_statistics_are_printed_as_documented():
         "  Avg total time:       4.000 ms",
         "  Attention SMs:        48",
         "  FFN SMs:              84",
+        "  Arranged as:          48:84 GEMMS",
         "  Attention lane idle:  2.000 ms",
         "  FFN lane idle:        1.000 ms",
         "  Overlap:              1.000 ms",
@@ -220,6 +221,11 @@ def test_the_nearest_point_decides_and_ties_go_to_plain_decode():
     assert choice.may_choose(FEW, 400)
     assert not choice.may_choose(MANY, 1024 * 4)
     assert choice.plain_s(600.0, 3000.0) == 1.2
+    assert choice.plain_s(10.0, 512.0) is None
+    assert str(POINTS[1]) == (
+        "decode of 512 requests of 512 tokens: 64:68 REST; ms per step: plain 1100.00, 48:84 GEMMS 900.00, "
+        "64:68 REST 800.00"
+    )
     nothing = PipelineChoice([])
     assert nothing.arrangement_for(512, 512.0) is None
     assert nothing.arrangements == []

@@ -8,11 +8,21 @@ import time
 import pytest
 import torch
 
-from nanovllm import LLM, ConfigError, GreenContextError, HandoffError, HandoffTimeout, RequestError, SamplingParams
+from nanovllm import (
+    LLM,
+    BackendUnavailableError,
+    ConfigError,
+    GreenContextError,
+    HandoffError,
+    HandoffTimeout,
+    RequestError,
+    SamplingParams,
+)
 from nanovllm.engine import kv_transfer, model_runner
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.kv_transfer import resolve_handoff
 from nanovllm.engine.model_runner import StepHandle
+from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.scheduler import PrefillStep
 from nanovllm.engine.sequence import SequenceStatus
 from nanovllm.utils.device import Device
@@ -563,6 +573,32 @@ def test_a_refused_partition_falls_back_to_plain_decode(checkpoint, monkeypatch,
     assert "no decode pipeline, decode is plain: cuGreenCtxCreate failed" in caplog.text
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 24)
+
+
+def test_a_pipeline_that_cannot_run_is_known_at_the_start(checkpoint, monkeypatch):
+    path, reference = checkpoint("gqa2")
+
+    def fail(pipeline, *args):
+        raise BackendUnavailableError("cuda_gemm.cu needs NVRTC: injected")
+
+    monkeypatch.setattr(PipelineScheduler, "decode_token", fail)
+    prompts = tiny.random_prompts(3, seed=8)
+    with two_devices(path, lazy=False, enable_decode_pipeline=True, decode_pipeline="static") as llm:
+        answers = llm.generate(prompts, GREEDY, use_tqdm=False)
+        result = llm.decode_runner.get_pipeline_statistics()
+    assert result["fallbacks"] == {"cuda_gemm.cu needs NVRTC: injected": 1}
+    assert (result["steps"], result["arrangements"]) == (0, [])
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 24)
+
+
+def test_auto_of_requests_too_short_to_time_is_plain_decode(checkpoint, monkeypatch):
+    path, _ = checkpoint("gqa2")
+    monkeypatch.setattr(model_runner, "CALIBRATED_BATCHES", (2, 4))
+    with two_devices(path, lazy=False, enable_decode_pipeline=True, max_model_len=3) as llm:
+        assert llm.decode_runner._choice.points == []
+        llm.generate([[1]], SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
+        assert llm.decode_runner.get_pipeline_statistics()["steps"] == 0
 
 
 def test_auto_runs_the_pipeline_where_it_measured_faster(checkpoint, monkeypatch):

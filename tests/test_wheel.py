@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ def test_wheel_installs_and_answers_without_optional_packages(tmp_path):
         shutil.copy(ROOT / name, source)
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], check=True)
     (wheel,) = tmp_path.glob("nanovllm-*.whl")
+    assert "nanovllm/kernels/cuda_gemm.cu" in zipfile.ZipFile(wheel).namelist()
     # A clean environment, with this one's packages linked in but for the optional ones.
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     linked = tmp_path / "linked"

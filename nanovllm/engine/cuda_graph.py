@@ -57,14 +57,23 @@ class StepGraphs:
         step: runs a step of `size` on the current stream, all of it on the device.
         sizes: the buckets, ascending.
         pool: memory that the graphs of a stream share: one runs at a time.
+        warm_all: run every size once before it is captured, where sizes use kernels of their own.
     """
 
-    def __init__(self, what: str, step: Callable[[int], StepOutput], sizes: list[int], pool: Any) -> None:
+    def __init__(
+        self,
+        what: str,
+        step: Callable[[int], StepOutput],
+        sizes: list[int],
+        pool: Any,
+        *,
+        warm_all: bool = False,
+    ) -> None:
         self.sizes = sizes
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._outputs: dict[int, StepOutput] = {}
         started, free_before = time.perf_counter(), torch.cuda.mem_get_info()[0]
-        warmed_up = _to_warm_up(sizes)
+        warmed_up = set(sizes) if warm_all else _to_warm_up(sizes)
         for size in reversed(sizes):  # the largest first: the smaller ones fit into its memory
             if size in warmed_up:
                 step(size)

@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -245,15 +246,14 @@ class ModelRunner:
         self.decode_rows.update(step)
         num_rows = len(step.batch)
         size = self._decode_sizes[bisect.bisect_left(self._decode_sizes, num_rows)] if self._uses_graphs else num_rows
-        arrangement = None
-        if self._choice is not None:
+        if self._choice is None:
+            output = self._decode_steps[None].replay(size)
+        else:
             context = float(step.positions.mean()) + 1
             arrangement = self._choice.arrangement_for(size, context)
+            output = self._decode_steps[arrangement].replay(size)
             if arrangement is not None:
-                self.pipeline_counters.steps += 1
-                self.pipeline_counters.tokens += num_rows
-                self.pipeline_counters.contexts += context
-        output = self._decode_steps[arrangement].replay(size)
+                self.pipeline_counters.add(num_rows, context)
         if step.is_plain:  # without a list of its rows
             return SampledTokens(output.sampled.token_ids[:num_rows])
         sampled = self._resampled(output, [(row.seq, row.output_index) for row in step.rows])
@@ -502,8 +502,11 @@ class ModelRunner:
                 for arrangement in self._choice.arrangements:
                     sizes = [size for size in self._decode_sizes if self._choice.may_choose(arrangement, size)]
                     paths[arrangement] = self._steps(sizes, arrangement)
+                    if not self._uses_graphs:
+                        self._try(paths[arrangement])
             except (RuntimeError, BackendUnavailableError) as error:  # a capture that the driver refuses, say
                 paths, self._choice = {}, None
+                traceback.clear_frames(error.__traceback__)  # they hold graphs over lanes that are about to go
                 self._fall_back(str(error))
             if self.pipeline is not None and self.pipeline.clock is not None:
                 self.pipeline.clock.reset()
@@ -520,7 +523,15 @@ class ModelRunner:
         if arrangement is None:
             return StepGraphs("decode", step, sizes, self._graph_pool)
         # Memory of their own: a capture that fails leaves its pool of no use.
-        return StepGraphs(f"decode {arrangement}", step, sizes, torch.cuda.graph_pool_handle())
+        pool = torch.cuda.graph_pool_handle()
+        return StepGraphs(f"decode {arrangement}", step, sizes, pool, warm_all=True)
+
+    def _try(self, steps: StepGraphs | EagerSteps) -> None:
+        """Runs the largest step once: what cannot run is to be known at the start."""
+        assert self.decode_rows is not None, f"{self.device} was made for prefill"
+        self.decode_rows.pad(self.decode_rows.max_num_rows)
+        steps.replay(self.decode_rows.max_num_rows)
+        self.synchronize(copies=False)
 
     def _make_choice(self, options: PipelineOptions) -> PipelineChoice:
         """Times plain decode and the pipeline, arranged in several ways, where there is something to choose or show."""
@@ -529,15 +540,20 @@ class ModelRunner:
         is_given = options.attention_sm is not None or options.ffn_sm is not None
         given = Arrangement(self.pipeline.green_manager.split, self.pipeline.cut)
         largest = self.decode_rows.max_num_rows
+        batches = [batch for batch in CALIBRATED_BATCHES if batch <= largest]
         if options.adaptive:
-            batches = [batch for batch in CALIBRATED_BATCHES if batch <= largest]
+            if not batches:
+                logger.info(
+                    "%s: decode is plain, as for any batch below %d", self.device, min(CALIBRATED_BATCHES, default=0)
+                )
+                return PipelineChoice([])
             return PipelineChoice(self._measured(self._candidates(is_given), batches))
         if not self.device.is_cuda or (is_given and not options.profiling):
             return PipelineChoice([], always=given)
         if is_given:
-            return PipelineChoice(self._measured([given], [largest]), always=given)
+            return PipelineChoice(self._measured([given], batches or [largest]), always=given)
         points = self._measured(self._candidates(is_given), [largest])
-        return PipelineChoice(points, always=best_of_all(points))
+        return PipelineChoice(points, always=best_of_all(points) if points else given)
 
     def _candidates(self, is_given: bool) -> list[Arrangement]:
         """How the pipeline may be arranged, as far as the driver grants it; the split may have been given."""
@@ -564,11 +580,11 @@ class ModelRunner:
 
     def _measured(self, arrangements: list[Arrangement], batches: list[int]) -> list[Measured]:
         assert self.decode_rows is not None, f"{self.device} was made for prefill"
-        if not batches:
-            return []
         # Each of the steps that are timed moves on by a token.
         longest = self.spec.max_model_len - NUM_TIMED_STEPS
-        contexts = [context for context in CALIBRATED_CONTEXTS if context <= longest] or [max(longest, 1)]
+        if longest < 1:
+            return []
+        contexts = [context for context in CALIBRATED_CONTEXTS if context <= longest] or [longest]
         paths = {arrangement: self._steps(batches, arrangement) for arrangement in (None, *arrangements)}
         self._heat(functools.partial(paths[None].replay, batches[-1]))
         points = []
@@ -579,7 +595,7 @@ class ModelRunner:
                 seconds[arrangement] = self._time(functools.partial(steps.replay, batch))
             pipelined_s = {arrangement: seconds[arrangement] for arrangement in arrangements}
             points.append(Measured(batch, context, seconds[None], pipelined_s))
-            logger.info("%s: %s, fastest %s", self.device, points[-1], points[-1].best() or "plain")
+            logger.info("%s: %s", self.device, points[-1])
         self.decode_rows.forget()
         return points
 

@@ -21,6 +21,11 @@ class Measured:
     plain_s: float
     pipelined_s: dict[Arrangement, float]
 
+    def __str__(self) -> str:
+        times = ", ".join(f"{arrangement} {s * 1e3:.2f}" for arrangement, s in self.pipelined_s.items())
+        what = f"decode of {self.batch} requests of {self.context} tokens"
+        return f"{what}: {self.best() or 'plain'}; ms per step: plain {self.plain_s * 1e3:.2f}, {times}"
+
     def best(self) -> Arrangement | None:
         """None where plain decode is as fast."""
         if not self.pipelined_s:
@@ -46,13 +51,17 @@ class PipelineChoice:
     @property
     def arrangements(self) -> list[Arrangement]:
         """Those that are ever chosen."""
-        return [self.always] if self.always else sorted({best for best in self._best if best is not None}, key=str)
+        if self.always is not None:
+            return [self.always]
+        return sorted({best for best in self._best if best is not None}, key=str)
 
     def arrangement_for(self, batch: int, context: float) -> Arrangement | None:
         """None for plain decode. `context` is the mean of the batch."""
-        # Weights are read once per micro-batch: what did not pay for more requests does not for fewer.
-        if self.always or not self.points or batch < min(point.batch for point in self.points):
+        if self.always is not None:
             return self.always
+        # Weights are read once per micro-batch: what did not pay for more requests does not for fewer.
+        if not self.points or batch < min(point.batch for point in self.points):
+            return None
         return self._best[self._nearest(batch, context)]
 
     def may_choose(self, arrangement: Arrangement, batch: int) -> bool:
@@ -61,8 +70,11 @@ class PipelineChoice:
         return any(self.arrangement_for(batch, context) == arrangement for context in contexts)
 
     def plain_s(self, batch: float, context: float) -> float | None:
-        """Seconds of a plain step, as measured at the nearest point."""
-        return self.points[self._nearest(batch, context)].plain_s if self.points else None
+        """Seconds of a plain step at the nearest point measured; None if that is of twice the batch, or half of it."""
+        if not self.points:
+            return None
+        point = self.points[self._nearest(batch, context)]
+        return point.plain_s if point.batch / 2 < batch < point.batch * 2 else None
 
     def _nearest(self, batch: float, context: float) -> int:
         log_batch, log_context = math.log(max(batch, 1.0)), math.log(max(context, 1.0))

@@ -26,6 +26,12 @@ class PipelineCounters:
     """Mean contexts of the steps, summed up."""
     fallbacks: Counter[str] = field(default_factory=Counter)
 
+    def add(self, num_rows: int, context: float) -> None:
+        """A step of so many requests, of contexts that long on average."""
+        self.steps += 1
+        self.tokens += num_rows
+        self.contexts += context
+
 
 class LaneClock:
     """Times when the steps of a plan begin and end, summed up on the device, so that nothing waits for the host.
@@ -84,13 +90,14 @@ def statistics(
 ) -> dict[str, Any]:
     """Counters, and averages per step in ms where they were measured; of arrangements there may be none, or several.
 
-    `sequential_ms` is a plain step's time, measured at the start for a batch and contexts as these were on average.
+    `sequential_ms` is a plain step's time, measured at the start for about the batch and contexts that these had.
     """
     result: dict[str, Any] = {
         "steps": counters.steps,
         "total_tokens": counters.tokens,
-        "attention_sm": [arrangement.split[0] for arrangement in arrangements],
-        "ffn_sm": [arrangement.split[1] for arrangement in arrangements],
+        "attention_sm": sorted({arrangement.split[0] for arrangement in arrangements}),
+        "ffn_sm": sorted({arrangement.split[1] for arrangement in arrangements}),
+        "arrangements": [str(arrangement) for arrangement in arrangements],
         "sequential_ms": sequential_ms,
         "fallbacks": dict(counters.fallbacks),
     }
@@ -110,6 +117,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         rows.append((f"Avg {title} time", value))
     for title, name in (("Attention SMs", "attention_sm"), ("FFN SMs", "ffn_sm")):
         rows.append((title, ", ".join(map(str, result[name])) or "none"))
+    rows.append(("Arranged as", ", ".join(result["arrangements"]) or "plain decode"))
     if measured:
         rows += [
             ("Attention lane idle", f"{result['avg_attention_idle_ms']:.3f} ms"),

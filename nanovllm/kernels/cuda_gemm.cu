@@ -99,8 +99,8 @@ shared_linear(const __grid_constant__ TensorMap x, const __grid_constant__ Tenso
     const u32 tiles = (address_of(dynamic) + 1023) / 1024 * 1024;
     const int warpgroup = threadIdx.x / 128;
     const int rank = blockIdx.x % CLUSTER;
-    const int num_rows = (num_tokens + TILE_M * CLUSTER - 1) / (TILE_M * CLUSTER);
-    const int num_tiles = num_rows * ((num_outputs + OUTPUTS - 1) / OUTPUTS);
+    const int rows_of_tiles = (num_tokens + TILE_M * CLUSTER - 1) / (TILE_M * CLUSTER);
+    const int num_tiles = rows_of_tiles * ((num_outputs + OUTPUTS - 1) / OUTPUTS);
     const int first_tile = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER;
 
     if (threadIdx.x == 0) {
@@ -118,7 +118,7 @@ shared_linear(const __grid_constant__ TensorMap x, const __grid_constant__ Tenso
         if (threadIdx.x == 0) {
             int turn = 0;
             for (int tile = first_tile; tile < num_tiles; tile += stride) {
-                const int token = (tile % num_rows * CLUSTER + rank) * TILE_M, row = tile / num_rows * OUTPUTS;
+                const int token = (tile % rows_of_tiles * CLUSTER + rank) * TILE_M, row = tile / rows_of_tiles * OUTPUTS;
                 for (int step = 0; step < num_steps; ++step, ++turn) {
                     const int stage = turn % STAGES;
                     const u32 filled = address_of(full + stage), target = tiles + stage * STAGE_BYTES;
@@ -159,8 +159,8 @@ shared_linear(const __grid_constant__ TensorMap x, const __grid_constant__ Tenso
             if (threadIdx.x % 128 < CLUSTER) arrive_at(address_of(empty + (turn - 1) % STAGES), threadIdx.x % 128);
 
             // By way of shared memory, of each warp its own: a warp then writes whole lines of the output.
-            const int token = (tile % num_rows * CLUSTER + rank) * TILE_M + (warpgroup - 1) * 64 + warp * 16;
-            const int first = tile / num_rows * OUTPUTS;
+            const int token = (tile % rows_of_tiles * CLUSTER + rank) * TILE_M + (warpgroup - 1) * 64 + warp * 16;
+            const int first = tile / rows_of_tiles * OUTPUTS;
 #pragma unroll
             for (int chunk = 0; chunk < OUTPUTS; chunk += 64) {
 #pragma unroll

@@ -35,7 +35,7 @@ OTHER_BYTES = 1024 + 8 * 16 * 144
 
 def can_serve(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `shared_linear` is for this GEMM: not for few tokens, float32, other GPUs than Hopper's, odd sizes."""
-    is_half = x.dtype in (torch.bfloat16, torch.float16)
+    is_half = x.dtype in (torch.bfloat16, torch.float16) and weight.dtype == x.dtype
     is_even = x.shape[1] % 8 == 0 and weight.shape[0] % 16 == 0
     return is_half and is_even and x.shape[0] >= FEWEST_TOKENS and _is_hopper(x.device)
 
@@ -51,9 +51,10 @@ def shared_linear(x: torch.Tensor, weight: torch.Tensor, num_sms: int, *, is_gat
     num_tokens, num_inputs = x.shape
     num_outputs = weight.shape[0] // 2 if is_gated else weight.shape[0]
     output = x.new_empty(num_tokens, num_outputs)
-    num_rows = -(-num_tokens // TILE_M)
-    cluster, num_clusters = _clusters(num_rows, num_sms, x.dtype, x.device)
-    width = tile_width(weight.shape[0], max(num_clusters // (num_rows // cluster), 1), 8 * _boxes(cluster))
+    tiles_down = -(-num_tokens // TILE_M)
+    cluster, num_clusters = _clusters(tiles_down, num_sms, x.dtype, x.device)
+    at_a_time = max(num_clusters // (tiles_down // cluster), 1)
+    width = tile_width(weight.shape[0], at_a_time, 8 * _boxes(cluster))
     kernel = _kernel(width, cluster, is_gated, x.dtype, x.device)
     kernel.launch(
         num_clusters * cluster,
@@ -72,16 +73,17 @@ def shared_linear(x: torch.Tensor, weight: torch.Tensor, num_sms: int, *, is_gat
     return output
 
 
-def _clusters(num_rows: int, num_sms: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+def _clusters(tiles_down: int, num_sms: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
     """Thread blocks of a cluster, and how many clusters: the largest ones that use nearly all SMs of the stream.
 
-    A cluster's SMs must lie together, which on some partitions leaves many SMs for none of them.
+    Those of a cluster have tiles below each other, of the same weights, so that their number divides `tiles_down`. A
+    cluster's SMs must lie together, which on some partitions leaves many SMs for none of them.
     """
     for cluster in CLUSTERS:
-        if num_rows % cluster == 0:
+        if tiles_down % cluster == 0:
             num_clusters = _kernel(NARROWEST, cluster, False, dtype, device).max_clusters(NUM_THREADS, cluster)
             num_clusters = min(num_clusters, num_sms // cluster)
-            if num_clusters * cluster > num_sms - 4:
+            if num_clusters and num_clusters * cluster > num_sms - 4:
                 return cluster, num_clusters
     return 1, num_sms
 
@@ -92,15 +94,17 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 @functools.cache
-def tile_width(num_rows: int, num_at_a_time: int, step: int) -> int:
-    """How many weight rows a tile has, if that many tiles are computed at a time: for least time, all in all.
+def tile_width(num_weights: int, at_a_time: int, step: int) -> int:
+    """How many weight rows a tile has, of `num_weights`, if `at_a_time` tiles side by side are computed at a time.
+
+    It is a multiple of `step`, and takes the least time, all in all.
 
     A turn of tiles takes as long as they are wide, and a little: each begins and ends.
     """
 
     def cost(width: int) -> int:
-        num_tiles = -(-num_rows // width)
-        return -(-num_tiles // num_at_a_time) * (width + 16)
+        num_tiles = -(-num_weights // width)
+        return -(-num_tiles // at_a_time) * (width + 16)
 
     return min(range(WIDEST // step * step, NARROWEST - 1, -step), key=cost)
 

@@ -59,7 +59,7 @@ def split_device_green_ctx_by_sm_count(device_index: int, sm_counts: Sequence[in
 
     Args:
         device_index: as CUDA counts devices in this process.
-        sm_counts: one for each partition, in the order in which SMs are given out.
+        sm_counts: one for each partition.
 
     Raises:
         GreenContextError: the counts exceed the device, or the driver refuses; nothing is left behind.

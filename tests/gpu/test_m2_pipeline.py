@@ -185,8 +185,10 @@ def test_gemms_of_a_lane_are_right(manager, split, dtype):
 
 
 def test_a_gemm_that_no_tile_fits_is_left_to_others():
-    x, weight = torch.zeros(256, 64, device="cuda:0", dtype=torch.bfloat16), torch.zeros(64, 64, device="cuda:0")
+    x = torch.zeros(256, 64, device="cuda:0", dtype=torch.bfloat16)
+    weight = torch.zeros(64, 64, device="cuda:0", dtype=torch.bfloat16)
     assert cuda_gemm.can_serve(x, weight)
+    assert not cuda_gemm.can_serve(x, weight.float())
     assert not cuda_gemm.can_serve(x[:64], weight)
     assert not cuda_gemm.can_serve(x.float(), weight)
     assert not cuda_gemm.can_serve(x[:, :60], weight)
