@@ -158,7 +158,7 @@ def draw_interference() -> None:
 
 def draw_pipeline() -> None:
     """The best gain of the decode pipeline by batch and context, a map for each model shape."""
-    found = results("decode_pipeline")
+    found = [result for result in results("decode_pipeline") if len(result["rows"]) > 1]
     figure, maps = plt.subplots(1, len(found), figsize=(5.2 * len(found), 3.6), squeeze=False)
     for axes, result in zip(maps[0], found, strict=True):
         gains = {
@@ -167,7 +167,7 @@ def draw_pipeline() -> None:
         }
         batches, contexts = (sorted(set(values)) for values in zip(*gains, strict=True))
         grid = [[gains.get((batch, context), float("nan")) for context in contexts] for batch in batches]
-        axes.imshow(grid, cmap="RdBu", vmin=0.8, vmax=1.2, origin="lower", aspect="auto")
+        axes.imshow(grid, cmap="RdBu", vmin=0.6, vmax=1.4, origin="lower", aspect="auto")
         for row, column in ((row, column) for row in range(len(batches)) for column in range(len(contexts))):
             gain = grid[row][column]
             text = "does not fit" if gain != gain else f"{gain:.2f}"

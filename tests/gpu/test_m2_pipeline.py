@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -216,12 +217,31 @@ def test_float32_tokens_equal_transformers(tiny_on_disk, num_micro_batches, eage
 
 
 @pytest.mark.two_gpu
+def test_tokens_are_those_of_plain_decode_and_speed_is_reported(tiny_on_disk, capsys):
+    """Of a tiny model, which the pipeline does not make faster: benchmarks/decode_pipeline.py is for real shapes."""
+    path, _ = tiny_on_disk
+    prompts = tiny.random_prompts(64, seed=5, longest=60)
+    answers, seconds = {}, {}
+    for mode in ("disabled", "static"):
+        options = {"num_kvcache_blocks": 4000, "enable_decode_pipeline": True, "decode_pipeline": mode}
+        with LLM(path, **TWO_GPUS, **options) as llm:
+            llm.generate(prompts, GREEDY, use_tqdm=False)
+            started = time.perf_counter()
+            answers[mode] = [answer["token_ids"] for answer in llm.generate(prompts, GREEDY, use_tqdm=False)]
+            seconds[mode] = time.perf_counter() - started
+    assert answers["static"] == answers["disabled"]
+    num_tokens = sum(map(len, answers["static"]))
+    with capsys.disabled():
+        print(*(f"\n{mode}: {num_tokens / s:.0f} tok/s" for mode, s in seconds.items()))  # noqa: T201 - the report
+
+
+@pytest.mark.two_gpu
 def test_demo_answers_in_bfloat16_equal_the_written_ones():
     pairs = json.loads((Path(DEMO_MODEL_PATH) / "questions.json").read_text(encoding="utf-8"))
     conversations = [[{"role": "user", "content": pair["question"]}] for pair in pairs]
     options = {"gpu_memory_utilization": 0.2, "enable_decode_pipeline": True, "decode_pipeline": "static"}
     with LLM(DEMO_MODEL_PATH, device="cuda", enable_two_gpu_pd=True, **options) as llm:
-        answers = llm.chat(conversations, SamplingParams(temperature=0, max_tokens=128), use_tqdm=False)
+        answers = llm.chat(conversations, SamplingParams(temperature=0, max_tokens=512), use_tqdm=False)
         assert llm.decode_runner.get_pipeline_statistics()["fallbacks"] == {}
     wrong = [pair for pair, answer in zip(pairs, answers, strict=True) if answer["text"] != pair["answer"]]
     assert not wrong
