@@ -43,6 +43,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def sm_split(text: str) -> tuple[int, int]:
+    """`32:100`, as an argument, is SMs for attention and for the FFN."""
+    attention_sm, ffn_sm = map(int, text.split(":"))
+    return attention_sm, ffn_sm
+
+
 def write_shape(name: str) -> str:
     """A folder with the config.json of a model shape, to be run with `load_format="dummy"`."""
     config = {

@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 import torch
-from common import SHAPES, model_options, report
+from common import SHAPES, model_options, report, sm_split
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.builder import runner_spec
@@ -126,18 +126,13 @@ def sweep(runner: ModelRunner, args: argparse.Namespace, bandwidth: float) -> li
     return rows
 
 
-def _split(text: str) -> Split:
-    attention_sm, ffn_sm = map(int, text.split(":"))
-    return attention_sm, ffn_sm
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-shape", choices=SHAPES, default="qwen3-8b", help="random weights of this shape")
     parser.add_argument("--model", help="folder of a checkpoint instead of random weights")
     parser.add_argument("--batches", type=int, nargs="+", default=[256, 512, 768, 1024])
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 384, 512, 1024])
-    parser.add_argument("--splits", type=_split, nargs="+", default=[(28, 104), (32, 100), (36, 96), (64, 68)])
+    parser.add_argument("--splits", type=sm_split, nargs="+", default=[(28, 104), (32, 100), (36, 96), (64, 68)])
     cuts = [Cut.GEMMS, Cut.REST]
     parser.add_argument("--cuts", type=Cut.__getitem__, nargs="+", default=cuts, help="of STAGES, GEMMS and REST")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[2])

@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from common import SHAPES, report
+from common import SHAPES, report, sm_split
 from kernels import decode_problem, random_normal
 from torch.nn import functional
 
 from nanovllm.engine.green_manager import GreenManager
-from nanovllm.engine.pipeline_plan import Split
 from nanovllm.kernels import cuda_gemm
 from nanovllm.kernels.triton_attention import Backend
 from nanovllm.kernels.triton_stamps import stamp
@@ -94,18 +93,13 @@ def measure_us(*works: tuple[torch.cuda.Stream, Work], alone_us: Sequence[float]
     return results
 
 
-def _split(text: str) -> Split:
-    attention_sm, ffn_sm = map(int, text.split(":"))
-    return attention_sm, ffn_sm
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-shape", choices=SHAPES, default="qwen3-8b", help="whose layer")
     parser.add_argument("--batch", type=int, default=512, help="requests in each half")
     parser.add_argument("--context", type=int, default=512)
     splits = [(28, 104), (32, 100), (40, 92), (48, 84), (64, 68)]
-    parser.add_argument("--splits", type=_split, nargs="+", default=splits)
+    parser.add_argument("--splits", type=sm_split, nargs="+", default=splits)
     parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
     torch.manual_seed(0)
