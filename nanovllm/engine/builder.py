@@ -18,7 +18,7 @@ from nanovllm.engine.requests import RequestIntake
 from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
 from nanovllm.engine.tokenizer import end_of_sequence_ids, load_tokenizer
 from nanovllm.errors import ConfigError, ModelLoadError, shown
-from nanovllm.kernels import BackendRequirements, resolve_backend
+from nanovllm.kernels import BackendRequirements, resolve_backend, torch_reference
 from nanovllm.models import resolve_model
 from nanovllm.models.qwen3 import Qwen3Config
 from nanovllm.utils.device import Device, resolve_device, resolve_device_pair
@@ -109,6 +109,21 @@ def runner_spec(config: EngineConfig, folder: Path, hf_config: dict[str, Any], d
         num_kvcache_blocks=config.num_kvcache_blocks,
         enforce_eager=config.enforce_eager,
     )
+
+
+def model_memory(model: str, dtype: str = "auto") -> tuple[int, int]:
+    """Bytes of a checkpoint's weights, and of the KV of a token, on a GPU.
+
+    Raises:
+        ModelLoadError: the checkpoint cannot be served.
+    """
+    folder = checkpoint_folder(model)
+    hf_config = read_json(folder, "config.json") or {}
+    model_class, config = resolve_model(hf_config)
+    resolved = resolve_dtype(dtype, hf_config, Device("cuda", 0))
+    made = model_class(config, torch_reference.Backend(), 1, dtype=resolved, device=torch.device("meta"))
+    weight_bytes = sum(view.nbytes for view in made.checkpoint_tensors().values())
+    return weight_bytes, 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * resolved.itemsize
 
 
 def resolve_dtype(option: str, hf_config: dict[str, Any], device: Device) -> torch.dtype:

@@ -218,6 +218,9 @@ _MODULES = {
 }
 
 
+BACKENDS = tuple(_MODULES)
+
+
 def unsupported_reasons(name: str, needs: BackendRequirements) -> list[str]:
     """Every reason why backend `name` cannot serve `needs`; empty if it can."""
     try:

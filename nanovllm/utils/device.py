@@ -94,6 +94,22 @@ def peer_access(source: Device, target: Device) -> bool:
     return torch.cuda.can_device_access_peer(source.index, target.index)
 
 
+def copy_bandwidth(source: Device, target: Device, num_bytes: int = 2**28) -> float:
+    """Bytes per second of copies of one GPU's memory to another's, the best of some."""
+    here = torch.empty(num_bytes, dtype=torch.uint8, device=source.torch_device)
+    there = torch.empty(num_bytes, dtype=torch.uint8, device=target.torch_device)
+    best_ms = float("inf")
+    with source.current():
+        for _ in range(5):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            there.copy_(here, non_blocking=True)
+            end.record()
+            end.synchronize()
+            best_ms = min(best_ms, start.elapsed_time(end))
+    return num_bytes / best_ms * 1e3
+
+
 @functools.cache
 def enable_peer_access(source: Device, target: Device) -> None:
     """Lets kernels of `source` write to `target`'s memory: torch enables that with the first copy between the two."""

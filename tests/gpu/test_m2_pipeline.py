@@ -18,6 +18,7 @@ from nanovllm.engine.pipeline_plan import Arrangement, Cut, Lane
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.kernels import AttentionMetadata, cuda_gemm
 from nanovllm.kernels.triton_attention import Backend
+from nanovllm.kernels.triton_stamps import sms_of_streams
 from nanovllm.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 from nanovllm.utils import green_ctx
 from nanovllm.utils.device import Device
@@ -28,7 +29,6 @@ pytestmark = [pytest.mark.gpu]
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 TWO_GPUS = {"device": "cuda", "dtype": "float32", "enable_two_gpu_pd": True, "kvcache_block_size": 16}
-NUM_PROGRAMS = 1024
 
 
 @pytest.fixture
@@ -45,37 +45,14 @@ def tiny_on_disk(tmp_path_factory):
     return tiny.save(model, tmp_path_factory.mktemp("tiny64")), model
 
 
-def note_sms(stream: torch.cuda.Stream, sms: torch.Tensor) -> None:
-    """Which SM each of many programs on a stream runs on."""
-    from tests.gpu.sm_kernel import note_sm
-
-    with torch.cuda.stream(stream):
-        note_sm[(NUM_PROGRAMS,)](sms)
-
-
 @pytest.mark.parametrize("split", [(16, 116), (32, 100), (36, 96), (48, 84), (64, 68), (96, 36)])
 def test_lanes_have_the_sms_they_were_given_and_share_none(manager, split):
-    lanes = manager.allocate(split)
-    notes = {lane: torch.full((NUM_PROGRAMS,), -1, dtype=torch.int32, device="cuda:0") for lane in Lane}
-    torch.cuda.synchronize(0)
-    for lane, stream in lanes.streams.items():
-        note_sms(stream, notes[lane])
-    torch.cuda.synchronize(0)
-    eager = {lane: set(sms.tolist()) for lane, sms in notes.items()}
-    graph, capturing = torch.cuda.CUDAGraph(), torch.cuda.Stream(0)
-    with torch.cuda.graph(graph, stream=capturing):
-        for lane, stream in lanes.streams.items():
-            stream.wait_stream(capturing)
-            note_sms(stream, notes[lane])
-            capturing.wait_stream(stream)
-    for sms in notes.values():
-        sms.fill_(-1)
-    graph.replay()
-    torch.cuda.synchronize(0)
-    for found in (eager, {lane: set(sms.tolist()) for lane, sms in notes.items()}):
-        assert not found[Lane.ATTENTION] & found[Lane.FFN]
-        assert -1 not in found[Lane.ATTENTION] | found[Lane.FFN]
-        assert (len(found[Lane.ATTENTION]), len(found[Lane.FFN])) == split
+    streams = list(manager.allocate(split).streams.values())
+    for captured in (False, True):
+        attention, ffn = sms_of_streams(streams, captured=captured)
+        assert not attention & ffn
+        assert -1 not in attention | ffn
+        assert (len(attention), len(ffn)) == split
 
 
 def test_a_thousand_rebalances_leak_nothing(manager):

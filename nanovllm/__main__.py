@@ -1,0 +1,24 @@
+"""`python -m nanovllm doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from nanovllm import doctor
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m nanovllm", description="A small LLM inference engine.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("doctor", help="check what this machine can do", description=doctor.__doc__)
+    command.add_argument("--model", help="folder of a checkpoint: whether it fits")
+    command.add_argument("--prefill-device-id", type=int, default=0)
+    command.add_argument("--decode-device-id", type=int, default=1)
+    command.add_argument("--json", action="store_true", help="a list of objects instead of a table")
+    args = parser.parse_args()
+    return doctor.run(args.model, args.prefill_device_id, args.decode_device_id, as_json=args.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
