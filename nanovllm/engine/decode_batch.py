@@ -49,6 +49,7 @@ class DecodeBatch:
         is_watched: [B] bool, whether every token is looked at: it is streamed, may end by a stop string, has
             log-probabilities, or more stop tokens than `stop_ids` holds.
         stop_ids: [B, MOST_STOP_IDS] int64, tokens that end the request, padded with NO_TOKEN.
+        token_time_places: [B] int64, where the times of the requests' last tokens are kept.
     """
 
     seqs: list[Sequence]
@@ -59,6 +60,7 @@ class DecodeBatch:
     first_plain_positions: np.ndarray
     is_watched: np.ndarray
     stop_ids: np.ndarray
+    token_time_places: np.ndarray
 
     @classmethod
     def of(cls, rows: SequenceOf[DecodeRow], block_size: int) -> DecodeBatch:
@@ -76,6 +78,7 @@ class DecodeBatch:
             first_plain_positions=_integers(seq.first_plain_position for seq in seqs),
             is_watched=np.array([_is_watched(seq) for seq in seqs], dtype=bool),
             stop_ids=stop_ids,
+            token_time_places=_integers(seq.token_time_place or 0 for seq in seqs),
         )
 
     def __len__(self) -> int:
@@ -113,6 +116,7 @@ class DecodeBatch:
             self.first_plain_positions,
             self.is_watched,
             self.stop_ids,
+            self.token_time_places,
         )
 
 

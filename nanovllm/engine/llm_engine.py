@@ -20,6 +20,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.builder import build_engine
 from nanovllm.engine.decode_batch import DecodeStep
 from nanovllm.engine.kv_transfer import TransferHandle
+from nanovllm.engine.metrics import Metrics
 from nanovllm.engine.model_runner import ModelRunner, SampledOnHost, StepHandle
 from nanovllm.engine.requests import Prompt
 from nanovllm.engine.scheduler import BlockPair, PrefillStep, Step
@@ -72,6 +73,8 @@ class Handoff:
     handle: TransferHandle
     step: PrefillStep
     """The step that computes the blocks; the handoff's time runs from its end."""
+    computed_s: float | None = None
+    """When that step was seen to have ended."""
     deadline_s: float = math.inf
     timed_out: bool = False
 
@@ -101,6 +104,7 @@ class LLMEngine:
         self.kv_transfer = parts.kv_transfer
         self.scheduler = parts.scheduler
         self.counters = Counters()
+        self._metrics = Metrics()
         self._intake = parts.intake
         self._next_request_id = 0
         self._sequences: dict[int, Sequence] = {}
@@ -157,6 +161,47 @@ class LLMEngine:
         self._advance()
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    def metrics(self) -> dict[str, Any]:
+        """What the engine is doing and has done since it was made; waits for nothing.
+
+        Times are histograms (`count`, `sum`, `buckets` of (bound, values at or below it)) in seconds: `ttft_s` from
+        arrival to the first token, `itl_s` of every gap between two tokens of a request, `tpot_s` of a request's mean
+        gap, `latency_s` from arrival to the end, `handoff_s` from the end of a prefill step until its KV has
+        arrived. `fallbacks` counts falls back to something slower by cause.
+
+        Raises:
+            EngineClosedError: the engine was closed.
+        """
+        self._check_open()
+        scheduler, counters, times = self.scheduler, self.counters, self._metrics
+        states = scheduler.num_by_status()
+        pools = {"prefill": scheduler.prefill_pool, "decode": scheduler.decode_pool}
+        pipeline = self.decode_runner.pipeline_counters
+        return {
+            "requests": {status.name.lower(): number for status, number in states.items()},
+            "requests_ended": dict(times.ended),
+            "ttft_s": times.ttft_s.as_dict(),
+            "tpot_s": times.tpot_s.as_dict(),
+            "itl_s": times.itl_s.as_dict(),
+            "latency_s": times.latency_s.as_dict(),
+            "prefill_steps": counters.prefill_steps,
+            "prefill_tokens": counters.prefill_tokens,
+            "decode_steps": counters.decode_steps,
+            "decode_tokens": counters.decode_tokens,
+            "pipeline_steps": pipeline.steps,
+            "prefix_cache_queried_tokens": scheduler.num_queried_tokens,
+            "prefix_cache_hit_tokens": scheduler.num_hit_tokens,
+            "handoff_s": times.handoff_s.as_dict(),
+            "handoff_bytes": counters.handoff_blocks * self.decode_runner.spec.block_bytes,
+            "handoff_backlog": states[SequenceStatus.PREFILLING] + states[SequenceStatus.HANDING_OFF],
+            "leases": scheduler.num_leases,
+            "kv_blocks": {
+                name: {"held": pool.num_held_blocks, "total": pool.num_blocks} for name, pool in pools.items()
+            },
+            "preemptions": scheduler.num_preemptions,
+            "fallbacks": dict(pipeline.fallbacks),
+        }
 
     def close(self) -> None:
         """Aborts everything, waits for the devices, gives their memory back. A second call does nothing."""
@@ -353,11 +398,13 @@ class LLMEngine:
         assert len(last) == len(sampled.token_ids), "a token for each request whose prompt is complete"
         for place, (seq, counts) in enumerate(last):
             if counts:
+                self._metrics.got_token(seq)
                 self._append(seq, int(sampled.token_ids[place]), sampled.logprobs_of(place))
         self._handing_off += self.scheduler.get_prefilled_sequences()
         for handoff in self._handoffs:
             if handoff.step is step:
-                handoff.deadline_s = time.perf_counter() + self.config.handoff_timeout_s
+                handoff.computed_s = time.perf_counter()
+                handoff.deadline_s = handoff.computed_s + self.config.handoff_timeout_s
 
     def _decode_ended(self, step: DecodeStep, sampled: SampledOnHost) -> None:
         self.counters.decode_steps += 1
@@ -368,6 +415,7 @@ class LLMEngine:
         counts = np.ones(len(batch), dtype=bool)
         if step.ended_leases:
             counts[:] = [seq.lease is lease for seq, lease in zip(batch.seqs, batch.leases, strict=True)]
+        self._metrics.got_tokens(batch.token_time_places[counts])
         # For every token of every request: no Python.
         is_plain = (counts & ~is_notable).tolist()
         appended = map(list.append, compress(batch.token_lists, is_plain), compress(token_ids, is_plain))
@@ -416,6 +464,8 @@ class LLMEngine:
         except Exception as raised:  # noqa: BLE001 - whatever went wrong on the way fails this request alone
             error = HandoffError(f"{self._about(handoff.seq)}: {raised}")
         self.scheduler.release(handoff.lease)
+        if handoff.computed_s is not None:
+            self._metrics.handoff_s.observe(time.perf_counter() - handoff.computed_s)
         if error is None:
             self.counters.handoffs += 1
             self.counters.handoff_blocks += len(handoff.pairs)
@@ -485,6 +535,8 @@ class LLMEngine:
     def _give_out(self, seq: Sequence, piece: str = "") -> None:
         """An output with the tokens that were not shown before; the last one with the rest of the text."""
         if seq.is_finished:
+            if seq.finished_s is None:
+                self._metrics.has_ended(seq, seq.finish_reason or "error")
             seq.finished_s = time.perf_counter()
             try:
                 piece += self._texts[seq.request_id].finish(seq.text_token_ids)

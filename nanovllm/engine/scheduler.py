@@ -7,6 +7,7 @@ handed off and decoded. On one device the two pools are one object, and the bloc
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -95,6 +96,9 @@ class Scheduler:
         self.prefill_pool = prefill_pool
         self.decode_pool = decode_pool
         self.num_preemptions = 0
+        self.num_queried_tokens = 0
+        """Tokens of requests that got a lease, and were looked up in the prefix cache of where they are prefilled."""
+        self.num_hit_tokens = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -158,6 +162,16 @@ class Scheduler:
         """Requests that have ended with an error since the last call."""
         failed, self._failed = self._failed, []
         return failed
+
+    def num_by_status(self) -> dict[SequenceStatus, int]:
+        """Requests in each state, but for those that have ended."""
+        counts = Counter(seq.status for seq in [*self._waiting, *self._running])
+        return {status: counts[status] for status in SequenceStatus if status is not SequenceStatus.FINISHED}
+
+    @property
+    def num_leases(self) -> int:
+        """Those that requests hold, and those that they have given up and work in flight still touches."""
+        return len(self._running) + len(self._closing)
 
     # Prefill
 
@@ -380,6 +394,8 @@ class Scheduler:
             prefill_table = pool.take(hit, num_prefilled)
         seq.lease = Lease(decode_table, prefill_table, pool, num_handed_off_blocks=len(cached))
         seq.num_prefilled_tokens = len(hit) * pool.block_size
+        self.num_queried_tokens += seq.num_tokens
+        self.num_hit_tokens += seq.num_prefilled_tokens
         seq.status = SequenceStatus.PREFILLING
         return True
 

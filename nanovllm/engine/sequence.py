@@ -81,6 +81,8 @@ class Sequence:
     """Tokens that are known outside: the prompt and what was given out."""
     output: RequestOutput | None = None
     """What is being given out."""
+    token_time_place: int | None = None
+    """Where the time of its last token is kept, once it has one."""
     first_token_s: float | None = None
     finished_s: float | None = None
 

@@ -1,0 +1,86 @@
+"""`llm.metrics()` as Prometheus metrics; needs the `metrics` extra (prometheus-client)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from nanovllm.engine.llm_engine import LLMEngine
+
+PREFIX = "nanovllm"
+HISTOGRAMS = {
+    "ttft_s": ("time_to_first_token_seconds", "From a request's arrival to its first token"),
+    "tpot_s": ("time_per_output_token_seconds", "A request's mean gap between tokens"),
+    "itl_s": ("inter_token_latency_seconds", "Every gap between two tokens of a request"),
+    "latency_s": ("request_latency_seconds", "From a request's arrival to its end"),
+    "handoff_s": ("handoff_seconds", "From the end of a prefill step until its KV has arrived"),
+}
+COUNTERS = {
+    "prefill_tokens": ("prefill_tokens", "Prompt tokens computed"),
+    "decode_tokens": ("decode_tokens", "Tokens decoded"),
+    "prefix_cache_queried_tokens": ("prefix_cache_queried_tokens", "Tokens that were looked up in the prefix cache"),
+    "prefix_cache_hit_tokens": ("prefix_cache_hit_tokens", "Tokens that were found there"),
+    "handoff_bytes": ("handoff_bytes", "Bytes of KV handed over"),
+    "preemptions": ("preemptions", "Requests that lost their blocks to another"),
+}
+GAUGES = {
+    "leases": ("leases", "Requests that hold blocks"),
+    "handoff_backlog": (
+        "handoff_backlog",
+        "Requests between the beginning of their prefill and the arrival of their KV",
+    ),
+}
+
+
+class Collector:
+    """Reads an engine's metrics whenever Prometheus asks.
+
+        from prometheus_client import REGISTRY, start_http_server
+
+        REGISTRY.register(Collector(llm))
+        start_http_server(9090)
+
+    Raises:
+        ImportError: prometheus-client is not installed; the message says how to get it.
+    """
+
+    def __init__(self, engine: LLMEngine) -> None:
+        try:
+            from prometheus_client import core
+        except ImportError as error:
+            raise ImportError("Prometheus metrics need prometheus-client: pip install nanovllm[metrics]") from error
+        self._core = core
+        self._engine = engine
+
+    def collect(self) -> Iterator[Any]:
+        core, found = self._core, self._engine.metrics()
+        for key, (name, about) in HISTOGRAMS.items():
+            histogram = found[key]
+            buckets = [(str(bound), count) for bound, count in histogram["buckets"]]
+            buckets.append(("+Inf", histogram["count"]))
+            yield core.HistogramMetricFamily(f"{PREFIX}_{name}", about, buckets=buckets, sum_value=histogram["sum"])
+        for key, (name, about) in COUNTERS.items():
+            yield core.CounterMetricFamily(f"{PREFIX}_{name}", about, value=found[key])
+        for key, (name, about) in GAUGES.items():
+            yield core.GaugeMetricFamily(f"{PREFIX}_{name}", about, value=found[key])
+        requests = core.GaugeMetricFamily(f"{PREFIX}_requests", "Requests by state", labels=["state"])
+        for state, number in found["requests"].items():
+            requests.add_metric([state], number)
+        yield requests
+        ended = core.CounterMetricFamily(f"{PREFIX}_requests_ended", "Requests that have ended", labels=["reason"])
+        for reason, number in found["requests_ended"].items():
+            ended.add_metric([reason], number)
+        yield ended
+        steps = core.CounterMetricFamily(f"{PREFIX}_steps", "Steps that have run", labels=["kind"])
+        for kind in ("prefill", "decode", "pipeline"):
+            steps.add_metric([kind], found[f"{kind}_steps"])
+        yield steps
+        blocks = core.GaugeMetricFamily(f"{PREFIX}_kv_blocks", "Blocks of a KV pool", labels=["pool", "state"])
+        for pool, numbers in found["kv_blocks"].items():
+            for state, number in numbers.items():
+                blocks.add_metric([pool, state], number)
+        yield blocks
+        fallbacks = core.CounterMetricFamily(f"{PREFIX}_fallbacks", "Falls back to something slower", labels=["cause"])
+        for cause, number in found["fallbacks"].items():
+            fallbacks.add_metric([cause], number)
+        yield fallbacks

@@ -1,0 +1,103 @@
+"""What `llm.metrics()` counts, against what is known from outside, and that Prometheus can read it."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from nanovllm import LLM, EngineClosedError, SamplingParams
+from nanovllm.engine.metrics import Histogram, TokenTimes
+from nanovllm.prometheus import Collector
+from tests import tiny
+
+
+def test_a_histogram_counts_what_numpy_counts():
+    values = np.random.default_rng(1).exponential(0.02, 500)
+    histogram = Histogram((0.01, 0.02, 0.05))
+    histogram.observe_all(values[:499])
+    histogram.observe(values[499])
+    found = histogram.as_dict()
+    assert found["count"] == 500
+    assert found["sum"] == pytest.approx(values.sum())
+    assert found["buckets"] == [(bound, int((values <= bound).sum())) for bound in (0.01, 0.02, 0.05)]
+
+
+def test_a_place_for_a_token_time_is_used_again_and_there_are_as_many_as_needed():
+    times = TokenTimes()
+    places = [times.take(float(number)) for number in range(1000)]
+    assert len(set(places)) == 1000
+    assert times.give_back(places[7]) == 7.0
+    assert times.take(5000.0) == places[7]
+    gaps = times.passed(np.array(places[:3]), 10.0)
+    assert gaps.tolist() == [10.0, 9.0, 8.0]
+    assert times.give_back(places[1]) == 10.0
+
+
+@pytest.mark.parametrize("two_devices", [False, True], ids=["one", "two"])
+def test_requests_and_tokens_are_counted_once(tmp_path, two_devices):
+    path = tiny.save(tiny.make_reference(seed=3), tmp_path)
+    prompts = tiny.random_prompts(6, seed=1, shared=32) + tiny.random_prompts(6, seed=2)
+    params = [SamplingParams(temperature=0, max_tokens=1 + place) for place in range(len(prompts))]
+    with LLM(path, device="cpu", enable_two_gpu_pd=two_devices, num_kvcache_blocks=40, kvcache_block_size=16) as llm:
+        assert llm.metrics()["ttft_s"]["count"] == 0
+        started = time.perf_counter()
+        answers = llm.generate(prompts, params, use_tqdm=False)
+        again = llm.generate(prompts[:1], params[-1:], use_tqdm=False)
+        passed = time.perf_counter() - started
+        found = llm.metrics()
+        num_tokens = sum(len(answer["token_ids"]) for answer in answers + again)
+        num_requests = len(prompts) + 1
+        assert found["requests_ended"] == {"length": num_requests}
+        assert set(found["requests"].values()) == {0}
+        assert found["ttft_s"]["count"] == found["latency_s"]["count"] == num_requests
+        assert found["itl_s"]["count"] == num_tokens - num_requests
+        assert found["tpot_s"]["count"] == sum(len(answer["token_ids"]) > 1 for answer in answers + again)
+        assert 0 < found["itl_s"]["sum"] < num_requests * passed
+        assert found["prefix_cache_hit_tokens"] >= 32
+        assert found["prefix_cache_queried_tokens"] >= sum(map(len, prompts))
+        assert found["prefill_tokens"] >= sum(map(len, prompts)) - found["prefix_cache_hit_tokens"]
+        assert found["leases"] == found["handoff_backlog"] == 0
+        assert found["kv_blocks"]["decode"] == {"held": 0, "total": 40}
+        assert (found["handoff_bytes"] > 0) == two_devices
+        assert (found["handoff_s"]["count"] > 0) == two_devices
+    with pytest.raises(EngineClosedError):
+        llm.metrics()
+
+
+def test_states_aborts_and_preemptions_show(tmp_path):
+    path = tiny.save(tiny.make_reference(seed=3), tmp_path)
+    prompts = tiny.random_prompts(8, seed=4)
+    with LLM(path, device="cpu", num_kvcache_blocks=14, kvcache_block_size=16, max_num_seqs=6) as llm:
+        ids = [llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=40)) for prompt in prompts]
+        assert llm.metrics()["requests"]["waiting"] == 8
+        for _ in range(6):
+            llm.step()
+        found = llm.metrics()
+        assert found["requests"]["decoding"] > 0
+        assert found["leases"] > 0
+        assert found["kv_blocks"]["decode"]["held"] > 0
+        llm.abort(ids[-1])
+        num_tokens = 0
+        while not llm.is_finished():
+            num_tokens += sum(len(output.new_token_ids) for output in llm.step())
+        found = llm.metrics()
+        assert found["requests_ended"] == {"length": 7, "abort": 1}
+        assert found["preemptions"] == llm.scheduler.num_preemptions > 0
+        assert found["itl_s"]["count"] == 7 * 39
+
+
+def test_prometheus_reads_them(tmp_path):
+    prometheus_client = pytest.importorskip("prometheus_client")
+    path = tiny.save(tiny.make_reference(seed=3), tmp_path)
+    with LLM(path, device="cpu", enable_two_gpu_pd=True) as llm:
+        llm.generate(tiny.random_prompts(3, seed=4), SamplingParams(max_tokens=5), use_tqdm=False)
+        registry = prometheus_client.CollectorRegistry()
+        registry.register(Collector(llm))
+        text = prometheus_client.generate_latest(registry).decode()
+    assert "nanovllm_time_to_first_token_seconds_count 3.0" in text
+    assert "nanovllm_inter_token_latency_seconds_count 12.0" in text
+    assert 'nanovllm_inter_token_latency_seconds_bucket{le="+Inf"} 12.0' in text
+    assert 'nanovllm_requests_ended_total{reason="length"} 3.0' in text
+    assert 'nanovllm_kv_blocks{pool="decode",state="held"} 0.0' in text
