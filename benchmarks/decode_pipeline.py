@@ -146,7 +146,7 @@ def main() -> None:
 
         bandwidth = streaming_bandwidth()
     rows = sweep(runner, args, bandwidth)
-    result = {"model_shape": args.model_shape, "bytes_per_s": bandwidth, "rows": rows}
+    result = {"model_shape": args.model or args.model_shape, "bytes_per_s": bandwidth, "rows": rows}
     report("decode_pipeline", result, args.output)
 
 

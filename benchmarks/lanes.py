@@ -102,6 +102,8 @@ def main() -> None:
     parser.add_argument("--splits", type=sm_split, nargs="+", default=splits)
     parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU")
     torch.manual_seed(0)
     kv_bytes = args.batch * args.context * 2 * 8 * 128 * 2
     rows = []

@@ -175,7 +175,7 @@ class TestManager:
         assert self.manager(None, 84).split == (48, 84)
 
     def test_counts_beyond_the_card_are_refused(self):
-        with pytest.raises(ConfigError, match="decode_attention_sm=100 and decode_ffn_sm=40 are more than the 132 SMs"):
+        with pytest.raises(ConfigError, match="100 SMs for attention and 40 for the FFN are more than the 132"):
             self.manager(100, 40)
 
     def test_a_split_that_is_not_granted_names_the_one_that_is(self):

@@ -22,6 +22,7 @@ from nanovllm.engine import kv_transfer, model_runner
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.kv_transfer import resolve_handoff
 from nanovllm.engine.model_runner import StepHandle
+from nanovllm.engine.pipeline_plan import Arrangement, Cut
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.scheduler import PrefillStep
 from nanovllm.engine.sequence import SequenceStatus
@@ -575,6 +576,27 @@ def test_a_refused_partition_falls_back_to_plain_decode(checkpoint, monkeypatch,
         assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 24)
 
 
+def test_a_split_that_was_asked_for_and_is_not_granted_is_an_error(checkpoint, monkeypatch):
+    path, _ = checkpoint("gqa2")
+    allocate = GreenManager.allocate
+
+    def grant_no_odd_ones(manager, split=None):
+        if manager.split[0] % 2:
+            raise GreenContextError("asked for 5 and 7 SMs and grants 8 and 8")
+        return allocate(manager, split)
+
+    monkeypatch.setattr(GreenManager, "allocate", grant_no_odd_ones)
+    options = {"enable_decode_pipeline": True, "decode_attention_sm": 5, "decode_ffn_sm": 7}
+    with pytest.raises(GreenContextError, match="asked for 5 and 7 SMs and grants 8 and 8"):
+        two_devices(path, lazy=False, **options)
+
+
+def test_auto_on_a_cpu_is_plain_decode(checkpoint):
+    path, _ = checkpoint("gqa2")
+    with two_devices(path, lazy=False, enable_decode_pipeline=True) as llm:
+        assert list(llm.decode_runner._decode_steps) == [None]
+
+
 def test_a_pipeline_that_cannot_run_is_known_at_the_start(checkpoint, monkeypatch):
     path, reference = checkpoint("gqa2")
 
@@ -595,6 +617,7 @@ def test_a_pipeline_that_cannot_run_is_known_at_the_start(checkpoint, monkeypatc
 def test_auto_of_requests_too_short_to_time_is_plain_decode(checkpoint, monkeypatch):
     path, _ = checkpoint("gqa2")
     monkeypatch.setattr(model_runner, "CALIBRATED_BATCHES", (2, 4))
+    monkeypatch.setattr(model_runner.ModelRunner, "_candidates", lambda *args: [Arrangement((0, 0), Cut.GEMMS)])
     with two_devices(path, lazy=False, enable_decode_pipeline=True, max_model_len=3) as llm:
         assert llm.decode_runner._choice.points == []
         llm.generate([[1]], SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
@@ -605,6 +628,7 @@ def test_auto_runs_the_pipeline_where_it_measured_faster(checkpoint, monkeypatch
     path, reference = checkpoint("gqa2")
     monkeypatch.setattr(model_runner, "CALIBRATED_BATCHES", (2, 4, 8))
     monkeypatch.setattr(model_runner, "CALIBRATED_CONTEXTS", (16, 64))
+    monkeypatch.setattr(model_runner.ModelRunner, "_candidates", lambda *args: [Arrangement((0, 0), Cut.GEMMS)])
     monkeypatch.setattr(model_runner.ModelRunner, "_time", lambda runner, run: timed(run))
 
     def timed(run):

@@ -108,8 +108,8 @@ class GreenManager:
     def _checked(self, attention_sm: int, ffn_sm: int) -> Split:
         if self.num_sms and attention_sm + ffn_sm > self.num_sms:
             raise ConfigError(
-                f"decode_attention_sm={attention_sm} and decode_ffn_sm={ffn_sm} are more than the {self.num_sms} SMs "
-                f"of {self.device}; pass fewer"
+                f"{attention_sm} SMs for attention and {ffn_sm} for the FFN are more than the {self.num_sms} of "
+                f"{self.device}; lower decode_attention_sm or decode_ffn_sm"
             )
         return attention_sm, ffn_sm
 

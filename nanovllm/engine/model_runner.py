@@ -141,6 +141,7 @@ class ModelRunner:
         pipeline: how decode steps use SM partitions, None for plain decode.
 
     Raises:
+        GreenContextError: the SMs can be split, but not as `pipeline` has it.
         ModelLoadError: the weights cannot be loaded or do not fit.
         OutOfKVCacheError: the KV pool does not fit.
     """
@@ -411,15 +412,30 @@ class ModelRunner:
         return model
 
     def _make_pipeline(self, options: PipelineOptions) -> PipelineScheduler | None:
-        """None, with a line in the log, where SMs cannot be split: decode is plain then."""
+        """None, with a line in the log, where SMs cannot be split: decode is plain then.
+
+        Raises:
+            GreenContextError: they can be, but not as the options have it.
+        """
         try:
             manager = GreenManager(self.device, options.attention_sm, options.ffn_sm)
             manager.allocate()
         except GreenContextError as error:
+            if (options.attention_sm is not None or options.ffn_sm is not None) and self._can_split_sms():
+                raise
             self._fall_back(str(error))
             return None
         parts = options.num_micro_batches
         return PipelineScheduler(self.model, manager, options.profiling, num_micro_batches=parts)
+
+    def _can_split_sms(self) -> bool:
+        try:
+            manager = GreenManager(self.device, None, None)
+            manager.allocate()
+        except GreenContextError:
+            return False
+        manager.close()
+        return True
 
     def _fall_back(self, reason: str) -> None:
         """Decode is plain from now on; nothing may be left that was captured over the pipeline's lanes."""
@@ -542,12 +558,11 @@ class ModelRunner:
         largest = self.decode_rows.max_num_rows
         batches = [batch for batch in CALIBRATED_BATCHES if batch <= largest]
         if options.adaptive:
-            if not batches:
-                logger.info(
-                    "%s: decode is plain, as for any batch below %d", self.device, min(CALIBRATED_BATCHES, default=0)
-                )
+            candidates = self._candidates(is_given) if batches else []
+            if not candidates:
+                logger.info("%s: decode is plain: lanes are for GPUs and batches of some hundred requests", self.device)
                 return PipelineChoice([])
-            return PipelineChoice(self._measured(self._candidates(is_given), batches))
+            return PipelineChoice(self._measured(candidates, batches))
         if not self.device.is_cuda or (is_given and not options.profiling):
             return PipelineChoice([], always=given)
         if is_given:
@@ -556,11 +571,14 @@ class ModelRunner:
         return PipelineChoice(points, always=best_of_all(points) if points else given)
 
     def _candidates(self, is_given: bool) -> list[Arrangement]:
-        """How the pipeline may be arranged, as far as the driver grants it; the split may have been given."""
+        """How the pipeline may be arranged, as far as the driver grants it; the split may have been given.
+
+        Not at all on a CPU, whose lanes are there to check the order of a plan.
+        """
         assert self.pipeline is not None, "there is a pipeline to be arranged"
         manager = self.pipeline.green_manager
         if not manager.num_sms:
-            return [Arrangement(manager.split, self.pipeline.cut)]
+            return []
         splits = [manager.split]
         if not is_given:
             splits = [(sms, manager.num_sms - sms) for sms in CALIBRATED_ATTENTION_SM if sms < manager.num_sms]

@@ -113,7 +113,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     rows = [("Total tokens", str(result["total_tokens"]))]
     measured = "avg_total_ms" in result
     for title, name in (("attention", "attention"), ("FFN", "ffn"), ("total", "total")):
-        value = f"{result[f'avg_{name}_ms']:.3f} ms" if measured else "not measured (decode_pipeline_profiling=False)"
+        value = f"{result[f'avg_{name}_ms']:.3f} ms" if measured else "not measured"
         rows.append((f"Avg {title} time", value))
     for title, name in (("Attention SMs", "attention_sm"), ("FFN SMs", "ffn_sm")):
         rows.append((title, ", ".join(map(str, result[name])) or "none"))

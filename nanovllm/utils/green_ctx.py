@@ -109,9 +109,8 @@ def _split(driver: Any, left: Any, sm_counts: Sequence[int], asked: str) -> list
     for count in sm_counts:
         if left is None or count > left.sm.smCount:
             free = 0 if left is None else left.sm.smCount
-            raise GreenContextError(
-                f"{asked} were asked for; after {[resource.sm.smCount for resource in resources]} only {free} are left"
-            )
+            granted = [resource.sm.smCount for resource in resources]
+            raise GreenContextError(f"{asked} were asked for; after {granted} only {free} are left: pass at most these")
         if count == left.sm.smCount:
             resources.append(left)
             left = None
