@@ -40,7 +40,7 @@ def test_requests_and_tokens_are_counted_once(tmp_path, two_devices):
     path = tiny.save(tiny.make_reference(seed=3), tmp_path)
     prompts = tiny.random_prompts(6, seed=1, shared=32) + tiny.random_prompts(6, seed=2)
     params = [SamplingParams(temperature=0, max_tokens=1 + place) for place in range(len(prompts))]
-    with LLM(path, device="cpu", enable_two_gpu_pd=two_devices, num_kvcache_blocks=40, kvcache_block_size=16) as llm:
+    with LLM(path, device="cpu", enable_two_gpu_pd=two_devices, num_kvcache_blocks=200, kvcache_block_size=16) as llm:
         assert llm.metrics()["ttft_s"]["count"] == 0
         started = time.perf_counter()
         answers = llm.generate(prompts, params, use_tqdm=False)
@@ -59,7 +59,7 @@ def test_requests_and_tokens_are_counted_once(tmp_path, two_devices):
         assert found["prefix_cache_queried_tokens"] >= sum(map(len, prompts))
         assert found["prefill_tokens"] >= sum(map(len, prompts)) - found["prefix_cache_hit_tokens"]
         assert found["leases"] == found["handoff_backlog"] == 0
-        assert found["kv_blocks"]["decode"] == {"held": 0, "total": 40}
+        assert found["kv_blocks"]["decode"] == {"held": 0, "total": 200}
         assert (found["handoff_bytes"] > 0) == two_devices
         assert (found["handoff_s"]["count"] > 0) == two_devices
     with pytest.raises(EngineClosedError):
