@@ -20,6 +20,7 @@ WITHOUT_TORCH = [
     "pipeline_plan",
     "pipeline_choice",
     "metrics",
+    "timeline",
 ]
 
 

@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from nanovllm import LLM, EngineClosedError, SamplingParams
+from nanovllm import LLM, EngineClosedError, SamplingParams, UnknownRequestError
+from nanovllm.engine import llm_engine
 from nanovllm.engine.metrics import Histogram, TokenTimes
 from nanovllm.prometheus import Collector
 from tests import tiny
@@ -101,3 +102,44 @@ def test_prometheus_reads_them(tmp_path):
     assert 'nanovllm_inter_token_latency_seconds_bucket{le="+Inf"} 12.0' in text
     assert 'nanovllm_requests_ended_total{reason="length"} 3.0' in text
     assert 'nanovllm_kv_blocks{pool="decode",state="held"} 0.0' in text
+
+
+def phases(timeline):
+    return [span.what for span in timeline.spans()]
+
+
+def test_a_request_can_be_explained(tmp_path):
+    path = tiny.save(tiny.make_reference(seed=3), tmp_path)
+    prompt = tiny.random_prompts(1, seed=4, shared=40)[0]
+    n = len(prompt)
+    options = {"max_num_batched_tokens": 32, "max_num_seqs": 1, "kvcache_block_size": 16}
+    with LLM(path, device="cpu", enable_two_gpu_pd=True, **options) as llm:
+        first = llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=5))
+        second = llm.add_request(prompt[::-1], SamplingParams(temperature=0, max_tokens=5))
+        while not llm.is_finished():
+            llm.step()
+        explained = llm.explain(first)
+        waited = phases(llm.explain(second))
+        aborted = llm.add_request(prompt, SamplingParams(max_tokens=5))
+        llm.abort(aborted)
+        assert phases(llm.explain(aborted)) == ["waits for a lease (its turn)", "ended: abort"]
+        with pytest.raises(UnknownRequestError, match="request 99 is not known"):
+            llm.explain(99)
+    found = phases(explained)
+    assert found[0] == "waits for a lease (its turn)"
+    for start in range(0, n, 32):
+        assert f"prefill of tokens {start} to {min(start + 32, n)} of {n}" in found
+    assert found[-4:] == ["handoff", "decode queue", "decodes", "ended: length"]
+    assert "waits for a lease (max_num_seqs=1 are held)" in waited
+    spans = list(explained.spans())
+    assert all(span.end_s >= span.start_s for span in spans[:-1])
+    assert spans[-1].end_s is None
+    assert str(explained).count("\n") == len(spans) - 1
+
+
+def test_only_so_many_timelines_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(llm_engine, "MOST_TIMELINES", 2)
+    path = tiny.save(tiny.make_reference(seed=3), tmp_path)
+    with LLM(path, device="cpu") as llm:
+        llm.generate(tiny.random_prompts(3, seed=4), SamplingParams(max_tokens=2), use_tqdm=False)
+        assert len(llm._timelines) == 2

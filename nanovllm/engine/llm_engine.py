@@ -7,7 +7,7 @@ import math
 import os
 import time
 import traceback
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import compress
@@ -25,6 +25,7 @@ from nanovllm.engine.model_runner import ModelRunner, SampledOnHost, StepHandle
 from nanovllm.engine.requests import Prompt
 from nanovllm.engine.scheduler import BlockPair, PrefillStep, Step
 from nanovllm.engine.sequence import Lease, Sequence, SequenceStatus
+from nanovllm.engine.timeline import Timeline
 from nanovllm.engine.tokenizer import NoText, RequestText
 from nanovllm.errors import EngineClosedError, HandoffError, HandoffTimeout, UnknownRequestError, shown
 from nanovllm.outputs import FinishReason, RequestOutput, TokenLogprobs
@@ -40,6 +41,10 @@ DECODE_STEPS_AHEAD = 2
 
 PREFILL_STEPS_AHEAD = 2
 """Prefill steps in flight on a device of their own, for the same reason. Where decode steps wait for them it is one."""
+
+
+MOST_TIMELINES = 1000
+"""Of requests that have ended: enough to ask what just happened."""
 
 
 @dataclass
@@ -105,6 +110,7 @@ class LLMEngine:
         self.scheduler = parts.scheduler
         self.counters = Counters()
         self._metrics = Metrics()
+        self._timelines: OrderedDict[int, Timeline] = OrderedDict()
         self._intake = parts.intake
         self._next_request_id = 0
         self._sequences: dict[int, Sequence] = {}
@@ -161,6 +167,20 @@ class LLMEngine:
         self._advance()
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    def explain(self, request_id: int) -> Timeline:
+        """What a request waits or has waited for; `str` of it is a table. The last MOST_TIMELINES that ended are kept.
+
+        Raises:
+            UnknownRequestError: no request has this id, or it ended long ago.
+        """
+        seq = self._sequences.get(request_id)
+        timeline = self._timelines.get(request_id) if seq is None else seq.timeline
+        if timeline is None:
+            raise UnknownRequestError(
+                f"request {shown(request_id)} is not known, or ended before the last {MOST_TIMELINES} that did"
+            )
+        return timeline
 
     def metrics(self) -> dict[str, Any]:
         """What the engine is doing and has done since it was made; waits for nothing.
@@ -537,6 +557,9 @@ class LLMEngine:
         if seq.is_finished:
             if seq.finished_s is None:
                 self._metrics.has_ended(seq, seq.finish_reason or "error")
+                self._timelines[seq.request_id] = seq.timeline
+                if len(self._timelines) > MOST_TIMELINES:
+                    self._timelines.popitem(last=False)
             seq.finished_s = time.perf_counter()
             try:
                 piece += self._texts[seq.request_id].finish(seq.text_token_ids)

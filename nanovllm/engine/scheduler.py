@@ -123,6 +123,7 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queues a request in the place of its arrival."""
+        seq.timeline.mark("waits for a lease (its turn)")
         bisect.insort(self._waiting, seq, key=_request_id)
 
     def unfinished(self) -> list[Sequence]:
@@ -135,6 +136,7 @@ class Scheduler:
         (self._waiting if seq.status is SequenceStatus.WAITING else self._running).remove(seq)
         seq.finish_reason, seq.error = reason, error
         seq.status = SequenceStatus.FINISHED
+        seq.timeline.mark(f"ended: {reason}" if error is None else f"ended: {reason}, {error}")
         self._end_lease(seq)
 
     def preempt(self, seq: Sequence) -> None:
@@ -142,6 +144,7 @@ class Scheduler:
         self._running.remove(seq)
         self._end_lease(seq)
         seq.status = SequenceStatus.WAITING
+        seq.timeline.mark("preempted")
         self.add(seq)
         self.num_preemptions += 1
 
@@ -207,7 +210,10 @@ class Scheduler:
             lease.prefill_pool.cache(seq, lease.prefill_table, chunk.start, chunk.end)
             if chunk.is_last:
                 seq.status = SequenceStatus.HANDING_OFF
+                seq.timeline.mark("handoff")
                 self._prefilled.append(seq)
+            elif _has_tokens_to_prefill(seq):
+                seq.timeline.mark("prefill queue")
         self.release(lease)
         return counts
 
@@ -225,6 +231,7 @@ class Scheduler:
         lease.prefill_pool.free(lease.prefill_table)
         lease.prefill_table = []
         seq.status = SequenceStatus.DECODING
+        seq.timeline.mark("decode queue")
         self._joining.append(DecodeRow(seq, lease, seq.num_tokens - 1))
 
     # Decode
@@ -365,13 +372,22 @@ class Scheduler:
 
     def _may_admit(self, seq: Sequence) -> bool:
         num_leases = len(self._running) + sum(not lease.stuck for lease in self._closing)
-        if num_leases >= self.limits.max_num_seqs or self._blocks_are_promised:
+        if num_leases >= self.limits.max_num_seqs:
+            seq.timeline.mark(f"waits for a lease (max_num_seqs={self.limits.max_num_seqs} are held)")
+            return False
+        if self._blocks_are_promised:
+            seq.timeline.mark("waits for a lease (a decoding request needs the next free blocks)")
             return False
         if self._prefill_pool_of(seq) is self.decode_pool:
             return True
         under_way = (SequenceStatus.PREFILLING, SequenceStatus.HANDING_OFF)
         backlog = sum(running.status in under_way for running in self._running)
-        return backlog < self.limits.max_handoff_backlog
+        if backlog >= self.limits.max_handoff_backlog:
+            seq.timeline.mark(
+                f"waits for a lease (max_handoff_backlog={self.limits.max_handoff_backlog} are under way)"
+            )
+            return False
+        return True
 
     def _admit(self, seq: Sequence, pool: BlockManager) -> bool:
         """Grants blocks in the decode pool and in the pool to prefill into, or none."""
@@ -383,8 +399,10 @@ class Scheduler:
         hit = cached if into_decode_pool else pool.match_prefix(seq, seq.num_tokens - 1)
         num_prefilled = pool.blocks_for(seq.num_tokens)
         if not self.decode_pool.can_take(cached, num_leased):
+            seq.timeline.mark(f"waits for a lease ({num_leased} blocks of the decode pool)")
             return False
         if not into_decode_pool and not pool.can_take(hit, num_prefilled):
+            seq.timeline.mark(f"waits for a lease ({num_prefilled} blocks of the prefill pool)")
             return False
         decode_table = self.decode_pool.take(cached, num_leased)
         if into_decode_pool:
@@ -397,6 +415,7 @@ class Scheduler:
         self.num_queried_tokens += seq.num_tokens
         self.num_hit_tokens += seq.num_prefilled_tokens
         seq.status = SequenceStatus.PREFILLING
+        seq.timeline.mark("prefill queue")
         return True
 
     def _lease_blocks(self, seq: Sequence) -> int:
@@ -411,6 +430,7 @@ class Scheduler:
         start = seq.num_prefilled_tokens
         end = min(seq.num_tokens, start + budget)
         seq.num_prefilled_tokens = end
+        seq.timeline.mark(f"prefill of tokens {start} to {end} of {seq.num_tokens}")
         self.hold(seq.lease)
         is_last = end == seq.num_tokens
         return PrefillChunk(seq, seq.lease, start, end, is_last, self._handoff_pairs(seq, seq.lease, end, is_last))
@@ -460,6 +480,8 @@ class Scheduler:
             self._batch = self._batch.select([place for place, stay in enumerate(stays) if stay])
             self._batch_has_ended_leases = False
         if joined:
+            for row in joined:
+                row.seq.timeline.mark("decodes")
             self._batch = self._batch.joined_by(DecodeBatch.of(joined, self.decode_pool.block_size))
         return grown if self._batch is batch else []
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
+from nanovllm.engine.timeline import Timeline
 from nanovllm.outputs import FinishReason, RequestOutput, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 
@@ -81,6 +82,7 @@ class Sequence:
     """Tokens that are known outside: the prompt and what was given out."""
     output: RequestOutput | None = None
     """What is being given out."""
+    timeline: Timeline = field(init=False)
     token_time_place: int | None = None
     """Where the time of its last token is kept, once it has one."""
     first_token_s: float | None = None
@@ -91,6 +93,7 @@ class Sequence:
     _block_hashes: list[int] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
+        self.timeline = Timeline(self.arrival_s)
         self.token_ids = list(self.prompt_token_ids)
         self.num_shown_tokens = len(self.token_ids)
         params = self.params

@@ -1,0 +1,48 @@
+"""What a request waited for, and when: for `llm.explain()`. No torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Span:
+    """A phase of a request's life.
+
+    Attributes:
+        what: `waits for a lease (why)`, `prefill queue`, `prefill of tokens a to b of n`, `handoff`, `decode queue`,
+            `decodes`, or how it ended.
+        start_s, end_s: seconds since its arrival; `end_s` is None of the one that it is in.
+    """
+
+    what: str
+    start_s: float
+    end_s: float | None
+
+    def __str__(self) -> str:
+        took = "" if self.end_s is None else f"  {(self.end_s - self.start_s) * 1e3:10.2f} ms"
+        return f"{self.start_s * 1e3:10.2f} ms{took:>15}  {self.what}"
+
+
+@dataclass
+class Timeline:
+    """The moments at which a request went from one phase to the next."""
+
+    arrival_s: float
+    _marks: list[tuple[float, str]] = field(default_factory=list)
+
+    def mark(self, what: str) -> None:
+        """A phase begins now, unless the request is in it already."""
+        if not self._marks or self._marks[-1][1] != what:
+            self._marks.append((time.perf_counter(), what))
+
+    def spans(self) -> Iterator[Span]:
+        """In the order in which they began."""
+        ends: list[float | None] = [moment - self.arrival_s for moment, _ in self._marks[1:]]
+        for (moment, what), end_s in zip(self._marks, [*ends, None], strict=True):
+            yield Span(what, moment - self.arrival_s, end_s)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.spans()))
