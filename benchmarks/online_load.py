@@ -41,6 +41,7 @@ from common import SHAPES, check_kv_handoff, mode_options, model_options, report
 from meters import BusyMeter, HandoffMeter
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.prometheus import Collector
 
 Lengths = Callable[[random.Random], int]
 NUM_REPLICAS = 2
@@ -306,6 +307,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prefill-chunk-tokens", type=int, default=2048)
     parser.add_argument("--max-num-seqs", type=int, default=512)
     parser.add_argument("--max-model-len", type=int, default=12288, help="longer requests are cut to it")
+    parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics there; not of mode dp2")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="file for the JSON line")
@@ -313,6 +315,8 @@ def parse_args() -> argparse.Namespace:
     check_kv_handoff(parser, args)
     if args.trace and (args.rate or args.workload):
         parser.error("--trace excludes --rate and --workload: a trace has its own arrivals and lengths")
+    if args.metrics_port is not None and args.mode == "dp2":
+        parser.error("--metrics-port: mode dp2 has two engines in processes of their own")
     args.rate = args.rate or [10.0]
     args.workload = args.workload or "chat"  # of the warm-up, with a trace
     if not all(0 < number < math.inf for number in (*args.rate, args.duration)):
@@ -328,12 +332,24 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def serve_metrics(llm: LLM, port: int) -> None:
+    """On a thread of its own, for as long as the process lives."""
+    from prometheus_client import CollectorRegistry, start_http_server  # the `metrics` extra
+
+    registry = CollectorRegistry()
+    registry.register(Collector(llm))
+    start_http_server(port, registry=registry)
+    print(f"metrics: http://localhost:{port}/metrics")
+
+
 def main() -> None:
     args = parse_args()
     if args.mode == "dp2":
         results = serve_replicas(args)
     else:
         engine = Engine(args, args.device)
+        if args.metrics_port is not None:
+            serve_metrics(engine.llm, args.metrics_port)
         with engine.llm:
             results = [engine.serve(engine.load(rate)) for rate in args.rate]
     loads = []
