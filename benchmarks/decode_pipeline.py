@@ -87,8 +87,9 @@ def bound_s(runner: ModelRunner, batch: int, context: int, bandwidth: float, num
 
 def sweep(runner: ModelRunner, args: argparse.Namespace, bandwidth: float) -> list[dict[str, Any]]:
     rows = []
-    assert runner.pipeline is not None, "this device's SMs cannot be split"
-    assert runner._choice is not None, "it was made to choose"
+    if runner.pipeline is None or runner._choice is None:
+        reasons = "; ".join(runner.pipeline_counters.fallbacks)
+        raise SystemExit(f"no decode pipeline on {runner.device}: {reasons}")
     default_parts = runner.pipeline.num_micro_batches
     splits: list[Split] = args.splits if runner.device.is_cuda else [(0, 0)]
     print(f"{'batch':>6}{'context':>9}{'plain ms':>10}{'best ms':>9}{'gain':>7}{'auto':>7}  best; auto; bound ms")

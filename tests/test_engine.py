@@ -153,6 +153,7 @@ class PaddedSteps:
         return self.sizes[bisect.bisect_left(self.sizes, size)]
 
     def replay(self, size):
+        assert size in self.sizes, "there are graphs of buckets only"
         self.num_replays += 1
         return self.step(size)
 
@@ -167,7 +168,8 @@ def test_padded_steps_give_the_same_tokens(checkpoint, monkeypatch, most_request
     with LLM(path, device="cpu", max_num_batched_tokens=50, max_num_seqs=6) as llm:
         runner = llm.decode_runner
         runner._prefill_graphs = PaddedSteps(runner.run_prefill_core, token_buckets(50))
-        runner._decode_steps = {None: PaddedSteps(runner.run_decode_core, [2, 4, 6])}
+        runner._decode_sizes = [2, 4, 6]
+        runner._decode_steps = {None: PaddedSteps(runner.run_decode_core, runner._decode_sizes)}
         launch, num_rows = runner.launch, []
         runner.launch = lambda step: (num_rows.append(len(step.rows)), launch(step))[1]
         answers = llm.generate(prompts, [GREEDY, GREEDY, filtered] * 4, use_tqdm=False)

@@ -629,6 +629,7 @@ def test_auto_runs_the_pipeline_where_it_measured_faster(checkpoint, monkeypatch
     monkeypatch.setattr(model_runner, "CALIBRATED_BATCHES", (2, 4, 8))
     monkeypatch.setattr(model_runner, "CALIBRATED_CONTEXTS", (16, 64))
     monkeypatch.setattr(model_runner.ModelRunner, "_candidates", lambda *args: [Arrangement((0, 0), Cut.GEMMS)])
+    monkeypatch.setattr(model_runner.ModelRunner, "_heat", lambda runner, run: None)
     monkeypatch.setattr(model_runner.ModelRunner, "_time", lambda runner, run: timed(run))
 
     def timed(run):

@@ -31,6 +31,11 @@ def token_buckets(max_num_tokens: int) -> list[int]:
     return sizes
 
 
+def bucket_for(sizes: list[int], size: int) -> int:
+    """The smallest of the buckets, ascending, that holds `size`."""
+    return sizes[bisect.bisect_left(sizes, size)]
+
+
 @dataclass(frozen=True)
 class StepOutput:
     """[B, vocab_size] logits of a step's rows, and what was sampled from them by temperature, seed and index."""
@@ -44,9 +49,6 @@ class EagerSteps:
 
     def __init__(self, step: Callable[[int], StepOutput]) -> None:
         self.replay = step
-
-    def size_for(self, size: int) -> int:
-        return size
 
 
 class StepGraphs:
@@ -87,8 +89,7 @@ class StepGraphs:
         logger.info("%d %s graphs, %.0f MiB, captured in %.1f s", len(sizes), what, taken_mib, seconds)
 
     def size_for(self, size: int) -> int:
-        """The smallest bucket that holds `size`."""
-        return self.sizes[bisect.bisect_left(self.sizes, size)]
+        return bucket_for(self.sizes, size)
 
     def replay(self, size: int) -> StepOutput:
         """Runs the step of a captured size; the result is overwritten by the next replay from the same memory."""

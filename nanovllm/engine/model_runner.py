@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import dataclasses
 import functools
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanovllm.engine.cuda_graph import EagerSteps, StepGraphs, StepOutput, batch_buckets, token_buckets
+from nanovllm.engine.cuda_graph import EagerSteps, StepGraphs, StepOutput, batch_buckets, bucket_for, token_buckets
 from nanovllm.engine.decode_batch import DecodeStep
 from nanovllm.engine.decode_rows import DecodeRows
 from nanovllm.engine.green_manager import GreenManager
@@ -97,6 +96,11 @@ class PipelineOptions:
     num_micro_batches: int = 2
     profiling: bool = False
     adaptive: bool = False
+
+    @property
+    def has_split(self) -> bool:
+        """Whether the split was given, or half of it."""
+        return self.attention_sm is not None or self.ffn_sm is not None
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,9 @@ class ModelRunner:
             self._decode_sizes: list[int] = []
             self._decode_steps: dict[Arrangement | None, StepGraphs | EagerSteps] = {}
             if self.decode_rows is not None:
-                self._decode_sizes = batch_buckets(self.decode_rows.max_num_rows)
+                most_rows = self.decode_rows.max_num_rows
+                # Without graphs nothing is padded.
+                self._decode_sizes = batch_buckets(most_rows) if self._uses_graphs else list(range(1, most_rows + 1))
                 self._decode_steps = self._make_decode_paths(pipeline)
         self.synchronize()  # other streams are about to read the weights and write to the pool
 
@@ -246,7 +252,7 @@ class ModelRunner:
         assert self.decode_rows is not None, f"{self.device} was made for prefill, it cannot run a decode step"
         self.decode_rows.update(step)
         num_rows = len(step.batch)
-        size = self._decode_sizes[bisect.bisect_left(self._decode_sizes, num_rows)] if self._uses_graphs else num_rows
+        size = bucket_for(self._decode_sizes, num_rows)
         if self._choice is None:
             output = self._decode_steps[None].replay(size)
         else:
@@ -421,7 +427,7 @@ class ModelRunner:
             manager = GreenManager(self.device, options.attention_sm, options.ffn_sm)
             manager.allocate()
         except GreenContextError as error:
-            if (options.attention_sm is not None or options.ffn_sm is not None) and self._can_split_sms():
+            if options.has_split and self._can_split_sms():
                 raise
             self._fall_back(str(error))
             return None
@@ -553,24 +559,23 @@ class ModelRunner:
         """Times plain decode and the pipeline, arranged in several ways, where there is something to choose or show."""
         assert self.decode_rows is not None, f"{self.device} was made for prefill"
         assert self.pipeline is not None, "there is a pipeline to be timed"
-        is_given = options.attention_sm is not None or options.ffn_sm is not None
         given = Arrangement(self.pipeline.green_manager.split, self.pipeline.cut)
         largest = self.decode_rows.max_num_rows
         batches = [batch for batch in CALIBRATED_BATCHES if batch <= largest]
         if options.adaptive:
-            candidates = self._candidates(is_given) if batches else []
+            candidates = self._candidates(options) if batches else []
             if not candidates:
                 logger.info("%s: decode is plain: lanes are for GPUs and batches of some hundred requests", self.device)
                 return PipelineChoice([])
             return PipelineChoice(self._measured(candidates, batches))
-        if not self.device.is_cuda or (is_given and not options.profiling):
+        if not self.device.is_cuda or (options.has_split and not options.profiling):
             return PipelineChoice([], always=given)
-        if is_given:
+        if options.has_split:
             return PipelineChoice(self._measured([given], batches or [largest]), always=given)
-        points = self._measured(self._candidates(is_given), [largest])
+        points = self._measured(self._candidates(options), [largest])
         return PipelineChoice(points, always=best_of_all(points) if points else given)
 
-    def _candidates(self, is_given: bool) -> list[Arrangement]:
+    def _candidates(self, options: PipelineOptions) -> list[Arrangement]:
         """How the pipeline may be arranged, as far as the driver grants it; the split may have been given.
 
         Not at all on a CPU, whose lanes are there to check the order of a plan.
@@ -580,7 +585,7 @@ class ModelRunner:
         if not manager.num_sms:
             return []
         splits = [manager.split]
-        if not is_given:
+        if not options.has_split:
             splits = [(sms, manager.num_sms - sms) for sms in CALIBRATED_ATTENTION_SM if sms < manager.num_sms]
         granted = [split for split in splits if self._is_granted(split)]
         if not granted:
@@ -618,21 +623,15 @@ class ModelRunner:
         return points
 
     def _heat(self, run: Callable[[], object]) -> None:
-        """Keeps a GPU busy until it runs at the clocks that it will run at."""
+        """Keeps the GPU busy until it runs at the clocks that it will run at."""
+        assert self.stream is not None, "nothing is measured on a CPU"
         started = time.perf_counter()
-        while self.stream is not None and time.perf_counter() - started < HEATING_S:
+        while time.perf_counter() - started < HEATING_S:
             run()
             self.stream.synchronize()
 
     def _time(self, run: Callable[[], object]) -> float:
-        """Seconds on the current stream, or of a CPU; the median of some, back to back."""
-        if self.stream is None:
-            times = []
-            for _ in range(NUM_TIMED_STEPS):
-                started = time.perf_counter()
-                run()
-                times.append(time.perf_counter() - started)
-            return median(times)
+        """Seconds on the current stream; the median of some, back to back."""
         moments = [torch.cuda.Event(enable_timing=True) for _ in range(NUM_TIMED_STEPS + 1)]
         moments[0].record()
         for moment in moments[1:]:

@@ -97,9 +97,8 @@ def _is_hopper(device: torch.device) -> bool:
 def tile_width(num_weights: int, at_a_time: int, step: int) -> int:
     """How many weight rows a tile has, of `num_weights`, if `at_a_time` tiles side by side are computed at a time.
 
-    It is a multiple of `step`, and takes the least time, all in all.
-
-    A turn of tiles takes as long as they are wide, and a little: each begins and ends.
+    It is a multiple of `step`, and takes the least time, all in all: a turn of tiles takes as long as they are wide,
+    and a little, as each begins and ends.
     """
 
     def cost(width: int) -> int:

@@ -67,18 +67,7 @@ def split_device_green_ctx_by_sm_count(device_index: int, sm_counts: Sequence[in
     driver = _driver()
     device, all_sms = _sm_resource(driver, device_index)
     asked = f"{list(sm_counts)} SMs of GPU {device_index}"
-    try:
-        resources = _split(driver, all_sms, sm_counts, asked)
-    except GreenContextError:
-        resources = []
-    if list(sm_counts) != [resource.sm.smCount for resource in resources]:
-        # What is left over may have any count: the first one is granted as asked if it is cut off last, perhaps.
-        try:
-            backwards = _split(driver, all_sms, sm_counts[::-1], asked)[::-1]
-        except GreenContextError:
-            backwards = []
-        if not resources or list(sm_counts) == [resource.sm.smCount for resource in backwards]:
-            resources = backwards or _split(driver, all_sms, sm_counts, asked)
+    resources = _best_split(driver, all_sms, sm_counts, asked)
     partitions: list[Partition] = []
     try:
         for resource in resources:
@@ -101,6 +90,27 @@ def destroy(partitions: Sequence[Partition]) -> None:
     for partition in partitions:
         _checked(driver, "cuStreamDestroy", driver.cuStreamDestroy(partition.stream), f"stream {partition.stream:#x}")
         _checked(driver, "cuGreenCtxDestroy", driver.cuGreenCtxDestroy(partition._context), "a partition")
+
+
+def _best_split(driver: Any, all_sms: Any, sm_counts: Sequence[int], asked: str) -> list[Any]:
+    """Resources of so many SMs, or of at least so many if that cannot be.
+
+    What is left over may have any count: counts that are not granted in their order may be with the first cut off last.
+    """
+    found: list[list[Any]] = []
+    errors: list[GreenContextError] = []
+    for order in (1, -1):
+        try:
+            resources = _split(driver, all_sms, sm_counts[::order], asked)[::order]
+        except GreenContextError as error:
+            errors.append(error)
+            continue
+        if [resource.sm.smCount for resource in resources] == list(sm_counts):
+            return resources
+        found.append(resources)
+    if not found:
+        raise errors[0]
+    return found[0]
 
 
 def _split(driver: Any, left: Any, sm_counts: Sequence[int], asked: str) -> list[Any]:
