@@ -22,7 +22,7 @@ from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine.builder import model_memory
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.kernels import BACKENDS, BackendRequirements, unsupported_reasons
-from nanovllm.utils.device import Device, copy_bandwidth, peer_access
+from nanovllm.utils.device import Device, copy_bandwidth, driver_version, peer_access
 from nanovllm.version import __version__
 
 OK, WARNING, MISSING, FAILED = "ok", "warning", "missing", "failed"
@@ -33,7 +33,7 @@ PACKAGES = {
     "torch": "pip install torch",
     "transformers": "pip install transformers",
     "triton": "pip install triton; without it the torch backend serves",
-    "cuda-python": "pip install cuda-python; without it there is no decode pipeline",
+    "cuda-bindings": "pip install cuda-python; without it there is no decode pipeline",
     "flash-attn": "not needed; attention_backend='flash_attn' is",
     "prometheus-client": "pip install nanovllm[metrics] to serve metrics",
 }
@@ -105,10 +105,7 @@ def check_gpus(num_gpus: int) -> Iterator[Finding]:
             "GPUs", MISSING, f"none; {built}", "device='cpu' works; for GPUs check nvidia-smi and the torch build"
         )
         return
-    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined] # only builds with CUDA have it
-    yield Finding(
-        "CUDA", OK, f"driver for {driver // 1000}.{driver % 1000 // 10}, torch built for {torch.version.cuda}"
-    )
+    yield Finding("CUDA", OK, f"driver {driver_version() or 'unknown'}, torch built for {torch.version.cuda}")
     for index in range(num_gpus):
         about = torch.cuda.get_device_properties(index)
         free, total = Device("cuda", index).memory_info()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -92,6 +94,16 @@ def peer_access(source: Device, target: Device) -> bool:
     if not (source.is_cuda and target.is_cuda):
         return False
     return torch.cuda.can_device_access_peer(source.index, target.index)
+
+
+def driver_version() -> str | None:
+    """Of NVIDIA's kernel module, such as `580.159.03`; None where there is none."""
+    try:
+        about = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return None
+    found = re.search(r"\d+(\.\d+)+", about)
+    return found.group() if found else None
 
 
 def copy_bandwidth(source: Device, target: Device, num_bytes: int = 2**28) -> float:
