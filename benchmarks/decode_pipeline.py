@@ -2,9 +2,9 @@
 
 Each point is one decode step of a model on one device, in a CUDA graph at steady clocks, with random KV of its own for
 every request; plain and pipelined steps are measured in turn in one run. What reads the KV is on the attention lane; a
-cut says what else is. Of each point the best is shown beside plain decode, what `decode_pipeline="auto"` would have
-chosen by what it measured when the runner was made, and a bound: the KV read once and the weights once for each
-micro-batch, at the streaming bandwidth measured in the same run.
+cut says what else is. Of each point the best is shown beside plain decode, `decode_pipeline="auto"` as it runs in an
+engine (the mean of its steps, what it tries now and then included), and a bound: the KV read once and the weights once
+for each micro-batch, at the streaming bandwidth measured in the same run.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import itertools
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from common import SHAPES, model_options, report, sm_split
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.builder import runner_spec
-from nanovllm.engine.model_runner import ModelRunner, PipelineOptions
+from nanovllm.engine.decode_paths import DecodePaths, PipelineOptions
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.pipeline_plan import Arrangement, Cut, Split
-from nanovllm.utils.device import resolve_device
+from nanovllm.utils.device import Stopwatch, resolve_device
 from nanovllm.utils.loader import checkpoint_folder, read_json
 
 NUM_REPLAYS = 10
@@ -76,6 +78,24 @@ def time_steps(runner: ModelRunner, batch: int, context: int, arrangement: Arran
     return sorted(times)[len(times) // 2]
 
 
+def time_auto(runner: ModelRunner, paths: DecodePaths, batch: int, context: int) -> tuple[float, Arrangement | None]:
+    """Seconds per step, the mean of all, and what was chosen; steps are launched ahead as an engine does."""
+    assert runner.decode_rows is not None, "it was made to decode"
+    num_steps, timed_s, started = 0, 0.0, time.perf_counter()
+    with runner._on(runner.stream):
+        while time.perf_counter() - started < WARM_S + 2 * TIMED_S:
+            runner.decode_rows.pretend(batch, context)
+            stopwatch = Stopwatch(runner.device)
+            for step in range(NUM_REPLAYS):
+                paths.replay(batch, np.full(batch, context - 1 + step))
+            stopwatch.stop()
+            runner.synchronize(copies=False)
+            if time.perf_counter() - started > WARM_S:
+                num_steps += NUM_REPLAYS
+                timed_s += stopwatch.seconds()
+    return timed_s / num_steps, paths.current
+
+
 def bound_s(runner: ModelRunner, batch: int, context: int, bandwidth: float, num_micro_batches: int) -> float:
     """KV read once, layers' weights once per micro-batch, the output head once."""
     config = runner.spec.model_config
@@ -87,32 +107,26 @@ def bound_s(runner: ModelRunner, batch: int, context: int, bandwidth: float, num
 
 def sweep(runner: ModelRunner, args: argparse.Namespace, bandwidth: float) -> list[dict[str, Any]]:
     rows = []
-    if runner.pipeline is None or runner._choice is None:
-        reasons = "; ".join(runner.pipeline_counters.fallbacks)
-        raise SystemExit(f"no decode pipeline on {runner.device}: {reasons}")
-    default_parts = runner.pipeline.num_micro_batches
+    paths = runner.decode_paths
+    assert paths is not None, "it was made to decode"
+    if paths.pipeline is None:
+        raise SystemExit(f"no decode pipeline on {runner.device}: {'; '.join(paths.counters.fallbacks)}")
+    default_parts = paths.pipeline.num_micro_batches
     splits: list[Split] = args.splits if runner.device.is_cuda else [(0, 0)]
     print(f"{'batch':>6}{'context':>9}{'plain ms':>10}{'best ms':>9}{'gain':>7}{'auto':>7}  best; auto; bound ms")
     for batch, context in itertools.product(args.batches, args.contexts):
         if batch * (context + 2 * NUM_REPLAYS) > runner.num_kv_blocks * runner.block_size:
             print(f"{batch:6}{context:9}  does not fit into the pool")
             continue
-        chosen = runner._choice.arrangement_for(batch, context)
         arrangements = [Arrangement(*pair) for pair in itertools.product(splits, args.cuts)]
-        if chosen is not None and chosen not in arrangements:
-            arrangements.append(chosen)
         plain_s = time_steps(runner, batch, context, None)
-        auto_s = plain_s
-        if chosen is not None and default_parts not in args.micro_batches:
-            auto_s = time_steps(runner, batch, context, chosen)
+        auto_s, chosen = time_auto(runner, paths, batch, context)
         points = []
         for parts, arrangement in itertools.product(args.micro_batches, arrangements):
-            runner.pipeline.num_micro_batches = parts
+            paths.pipeline.num_micro_batches = parts
             took = time_steps(runner, batch, context, arrangement)
             points.append({"split": arrangement.split, "cut": arrangement.cut.name, "parts": parts, "s": took})
-            if (parts, arrangement) == (default_parts, chosen):
-                auto_s = took
-        runner.pipeline.num_micro_batches = default_parts
+        paths.pipeline.num_micro_batches = default_parts
         best = min(points, key=lambda point: point["s"])
         bound = bound_s(runner, batch, context, bandwidth, best["parts"])
         auto = {"chosen": str(chosen or "plain"), "s": auto_s}

@@ -22,6 +22,8 @@ COUNTERS = {
     "prefix_cache_hit_tokens": ("prefix_cache_hit_tokens", "Tokens that were found there"),
     "handoff_bytes": ("handoff_bytes", "Bytes of KV handed over"),
     "preemptions": ("preemptions", "Requests that lost their blocks to another"),
+    "rebalances": ("rebalances", "Changes of the decode card's split"),
+    "recoveries": ("recoveries", "Returns from something slower that was fallen back to"),
 }
 GAUGES = {
     "leases": ("leases", "Requests that hold blocks"),
@@ -30,6 +32,11 @@ GAUGES = {
         "Requests between the beginning of their prefill and the arrival of their KV",
     ),
 }
+
+PER_LANE = (
+    ("pipeline_split", "lane_sms", "SMs of a decode card's lane; none in plain decode"),
+    ("stage_s", "stage_seconds", "How long a lane was busy in the last decode step that was timed"),
+)
 
 
 class Collector:
@@ -80,6 +87,11 @@ class Collector:
             for state, number in numbers.items():
                 blocks.add_metric([pool, state], number)
         yield blocks
+        for key, name, about in PER_LANE:
+            values = core.GaugeMetricFamily(f"{PREFIX}_{name}", about, labels=["lane"])
+            for lane, value in (found[key] or {}).items():
+                values.add_metric([lane], value)
+            yield values
         fallbacks = core.CounterMetricFamily(f"{PREFIX}_fallbacks", "Falls back to something slower", labels=["cause"])
         for cause, number in found["fallbacks"].items():
             fallbacks.add_metric([cause], number)

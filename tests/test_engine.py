@@ -168,13 +168,14 @@ def test_padded_steps_give_the_same_tokens(checkpoint, monkeypatch, most_request
     with LLM(path, device="cpu", max_num_batched_tokens=50, max_num_seqs=6) as llm:
         runner = llm.decode_runner
         runner._prefill_graphs = PaddedSteps(runner.run_prefill_core, token_buckets(50))
-        runner._decode_sizes = [2, 4, 6]
-        runner._decode_steps = {None: PaddedSteps(runner.run_decode_core, runner._decode_sizes)}
+        paths = runner.decode_paths
+        paths.sizes = [2, 4, 6]
+        paths.steps = {None: PaddedSteps(runner.run_decode_core, paths.sizes)}
         launch, num_rows = runner.launch, []
         runner.launch = lambda step: (num_rows.append(len(step.rows)), launch(step))[1]
         answers = llm.generate(prompts, [GREEDY, GREEDY, filtered] * 4, use_tqdm=False)
         assert runner._prefill_graphs.num_replays > 0
-        assert runner._decode_steps[None].num_replays > 0
+        assert paths.steps[None].num_replays > 0
         assert llm.counters.prefill_steps + llm.counters.decode_steps == len(num_rows)  # none had to be halved
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 20)

@@ -18,7 +18,9 @@ WITHOUT_TORCH = [
     "block_manager",
     "scheduler",
     "pipeline_plan",
-    "pipeline_choice",
+    "calibration",
+    "rebalancer",
+    "outage",
     "metrics",
     "timeline",
 ]

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from dataclasses import astuple, replace
 
+import numpy as np
 import pytest
 import torch
 
 from nanovllm.engine.green_manager import GreenManager
-from nanovllm.engine.pipeline_choice import Measured, PipelineChoice, best_of_all
 from nanovllm.engine.pipeline_plan import PIECES, Arrangement, Cut, Lane, PlanStep, check_plan, draw, make_plan
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
-from nanovllm.engine.pipeline_statistics import LaneClock, PipelineCounters, lines, statistics
+from nanovllm.engine.pipeline_statistics import (
+    LaneTimes,
+    MeanLaneTimes,
+    PipelineCounters,
+    lane_times,
+    lines,
+    statistics,
+)
 from nanovllm.kernels import AttentionMetadata, torch_reference
 from nanovllm.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 from nanovllm.utils.device import Device
@@ -144,43 +151,53 @@ def test_lanes_that_wait_for_each_other_are_noticed(model, monkeypatch):
         pipeline.decode_token(input_ids, positions, pool, metadata)
 
 
-def run_profiled(model, *, in_order: bool):
+def run_timed(model, every_layer: bool):
     input_ids, positions, pool, metadata = decode_step(6, seed=5)
-    pipeline = PipelineScheduler(model, GreenManager(CPU, None, None), enable_profiling=True, in_order=in_order)
+    pipeline = PipelineScheduler(model, GreenManager(CPU, None, None), enable_profiling=every_layer, in_order=True)
     with torch.inference_mode():
         expected = model(input_ids, positions, pool.clone(), metadata)
-        for _ in range(3):
-            torch.testing.assert_close(pipeline.decode_token(input_ids, positions, pool, metadata), expected)
-    return pipeline.clock
+        torch.testing.assert_close(pipeline.decode_token(input_ids, positions, pool, metadata), expected)
+    return pipeline.clock.last
 
 
-def test_profiling_changes_nothing_and_sums_up_the_lanes(model):
-    clock = run_profiled(model, in_order=True)
-    averages = clock.averages_ms()
-    assert averages["attention"] > 0
-    assert averages["ffn"] > 0
+def test_profiling_times_every_step_of_the_plan(model):
+    moments = run_timed(model, every_layer=True)
+    assert moments.steps == tuple(make_plan(NUM_LAYERS, 2, Cut.GEMMS))
+    times = moments.times(moments.moments.numpy())
     # One after another on one thread.
-    assert averages["overlap"] == 0
-    assert averages["total"] >= averages["attention"] + averages["ffn"]
-    clock.reset()
-    assert clock.averages_ms() == {}
+    assert times.attention_s > 0
+    assert times.ffn_s > 0
+    assert times.overlap_s == 0
+    assert times.total_s >= times.attention_s + times.ffn_s
+
+
+def test_without_profiling_some_layers_in_the_middle_stand_for_all(model):
+    moments = run_timed(model, every_layer=False)
+    # The first layer's attention waits for a step of its own, its QKV projection.
+    per_lane = {lane: [step.pieces[0][0] for step in moments.steps if step.lane is lane] for lane in Lane}
+    assert per_lane == {Lane.ATTENTION: [0, 0, 1, 1], Lane.FFN: [0, 0, 0, 0, 1, 1]}
+    assert moments.share == 2 / NUM_LAYERS
+    assert moments.moments.shape == (2, len(moments.steps))
 
 
 def test_overlap_is_what_steps_of_two_lanes_have_in_common():
-    plan = make_plan(1, 2, Cut.STAGES)  # attention 0, attention 1, FFN 0, FFN 1
-    clock = LaneClock(torch.device("cpu"))
-    millisecond = 1_000_000
-    moments = torch.tensor([[0, 10, 10, 22], [10, 20, 22, 30]]) * millisecond
-    clock.add(plan, moments)
-    clock.add(plan, moments + 5 * millisecond)
-    assert clock.averages_ms() == {"attention": 20.0, "ffn": 20.0, "total": 30.0, "overlap": 10.0}
+    lanes = [Lane.ATTENTION, Lane.ATTENTION, Lane.FFN, Lane.FFN]
+    moments = np.array([[0, 10, 10, 22], [10, 20, 22, 30]]) * 1_000_000
+    assert lane_times(lanes, moments) == LaneTimes(0.02, 0.02, 0.01, 0.03)
+    mean = MeanLaneTimes()
+    assert mean.mean() is None
+    mean.add(lane_times(lanes, moments))
+    mean.add(lane_times(lanes, moments, share=0.5))
+    total = mean.mean()
+    assert total is not None
+    assert astuple(total) == pytest.approx((0.03, 0.03, 0.015, 0.045))
 
 
 def test_statistics_are_printed_as_documented():
     counters = PipelineCounters(steps=2, tokens=12)
     counters.fallbacks["capture failed"] += 1
-    averages = {"attention": 2.0, "ffn": 3.0, "total": 4.0, "overlap": 1.0}
-    result = statistics(counters, [Arrangement((48, 84), Cut.GEMMS)], averages, sequential_ms=4.4)
+    lanes = LaneTimes(attention_s=0.002, ffn_s=0.003, overlap_s=0.001, total_s=0.004)
+    result = statistics(counters, [Arrangement((48, 84), Cut.GEMMS)], lanes, sequential_s=0.0044)
     assert lines(result) == [
         "[M2 Pipeline Statistics - GPU1 Decode Card]",
         "  Total tokens:         12",
@@ -196,46 +213,6 @@ def test_statistics_are_printed_as_documented():
         "  Sequential time:      4.400 ms",
         "  Fallbacks:            1 x capture failed",
     ]
-    unmeasured = lines(statistics(counters, [], {}, sequential_ms=None))
+    unmeasured = lines(statistics(counters, [], None, sequential_s=None))
     assert "  Avg total time:       not measured" in unmeasured
     assert "  Sequential time:      not measured" in unmeasured
-
-
-FEW, MANY = Arrangement((48, 84), Cut.GEMMS), Arrangement((64, 68), Cut.REST)
-POINTS = [
-    Measured(128, 512, 1.0, {FEW: 1.2, MANY: 1.3}),
-    Measured(512, 512, 1.1, {FEW: 0.9, MANY: 0.8}),
-    Measured(512, 4096, 1.2, {FEW: 0.8, MANY: 0.995}),
-    Measured(1024, 512, 1.0, {FEW: 0.995, MANY: 1.0}),
-]
-
-
-def test_the_nearest_point_decides_and_ties_go_to_plain_decode():
-    choice = PipelineChoice(POINTS)
-    assert choice.arrangements == [FEW, MANY]
-    assert choice.arrangement_for(130, 500.0) is None
-    assert choice.arrangement_for(400, 700.0) == MANY
-    assert choice.arrangement_for(400, 2500.0) == FEW
-    assert choice.arrangement_for(2000, 300.0) is None
-    assert choice.arrangement_for(5, 4096.0) is None
-    assert choice.may_choose(FEW, 400)
-    assert not choice.may_choose(MANY, 1024 * 4)
-    assert choice.plain_s(600.0, 3000.0) == 1.2
-    assert choice.plain_s(10.0, 512.0) is None
-    assert str(POINTS[1]) == (
-        "decode of 512 requests of 512 tokens: 64:68 REST; ms per step: plain 1100.00, 48:84 GEMMS 900.00, "
-        "64:68 REST 800.00"
-    )
-    nothing = PipelineChoice([])
-    assert nothing.arrangement_for(512, 512.0) is None
-    assert nothing.arrangements == []
-    assert nothing.plain_s(1.0, 1.0) is None
-
-
-def test_a_choice_that_was_made_is_made_always():
-    assert best_of_all(POINTS) == FEW
-    choice = PipelineChoice(POINTS, always=FEW)
-    assert choice.arrangements == [FEW]
-    assert choice.arrangement_for(5, 30.0) == FEW
-    assert choice.may_choose(FEW, 1)
-    assert PipelineChoice([], always=FEW).may_choose(FEW, 1)

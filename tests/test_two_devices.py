@@ -18,7 +18,7 @@ from nanovllm import (
     RequestError,
     SamplingParams,
 )
-from nanovllm.engine import kv_transfer, model_runner
+from nanovllm.engine import decode_paths, kv_transfer
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.kv_transfer import resolve_handoff
 from nanovllm.engine.model_runner import StepHandle
@@ -594,7 +594,7 @@ def test_a_split_that_was_asked_for_and_is_not_granted_is_an_error(checkpoint, m
 def test_auto_on_a_cpu_is_plain_decode(checkpoint):
     path, _ = checkpoint("gqa2")
     with two_devices(path, lazy=False, enable_decode_pipeline=True) as llm:
-        assert list(llm.decode_runner._decode_steps) == [None]
+        assert list(llm.decode_runner.decode_paths.steps) == [None]
 
 
 def test_a_pipeline_that_cannot_run_is_known_at_the_start(checkpoint, monkeypatch):
@@ -616,21 +616,21 @@ def test_a_pipeline_that_cannot_run_is_known_at_the_start(checkpoint, monkeypatc
 
 def test_auto_of_requests_too_short_to_time_is_plain_decode(checkpoint, monkeypatch):
     path, _ = checkpoint("gqa2")
-    monkeypatch.setattr(model_runner, "CALIBRATED_BATCHES", (2, 4))
-    monkeypatch.setattr(model_runner.ModelRunner, "_candidates", lambda *args: [Arrangement((0, 0), Cut.GEMMS)])
+    monkeypatch.setattr(decode_paths, "CALIBRATED_BATCHES", (2, 4))
+    monkeypatch.setattr(decode_paths.DecodePaths, "_candidates", lambda *args: [Arrangement((0, 0), Cut.GEMMS)])
     with two_devices(path, lazy=False, enable_decode_pipeline=True, max_model_len=3) as llm:
-        assert llm.decode_runner._choice.points == []
+        assert llm.decode_runner.decode_paths.calibration.points == []
         llm.generate([[1]], SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
         assert llm.decode_runner.get_pipeline_statistics()["steps"] == 0
 
 
 def test_auto_runs_the_pipeline_where_it_measured_faster(checkpoint, monkeypatch):
     path, reference = checkpoint("gqa2")
-    monkeypatch.setattr(model_runner, "CALIBRATED_BATCHES", (2, 4, 8))
-    monkeypatch.setattr(model_runner, "CALIBRATED_CONTEXTS", (16, 64))
-    monkeypatch.setattr(model_runner.ModelRunner, "_candidates", lambda *args: [Arrangement((0, 0), Cut.GEMMS)])
-    monkeypatch.setattr(model_runner.ModelRunner, "_heat", lambda runner, run: None)
-    monkeypatch.setattr(model_runner.ModelRunner, "_time", lambda runner, run: timed(run))
+    monkeypatch.setattr(decode_paths, "CALIBRATED_BATCHES", (2, 4, 8))
+    monkeypatch.setattr(decode_paths, "CALIBRATED_CONTEXTS", (16, 64))
+    monkeypatch.setattr(decode_paths.DecodePaths, "_candidates", lambda *args: [Arrangement((0, 0), Cut.GEMMS)])
+    monkeypatch.setattr(decode_paths.DecodePaths, "_heat", lambda paths, run: None)
+    monkeypatch.setattr(decode_paths.DecodePaths, "_time", lambda paths, run: timed(run))
 
     def timed(run):
         # As if the pipeline paid for batches of 4 and more.
@@ -642,7 +642,7 @@ def test_auto_runs_the_pipeline_where_it_measured_faster(checkpoint, monkeypatch
     params = [SamplingParams(temperature=0, max_tokens=4 + 4 * place) for place in range(7)]
     with two_devices(path, lazy=False, enable_decode_pipeline=True) as llm:
         runner = llm.decode_runner
-        assert [(point.batch, point.context) for point in runner._choice.points] == [
+        assert [(point.batch, point.context) for point in runner.decode_paths.calibration.points] == [
             (batch, context) for batch in (2, 4, 8) for context in (16, 64)
         ]
         answers = llm.generate(prompts, params, use_tqdm=False)
@@ -658,7 +658,7 @@ def test_auto_without_a_batch_to_calibrate_for_is_plain_decode(checkpoint):
     path, reference = checkpoint("gqa2")
     prompts = tiny.random_prompts(3, seed=8)
     with two_devices(path, lazy=False, enable_decode_pipeline=True, max_num_seqs=8) as llm:
-        assert llm.decode_runner._choice.points == []
+        assert llm.decode_runner.decode_paths.calibration.points == []
         answers = llm.generate(prompts, GREEDY, use_tqdm=False)
         assert llm.decode_runner.get_pipeline_statistics()["steps"] == 0
     for prompt, answer in zip(prompts, answers, strict=True):

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.decode_paths import PipelineOptions
 from nanovllm.engine.kv_transfer import KVTransfer, NoTransfer, PeerTransfer, resolve_handoff
-from nanovllm.engine.model_runner import ModelRunner, PipelineOptions, RunnerSpec
+from nanovllm.engine.model_runner import ModelRunner, RunnerSpec
 from nanovllm.engine.requests import RequestIntake
 from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
 from nanovllm.engine.tokenizer import end_of_sequence_ids, load_tokenizer

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from nanovllm.engine.pipeline_statistics import LaneMoments
 from nanovllm.layers.sampler import SampledTokens
 
 logger = logging.getLogger(__name__)
@@ -38,10 +39,14 @@ def bucket_for(sizes: list[int], size: int) -> int:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """[B, vocab_size] logits of a step's rows, and what was sampled from them by temperature, seed and index."""
+    """[B, vocab_size] logits of a step's rows, and what was sampled from them by temperature, seed and index.
+
+    Of a step on lanes, also when these were busy.
+    """
 
     logits: torch.Tensor
     sampled: SampledTokens
+    lane_moments: LaneMoments | None = None
 
 
 class EagerSteps:

@@ -188,7 +188,9 @@ class LLMEngine:
         Times are histograms (`count`, `sum`, `buckets` of (bound, values at or below it)) in seconds: `ttft_s` from
         arrival to the first token, `itl_s` of every gap between two tokens of a request, `tpot_s` of a request's mean
         gap, `latency_s` from arrival to the end, `handoff_s` from the end of a prefill step until its KV has
-        arrived. `fallbacks` counts falls back to something slower by cause.
+        arrived. `stage_s` is how long attention and FFN kept their lanes busy in the last decode step on lanes that was
+        timed, None if there was none, and `pipeline_split` the SMs of the current split, None of plain decode.
+        `fallbacks` counts falls back to something slower by cause, `recoveries` returns from them.
 
         Raises:
             EngineClosedError: the engine was closed.
@@ -197,7 +199,9 @@ class LLMEngine:
         scheduler, counters, times = self.scheduler, self.counters, self._metrics
         states = scheduler.num_by_status()
         pools = {"prefill": scheduler.prefill_pool, "decode": scheduler.decode_pool}
-        pipeline = self.decode_runner.pipeline_counters
+        paths = self.decode_runner.decode_paths
+        assert paths is not None, "the decode runner decodes"
+        stages, arrangement = paths.lane_times, paths.current
         return {
             "requests": {status.name.lower(): number for status, number in states.items()},
             "requests_ended": dict(times.ended),
@@ -209,7 +213,10 @@ class LLMEngine:
             "prefill_tokens": counters.prefill_tokens,
             "decode_steps": counters.decode_steps,
             "decode_tokens": counters.decode_tokens,
-            "pipeline_steps": pipeline.steps,
+            "pipeline_steps": paths.counters.steps,
+            "pipeline_split": arrangement and dict(zip(("attention", "ffn"), arrangement.split, strict=True)),
+            "stage_s": stages and {"attention": stages.attention_s, "ffn": stages.ffn_s},
+            "rebalances": paths.num_rebalances,
             "prefix_cache_queried_tokens": scheduler.num_queried_tokens,
             "prefix_cache_hit_tokens": scheduler.num_hit_tokens,
             "handoff_s": times.handoff_s.as_dict(),
@@ -220,7 +227,8 @@ class LLMEngine:
                 name: {"held": pool.num_held_blocks, "total": pool.num_blocks} for name, pool in pools.items()
             },
             "preemptions": scheduler.num_preemptions,
-            "fallbacks": dict(pipeline.fallbacks),
+            "fallbacks": dict(paths.counters.fallbacks),
+            "recoveries": paths.counters.recoveries,
         }
 
     def close(self) -> None:

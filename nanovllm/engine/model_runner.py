@@ -4,37 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import itertools
 import logging
 import os
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 
-from nanovllm.engine.cuda_graph import EagerSteps, StepGraphs, StepOutput, batch_buckets, bucket_for, token_buckets
+from nanovllm.engine.cuda_graph import StepGraphs, StepOutput, token_buckets
 from nanovllm.engine.decode_batch import DecodeStep
+from nanovllm.engine.decode_paths import DecodePaths, PipelineOptions
 from nanovllm.engine.decode_rows import DecodeRows
-from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.model_inputs import ModelInputs, block_list, sampling_inputs
-from nanovllm.engine.pipeline_choice import Measured, PipelineChoice, best_of_all
-from nanovllm.engine.pipeline_plan import Arrangement, Cut, Split
-from nanovllm.engine.pipeline_scheduler import PipelineScheduler
-from nanovllm.engine.pipeline_statistics import PipelineCounters, lines, statistics
+from nanovllm.engine.pipeline_plan import Arrangement
+from nanovllm.engine.pipeline_statistics import lines
 from nanovllm.engine.prefill_buffers import PrefillBuffers
 from nanovllm.engine.scheduler import MOST_PREFILL_REQUESTS, BlockPair, PrefillStep, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import (
-    BackendUnavailableError,
-    GreenContextError,
     HandoffError,
     ModelLoadError,
     OutOfKVCacheError,
@@ -51,14 +42,6 @@ logger = logging.getLogger(__name__)
 
 GIB = 1024**3
 CPU_POOL_BYTES = 512 * 1024**2
-CALIBRATED_BATCHES = (256, 512, 768, 1024, 1536, 2048)
-CALIBRATED_CONTEXTS = (128, 256, 384, 512, 768, 1024, 2048)
-CALIBRATED_ATTENTION_SM = (28, 32, 36, 56, 64)
-CALIBRATED_CUTS = (Cut.GEMMS, Cut.REST)
-"""What the decode pipeline is timed for. Smaller batches it has never been worth."""
-NUM_TIMED_STEPS = 4
-HEATING_S = 0.4
-"""So long a GPU's clocks take to come down to what its power allows."""
 
 
 @dataclass(frozen=True)
@@ -84,23 +67,6 @@ class RunnerSpec:
         config, tokens = self.model_config, self.attention.block_size
         per_layer = 2 * config.num_key_value_heads * tokens * config.head_dim
         return config.num_hidden_layers * per_layer * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class PipelineOptions:
-    """How a decode device's SMs are split, None where that is to be chosen; how many micro-batches take turns; whether
-    the lanes are timed; and whether the pipeline runs only where it is faster than plain decode."""
-
-    attention_sm: int | None = None
-    ffn_sm: int | None = None
-    num_micro_batches: int = 2
-    profiling: bool = False
-    adaptive: bool = False
-
-    @property
-    def has_split(self) -> bool:
-        """Whether the split was given, or half of it."""
-        return self.attention_sm is not None or self.ffn_sm is not None
 
 
 @dataclass(frozen=True)
@@ -173,10 +139,7 @@ class ModelRunner:
         self._logits: torch.Tensor | None = None
         with self._on(self.stream):
             self.model = self._load_model(weights_of)
-            self.pipeline_counters = PipelineCounters()
-            self.pipeline: PipelineScheduler | None = None
-            if pipeline is not None:
-                self.pipeline = self._make_pipeline(pipeline)
+            self.decode_paths = DecodePaths(self, pipeline) if is_decode_runner else None
             self.num_kv_blocks = self._num_kv_blocks()
             # One block more than there are to give out: what pads a step is written to it.
             self.kv_pool: torch.Tensor = self._make_pool(self.num_kv_blocks + 1)
@@ -184,15 +147,9 @@ class ModelRunner:
             self.decode_rows = self._make_decode_rows() if is_decode_runner else None
             if push_to is not None and device.is_cuda:
                 enable_peer_access(device, push_to.device)
-            self._prefill_graphs, self._graph_pool = self._capture_prefill()
-            self._choice: PipelineChoice | None = None
-            self._decode_sizes: list[int] = []
-            self._decode_steps: dict[Arrangement | None, StepGraphs | EagerSteps] = {}
-            if self.decode_rows is not None:
-                most_rows = self.decode_rows.max_num_rows
-                # Without graphs nothing is padded.
-                self._decode_sizes = batch_buckets(most_rows) if self._uses_graphs else list(range(1, most_rows + 1))
-                self._decode_steps = self._make_decode_paths(pipeline)
+            self._prefill_graphs, self.graph_pool = self._capture_prefill()
+            if self.decode_paths is not None:
+                self.decode_paths.prepare()
         self.synchronize()  # other streams are about to read the weights and write to the pool
 
     @property
@@ -222,18 +179,21 @@ class ModelRunner:
         By the pipeline, arranged so, or plain.
         """
         assert self.decode_rows is not None, f"{self.device} was made for prefill, it cannot run a decode step"
-        inputs = self.decode_rows.gather(size)
+        assert self.decode_paths is not None, f"{self.device} was made for prefill, it cannot run a decode step"
+        inputs, lane_moments = self.decode_rows.gather(size), None
         if arrangement is not None:
-            assert self.pipeline is not None, "an arrangement is of a pipeline"
-            hidden = self.pipeline.decode_token(
+            pipeline = self.decode_paths.pipeline
+            assert pipeline is not None, "an arrangement is of a pipeline"
+            hidden = pipeline.decode_token(
                 inputs.input_ids, inputs.positions, self.kv_pool, inputs.metadata, arrangement
             )
+            lane_moments = pipeline.clock.last
         else:
             hidden = self.model(inputs.input_ids, inputs.positions, self.kv_pool, self._planned(inputs.metadata))
         logits = self._compute_logits(hidden)
         sampled = sample(logits, inputs.sampling, self.spec.attention.backend)
         self.decode_rows.advance(inputs, sampled.token_ids)
-        return StepOutput(logits, sampled)
+        return StepOutput(logits, sampled, lane_moments)
 
     def _launch_prefill(self, step: PrefillStep) -> SampledTokens | None:
         last = [(chunk.seq, chunk.end - chunk.seq.num_prompt_tokens) for chunk in step.rows if chunk.is_last]
@@ -250,17 +210,10 @@ class ModelRunner:
 
     def _launch_decode(self, step: DecodeStep) -> SampledTokens:
         assert self.decode_rows is not None, f"{self.device} was made for prefill, it cannot run a decode step"
+        assert self.decode_paths is not None, f"{self.device} was made for prefill, it cannot run a decode step"
         self.decode_rows.update(step)
         num_rows = len(step.batch)
-        size = bucket_for(self._decode_sizes, num_rows)
-        if self._choice is None:
-            output = self._decode_steps[None].replay(size)
-        else:
-            context = float(step.positions.mean()) + 1
-            arrangement = self._choice.arrangement_for(size, context)
-            output = self._decode_steps[arrangement].replay(size)
-            if arrangement is not None:
-                self.pipeline_counters.add(num_rows, context)
+        output = self.decode_paths.replay(num_rows, step.positions)
         if step.is_plain:  # without a list of its rows
             return SampledTokens(output.sampled.token_ids[:num_rows])
         sampled = self._resampled(output, [(row.seq, row.output_index) for row in step.rows])
@@ -349,9 +302,10 @@ class ModelRunner:
     def close(self) -> None:
         """Gives weights and pool back, which nothing may be using; the runner is of no use afterwards."""
         with self._on(self.stream):
+            if self.decode_paths is not None:
+                self.decode_paths.close()
             del self.model, self.kv_pool, self.prefill_buffers, self.decode_rows
-            del self._prefill_graphs, self._decode_steps, self._graph_pool, self._logits, self._push_pool
-            self._close_pipeline()
+            del self._prefill_graphs, self.graph_pool, self._logits, self._push_pool
             if self.device.is_cuda:
                 torch.cuda.empty_cache()
 
@@ -417,60 +371,14 @@ class ModelRunner:
             load_weights(spec.folder, model.checkpoint_tensors(), model.ignored_checkpoint_tensors())
         return model
 
-    def _make_pipeline(self, options: PipelineOptions) -> PipelineScheduler | None:
-        """None, with a line in the log, where SMs cannot be split: decode is plain then.
-
-        Raises:
-            GreenContextError: they can be, but not as the options have it.
-        """
-        try:
-            manager = GreenManager(self.device, options.attention_sm, options.ffn_sm)
-            manager.allocate()
-        except GreenContextError as error:
-            if options.has_split and self._can_split_sms():
-                raise
-            self._fall_back(str(error))
-            return None
-        parts = options.num_micro_batches
-        return PipelineScheduler(self.model, manager, options.profiling, num_micro_batches=parts)
-
-    def _can_split_sms(self) -> bool:
-        try:
-            manager = GreenManager(self.device, None, None)
-            manager.allocate()
-        except GreenContextError:
-            return False
-        manager.close()
-        return True
-
-    def _fall_back(self, reason: str) -> None:
-        """Decode is plain from now on; nothing may be left that was captured over the pipeline's lanes."""
-        logger.warning("%s: no decode pipeline, decode is plain: %s", self.device, reason)
-        self.pipeline_counters.fallbacks[reason] += 1
-        self._close_pipeline()
-
-    def _close_pipeline(self) -> None:
-        if self.pipeline is None:
-            return
-        manager, self.pipeline = self.pipeline.green_manager, None
-        if self.device.is_cuda:
-            torch.cuda.empty_cache()  # memory that was used on a lane's stream is given back while there is the stream
-        manager.close()
-
     def get_pipeline_statistics(self) -> dict[str, Any]:
-        """What the decode pipeline has done since the start; times only with `decode_pipeline_profiling`.
+        """What the decode pipeline has done since the start; times of its lanes only with `decode_pipeline_profiling`.
 
         Waits for the device if the lanes are timed.
         """
-        counters = self.pipeline_counters
-        clock = None if self.pipeline is None else self.pipeline.clock
+        assert self.decode_paths is not None, f"{self.device} was made for prefill"
         with self._on(self.stream):
-            averages_ms = {} if clock is None else clock.averages_ms()
-        sequential_s = None
-        if self._choice is not None and counters.steps:
-            sequential_s = self._choice.plain_s(counters.tokens / counters.steps, counters.contexts / counters.steps)
-        arrangements = [] if self._choice is None else self._choice.arrangements
-        return statistics(counters, arrangements, averages_ms, None if sequential_s is None else sequential_s * 1e3)
+            return self.decode_paths.get_statistics()
 
     def print_pipeline_statistics(self) -> None:
         """The same as a table."""
@@ -498,12 +406,13 @@ class ModelRunner:
         return DecodeRows(self.device, backend, most_rows, self.spec.max_model_len, self.block_size, self.num_kv_blocks)
 
     @property
-    def _uses_graphs(self) -> bool:
+    def uses_graphs(self) -> bool:
+        """Whether steps run from CUDA graphs."""
         return self.device.is_cuda and self.spec.attention.backend.is_capturable and not self.spec.enforce_eager
 
     def _capture_prefill(self) -> tuple[StepGraphs | None, Any]:
         """The graphs of prefill steps, and the memory that all graphs share."""
-        if not self._uses_graphs:
+        if not self.uses_graphs:
             logger.info("%s: no graphs, the %s backend runs eagerly", self.device, self.spec.attention.backend.name)
             return None, None
         pool = torch.cuda.graph_pool_handle()
@@ -514,131 +423,6 @@ class ModelRunner:
         # The first tokens of block 0 are written to meanwhile; no request has it yet.
         sizes = token_buckets(self.prefill_buffers.max_num_tokens)
         return StepGraphs("prefill", self.run_prefill_core, sizes, pool), pool
-
-    def _make_decode_paths(self, options: PipelineOptions | None) -> dict[Arrangement | None, StepGraphs | EagerSteps]:
-        """Decode steps by how the pipeline is arranged, None for plain ones: those that will be needed."""
-        paths: dict[Arrangement | None, StepGraphs | EagerSteps] = {}
-        if self.pipeline is not None and options is not None:
-            try:
-                self._choice = self._make_choice(options)
-                for arrangement in self._choice.arrangements:
-                    sizes = [size for size in self._decode_sizes if self._choice.may_choose(arrangement, size)]
-                    paths[arrangement] = self._steps(sizes, arrangement)
-                    if not self._uses_graphs:
-                        self._try(paths[arrangement])
-            except (RuntimeError, BackendUnavailableError) as error:  # a capture that the driver refuses, say
-                paths, self._choice = {}, None
-                traceback.clear_frames(error.__traceback__)  # they hold graphs over lanes that are about to go
-                self._fall_back(str(error))
-            if self.pipeline is not None and self.pipeline.clock is not None:
-                self.pipeline.clock.reset()
-        if self._choice is None or self._choice.always is None:
-            paths[None] = self._steps(self._decode_sizes, None)
-        return paths
-
-    def _steps(self, sizes: list[int], arrangement: Arrangement | None) -> StepGraphs | EagerSteps:
-        assert self.decode_rows is not None, f"{self.device} was made for prefill"
-        step = functools.partial(self.run_decode_core, arrangement=arrangement)
-        if not self._uses_graphs:
-            return EagerSteps(step)
-        self.decode_rows.pad(self.decode_rows.max_num_rows)
-        if arrangement is None:
-            return StepGraphs("decode", step, sizes, self._graph_pool)
-        # Memory of their own: a capture that fails leaves its pool of no use.
-        pool = torch.cuda.graph_pool_handle()
-        return StepGraphs(f"decode {arrangement}", step, sizes, pool, warm_all=True)
-
-    def _try(self, steps: StepGraphs | EagerSteps) -> None:
-        """Runs the largest step once: what cannot run is to be known at the start."""
-        assert self.decode_rows is not None, f"{self.device} was made for prefill"
-        self.decode_rows.pad(self.decode_rows.max_num_rows)
-        steps.replay(self.decode_rows.max_num_rows)
-        self.synchronize(copies=False)
-
-    def _make_choice(self, options: PipelineOptions) -> PipelineChoice:
-        """Times plain decode and the pipeline, arranged in several ways, where there is something to choose or show."""
-        assert self.decode_rows is not None, f"{self.device} was made for prefill"
-        assert self.pipeline is not None, "there is a pipeline to be timed"
-        given = Arrangement(self.pipeline.green_manager.split, self.pipeline.cut)
-        largest = self.decode_rows.max_num_rows
-        batches = [batch for batch in CALIBRATED_BATCHES if batch <= largest]
-        if options.adaptive:
-            candidates = self._candidates(options) if batches else []
-            if not candidates:
-                logger.info("%s: decode is plain: lanes are for GPUs and batches of some hundred requests", self.device)
-                return PipelineChoice([])
-            return PipelineChoice(self._measured(candidates, batches))
-        if not self.device.is_cuda or (options.has_split and not options.profiling):
-            return PipelineChoice([], always=given)
-        if options.has_split:
-            return PipelineChoice(self._measured([given], batches or [largest]), always=given)
-        points = self._measured(self._candidates(options), [largest])
-        return PipelineChoice(points, always=best_of_all(points) if points else given)
-
-    def _candidates(self, options: PipelineOptions) -> list[Arrangement]:
-        """How the pipeline may be arranged, as far as the driver grants it; the split may have been given.
-
-        Not at all on a CPU, whose lanes are there to check the order of a plan.
-        """
-        assert self.pipeline is not None, "there is a pipeline to be arranged"
-        manager = self.pipeline.green_manager
-        if not manager.num_sms:
-            return []
-        splits = [manager.split]
-        if not options.has_split:
-            splits = [(sms, manager.num_sms - sms) for sms in CALIBRATED_ATTENTION_SM if sms < manager.num_sms]
-        granted = [split for split in splits if self._is_granted(split)]
-        if not granted:
-            raise GreenContextError(f"{self.device} grants none of {splits}; give decode_attention_sm")
-        return [Arrangement(split, cut) for split in granted for cut in CALIBRATED_CUTS]
-
-    def _is_granted(self, split: Split) -> bool:
-        assert self.pipeline is not None, "there is a pipeline to be arranged"
-        try:
-            self.pipeline.green_manager.allocate(split)
-        except GreenContextError as error:
-            logger.info("%s: not timed: %s", self.device, error)
-            return False
-        return True
-
-    def _measured(self, arrangements: list[Arrangement], batches: list[int]) -> list[Measured]:
-        assert self.decode_rows is not None, f"{self.device} was made for prefill"
-        # Each of the steps that are timed moves on by a token.
-        longest = self.spec.max_model_len - NUM_TIMED_STEPS
-        if longest < 1:
-            return []
-        contexts = [context for context in CALIBRATED_CONTEXTS if context <= longest] or [longest]
-        paths = {arrangement: self._steps(batches, arrangement) for arrangement in (None, *arrangements)}
-        self._heat(functools.partial(paths[None].replay, batches[-1]))
-        points = []
-        for batch, context in itertools.product(batches, contexts):
-            seconds = {}
-            for arrangement, steps in paths.items():
-                self.decode_rows.pretend(batch, context)
-                seconds[arrangement] = self._time(functools.partial(steps.replay, batch))
-            pipelined_s = {arrangement: seconds[arrangement] for arrangement in arrangements}
-            points.append(Measured(batch, context, seconds[None], pipelined_s))
-            logger.info("%s: %s", self.device, points[-1])
-        self.decode_rows.forget()
-        return points
-
-    def _heat(self, run: Callable[[], object]) -> None:
-        """Keeps the GPU busy until it runs at the clocks that it will run at."""
-        assert self.stream is not None, "nothing is measured on a CPU"
-        started = time.perf_counter()
-        while time.perf_counter() - started < HEATING_S:
-            run()
-            self.stream.synchronize()
-
-    def _time(self, run: Callable[[], object]) -> float:
-        """Seconds on the current stream; the median of some, back to back."""
-        moments = [torch.cuda.Event(enable_timing=True) for _ in range(NUM_TIMED_STEPS + 1)]
-        moments[0].record()
-        for moment in moments[1:]:
-            run()
-            moment.record()
-        moments[-1].synchronize()
-        return median(start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(moments))
 
     def _make_model(self, device: torch.device) -> Qwen3ForCausalLM:
         spec = self.spec
@@ -712,7 +496,7 @@ class ModelRunner:
             ) from error
         torch.cuda.synchronize(self.device.index)
         workspace = torch.cuda.max_memory_allocated(self.device.index) - before
-        if self._uses_graphs:
+        if self.uses_graphs:
             workspace *= 2  # the graphs keep one of their own
         free, total = self.device.memory_info()
         return int(total * self.spec.gpu_memory_utilization) - (total - free) - workspace

@@ -47,6 +47,13 @@ class Arrangement:
     def __str__(self) -> str:
         return f"{self.split[0]}:{self.split[1]} {self.cut.name}"
 
+    @classmethod
+    def parse(cls, text: str) -> Arrangement:
+        """The arrangement that `str` writes so."""
+        split, cut = text.split(" ")
+        attention_sm, ffn_sm = map(int, split.split(":"))
+        return cls((attention_sm, ffn_sm), Cut[cut])
+
 
 @dataclass(frozen=True)
 class PlanStep:

@@ -74,7 +74,7 @@ class PipelineScheduler:
     Args:
         model: whose layers run.
         green_manager: where the lanes come from.
-        enable_profiling: time the steps of the plan; changes no token.
+        enable_profiling: time all steps of the plan, not only those of some layers; changes no token.
         num_micro_batches: parts of a batch that take turns; no more than it has rows.
         cut: what runs on which lane.
         in_order: run the plan on the current stream alone, step by step: the reference that lanes are compared with.
@@ -96,7 +96,7 @@ class PipelineScheduler:
         self.cut = cut
         self.in_order = in_order
         where = green_manager.device.torch_device
-        self.clock = LaneClock(where) if enable_profiling else None
+        self.clock = LaneClock(where, enable_profiling)
         self._eager_lane = Lane.FFN
         self._plans: dict[tuple[int, Cut], list[PlanStep]] = {}
 
@@ -127,15 +127,13 @@ class PipelineScheduler:
         num_sms = {lane: sms or None for lane, sms in zip(Lane, lanes.split, strict=True)}
         micro_batches = self._split(input_ids, positions, metadata, num_sms[Lane.ATTENTION])
         plan = self._plan(len(layers), len(micro_batches), self.cut if arrangement is None else arrangement.cut)
-        moments = None if self.clock is None else self.clock.begin(plan)
+        self.clock.begin(plan, len(layers))
 
         def run(index: int) -> None:
             step = plan[index]
-            if self.clock is not None and moments is not None:
-                self.clock.stamp(moments, index, ends=False)
+            self.clock.stamp(index, ends=False)
             micro_batches[step.micro_batch].run(step, layers, kv_pool, num_sms[step.lane])
-            if self.clock is not None and moments is not None:
-                self.clock.stamp(moments, index, ends=True)
+            self.clock.stamp(index, ends=True)
 
         if self.in_order:
             for index in range(len(plan)):
@@ -145,8 +143,6 @@ class PipelineScheduler:
             _run_on_logical_lanes(plan, self._eager_lane, run)
         else:
             _run_on_streams(plan, lanes.streams, run)
-        if self.clock is not None and moments is not None:
-            self.clock.add(plan, moments)
         hidden = torch.cat([micro_batch.hidden for micro_batch in micro_batches])  # type: ignore[misc] # all have one
         residual = torch.cat([micro_batch.residual for micro_batch in micro_batches])  # type: ignore[misc]
         return self.model.model.norm(hidden, residual)[0]

@@ -1,4 +1,4 @@
-"""What the decode pipeline has done: counters always, times of its lanes if they are measured."""
+"""What the decode pipeline has done: counters always, times of its lanes as far as they are measured."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from nanovllm.engine.pipeline_plan import Arrangement, Lane, PlanStep
 
-NS_PER_MS = 1e6
-MEASURED = ("attention", "ffn", "total", "overlap")
+NUM_SAMPLED_LAYERS = 2
+"""Timing a step of a plan holds its lane up for two microseconds or so: unless all are asked for, these are enough."""
 
 
 @dataclass
@@ -22,75 +23,117 @@ class PipelineCounters:
 
     steps: int = 0
     tokens: int = 0
-    contexts: float = 0.0
-    """Mean contexts of the steps, summed up."""
     fallbacks: Counter[str] = field(default_factory=Counter)
+    recoveries: int = 0
 
-    def add(self, num_rows: int, context: float) -> None:
-        """A step of so many requests, of contexts that long on average."""
-        self.steps += 1
-        self.tokens += num_rows
-        self.contexts += context
+
+@dataclass(frozen=True)
+class LaneTimes:
+    """Seconds of one run of a plan: how long each lane was busy, how long both were, and from beginning to end."""
+
+    attention_s: float
+    ffn_s: float
+    overlap_s: float
+    total_s: float
+
+
+@dataclass(frozen=True)
+class LaneMoments:
+    """When steps of a plan began and ended, on the device: the next run of the same graph overwrites it.
+
+    Attributes:
+        steps: those that are timed.
+        moments: [2, N] int64, nanoseconds.
+        share: of all layers, those that are timed.
+    """
+
+    steps: tuple[PlanStep, ...]
+    moments: torch.Tensor
+    share: float
+
+    def times(self, moments: np.ndarray) -> LaneTimes:
+        """Those of all layers, by `moments` as they were copied to the host."""
+        return lane_times([step.lane for step in self.steps], moments, self.share)
 
 
 class LaneClock:
-    """Times when the steps of a plan begin and end, summed up on the device, so that nothing waits for the host.
+    """Times when steps of a plan begin and end: on a GPU by its own clock, read on the lanes, in CUDA graphs too.
 
-    On a GPU it is its own clock, read on the lanes; in CUDA graphs too.
+    Args:
+        device: where.
+        every_layer: time all layers, not only some in the middle.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, every_layer: bool) -> None:
         self._device = device
-        self._places: dict[tuple[Lane, ...], list[torch.Tensor]] = {}
-        self._sums = torch.zeros(len(MEASURED) + 1, dtype=torch.int64, device=device)
+        self._every_layer = every_layer
+        self._place_of: dict[int, int] = {}
+        self.last: LaneMoments | None = None
+        """Of the last run."""
 
-    def begin(self, plan: Sequence[PlanStep]) -> torch.Tensor:
-        """[2, steps] int64 for the moments of one run of a plan."""
-        return torch.zeros(2, len(plan), dtype=torch.int64, device=self._device)
+    def begin(self, plan: Sequence[PlanStep], num_layers: int) -> None:
+        """A run of the plan is launched now."""
+        layers = range(num_layers)
+        if not self._every_layer and num_layers > NUM_SAMPLED_LAYERS:
+            first = (num_layers - NUM_SAMPLED_LAYERS) // 2
+            layers = range(first, first + NUM_SAMPLED_LAYERS)
+        timed = [index for index, step in enumerate(plan) if step.pieces[0][0] in layers]
+        self._place_of = {index: place for place, index in enumerate(timed)}
+        moments = torch.zeros(2, len(timed), dtype=torch.int64, device=self._device)
+        self.last = LaneMoments(tuple(plan[index] for index in timed), moments, len(layers) / num_layers)
 
-    def stamp(self, moments: torch.Tensor, step: int, *, ends: bool) -> None:
-        """On the current stream: a step begins, or ends, now."""
+    def stamp(self, index: int, *, ends: bool) -> None:
+        """On the current stream: a step of the plan begins, or ends, now."""
+        place = self._place_of.get(index)
+        if place is None or self.last is None:
+            return
+        moments = self.last.moments
         if self._device.type == "cuda":
             from nanovllm.kernels.triton_stamps import stamp
 
-            stamp(moments, int(ends) * moments.shape[1] + step)
+            stamp(moments, int(ends) * moments.shape[1] + place)
         else:
-            moments[int(ends), step] = time.perf_counter_ns()
+            moments[int(ends), place] = time.perf_counter_ns()
 
-    def add(self, plan: Sequence[PlanStep], moments: torch.Tensor) -> None:
-        """Adds a run that has ended on the current stream."""
-        lanes = tuple(step.lane for step in plan)
-        if lanes not in self._places:  # once, in a run that is not captured: that is a copy from the host
-            places = ([place for place, of_step in enumerate(lanes) if of_step is lane] for lane in Lane)
-            self._places[lanes] = [torch.tensor(of_lane, device=self._device) for of_lane in places]
-        attention, ffn = (moments[:, of_lane] for of_lane in self._places[lanes])
-        # Steps of one lane follow each other: what two lanes have in common is what their steps have, pair by pair.
-        later_begin = torch.maximum(attention[0][:, None], ffn[0][None, :])
-        earlier_end = torch.minimum(attention[1][:, None], ffn[1][None, :])
-        overlap = (earlier_end - later_begin).clamp(min=0).sum()
-        busy = [(of_lane[1] - of_lane[0]).sum() for of_lane in (attention, ffn)]
-        total = moments[1].max() - moments[0].min()
-        self._sums += torch.stack([*busy, total, overlap, torch.ones_like(overlap)])
 
-    def averages_ms(self) -> dict[str, float]:
-        """Per run, of `MEASURED`; waits for the device. Empty if there was no run."""
-        *sums, runs = self._sums.tolist()
-        return {name: total / runs / NS_PER_MS for name, total in zip(MEASURED, sums, strict=True)} if runs else {}
+def lane_times(lanes: Sequence[Lane], moments: np.ndarray, share: float = 1.0) -> LaneTimes:
+    """What lanes did, by when N steps on them began and ended, [2, N] int64 nanoseconds; divided by `share`."""
+    is_attention = np.array([lane is Lane.ATTENTION for lane in lanes])
+    attention, ffn = moments[:, is_attention], moments[:, ~is_attention]
+    # Steps of one lane follow each other: what two lanes have in common is what their steps have, pair by pair.
+    later_begin = np.maximum(attention[0][:, None], ffn[0][None, :])
+    earlier_end = np.minimum(attention[1][:, None], ffn[1][None, :])
+    overlap = (earlier_end - later_begin).clip(min=0).sum()
+    busy = [(of_lane[1] - of_lane[0]).sum() for of_lane in (attention, ffn)]
+    total = moments[1].max() - moments[0].min()
+    return LaneTimes(*(float(ns) / 1e9 / share for ns in (*busy, overlap, total)))
 
-    def reset(self) -> None:
-        """Forgets all runs: those that warmed up and captured, say."""
-        self._sums.zero_()
+
+class MeanLaneTimes:
+    """Sums up runs that were timed."""
+
+    def __init__(self) -> None:
+        self._sums = np.zeros(4)
+        self._runs = 0
+
+    def add(self, times: LaneTimes) -> None:
+        self._sums += (times.attention_s, times.ffn_s, times.overlap_s, times.total_s)
+        self._runs += 1
+
+    def mean(self) -> LaneTimes | None:
+        """None if there was no run."""
+        return LaneTimes(*(self._sums / self._runs).tolist()) if self._runs else None
 
 
 def statistics(
     counters: PipelineCounters,
     arrangements: Sequence[Arrangement],
-    averages_ms: dict[str, float],
-    sequential_ms: float | None,
+    lanes: LaneTimes | None,
+    sequential_s: float | None,
 ) -> dict[str, Any]:
     """Counters, and averages per step in ms where they were measured; of arrangements there may be none, or several.
 
-    `sequential_ms` is a plain step's time, measured at the start for about the batch and contexts that these had.
+    `sequential_s` is a plain step's time, measured at the start for about the batch and contexts that these had.
     """
     result: dict[str, Any] = {
         "steps": counters.steps,
@@ -98,13 +141,19 @@ def statistics(
         "attention_sm": sorted({arrangement.split[0] for arrangement in arrangements}),
         "ffn_sm": sorted({arrangement.split[1] for arrangement in arrangements}),
         "arrangements": [str(arrangement) for arrangement in arrangements],
-        "sequential_ms": sequential_ms,
+        "sequential_ms": None if sequential_s is None else sequential_s * 1e3,
         "fallbacks": dict(counters.fallbacks),
+        "recoveries": counters.recoveries,
     }
-    if averages_ms:
-        result |= {f"avg_{name}_ms": averages_ms[name] for name in MEASURED}
-        for lane in ("attention", "ffn"):
-            result[f"avg_{lane}_idle_ms"] = averages_ms["total"] - averages_ms[lane]
+    if lanes is not None:
+        result |= {
+            "avg_attention_ms": lanes.attention_s * 1e3,
+            "avg_ffn_ms": lanes.ffn_s * 1e3,
+            "avg_total_ms": lanes.total_s * 1e3,
+            "avg_overlap_ms": lanes.overlap_s * 1e3,
+            "avg_attention_idle_ms": (lanes.total_s - lanes.attention_s) * 1e3,
+            "avg_ffn_idle_ms": (lanes.total_s - lanes.ffn_s) * 1e3,
+        }
     return result
 
 

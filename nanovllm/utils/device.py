@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,39 @@ class DoneEvent:
 
 
 Event = torch.cuda.Event | DoneEvent
+
+
+class Stopwatch:
+    """Times what is launched on a device's current stream between its making and `stop`; waits for nothing."""
+
+    def __init__(self, device: Device) -> None:
+        self._start = self._moment(device)
+        self._end: torch.cuda.Event | float | None = None
+        self._device = device
+
+    def stop(self) -> None:
+        self._end = self._moment(self._device)
+
+    def is_done(self) -> bool:
+        """Whether what was timed has ended."""
+        return self._end.query() if isinstance(self._end, torch.cuda.Event) else self._end is not None
+
+    def seconds(self) -> float:
+        """Once that has ended, how long it took."""
+        start, end = self._start, self._end
+        if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+            return start.elapsed_time(end) / 1e3
+        assert isinstance(start, float), "a stopwatch is stopped before it is read"
+        assert isinstance(end, float), "a stopwatch is stopped before it is read"
+        return end - start
+
+    @staticmethod
+    def _moment(device: Device) -> torch.cuda.Event | float:
+        if not device.is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device.index))
+        return event
 
 
 def wait_event(stream: torch.cuda.Stream | None, event: Event | None) -> None:

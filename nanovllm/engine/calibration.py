@@ -1,0 +1,169 @@
+"""What decode steps cost, plain and on two lanes: measured by one engine, kept on disk for the next. No torch."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanovllm.engine.pipeline_plan import Arrangement
+
+logger = logging.getLogger(__name__)
+
+MARGIN = 0.01
+"""What something must be faster by to be chosen instead: less is within what a measurement may be wrong by."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds per decode step of a batch with contexts of one length: plain, and by how the pipeline is arranged."""
+
+    batch: int
+    context: int
+    plain_s: float
+    pipelined_s: dict[Arrangement, float]
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{arrangement} {s * 1e3:.2f}" for arrangement, s in self.pipelined_s.items())
+        what = f"decode of {self.batch} requests of {self.context} tokens"
+        return f"{what}: {self.best() or 'plain'}; ms per step: plain {self.plain_s * 1e3:.2f}, {times}"
+
+    def seconds(self, arrangement: Arrangement | None) -> float:
+        return self.plain_s if arrangement is None else self.pipelined_s[arrangement]
+
+    def best(self) -> Arrangement | None:
+        """None where plain decode is as fast."""
+        if not self.pipelined_s:
+            return None
+        best = min(self.pipelined_s, key=self.pipelined_s.__getitem__)
+        return best if self.pipelined_s[best] < self.plain_s * (1 - MARGIN) else None
+
+
+class Calibration:
+    """What was measured at every pair of some batch sizes and some contexts; there need be none."""
+
+    def __init__(self, points: Sequence[Measured] = ()) -> None:
+        self.points = list(points)
+        self._point_at = {(point.batch, point.context): point for point in points}
+        self._batches = sorted({point.batch for point in points})
+        self._contexts = sorted({point.context for point in points})
+        assert len(self._batches) * len(self._contexts) == len(points), "every batch is measured with every context"
+
+    def seconds(self, arrangement: Arrangement | None, batch: float, context: float) -> float | None:
+        """A step's time, of plain decode if the arrangement is None, by the points around it.
+
+        A step costs something, something per request, and something per token of context: between points, and beyond
+        the largest, it is linear in both. None if no batch was measured that is less than twice as large.
+        """
+        if not self.points or batch <= self._batches[0] / 2:
+            return None
+        (low_batch, high_batch), batch_share = _around(self._batches, batch)
+        (low, high), context_share = _around(self._contexts, context)
+        at = [
+            (1 - context_share) * self._point_at[size, low].seconds(arrangement)
+            + context_share * self._point_at[size, high].seconds(arrangement)
+            for size in (low_batch, high_batch)
+        ]
+        return (1 - batch_share) * at[0] + batch_share * at[1]
+
+    def best_for(self, batch: int) -> list[Arrangement]:
+        """Those that were fastest with any context at the measured batches around this one.
+
+        None below all of them: weights are read once per micro-batch, and what did not pay for more requests does not
+        for fewer.
+        """
+        if not self.points or batch < self._batches[0]:
+            return []
+        around, _ = _around(self._batches, batch)
+        bests = {point.best() for point in self.points if point.batch in around}
+        return sorted((best for best in bests if best is not None), key=str)
+
+    def best_of_all(self) -> Arrangement:
+        """What takes the least part of the time of plain decode, on average over all points."""
+        arrangements = list(self.points[0].pipelined_s)
+        return min(arrangements, key=lambda one: sum(point.pipelined_s[one] / point.plain_s for point in self.points))
+
+
+def _around(values: Sequence[int], value: float) -> tuple[tuple[int, int], float]:
+    """The two of `values`, ascending, that `value` lies between, and how far it is from the first to the second.
+
+    Beyond the last ones it is above 1, below the first one 0.
+    """
+    if len(values) == 1 or value <= values[0]:
+        return (values[0], values[0]), 0.0
+    place = min(bisect.bisect_left(values, value), len(values) - 1)
+    low, high = values[place - 1], values[place]
+    return (low, high), (value - low) / (high - low)
+
+
+def calibration_file(about: dict[str, Any]) -> Path:
+    """Where the calibration is kept of what `about` tells: GPU, driver, model shape, versions, what is measured.
+
+    In `$XDG_CACHE_HOME/nanovllm/calibration`, by default `~/.cache/nanovllm/calibration`.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    digest = hashlib.sha256(_as_json(about).encode()).hexdigest()[:16]
+    gpu = re.sub(r"\W+", "-", str(about["gpu"])).strip("-").lower()
+    return cache / "nanovllm" / "calibration" / f"{gpu}-{digest}.json"
+
+
+def load_calibration(about: dict[str, Any]) -> Calibration | None:
+    """What an engine before this one measured in the same circumstances; None if there is nothing that can be used."""
+    path = calibration_file(about)
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if _as_json(kept["about"]) != _as_json(about):
+            return None
+        arrangements = {str(one): one for one in map(Arrangement.parse, about["arrangements"])}
+        points = [
+            Measured(
+                int(point["batch"]),
+                int(point["context"]),
+                float(point["plain_s"]),
+                {arrangements[name]: float(seconds) for name, seconds in point["pipelined_s"].items()},
+            )
+            for point in kept["points"]
+        ]
+        calibration = Calibration(points)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        logger.warning("calibration %s cannot be used (%s: %s); measuring again", path, type(error).__name__, error)
+        return None
+    logger.info("calibration of %d points from %s", len(points), path)
+    return calibration
+
+
+def keep_calibration(about: dict[str, Any], calibration: Calibration) -> None:
+    """Writes it to disk; where that fails the next engine measures again."""
+    path = calibration_file(about)
+    points = [
+        {
+            "batch": point.batch,
+            "context": point.context,
+            "plain_s": point.plain_s,
+            "pipelined_s": {str(arrangement): seconds for arrangement, seconds in point.pipelined_s.items()},
+        }
+        for point in calibration.points
+    ]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Another engine may start at the same time: nobody sees half a file.
+        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+        unfinished.write_text(json.dumps({"about": about, "points": points}, indent=1), encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        logger.warning("calibration cannot be kept in %s (%s); the next start measures again", path, error)
+        return
+    logger.info("calibration kept in %s", path)
+
+
+def _as_json(about: dict[str, Any]) -> str:
+    return json.dumps(about, sort_keys=True)

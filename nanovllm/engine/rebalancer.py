@@ -1,0 +1,159 @@
+"""Which arrangement the next decode steps have, by what was calibrated and by how long the last ones took. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from nanovllm.engine.calibration import MARGIN, Calibration
+from nanovllm.engine.outage import Outage
+from nanovllm.engine.pipeline_plan import Arrangement
+
+TRIAL_EVERY = 16
+"""One of so many decisions is for something else than what seems best, to see whether it still is not."""
+MOST_TRIAL_LOSS = 0.1
+"""What seems slower by more is not tried: with a step in TRIAL_EVERY * 8 that costs less than 0.1 %."""
+WEIGHT = 1 / 8
+"""Of a step that was timed in the mean of those before it."""
+BALANCED = 0.05
+"""Lanes that are busy for as long, but for so much, tell nothing about the split."""
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of a decode step; of one on lanes, how long each was busy."""
+
+    step_s: float
+    attention_s: float | None = None
+    ffn_s: float | None = None
+
+
+@dataclass
+class _Seen:
+    """Steps of one batch size and arrangement: their time as a share of the calibrated, and how far lanes differed."""
+
+    ratio: float
+    last_turn: int
+    imbalance: float = 0.0
+    """Busy time of the attention lane less that of the FFN lane, as a share of the longer."""
+
+
+class Rebalancer:
+    """Chooses between plain decode and the arrangements of the pipeline that are ready to run.
+
+    What a step of each would take is its calibrated time, corrected by what steps of it have taken since. Something
+    else is chosen only if that is less by MARGIN. Now and then a single step tries what seems a little slower: plain
+    decode, or what gives SMs to the lane that is busy for longer. So a calibration that is not, or no longer, right is
+    found out, at a small price (`MOST_TRIAL_LOSS`).
+
+    What fails is left out for a while; then it is tried again.
+
+    Args:
+        calibration: what was measured.
+        ready: by batch size, the arrangements that can run.
+        always: what to choose as long as it works, whatever was measured.
+    """
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        ready: Mapping[int, Sequence[Arrangement]],
+        always: Arrangement | None = None,
+    ) -> None:
+        self.calibration = calibration
+        self.always = always
+        self.current: Arrangement | None = None
+        self._ready = ready
+        self._outages = {arrangement: Outage() for of_size in ready.values() for arrangement in of_size}
+        self._seen: dict[tuple[int, Arrangement | None], _Seen] = {}
+        self._drift = 1.0
+        """Mean ratio of all steps: what to expect of those that were not seen."""
+        self._turn = 0
+
+    @property
+    def arrangements(self) -> list[Arrangement]:
+        """Those that may ever be chosen."""
+        return sorted(self._outages, key=str)
+
+    def choose(self, batch: int, context: float, now: float) -> Arrangement | None:
+        """What the next steps of so many requests are to be, None for plain ones; `context` is their mean.
+
+        Args:
+            now: seconds, on any clock.
+        """
+        usable = [one for one in self._ready.get(batch, ()) if self._outages[one].may_try(now)]
+        if self.always is not None:
+            self.current = self.always if self.always in usable else None
+            return self.current
+        expected = {path: self._expected_s(path, batch, context) for path in (None, *usable)}
+        best = min(expected, key=expected.__getitem__)
+        is_new = self.current not in expected or expected[best] < expected[self.current] * (1 - MARGIN)
+        if is_new:
+            self.current = best
+        return self.current
+
+    def trial(self, batch: int, context: float) -> Arrangement | None:
+        """What a single step is to be instead, called after each `choose`: mostly what was chosen."""
+        self._turn += 1
+        if self._turn % TRIAL_EVERY or self.always is not None:
+            return self.current
+        candidates = [path for path in self._worth_trying(batch, context) if path != self.current]
+        if not candidates:
+            return self.current
+        return min(candidates, key=lambda path: self._last_turn(path, batch))
+
+    def observe(self, batch: int, context: float, arrangement: Arrangement | None, times: StepTimes) -> None:
+        """A step of `batch` rows has taken so long."""
+        calibrated_s = self.calibration.seconds(arrangement, batch, context)
+        if not calibrated_s:
+            return
+        ratio = times.step_s / calibrated_s
+        self._drift += WEIGHT * (ratio - self._drift)
+        seen = self._seen.get((batch, arrangement))
+        if seen is None:
+            # Half of what is expected: one step may be an exception.
+            seen = self._seen[batch, arrangement] = _Seen((ratio + self._drift) / 2, self._turn)
+        seen.ratio += WEIGHT * (ratio - seen.ratio)
+        seen.last_turn = self._turn
+        if times.attention_s and times.ffn_s:
+            imbalance = (times.attention_s - times.ffn_s) / max(times.attention_s, times.ffn_s)
+            seen.imbalance += WEIGHT * (imbalance - seen.imbalance)
+
+    def failed(self, arrangement: Arrangement, now: float) -> bool:
+        """It did not run; whether it is left out because of that, and was not before."""
+        if self.current == arrangement:
+            self.current = None
+        return self._outages[arrangement].failed(now)
+
+    def worked(self, arrangement: Arrangement) -> bool:
+        """It ran; whether it is in use again because of that."""
+        return self._outages[arrangement].worked()
+
+    def _expected_s(self, path: Arrangement | None, batch: int, context: float) -> float:
+        calibrated_s = self.calibration.seconds(path, batch, context)
+        if calibrated_s is None:
+            return math.inf if path is not None else 0.0
+        seen = self._seen.get((batch, path))
+        return calibrated_s * (self._drift if seen is None else seen.ratio)
+
+    def _worth_trying(self, batch: int, context: float) -> list[Arrangement | None]:
+        most_s = self._expected_s(self.current, batch, context) * (1 + MOST_TRIAL_LOSS)
+        seen = self._seen.get((batch, self.current))
+        imbalance = 0.0 if seen is None else seen.imbalance
+        paths = [None, *(one for one in self._ready.get(batch, ()) if not self._outages[one].is_out)]
+        return [
+            path
+            for path in paths
+            if self._is_towards_balance(path, imbalance) and self._expected_s(path, batch, context) <= most_s
+        ]
+
+    def _is_towards_balance(self, path: Arrangement | None, imbalance: float) -> bool:
+        if path is None or self.current is None or abs(imbalance) < BALANCED:
+            return True
+        more_attention_sm = path.split[0] - self.current.split[0]
+        return more_attention_sm * imbalance >= 0
+
+    def _last_turn(self, path: Arrangement | None, batch: int) -> int:
+        seen = self._seen.get((batch, path))
+        return -1 if seen is None else seen.last_turn
