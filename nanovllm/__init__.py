@@ -3,6 +3,7 @@
 from nanovllm.errors import (
     BackendUnavailableError,
     ConfigError,
+    DeviceError,
     EngineClosedError,
     GreenContextError,
     HandoffError,
@@ -23,6 +24,7 @@ __all__ = [
     "LLM",
     "BackendUnavailableError",
     "ConfigError",
+    "DeviceError",
     "EngineClosedError",
     "GreenContextError",
     "HandoffError",

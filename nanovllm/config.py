@@ -57,6 +57,8 @@ class EngineConfig:
         attention_backend: `auto`, `torch`, `triton` or `flash_attn`.
         enable_prefix_caching: share the KV blocks of equal prompt beginnings.
         seed: where requests without a seed of their own get theirs from; also of `dummy` weights.
+        step_timeout_s: seconds after which a step that has not ended is taken for a lost GPU: all requests end with a
+            `DeviceError`.
         enable_two_gpu_pd: prefill on one GPU and decode on another; with `device="cpu"`, on two logical CPU devices.
         prefill_device_id, decode_device_id: which ones.
         kv_handoff: how KV crosses: `copy` (torch's copies, after each prefill step), `push` (the same by one kernel,
@@ -95,6 +97,7 @@ class EngineConfig:
     attention_backend: str = "auto"
     enable_prefix_caching: bool = True
     seed: int = 0
+    step_timeout_s: float = 120.0
     enable_two_gpu_pd: bool = False
     prefill_device_id: int = 0
     decode_device_id: int = 1
@@ -139,6 +142,7 @@ class EngineConfig:
         _check_bool("enable_prefix_caching", self.enable_prefix_caching)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed={shown(self.seed)} is not an integer from 0 to 2**63 - 1")
+        _check_seconds("step_timeout_s", self.step_timeout_s)
         self._check_two_gpu_options()
         self._check_pipeline_options()
 
@@ -175,9 +179,7 @@ class EngineConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1000:
                 raise ConfigError(f"{name}={shown(value)} is not a device id (0, 1, ...)")
-        seconds = self.handoff_timeout_s
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0.0 < seconds < math.inf:
-            raise ConfigError(f"handoff_timeout_s={shown(seconds)} is not a positive number of seconds")
+        _check_seconds("handoff_timeout_s", self.handoff_timeout_s)
         if not self.enable_two_gpu_pd:
             return
         if self.prefill_device_id == self.decode_device_id:
@@ -214,6 +216,11 @@ class EngineConfig:
 def _check_positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name}={shown(value)} is not a positive integer")
+
+
+def _check_seconds(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
+        raise ConfigError(f"{name}={shown(value)} is not a positive number of seconds")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

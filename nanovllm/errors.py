@@ -8,6 +8,7 @@ NanoVLLMError
 ├── EngineClosedError(RuntimeError)        use after `close()`
 ├── BackendUnavailableError(ImportError)   an attention backend that cannot serve here
 ├── OutOfKVCacheError(MemoryError)         the pool cannot be made, or a request cannot fit in it alone
+├── DeviceError(RuntimeError)              a GPU that runs nothing any more
 ├── WorkerError(RuntimeError)              a tensor-parallel worker died
 ├── GreenContextError(RuntimeError)        an SM partition that cannot be had
 └── HandoffError(RuntimeError)             a request's KV did not reach the decode device
@@ -19,6 +20,7 @@ from __future__ import annotations
 __all__ = [
     "BackendUnavailableError",
     "ConfigError",
+    "DeviceError",
     "EngineClosedError",
     "GreenContextError",
     "HandoffError",
@@ -74,6 +76,10 @@ class BackendUnavailableError(NanoVLLMError, ImportError):
 
 class OutOfKVCacheError(NanoVLLMError, MemoryError):
     """The KV pool cannot be made, or a request cannot fit in it alone."""
+
+
+class DeviceError(NanoVLLMError, RuntimeError):
+    """A GPU runs nothing any more in this process: its context is lost, or a step on it does not end."""
 
 
 class WorkerError(NanoVLLMError, RuntimeError):

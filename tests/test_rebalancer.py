@@ -102,9 +102,11 @@ def test_an_outage_ends_with_a_trial_that_works():
     path = Outage()
     assert path.may_try(0.0)
     assert path.failed(1.0)
+    assert not path.failed(2.0), "what was begun before tells nothing new"
     assert not path.may_try(1.0 + outage.FIRST_PAUSE_S / 2)
     assert path.may_try(1.0 + outage.FIRST_PAUSE_S)
-    assert not path.may_try(1.0 + outage.FIRST_PAUSE_S), "one trial at a time"
+    path.trial_begins(1.0 + outage.FIRST_PAUSE_S)
+    assert not path.may_try(1.5 + outage.FIRST_PAUSE_S), "one trial at a time"
     assert not path.failed(20.0), "it was out already"
     assert not path.may_try(20.0 + 1.5 * outage.FIRST_PAUSE_S), "the second pause is twice as long"
     assert path.may_try(20.0 + 2 * outage.FIRST_PAUSE_S)

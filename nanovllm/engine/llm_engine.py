@@ -7,7 +7,7 @@ import math
 import os
 import time
 import traceback
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import compress
@@ -27,7 +27,7 @@ from nanovllm.engine.scheduler import BlockPair, PrefillStep, Step
 from nanovllm.engine.sequence import Lease, Sequence, SequenceStatus
 from nanovllm.engine.timeline import Timeline
 from nanovllm.engine.tokenizer import NoText, RequestText
-from nanovllm.errors import EngineClosedError, HandoffError, HandoffTimeout, UnknownRequestError, shown
+from nanovllm.errors import DeviceError, EngineClosedError, HandoffError, HandoffTimeout, UnknownRequestError, shown
 from nanovllm.outputs import FinishReason, RequestOutput, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 
@@ -120,6 +120,10 @@ class LLMEngine:
         self._handing_off: list[Sequence] = []
         self._outputs: list[RequestOutput] = []
         self._last_progress_s = time.perf_counter()
+        self._fallbacks: Counter[str] = Counter()
+        self._num_recoveries = 0
+        self._device_error: DeviceError | None = None
+        """Why nothing runs any more."""
         self._closed = False
 
     # Requests
@@ -129,6 +133,7 @@ class LLMEngine:
 
         Raises:
             RequestError: the prompt or a parameter is refused; nothing was queued.
+            DeviceError: a GPU was lost; a new process is needed.
             EngineClosedError: the engine was closed.
         """
         self._check_open()
@@ -227,8 +232,8 @@ class LLMEngine:
                 name: {"held": pool.num_held_blocks, "total": pool.num_blocks} for name, pool in pools.items()
             },
             "preemptions": scheduler.num_preemptions,
-            "fallbacks": dict(paths.counters.fallbacks),
-            "recoveries": paths.counters.recoveries,
+            "fallbacks": dict(paths.counters.fallbacks + self._fallbacks),
+            "recoveries": paths.counters.recoveries + self._num_recoveries,
         }
 
     def close(self) -> None:
@@ -238,7 +243,8 @@ class LLMEngine:
         self._closed = True
         for seq in self.scheduler.unfinished():
             self.scheduler.finish(seq, "abort")
-        runners = {self.prefill_runner, self.decode_runner}
+        # On a lost GPU every call fails, or waits for ever: what it holds goes with the process.
+        runners = {self.prefill_runner, self.decode_runner} if self._device_error is None else set()
         for runner in runners:
             runner.synchronize()
         for state in (self._sequences, self._texts, self._in_flight, self._handoffs, self._handing_off, self._outputs):
@@ -259,6 +265,8 @@ class LLMEngine:
             raise EngineClosedError("this engine was closed; make a new one")
 
     def _enqueue(self, token_ids: list[int], params: SamplingParams, *, streamed: bool) -> int:
+        if self._device_error is not None:
+            raise DeviceError(f"{self._device_error}; start a new process") from self._device_error
         request_id = self._next_request_id
         self._next_request_id += 1
         seq, self._texts[request_id] = self._intake.make(request_id, token_ids, params, streamed=streamed)
@@ -279,9 +287,40 @@ class LLMEngine:
             self._collect_handoffs()
             for seq in self.scheduler.get_failed_sequences():
                 self._give_out(seq)
-        except BaseException:
-            self._recover()
-            raise
+        except BaseException as error:
+            lost = self._lost_device(error)
+            if lost is None:
+                self._recover()
+                raise
+            self._end_all(lost)
+
+    def _lost_device(self, error: BaseException) -> DeviceError | None:
+        """What an error of work on the devices means if one of them will never run anything again."""
+        if isinstance(error, DeviceError) or not isinstance(error, Exception):
+            return error if isinstance(error, DeviceError) else None
+        for runner in dict.fromkeys((self.prefill_runner, self.decode_runner)):
+            reason = runner.device.lost_reason()
+            if reason is not None:
+                return DeviceError(f"{runner.device} is lost: {reason}")
+        return None
+
+    def _raise_if_lost(self, error: Exception) -> None:
+        lost = self._lost_device(error)
+        if lost is not None:
+            raise lost from error
+
+    def _end_all(self, error: DeviceError) -> None:
+        """Nothing will run any more: every request ends with the error."""
+        logger.error("%s; all requests end", error)
+        self._device_error = error
+        for state in (self._in_flight, self._handoffs, self._handing_off):
+            state.clear()
+        unfinished = [seq for seq in self._sequences.values() if not seq.is_finished]
+        self.scheduler.start_over(unfinished, ())
+        for seq in unfinished:
+            self.scheduler.finish(seq, "error", error)
+        for seq in list(self._sequences.values()):
+            self._give_out(seq)
 
     def _recover(self) -> None:
         """After an interrupt, or an error that is nobody's: whatever was under way is recomputed.
@@ -348,6 +387,7 @@ class LLMEngine:
         except Exception as raised:  # noqa: BLE001 - whatever a forward pass raises ends one request, not the engine
             # The frames hold the failed step's tensors, which would stay alive with the error.
             traceback.clear_frames(raised.__traceback__)
+            self._raise_if_lost(raised)
             error = raised
         if error is None:
             self._in_flight.append(InFlight(runner, step, handle))
@@ -374,7 +414,17 @@ class LLMEngine:
     def _fail(self, seq: Sequence, error: Exception) -> None:
         retry = seq.failures == 0
         logger.warning("request %d failed (%s); %s", seq.request_id, error, "retrying" if retry else "giving up")
+        outage = self.scheduler.prefill_outage
+        was_out = outage.is_out
         self.scheduler.fail(seq, error)
+        if outage.is_out and not was_out:
+            self._fallbacks["prefill device left out"] += 1
+            logger.warning(
+                "%s is left out for a while, %s prefills alone: %s",
+                self.prefill_runner.device,
+                self.decode_runner.device,
+                error,
+            )
         self._progressed()
 
     def _progressed(self) -> None:
@@ -382,17 +432,22 @@ class LLMEngine:
 
     def _wait(self) -> None:
         """Until a step or a handoff has ended, or a handoff's time is up."""
-        if len(self._in_flight) == 1 and not self._handoffs:
-            self._in_flight[0].handle.wait()
-            return
         handoffs = [handoff for handoff in self._handoffs if not handoff.timed_out]
         if not self._in_flight and not handoffs:
             self._give_up_on_stuck_blocks()
             return
+        deadline_s = time.perf_counter() + self.config.step_timeout_s
         while not (
             any(work.handle.is_done() for work in self._in_flight)
             or any(handoff.handle.is_done() or time.perf_counter() > handoff.deadline_s for handoff in handoffs)
         ):
+            if self._in_flight and time.perf_counter() > deadline_s:
+                work = self._in_flight[0]
+                kind = "prefill" if isinstance(work.step, PrefillStep) else "decode"
+                raise DeviceError(
+                    f"{work.runner.device} is lost: a {kind} step of {len(work.step.rows)} requests has not ended "
+                    f"within step_timeout_s={self.config.step_timeout_s}"
+                )
             time.sleep(0)
 
     def _collect_steps(self) -> None:
@@ -462,6 +517,7 @@ class LLMEngine:
             try:
                 transfer = self.kv_transfer.send(chunk.handoff, handle.event)
             except Exception as error:  # noqa: BLE001 - a copy that cannot be launched fails its request alone
+                self._raise_if_lost(error)
                 self.scheduler.release(chunk.lease)
                 self._fail(chunk.seq, HandoffError(f"{self._about(chunk.seq)}: {error}"))
                 continue
@@ -483,13 +539,21 @@ class LLMEngine:
                 if seq.lease.in_flight:
                     self._handing_off.append(seq)
                 else:
-                    self.scheduler.handoff_done(seq)
+                    self._handoff_done(seq)
+
+    def _handoff_done(self, seq: Sequence) -> None:
+        was_out = self.scheduler.prefill_outage.is_out
+        self.scheduler.handoff_done(seq)
+        if was_out and not self.scheduler.prefill_outage.is_out:
+            self._num_recoveries += 1
+            logger.warning("%s works again", self.prefill_runner.device)
 
     def _handoff_ended(self, handoff: Handoff) -> None:
         error = None
         try:
             handoff.handle.wait()
         except Exception as raised:  # noqa: BLE001 - whatever went wrong on the way fails this request alone
+            self._raise_if_lost(raised)
             error = HandoffError(f"{self._about(handoff.seq)}: {raised}")
         self.scheduler.release(handoff.lease)
         if handoff.computed_s is not None:

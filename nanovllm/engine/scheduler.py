@@ -7,6 +7,7 @@ handed off and decoded. On one device the two pools are one object, and the bloc
 from __future__ import annotations
 
 import bisect
+import time
 from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.decode_batch import DecodeBatch, DecodeRow, DecodeStep
+from nanovllm.engine.outage import Outage
 from nanovllm.engine.sequence import Lease, Sequence, SequenceStatus
 from nanovllm.errors import OutOfKVCacheError
 from nanovllm.outputs import FinishReason
@@ -27,6 +29,9 @@ MOST_PREFILL_REQUESTS = 32
 ENOUGH_PREFILL_TOKENS = 4096
 """Where somebody awaits the first token, the requests after the first get what it leaves of so many tokens: the device
 is as fast with them as with more, and the first request of a step waits for the last."""
+
+MOST_FAILURES_IN_A_ROW = 2
+"""Of requests on a prefill device of its own: more are not the requests' fault."""
 
 BlockPair = tuple[int, int]
 """A block of the prefill pool and the block of the decode pool that its KV goes to."""
@@ -99,6 +104,8 @@ class Scheduler:
         self.num_queried_tokens = 0
         """Tokens of requests that got a lease, and were looked up in the prefix cache of where they are prefilled."""
         self.num_hit_tokens = 0
+        self.prefill_outage = Outage(MOST_FAILURES_IN_A_ROW)
+        """Of a prefill device of its own. While it is out, requests are prefilled on the decode device."""
         self._clear()
 
     def _clear(self) -> None:
@@ -150,6 +157,8 @@ class Scheduler:
 
     def fail(self, seq: Sequence, error: Exception) -> None:
         """Something went wrong for this request alone: the first time it is recomputed, on the decode device."""
+        if seq.lease is not None and self._is_apart(seq.lease):
+            self.prefill_outage.failed(time.monotonic())
         seq.failures += 1
         if seq.failures == 1:
             self.preempt(seq)
@@ -227,6 +236,8 @@ class Scheduler:
         assert seq.status is SequenceStatus.HANDING_OFF, f"request {seq.request_id} was not being handed off"
         assert seq.lease is not None, f"request {seq.request_id} is handed off without a lease"
         lease = seq.lease
+        if self._is_apart(lease):
+            self.prefill_outage.worked()
         self.decode_pool.cache(seq, lease.decode_table, 0, seq.num_prefilled_tokens)
         lease.prefill_pool.free(lease.prefill_table)
         lease.prefill_table = []
@@ -342,7 +353,12 @@ class Scheduler:
 
     def _prefill_pool_of(self, seq: Sequence) -> BlockManager:
         outgrown = self.prefill_pool.blocks_for(seq.num_tokens) > self.prefill_pool.num_blocks
-        return self.decode_pool if seq.failures or outgrown else self.prefill_pool
+        is_out = self.prefill_outage.is_out and not self.prefill_outage.may_try(time.monotonic())
+        return self.decode_pool if seq.failures or outgrown or is_out else self.prefill_pool
+
+    def _is_apart(self, lease: Lease) -> bool:
+        """Whether its request is prefilled on a device of its own."""
+        return lease.prefill_pool is not self.decode_pool
 
     def _prefill_budget(self, pool: BlockManager) -> int:
         if pool is not self.decode_pool:
@@ -411,6 +427,8 @@ class Scheduler:
         else:
             prefill_table = pool.take(hit, num_prefilled)
         seq.lease = Lease(decode_table, prefill_table, pool, num_handed_off_blocks=len(cached))
+        if self.prefill_outage.is_out and not into_decode_pool:
+            self.prefill_outage.trial_begins(time.monotonic())
         seq.num_prefilled_tokens = len(hit) * pool.block_size
         self.num_queried_tokens += seq.num_tokens
         self.num_hit_tokens += seq.num_prefilled_tokens

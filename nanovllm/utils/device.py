@@ -107,6 +107,19 @@ class Device:
         event.record(torch.cuda.current_stream(self.index))
         return event
 
+    def lost_reason(self) -> str | None:
+        """Why nothing will ever run on this GPU again in this process, None if it works; waits for nothing.
+
+        An error of a kernel leaves a CUDA context in which every call fails.
+        """
+        if not self.is_cuda:
+            return None
+        try:
+            torch.cuda.mem_get_info(self.index)
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+        return None
+
     def tensor(self, array: np.ndarray) -> torch.Tensor:
         """`array` on this device, copied without waiting for work that is running there."""
         tensor = torch.from_numpy(array)
