@@ -30,6 +30,7 @@ from nanovllm.engine.tokenizer import NoText, RequestText
 from nanovllm.errors import DeviceError, EngineClosedError, HandoffError, HandoffTimeout, UnknownRequestError, shown
 from nanovllm.outputs import FinishReason, RequestOutput, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.device import never_free
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -313,8 +314,8 @@ class LLMEngine:
         """Nothing will run any more: every request ends with the error."""
         logger.error("%s; all requests end", error)
         self._device_error = error
-        for state in (self._in_flight, self._handoffs, self._handing_off):
-            state.clear()
+        never_free(self.prefill_runner, self.decode_runner, self.kv_transfer, self._in_flight, self._handoffs)
+        self._in_flight, self._handoffs, self._handing_off = [], [], []
         unfinished = [seq for seq in self._sequences.values() if not seq.is_finished]
         self.scheduler.start_over(unfinished, ())
         for seq in unfinished:

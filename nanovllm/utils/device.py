@@ -7,6 +7,7 @@ can stand for several GPUs.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import re
 import time
@@ -31,6 +32,15 @@ class DoneEvent:
 
 
 Event = torch.cuda.Event | DoneEvent
+
+
+def never_free(*objects: object) -> None:
+    """Keeps objects until the process is gone, past the interpreter's end.
+
+    Freeing pinned memory on a lost GPU ends the process: torch raises in a destructor.
+    """
+    for kept in objects:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
 
 
 class Stopwatch:
