@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from nanovllm.config import DECODE_PIPELINES, KV_HANDOFFS
+
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {
         "hidden_size": 1024,
@@ -72,15 +74,26 @@ def model_options(folder: str | None, shape: str) -> dict[str, Any]:
     return {"model": folder} if folder else {"model": write_shape(shape), "load_format": "dummy"}
 
 
-def check_kv_handoff(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuses `--kv-handoff` in modes that hand nothing over."""
-    if args.kv_handoff and args.mode != "pd":
-        parser.error(f"--kv-handoff is of mode pd, not of {args.mode}")
+def add_pd_options(parser: argparse.ArgumentParser) -> None:
+    """Options of mode `pd`; `check_pd_options` refuses them in others, `mode_options` reads them."""
+    parser.add_argument("--kv-handoff", choices=KV_HANDOFFS, help="of mode pd, auto if not given")
+    parser.add_argument("--decode-pipeline", choices=DECODE_PIPELINES, help="of mode pd, no pipeline if not given")
+
+
+def check_pd_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for name in ("kv_handoff", "decode_pipeline"):
+        if getattr(args, name) and args.mode != "pd":
+            parser.error(f"--{name.replace('_', '-')} is of mode pd, not of {args.mode}")
 
 
 def mode_options(args: argparse.Namespace) -> dict[str, Any]:
     """Where to serve, as arguments of `LLM`: on two devices in mode `pd`."""
-    return {"enable_two_gpu_pd": True, "kv_handoff": args.kv_handoff or "auto"} if args.mode == "pd" else {}
+    if args.mode != "pd":
+        return {}
+    options: dict[str, Any] = {"enable_two_gpu_pd": True, "kv_handoff": args.kv_handoff or "auto"}
+    if args.decode_pipeline:
+        options |= {"enable_decode_pipeline": True, "decode_pipeline": args.decode_pipeline}
+    return options
 
 
 def median_ms(function: Any, repeats: int = 20) -> float:

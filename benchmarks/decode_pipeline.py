@@ -10,7 +10,9 @@ for each micro-batch, at the streaming bandwidth measured in the same run.
 from __future__ import annotations
 
 import argparse
+import collections
 import itertools
+import math
 import time
 from typing import Any
 
@@ -23,7 +25,7 @@ from nanovllm.engine.builder import runner_spec
 from nanovllm.engine.decode_paths import DecodePaths, PipelineOptions
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.pipeline_plan import Arrangement, Cut, Split
-from nanovllm.utils.device import Stopwatch, resolve_device
+from nanovllm.utils.device import Event, Stopwatch, resolve_device
 from nanovllm.utils.loader import checkpoint_folder, read_json
 
 NUM_REPLAYS = 10
@@ -31,14 +33,17 @@ NUM_REPLAYS = 10
 WARM_S = 0.3
 """So long the GPU's clocks take to come down to what its power allows."""
 TIMED_S = 0.3
+STEPS_AHEAD = 2
+"""As an engine launches them."""
 
 
 def make_runner(args: argparse.Namespace) -> ModelRunner:
     """A decode runner that chooses for itself, its KV random."""
     options = model_options(args.model, args.model_shape)
     folder = checkpoint_folder(options.pop("model"))
-    longest = max(args.contexts) + 2 * NUM_REPLAYS
-    config = EngineConfig(model=str(folder), max_model_len=longest, max_num_seqs=max(args.batches), **options)
+    longest = max(*args.contexts, args.grow[2] if args.grow else 0) + 2 * NUM_REPLAYS
+    most_requests = max(*args.batches, args.grow[0] if args.grow else 0)
+    config = EngineConfig(model=str(folder), max_model_len=longest, max_num_seqs=most_requests, **options)
     device = resolve_device(args.device)
     spec = runner_spec(config, folder, read_json(folder, "config.json") or {}, device)
     pipeline = PipelineOptions(adaptive=True)
@@ -96,6 +101,33 @@ def time_auto(runner: ModelRunner, paths: DecodePaths, batch: int, context: int)
     return timed_s / num_steps, paths.current
 
 
+def time_growing(
+    runner: ModelRunner, paths: DecodePaths, grow: list[int], arrangements: list[Arrangement]
+) -> dict[str, float]:
+    """Seconds in which a batch's contexts grow: by `auto`, plain, and by each arrangement; the best of two rounds."""
+    batch, first, last = grow
+    with runner._on(runner.stream):
+        steps = {str(one or "plain"): paths._make_steps([batch], one) for one in (None, *arrangements)}
+        times: dict[str, float] = {}
+        for name in ("auto", *("auto", *steps) * 2):  # once to warm up
+            assert runner.decode_rows is not None, "it was made to decode"
+            runner.decode_rows.pretend(batch, first)
+            launched: collections.deque[Event] = collections.deque()
+            stopwatch = Stopwatch(runner.device)
+            for context in range(first, last):
+                if name == "auto":
+                    paths.replay(batch, np.full(batch, context - 1))
+                else:
+                    steps[name].replay(batch)
+                launched.append(runner.device.record_event())
+                if len(launched) > STEPS_AHEAD:
+                    launched.popleft().synchronize()
+            stopwatch.stop()
+            runner.synchronize(copies=False)
+            times[name] = min(stopwatch.seconds(), times.get(name, math.inf))
+    return times
+
+
 def bound_s(runner: ModelRunner, batch: int, context: int, bandwidth: float, num_micro_batches: int) -> float:
     """KV read once, layers' weights once per micro-batch, the output head once."""
     config = runner.spec.model_config
@@ -151,6 +183,9 @@ def main() -> None:
     cuts = [Cut.GEMMS, Cut.REST]
     parser.add_argument("--cuts", type=Cut.__getitem__, nargs="+", default=cuts, help="of STAGES, GEMMS and REST")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[2])
+    parser.add_argument(
+        "--grow", type=int, nargs=3, metavar=("BATCH", "FROM", "TO"), help="also a batch whose contexts grow"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
@@ -161,7 +196,15 @@ def main() -> None:
 
         bandwidth = streaming_bandwidth()
     rows = sweep(runner, args, bandwidth)
-    result = {"model_shape": args.model or args.model_shape, "bytes_per_s": bandwidth, "rows": rows}
+    grown: dict[str, float] = {}
+    if args.grow:
+        assert runner.decode_paths is not None, "it was made to decode"
+        splits = args.splits if runner.device.is_cuda else [(0, 0)]
+        arrangements = [Arrangement(*pair) for pair in itertools.product(splits, args.cuts)]
+        grown = time_growing(runner, runner.decode_paths, args.grow, arrangements)
+        print(f"{args.grow[0]} requests, contexts from {args.grow[1]} to {args.grow[2]}, seconds: ", end="")
+        print(", ".join(f"{name} {seconds:.3f}" for name, seconds in grown.items()))
+    result = {"model_shape": args.model or args.model_shape, "bytes_per_s": bandwidth, "rows": rows, "grown_s": grown}
     report("decode_pipeline", result, args.output)
 
 

@@ -15,7 +15,7 @@ import random
 import time
 from typing import Any
 
-from common import SHAPES, check_kv_handoff, mode_options, model_options, report
+from common import SHAPES, add_pd_options, check_pd_options, mode_options, model_options, report
 from meters import BusyMeter
 from online_load import quantiles_ms
 
@@ -119,11 +119,11 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024, help="prompt tokens of the steady requests")
     parser.add_argument("--num-tokens", type=int, default=200, help="of each steady request in each third")
     parser.add_argument("--prompt-len", type=int, default=5000, help="of the prompts that arrive")
-    parser.add_argument("--kv-handoff", help="of mode pd, auto if not given")
+    add_pd_options(parser)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
-    check_kv_handoff(parser, args)
+    check_pd_options(parser, args)
     with LLM(
         **model_options(args.model, args.model_shape),
         device=args.device,

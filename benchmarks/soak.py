@@ -2,9 +2,11 @@
 
 Requests of random lengths and sampling parameters, some with a common beginning, are kept in the engine. Of some, a
 forward pass fails whenever they are in it, once (they are recomputed) or twice (they end by name); of some, the handoff
-fails; some are aborted at a random moment. At the end every request must have been answered, aborted or failed as was
-planned for it, every block must be free, and neither the device's memory nor the process may have grown. If not, the
-exit status is 1.
+fails; some are aborted at a random moment. At times nothing can be launched on the prefill device for a while, which
+is left out then; with a decode pipeline its split is changed by force, and its steps fail. At the end every request
+must have been answered, aborted or failed as was planned for it, every block must be free, and neither the device's
+memory nor the process may have grown. Greedy requests that nothing happened to are answered again, alone, and must get
+the same tokens. If not, the exit status is 1.
 """
 
 from __future__ import annotations
@@ -19,16 +21,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common import SHAPES, check_kv_handoff, mode_options, model_options, report
+from common import SHAPES, add_pd_options, check_pd_options, mode_options, model_options, report
 from memory import memory_mib
 
 from nanovllm import LLM, RequestOutput, SamplingParams
 from nanovllm.engine.model_runner import ModelRunner, StepHandle
+from nanovllm.engine.pipeline_plan import Arrangement, Cut
 from nanovllm.engine.scheduler import BlockPair, Step
 from nanovllm.utils.device import Event
 
 MOST_DEVICE_GROWTH_MIB = 64
 MOST_PROCESS_GROWTH_MIB = 256
+MOST_REPEATED = 500
 
 
 class InjectedError(RuntimeError):
@@ -40,22 +44,39 @@ class Plan:
     """What is to happen to a request."""
 
     step_faults: int = 0
-    """Forward passes that fail because of it."""
+    """Forward passes that will fail because of it."""
     handoff_faults: int = 0
     is_aborted: bool = False
+    hits: int = 0
+    """Faults that it has had, its own and those of a card."""
 
     @property
-    def num_faults(self) -> int:
-        return self.step_faults + self.handoff_faults
+    def is_untouched(self) -> bool:
+        return not (self.step_faults or self.handoff_faults or self.is_aborted or self.hits)
 
 
 class Faults:
-    """Makes forward passes and handoffs of an engine fail as planned."""
+    """Makes forward passes and handoffs of an engine fail as planned, and its prefill device and lanes at times.
 
-    def __init__(self, llm: LLM) -> None:
+    Args:
+        llm: the engine.
+        chaos_share: of the engine's turns, those in which something happens to a device.
+        rng: decides what.
+    """
+
+    def __init__(self, llm: LLM, chaos_share: float, rng: random.Random) -> None:
         self.plans: dict[int, Plan] = {}
-        self.num_injected = 0
+        self.injected: collections.Counter[str] = collections.Counter()
         self._llm = llm
+        self._chaos_share = chaos_share
+        self._rng = rng
+        self._card_works_at_s = 0.0
+        self._due: set[str] = set()
+        paths = llm.decode_runner.decode_paths
+        assert paths is not None, "the decode runner decodes"
+        self._paths = paths
+        if paths.rebalancer is not None:
+            self._watch_lanes()
         for runner in dict.fromkeys((llm.prefill_runner, llm.decode_runner)):
             self._watch_launches(runner)
         if llm.prefill_runner is not llm.decode_runner:
@@ -71,8 +92,15 @@ class Faults:
                 # The engine halves the step until the request stands alone: only then has it failed once.
                 if len(step.rows) == 1:
                     due[0].step_faults -= 1
-                    self.num_injected += 1
+                    due[0].hits += 1
+                    self.injected["step"] += 1
                 raise InjectedError("injected into a forward pass")
+            is_apart = runner is not self._llm.decode_runner
+            if is_apart and time.perf_counter() < self._card_works_at_s:
+                if len(step.rows) == 1:
+                    plans[0].hits += 1
+                    self.injected["card"] += 1
+                raise InjectedError("injected into a card")
             return launch(step)
 
         runner.launch = faulty_launch  # type: ignore[method-assign]
@@ -87,11 +115,54 @@ class Faults:
                 plan = self.plans.get(seq.request_id)
                 if plan and plan.handoff_faults and seq.lease and blocks.intersection(seq.lease.prefill_table):
                     plan.handoff_faults -= 1
-                    self.num_injected += 1
+                    plan.hits += 1
+                    self.injected["handoff"] += 1
                     raise InjectedError("injected into a handoff")
             return send(pairs, after)
 
         transfer.send = faulty_send  # type: ignore[method-assign]
+
+    def _watch_lanes(self) -> None:
+        """More than one way to arrange the lanes is made ready, each of which fails when it is due."""
+        paths, runner = self._paths, self._llm.decode_runner
+        assert paths.pipeline is not None, "what has a rebalancer has lanes"
+        num_sms = paths.pipeline.green_manager.num_sms
+        with runner._on(runner.stream):
+            for split in ((32, num_sms - 32), (64, num_sms - 64)) if num_sms else ((1, 3), (2, 2)):
+                arrangement = Arrangement(split, Cut.GEMMS)
+                if arrangement not in paths.steps:
+                    paths.steps[arrangement] = paths._make_steps(paths.sizes, arrangement)
+            runner.decode_rows.forget()  # type: ignore[union-attr]
+        for path, steps in paths.steps.items():
+            if path is not None:
+                steps.replay = self._faulty("lane", steps.replay)  # type: ignore[method-assign]
+        manager = paths.pipeline.green_manager
+        manager.rebalance = self._faulty("rebalance", manager.rebalance)  # type: ignore[method-assign]
+
+    def _faulty(self, what: str, function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            if what in self._due:
+                self._due.remove(what)
+                self.injected[what] += 1
+                raise InjectedError(f"injected into a {what}")
+            return function(*args)
+
+        return call
+
+    def take_turn(self) -> None:
+        """Before a turn of the engine: at times something breaks, or the split is changed by force."""
+        if self._rng.random() >= self._chaos_share:
+            return
+        kinds = ["card"] if self._llm.prefill_runner is not self._llm.decode_runner else []
+        if self._paths.rebalancer is not None:
+            kinds += ["force"] * 4 + ["lane", "rebalance"]
+        kind = self._rng.choice(kinds) if kinds else None
+        if kind == "card":
+            self._card_works_at_s = time.perf_counter() + self._rng.uniform(0.0, 0.2)
+        elif kind == "force":
+            self._paths.force(self._rng.choice(list(self._paths.steps)))
+        elif kind is not None:
+            self._due.add(kind)
 
 
 def random_request(rng: random.Random, vocab_size: int, longest: int, beginnings: list[list[int]]) -> Any:
@@ -116,6 +187,9 @@ def soak(llm: LLM, faults: Faults, num_requests: int, args: argparse.Namespace, 
     longest = llm.decode_runner.spec.max_model_len
     beginnings = [[rng.randrange(vocab_size) for _ in range(longest // 4)] for _ in range(5)]
     running: dict[int, Plan] = {}
+    requests: dict[int, tuple[list[int], SamplingParams]] = {}
+    tokens: collections.defaultdict[int, list[int]] = collections.defaultdict(list)
+    to_repeat: list[tuple[list[int], SamplingParams, list[int]]] = []
     outcomes: collections.Counter[str] = collections.Counter()
     wrong: list[str] = []
     num_added = 0
@@ -131,18 +205,37 @@ def soak(llm: LLM, faults: Faults, num_requests: int, args: argparse.Namespace, 
                     plan.step_faults = rng.choice([1, 2])
             request_id = llm.add_request(prompt, params)
             running[request_id] = faults.plans[request_id] = plan
+            requests[request_id] = prompt, params
             num_added += 1
         to_abort = [request_id for request_id, plan in running.items() if plan.is_aborted]
         if to_abort and rng.random() < 0.2:
             llm.abort(rng.choice(to_abort))
+        faults.take_turn()
         for output in llm.step():
+            tokens[output.request_id] += output.new_token_ids
             if output.finished:
                 plan = running.pop(output.request_id)
                 del faults.plans[output.request_id]
                 outcome = _outcome(output)
                 outcomes[outcome] += 1
                 wrong += _complaints(output, outcome, plan)
-    return {"requests": num_added, **outcomes, "wrong": wrong}
+                request, got = requests.pop(output.request_id), tokens.pop(output.request_id)
+                if plan.is_untouched and request[1].temperature == 0:
+                    to_repeat.append((*request, got))
+    if args.check_tokens:
+        wrong += _check_tokens(llm, to_repeat[:MOST_REPEATED])
+    return {"requests": num_added, **outcomes, "repeated": min(len(to_repeat), MOST_REPEATED), "wrong": wrong}
+
+
+def _check_tokens(llm: LLM, to_repeat: Sequence[tuple[list[int], SamplingParams, list[int]]]) -> list[str]:
+    """Answers requests again while nothing breaks; what differs."""
+    prompts, params, expected = zip(*to_repeat, strict=True)
+    answers = llm.generate(prompts, params, use_tqdm=False)
+    return [
+        f"greedy tokens of {prompt} differ: {got} amid faults, {answer['token_ids']} without"
+        for prompt, got, answer in zip(prompts, expected, answers, strict=True)
+        if got != answer["token_ids"]
+    ]
 
 
 def _outcome(output: RequestOutput) -> str:
@@ -154,7 +247,7 @@ def _complaints(output: RequestOutput, outcome: str, plan: Plan) -> list[str]:
     about = f"request {output.request_id}, {plan}, ended as {output.finish_reason}"
     if outcome == "failed" and not isinstance(output.error, InjectedError):
         return [f"{about}: {output.error!r} was not injected"]
-    if outcome == "failed" and plan.num_faults:
+    if outcome == "failed" and plan.hits < 2:
         return [f"{about}: it failed before its second fault"]
     if outcome == "aborted" and not plan.is_aborted:
         return [f"{about}: nobody aborted it"]
@@ -172,25 +265,29 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=256)
     parser.add_argument("--abort-share", type=float, default=0.05)
     parser.add_argument("--fault-share", type=float, default=0.01)
+    parser.add_argument("--chaos-share", type=float, default=0.01, help="of turns, those in which a device breaks")
+    parser.add_argument("--check-tokens", action="store_true", help="of untouched greedy requests; with float32")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--num-kvcache-blocks", type=int, help="few of them make requests lose their blocks to others")
     parser.add_argument("--max-model-len", type=int, default=4096)
-    parser.add_argument("--kv-handoff", help="of mode pd, auto if not given")
+    add_pd_options(parser)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
-    check_kv_handoff(parser, args)
+    check_pd_options(parser, args)
 
     logging.getLogger("nanovllm").setLevel(logging.ERROR)  # it warns of every fault
     rng = random.Random(args.seed)
     with LLM(
         **model_options(args.model, args.model_shape),
         device=args.device,
+        dtype=args.dtype,
         max_model_len=args.max_model_len,
         num_kvcache_blocks=args.num_kvcache_blocks,
         **mode_options(args),
     ) as llm:
-        faults = Faults(llm)
+        faults = Faults(llm, args.chaos_share, rng)
         started = time.perf_counter()
         early_counts = soak(llm, faults, args.num_requests // 10, args, rng)
         early = memory_mib(llm)
@@ -204,10 +301,11 @@ def main() -> None:
             "prefill": llm.scheduler.prefill_pool.num_held_blocks,
             "decode": llm.scheduler.decode_pool.num_held_blocks,
         }
-        num_preemptions = llm.scheduler.num_preemptions
+        metrics = llm.metrics()
     wrong = early_counts.pop("wrong") + counts.pop("wrong")
     counts = {
-        name: counts.get(name, 0) + early_counts.get(name, 0) for name in ("requests", "answered", "aborted", "failed")
+        name: counts.get(name, 0) + early_counts.get(name, 0)
+        for name in ("requests", "answered", "aborted", "failed", "repeated")
     }
     if counts["requests"] != counts["answered"] + counts["aborted"] + counts["failed"]:
         wrong.append(f"{counts} do not add up")
@@ -217,15 +315,17 @@ def main() -> None:
         if growth > most:
             wrong.append(f"memory of the {name} has grown by {growth:.0f} MiB")
     print(f"{args.mode}, {seconds:.0f} s: " + ", ".join(f"{name} {number}" for name, number in counts.items()))
-    print(f"faults injected {faults.num_injected}, preemptions {num_preemptions}")
+    chaos = {name: metrics[name] for name in ("preemptions", "rebalances", "pipeline_steps", "fallbacks", "recoveries")}
+    print("faults injected: " + ", ".join(f"{kind} {number}" for kind, number in faults.injected.items()))
+    print(", ".join(f"{name} {number}" for name, number in chaos.items()))
     print(
         "MiB, after a tenth and at the end: "
         + ", ".join(f"{name} {early[name]:.0f}, {late[name]:.0f}" for name in late)
     )
     for complaint in wrong:
         print(f"WRONG: {complaint}")
-    result = {"mode": args.mode, "seconds": seconds, **counts, "faults": faults.num_injected, "wrong": wrong}
-    report("soak", {**result, "preemptions": num_preemptions, "early_mib": early, "late_mib": late}, args.output)
+    result = {"mode": args.mode, "seconds": seconds, **counts, "faults": dict(faults.injected), "wrong": wrong}
+    report("soak", {**result, **chaos, "early_mib": early, "late_mib": late}, args.output)
     sys.exit(1 if wrong else 0)
 
 

@@ -102,18 +102,18 @@ def test_the_soak_complains_of_what_was_not_planned(soak):
 
     assert not complaints("stop", soak.Plan())
     assert not complaints("abort", soak.Plan(is_aborted=True))
-    assert not complaints("error", soak.Plan(), soak.InjectedError())
+    assert not complaints("error", soak.Plan(hits=2), soak.InjectedError())
     assert "nobody aborted it" in complaints("abort", soak.Plan())[0]
     assert "was not injected" in complaints("error", soak.Plan(), RuntimeError("a real one"))[0]
-    assert "before its second fault" in complaints("error", soak.Plan(step_faults=1), soak.InjectedError())[0]
+    assert "before its second fault" in complaints("error", soak.Plan(hits=1), soak.InjectedError())[0]
 
 
-@pytest.mark.parametrize("mode", ["single", "pd"])
+@pytest.mark.parametrize("mode", [["single"], ["pd", "--decode-pipeline", "static"]], ids=["single", "pd"])
 def test_a_short_soak_on_a_cpu_loses_nothing(mode):
     command = [
         *(sys.executable, str(BENCHMARKS / "soak.py"), "--model", str(DEMO_MODEL_PATH), "--device", "cpu"),
-        *("--mode", mode, "--num-requests", "150", "--concurrency", "16", "--max-model-len", "256"),
-        *("--num-kvcache-blocks", "50", "--fault-share", "0.1"),
+        *("--mode", *mode, "--num-requests", "150", "--concurrency", "16", "--max-model-len", "256"),
+        *("--num-kvcache-blocks", "50", "--fault-share", "0.1", "--chaos-share", "0.1", "--check-tokens"),
     ]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -122,7 +122,12 @@ def test_a_short_soak_on_a_cpu_loses_nothing(mode):
     assert result["requests"] == result["answered"] + result["aborted"] + result["failed"] == 150
     assert result["failed"] > 0
     assert result["aborted"] > 0
-    assert result["preemptions"] > result["faults"] / 2
+    assert result["preemptions"] > sum(result["faults"].values()) / 2
+    assert result["repeated"] > 0
+    if mode != ["single"]:
+        assert {"step", "card", "lane", "rebalance"} <= result["faults"].keys()
+        assert result["rebalances"] > 5
+        assert result["recoveries"] > 0
 
 
 def test_the_cost_of_handoffs_on_two_logical_devices():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -65,7 +66,7 @@ class Rebalancer:
         self.always = always
         self.current: Arrangement | None = None
         self._ready = ready
-        self._outages = {arrangement: Outage() for of_size in ready.values() for arrangement in of_size}
+        self._outages: defaultdict[Arrangement, Outage] = defaultdict(Outage)
         self._seen: dict[tuple[int, Arrangement | None], _Seen] = {}
         self._drift = 1.0
         """Mean ratio of all steps: what to expect of those that were not seen."""
@@ -74,7 +75,7 @@ class Rebalancer:
     @property
     def arrangements(self) -> list[Arrangement]:
         """Those that may ever be chosen."""
-        return sorted(self._outages, key=str)
+        return sorted({arrangement for of_size in self._ready.values() for arrangement in of_size}, key=str)
 
     def choose(self, batch: int, context: float, now: float) -> Arrangement | None:
         """What the next steps of so many requests are to be, None for plain ones; `context` is their mean.

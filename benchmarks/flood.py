@@ -1,0 +1,137 @@
+"""What a flood of prompts does to requests that decode: is the backlog bounded, and does their latency hold?
+
+First a steady load: as many requests as may hold blocks (`--batch`), each replaced when it ends, which tells the rate
+that can be sustained. Then a flood: requests arrive at a multiple of that rate for some seconds. Of both are shown ITL,
+the mean size of decode steps, the requests between the beginning of their prefill and the arrival of their KV (the
+backlog, bounded by `--max-handoff-backlog`), and preemptions. What the flood leaves in the queue is aborted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import math
+import random
+import time
+from collections import defaultdict
+from typing import Any
+
+from common import SHAPES, add_pd_options, check_pd_options, mode_options, model_options, report
+from online_load import quantiles_ms
+
+from nanovllm import LLM, SamplingParams
+
+SETTLING_S = 2.0
+
+
+class Load:
+    """Requests of random lengths, added to an engine by the number or by their arrival."""
+
+    def __init__(self, llm: LLM, args: argparse.Namespace) -> None:
+        self._llm, self._args = llm, args
+        self._rng = random.Random(args.seed)
+        self._vocab_size = llm.decode_runner.spec.model_config.vocab_size
+        self.running: set[int] = set()
+
+    def add(self) -> None:
+        rng, args = self._rng, self._args
+        prompt = [rng.randrange(self._vocab_size) for _ in range(rng.randint(args.input // 2, 3 * args.input // 2))]
+        num_output = rng.randint(args.num_output // 2, 3 * args.num_output // 2)
+        params = SamplingParams(temperature=0.7, ignore_eos=True, max_tokens=num_output)
+        self.running.add(self._llm.add_request(prompt, params))
+
+    def arrival_gap_s(self, rate: float) -> float:
+        return self._rng.expovariate(rate)
+
+
+def run(llm: LLM, load: Load, seconds: float, *, rate: float | None, batch: int) -> dict[str, Any]:
+    """A load for so long: arrivals at a rate, or always as many requests as `batch`."""
+    token_times: defaultdict[int, list[float]] = defaultdict(list)
+    before, started = llm.metrics(), time.perf_counter()
+    due_s, num_ended, num_arrived, most_backlog = 0.0, 0, 0, 0
+    while (now_s := time.perf_counter() - started) < seconds:
+        while due_s <= now_s if rate else len(load.running) < batch:
+            load.add()
+            num_arrived += 1
+            due_s += load.arrival_gap_s(rate) if rate else 0.0
+        outputs = llm.step()
+        now_s = time.perf_counter() - started
+        for output in outputs:
+            token_times[output.request_id] += [now_s] * len(output.new_token_ids)
+            if output.finished:
+                load.running.discard(output.request_id)
+                num_ended += 1
+        most_backlog = max(most_backlog, llm.metrics()["handoff_backlog"])
+    after = llm.metrics()
+    gaps = [later - earlier for times in token_times.values() for earlier, later in itertools.pairwise(times)]
+    steps = after["decode_steps"] - before["decode_steps"]
+    return {
+        "arrived_per_s": num_arrived / seconds,
+        "ended_per_s": num_ended / seconds,
+        "itl_ms": quantiles_ms(gaps),
+        "decode_batch": (after["decode_tokens"] - before["decode_tokens"]) / max(steps, 1),
+        "most_backlog": most_backlog,
+        "waiting": after["requests"]["waiting"],
+        "preemptions": after["preemptions"] - before["preemptions"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mode", choices=["single", "pd"], default="pd")
+    parser.add_argument("--model-shape", choices=SHAPES, default="qwen3-8b", help="random weights of this shape")
+    parser.add_argument("--model", help="folder of a checkpoint to serve instead of random weights")
+    parser.add_argument("--batch", type=int, default=128, help="requests that may hold blocks")
+    parser.add_argument("--input", type=int, default=512, help="mean prompt tokens")
+    parser.add_argument("--num-output", type=int, default=128, help="mean output tokens")
+    parser.add_argument("--times", type=float, default=10.0, help="the sustainable rate")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each load")
+    parser.add_argument("--max-handoff-backlog", type=int, default=32, help="of mode pd")
+    parser.add_argument("--itl-target-ms", type=float, help="of mode pd")
+    add_pd_options(parser)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", help="file for the JSON line")
+    args = parser.parse_args()
+    check_pd_options(parser, args)
+    if not (args.times > 0 and 0 < args.seconds < math.inf and args.input > 1 and args.num_output > 1):
+        parser.error("--times and --seconds must be above 0, --input and --num-output above 1")
+
+    options = mode_options(args)
+    if args.mode == "pd":
+        options |= {"max_handoff_backlog": args.max_handoff_backlog, "itl_target_ms": args.itl_target_ms}
+    with LLM(
+        **model_options(args.model, args.model_shape),
+        device=args.device,
+        max_num_seqs=args.batch,
+        max_model_len=2 * (args.input + args.num_output),
+        enable_prefix_caching=False,
+        **options,
+    ) as llm:
+        load = Load(llm, args)
+        run(llm, load, SETTLING_S, rate=None, batch=args.batch)
+        gc.collect()
+        gc.freeze()
+        steady = run(llm, load, args.seconds, rate=None, batch=args.batch)
+        flood = run(llm, load, args.seconds, rate=args.times * max(steady["ended_per_s"], 1.0), batch=args.batch)
+        for request_id in load.running:
+            llm.abort(request_id)
+        while not llm.is_finished() or llm._in_flight or llm._handoffs:
+            llm.step()
+        llm.scheduler.check_integrity()
+    titles = ("arrived/s", "ended/s", "ITL p50", "p99", "max", "decode", "backlog", "preempted")
+    print(" " * 10 + "".join(f"{title:>10}" for title in titles))
+    for name, result in (("steady", steady), ("flood", flood)):
+        rates = [result["arrived_per_s"], result["ended_per_s"]]
+        latencies = [result["itl_ms"][quantile] for quantile in ("p50", "p99", "max")]
+        values = [f"{value:.2f}" for value in (*rates, *latencies, result["decode_batch"])]
+        values += [str(result["most_backlog"]), str(result["preemptions"])]
+        print(f"{name:<10}" + "".join(f"{value:>10}" for value in values))
+    ratio = flood["itl_ms"]["p99"] / steady["itl_ms"]["p99"]
+    print(f"ITL p99 in the flood: {ratio:.2f} of the steady load's; {flood['waiting']} requests left in the queue")
+    report("flood", {**vars(args), "steady": steady, "flood": flood, "itl_p99_ratio": ratio}, args.output)
+
+
+if __name__ == "__main__":
+    main()
