@@ -21,6 +21,7 @@ WITHOUT_TORCH = [
     "pipeline_choice",
     "metrics",
     "timeline",
+    "trace",
 ]
 
 
