@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,7 @@ class EngineConfig:
         decode_attention_sm, decode_ffn_sm: SMs of the two partitions; None for what measured best.
         decode_micro_batches: parts of a batch that take turns on the partitions.
         decode_pipeline_profiling: time the partitions for `decode_runner.get_pipeline_statistics()`.
+        trace: a file, written by `close()`, of what ran where and when, for ui.perfetto.dev; None for none.
 
     Raises:
         ConfigError: a value is of the wrong type, out of range or contradicts another.
@@ -111,6 +113,7 @@ class EngineConfig:
     decode_ffn_sm: int | None = None
     decode_micro_batches: int = 2
     decode_pipeline_profiling: bool = False
+    trace: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_num_batched_tokens", "prefill_chunk_tokens", "max_num_seqs"):
@@ -143,6 +146,8 @@ class EngineConfig:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed={shown(self.seed)} is not an integer from 0 to 2**63 - 1")
         _check_seconds("step_timeout_s", self.step_timeout_s)
+        if self.trace is not None and not isinstance(self.trace, (str, os.PathLike)):
+            raise ConfigError(f"trace={shown(self.trace)} is not the path of a file to write; pass one, or None")
         self._check_two_gpu_options()
         self._check_pipeline_options()
 

@@ -23,6 +23,7 @@ WITHOUT_TORCH = [
     "outage",
     "metrics",
     "timeline",
+    "trace",
 ]
 
 

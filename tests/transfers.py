@@ -24,16 +24,20 @@ class LazyTransfer:
 class LazyHandle:
     def __init__(self, send: Callable[[], TransferHandle], polls: int) -> None:
         self.send, self.polls = send, polls
+        self.sent: TransferHandle | None = None
 
     def is_done(self) -> bool:
         self.polls -= 1
         return self.polls < 0
 
     def wait(self) -> None:
-        handle = self.send()
+        self.sent = handle = self.send()
         while not handle.is_done():
             continue
         handle.wait()
+
+    def moments(self) -> tuple[float, float] | None:
+        return None if self.sent is None else self.sent.moments()
 
 
 class FaultyTransfer:
@@ -70,6 +74,9 @@ class FaultyHandle:
         if self.transfer.fault == "arrive":
             raise RuntimeError("injected: the copy failed on its way")
 
+    def moments(self) -> tuple[float, float] | None:
+        return self.inner.moments()
+
 
 class SabotagedTransfer:
     """Hands over wrongly: the mistakes that a test of tokens must notice."""
@@ -96,6 +103,9 @@ class ForgottenHandle:
         return True
 
     def wait(self) -> None:
+        return
+
+    def moments(self) -> None:
         return
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,8 @@ def build_engine(config: EngineConfig) -> EngineParts:
     eos_ids = end_of_sequence_ids(folder, hf_config, tokenizer, spec.model_config.vocab_size)
     prefill_runner, decode_runner, kv_transfer = build_runners(config, spec, devices)
     scheduler = build_scheduler(config, prefill_runner, decode_runner)
+    options = resolved_options(config, prefill_runner, decode_runner, kv_transfer)
+    logger.info("resolved options: %s", ", ".join(f"{name}={value}" for name, value in options.items()))
     pools = (scheduler.prefill_pool, scheduler.decode_pool)
     intake = RequestIntake(
         tokenizer=tokenizer,
@@ -67,6 +70,29 @@ def build_engine(config: EngineConfig) -> EngineParts:
         seed=config.seed,
     )
     return EngineParts(tokenizer, prefill_runner, decode_runner, kv_transfer, scheduler, intake)
+
+
+def resolved_options(
+    config: EngineConfig, prefill_runner: ModelRunner, decode_runner: ModelRunner, kv_transfer: KVTransfer
+) -> dict[str, Any]:
+    """Every option and what it has come to; of the number of blocks and of SMs there may be several."""
+    spec, runners = decode_runner.spec, {"prefill": prefill_runner, "decode": decode_runner}
+    pipeline = decode_runner.get_pipeline_statistics()
+    return dataclasses.asdict(config) | {
+        "max_model_len": spec.max_model_len,
+        "kvcache_block_size": decode_runner.block_size,
+        "num_kvcache_blocks": {name: runner.num_kv_blocks for name, runner in runners.items()},
+        "device": decode_runner.device.kind,
+        "dtype": str(spec.dtype).removeprefix("torch."),
+        "load_format": "safetensors" if spec.load_format == "auto" else spec.load_format,
+        "attention_backend": spec.attention.backend.name,
+        "prefill_device_id": prefill_runner.device.index,
+        "decode_device_id": decode_runner.device.index,
+        "kv_handoff": kv_transfer.name,
+        "decode_pipeline": "disabled" if pipeline["fallbacks"] else config.pipeline_mode,
+        "decode_attention_sm": pipeline["attention_sm"],
+        "decode_ffn_sm": pipeline["ffn_sm"],
+    }
 
 
 def resolve_devices(config: EngineConfig) -> tuple[Device, Device]:

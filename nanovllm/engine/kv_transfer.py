@@ -9,7 +9,7 @@ from typing import Protocol
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import BlockPair
 from nanovllm.errors import ConfigError, HandoffError
-from nanovllm.utils.device import Device, Event, peer_access
+from nanovllm.utils.device import Device, Event, Moment, peer_access
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,12 @@ class TransferHandle(Protocol):
 
         Raises:
             HandoffError: they did not arrive as they left.
+        """
+
+    def moments(self) -> tuple[float, float] | None:
+        """When the copies began and ended, in seconds of `time.perf_counter()`; waits for them.
+
+        None if that is not timed, or they were part of the step that computed the blocks.
         """
 
 
@@ -63,17 +69,28 @@ class PeerTransfer:
             source.sync_kv_cache_to(target, (), method=method).synchronize()
 
     def send(self, pairs: SequenceOf[BlockPair], after: Event) -> TransferHandle:
-        arrived = after
-        if self.name != "direct":
-            arrived = self._source.sync_kv_cache_to(self._target, pairs, method=self.name, after=after)
-        return _PeerHandle(self._source, self._target, pairs if self._verify else (), arrived)
+        to_verify = pairs if self._verify else ()
+        if self.name == "direct":
+            return _PeerHandle(self._source, self._target, to_verify, after)
+        began = self._source.record_copy_moment(after)
+        arrived = self._source.sync_kv_cache_to(self._target, pairs, method=self.name, after=after)
+        # Torch's copies across GPUs are their source's.
+        ended = (self._target if self.name == "staged" else self._source).record_copy_moment()
+        return _PeerHandle(self._source, self._target, to_verify, arrived, began, ended)
 
 
 class _PeerHandle:
     def __init__(
-        self, source: ModelRunner, target: ModelRunner, to_verify: SequenceOf[BlockPair], arrived: Event
+        self,
+        source: ModelRunner,
+        target: ModelRunner,
+        to_verify: SequenceOf[BlockPair],
+        arrived: Event,
+        began: Moment | None = None,
+        ended: Moment | None = None,
     ) -> None:
         self._source, self._target, self._to_verify, self._arrived = source, target, to_verify, arrived
+        self._began, self._ended = began, ended
 
     def is_done(self) -> bool:
         return self._arrived.query()
@@ -93,6 +110,11 @@ class _PeerHandle:
                 f"block {goal} of the decode pool differs in layer {layer} from block {block} of the prefill pool, "
                 f"which was sent there ({len(wrong)} of {sent.numel()} block layers differ)"
             )
+
+    def moments(self) -> tuple[float, float] | None:
+        if self._began is None or self._ended is None:
+            return None
+        return self._began.seconds(), self._ended.seconds()
 
 
 def resolve_handoff(option: str, source: Device, target: Device) -> str:

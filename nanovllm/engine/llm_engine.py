@@ -27,10 +27,11 @@ from nanovllm.engine.scheduler import BlockPair, PrefillStep, Step
 from nanovllm.engine.sequence import Lease, Sequence, SequenceStatus
 from nanovllm.engine.timeline import Timeline
 from nanovllm.engine.tokenizer import NoText, RequestText
+from nanovllm.engine.trace import Moments, Tracer
 from nanovllm.errors import DeviceError, EngineClosedError, HandoffError, HandoffTimeout, UnknownRequestError, shown
 from nanovllm.outputs import FinishReason, RequestOutput, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.device import never_free
+from nanovllm.utils.device import DeviceClock, never_free
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -103,6 +104,7 @@ class LLMEngine:
         self._closed = True
         path = os.fspath(model) if isinstance(model, os.PathLike) else model
         self.config = EngineConfig.from_options(path, options)
+        self._tracer = None if self.config.trace is None else Tracer(self.config.trace)
         parts = build_engine(self.config)
         self.tokenizer = parts.tokenizer
         self.prefill_runner = parts.prefill_runner
@@ -125,6 +127,10 @@ class LLMEngine:
         self._num_recoveries = 0
         self._device_error: DeviceError | None = None
         """Why nothing runs any more."""
+        self._copies_within_steps = parts.kv_transfer.name == "direct"
+        if self._tracer is not None:
+            for runner in {self.prefill_runner, self.decode_runner}:
+                runner.clock = DeviceClock(runner.device)
         self._closed = False
 
     # Requests
@@ -238,16 +244,28 @@ class LLMEngine:
         }
 
     def close(self) -> None:
-        """Aborts everything, waits for the devices, gives their memory back. A second call does nothing."""
+        """Aborts everything, waits for the devices, writes the trace, gives memory back. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
+        try:
+            self._close()
+        finally:
+            if self._tracer is not None:
+                self._tracer.write()
+
+    def _close(self) -> None:
         for seq in self.scheduler.unfinished():
             self.scheduler.finish(seq, "abort")
+        if self._tracer is not None:
+            for seq in self._sequences.values():
+                if seq.finished_s is None:
+                    self._tracer.add_request(seq)
         # On a lost GPU every call fails, or waits for ever: what it holds goes with the process.
         runners = {self.prefill_runner, self.decode_runner} if self._device_error is None else set()
         for runner in runners:
             runner.synchronize()
+        self._trace_dropped(self._handoffs)
         for state in (self._sequences, self._texts, self._in_flight, self._handoffs, self._handing_off, self._outputs):
             state.clear()
         for runner in runners:
@@ -333,6 +351,7 @@ class LLMEngine:
         for runner in {self.prefill_runner, self.decode_runner}:
             runner.synchronize(copies=not is_stuck)
             runner.forget_decode_rows()
+        self._trace_dropped([] if is_stuck else self._handoffs)
         self._handoffs = self._handoffs if is_stuck else []
         for handoff in self._handoffs:
             handoff.timed_out = handoff.lease.stuck = True
@@ -393,6 +412,7 @@ class LLMEngine:
         if error is None:
             self._in_flight.append(InFlight(runner, step, handle))
             if isinstance(step, PrefillStep):
+                self._log_launch(runner, step)
                 self._send(step, handle)
             return True
         # What the step had launched before it failed may still be writing to its blocks, and to the decode rows: they
@@ -458,6 +478,7 @@ class LLMEngine:
     def _collect(self, work: InFlight) -> None:
         sampled = work.handle.collect()
         self._in_flight.remove(work)
+        self._trace_step(work)
         self._progressed()
         if isinstance(work.step, PrefillStep):
             self._prefill_ended(work.step, sampled)
@@ -523,6 +544,7 @@ class LLMEngine:
                 self._fail(chunk.seq, HandoffError(f"{self._about(chunk.seq)}: {error}"))
                 continue
             self._handoffs.append(Handoff(chunk.seq, chunk.lease, chunk.handoff, transfer, step))
+            self._log_blocks("sent", chunk.seq, chunk.handoff)
 
     def _collect_handoffs(self) -> None:
         for handoff in list(self._handoffs):
@@ -556,14 +578,22 @@ class LLMEngine:
         except Exception as raised:  # noqa: BLE001 - whatever went wrong on the way fails this request alone
             self._raise_if_lost(raised)
             error = HandoffError(f"{self._about(handoff.seq)}: {raised}")
+        self._trace_handoff(handoff)
         self.scheduler.release(handoff.lease)
         if handoff.computed_s is not None:
             self._metrics.handoff_s.observe(time.perf_counter() - handoff.computed_s)
         if error is None:
             self.counters.handoffs += 1
             self.counters.handoff_blocks += len(handoff.pairs)
+            arrived = "arrived and verified" if self.config.verify_kv_handoff else "arrived"
+            self._log_blocks(arrived, handoff.seq, handoff.pairs)
         elif handoff.seq.lease is handoff.lease:
             self._fail(handoff.seq, error)
+
+    def _log_blocks(self, what: str, seq: Sequence, pairs: SequenceOf[BlockPair]) -> None:
+        if logger.isEnabledFor(logging.DEBUG):
+            num_bytes = len(pairs) * self.decode_runner.spec.block_bytes
+            logger.debug("%s: %d blocks (%d bytes) %s", self._about(seq), len(pairs), num_bytes, what)
 
     def _about(self, seq: Sequence) -> str:
         devices = f"{self.prefill_runner.device} to {self.decode_runner.device}"
@@ -589,6 +619,59 @@ class LLMEngine:
         message = f"request {waiting[0].request_id} waits for blocks that a handoff without end holds"
         self.scheduler.give_up(waiting[0], HandoffTimeout(f"{message}: {self._timeout_message(self._handoffs[0])}"))
         self._progressed()
+
+    # Tracing and logging
+
+    def _trace_step(self, work: InFlight) -> None:
+        """A step that has ended."""
+        moments = None if self._tracer is None else work.handle.moments()
+        if self._tracer is None or moments is None:
+            return
+        self._tracer.add_step(self._row_of(work.runner), work.step, moments)
+        if isinstance(work.step, PrefillStep) and self._copies_within_steps:
+            sent = [chunk for chunk in work.step.rows if chunk.handoff]
+            if sent:
+                pairs = [pair for chunk in sent for pair in chunk.handoff]
+                self._trace_copies([chunk.seq for chunk in sent], pairs, moments)
+
+    def _trace_handoff(self, handoff: Handoff) -> None:
+        """A handoff that has ended."""
+        moments = None if self._tracer is None else handoff.handle.moments()
+        if moments is not None:
+            self._trace_copies([handoff.seq], handoff.pairs, moments)
+
+    def _trace_dropped(self, handoffs: SequenceOf[Handoff]) -> None:
+        """Steps, and handoffs, that have ended and that nobody will collect."""
+        for work in self._in_flight:
+            self._trace_step(work)
+        for handoff in handoffs:
+            if handoff.handle.is_done():
+                self._trace_handoff(handoff)
+
+    def _trace_copies(self, seqs: SequenceOf[Sequence], pairs: SequenceOf[BlockPair], moments: Moments) -> None:
+        assert self._tracer is not None, "nothing is timed without a tracer"
+        row = f"handoff {self.prefill_runner.device} to {self.decode_runner.device}"
+        num_bytes = len(pairs) * self.decode_runner.spec.block_bytes
+        self._tracer.add_handoff(row, seqs, len(pairs), num_bytes, moments)
+
+    def _row_of(self, runner: ModelRunner) -> str:
+        if self.prefill_runner is self.decode_runner:
+            return f"device {runner.device}"
+        return f"{'decode' if runner is self.decode_runner else 'prefill'} device {runner.device}"
+
+    def _log_launch(self, runner: ModelRunner, step: PrefillStep) -> None:
+        if not logger.isEnabledFor(logging.DEBUG):
+            return
+        for chunk in step.rows:
+            logger.debug(
+                "request %d: prefill of tokens %d to %d of %d launched on %s, completes %d blocks to hand over",
+                chunk.seq.request_id,
+                chunk.start,
+                chunk.end,
+                chunk.seq.num_tokens,
+                runner.device,
+                len(chunk.handoff),
+            )
 
     # Tokens
 
@@ -633,12 +716,14 @@ class LLMEngine:
                 self._timelines[seq.request_id] = seq.timeline
                 if len(self._timelines) > MOST_TIMELINES:
                     self._timelines.popitem(last=False)
-            seq.finished_s = time.perf_counter()
+            is_first_time, seq.finished_s = seq.finished_s is None, time.perf_counter()
             try:
                 piece += self._texts[seq.request_id].finish(seq.text_token_ids)
             except Exception as error:  # noqa: BLE001 - as above
                 logger.warning("the text of request %d failed (%s); giving up", seq.request_id, error)
                 seq.finish_reason, seq.error = "error", error
+            if self._tracer is not None and is_first_time:
+                self._tracer.add_request(seq)
         new_token_ids = seq.token_ids[seq.num_shown_tokens :]
         new_logprobs = None
         if new_token_ids and seq.params.logprobs is not None:

@@ -35,7 +35,7 @@ from nanovllm.kernels import AttentionMetadata, ResolvedBackend
 from nanovllm.layers.sampler import SampledTokens, SamplingInputs, sample
 from nanovllm.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 from nanovllm.outputs import TokenLogprobs
-from nanovllm.utils.device import Device, Event, enable_peer_access, wait_event
+from nanovllm.utils.device import Device, DeviceClock, Event, Moment, enable_peer_access, wait_event
 from nanovllm.utils.loader import fill_randomly, load_weights
 
 logger = logging.getLogger(__name__)
@@ -81,10 +81,14 @@ class SampledOnHost:
 
 
 class StepHandle:
-    """A launched step. `collect` waits for it and gives what it sampled, a row for every request that samples."""
+    """A launched step. `collect` waits for it and gives what it sampled, a row for every request that samples.
 
-    def __init__(self, device: Device, sampled: SampledTokens | None) -> None:
+    Its time on the device is known if it `began` at a moment.
+    """
+
+    def __init__(self, device: Device, sampled: SampledTokens | None, began: Moment | None = None) -> None:
         self._host = None if sampled is None else _to_host(sampled, device)
+        self._began, self._ended = began, None if began is None else began.clock.record_moment()
         self.event: Event = device.record_event()
 
     def is_done(self) -> bool:
@@ -96,6 +100,12 @@ class StepHandle:
     def collect(self) -> SampledOnHost:
         self.wait()
         return SampledOnHost(np.empty(0, dtype=np.int64)) if self._host is None else _on_host(self._host)
+
+    def moments(self) -> tuple[float, float] | None:
+        """When it began and ended on the device, in seconds of `time.perf_counter()`; waits for it."""
+        if self._began is None or self._ended is None:
+            return None
+        return self._began.seconds(), self._ended.seconds()
 
 
 class ModelRunner:
@@ -130,6 +140,8 @@ class ModelRunner:
         self.spec = spec
         self._push_pool = None if push_to is None else push_to.kv_pool
         self.device = device
+        self.clock: DeviceClock | None = None
+        """Times steps and copies, for a trace."""
         self.is_decode_runner = is_decode_runner
         self.max_step_tokens = max(max_step_tokens, spec.max_num_seqs) if is_decode_runner else max_step_tokens
         with device.current():
@@ -159,8 +171,9 @@ class ModelRunner:
     def launch(self, step: Step) -> StepHandle:
         """Starts a step; nothing here waits for the device."""
         with self._on(self.stream):
+            began = None if self.clock is None else self.clock.record_moment()
             sampled = self._launch_prefill(step) if isinstance(step, PrefillStep) else self._launch_decode(step)
-            return StepHandle(self.device, sampled)
+            return StepHandle(self.device, sampled, began)
 
     def run_prefill_core(self, size: int) -> StepOutput:
         """The buffered prefill step, padded to `size` tokens and to all the requests that there could be."""
@@ -279,6 +292,14 @@ class ModelRunner:
         """An event after all copies that were launched on this device."""
         with self._on(self.copy_stream):
             return self.device.record_event()
+
+    def record_copy_moment(self, after: Event | None = None) -> Moment | None:
+        """When this device's copies have got here, and `after` is done; None if nothing is timed."""
+        if self.clock is None:
+            return None
+        with self._on(self.copy_stream):
+            wait_event(self.copy_stream, after)
+            return self.clock.record_moment()
 
     def wait_for(self, event: Event) -> None:
         """What is launched here from now on runs after `event`, of any device."""

@@ -7,6 +7,7 @@ handed off and decoded. On one device the two pools are one object, and the bloc
 from __future__ import annotations
 
 import bisect
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from nanovllm.engine.outage import Outage
 from nanovllm.engine.sequence import Lease, Sequence, SequenceStatus
 from nanovllm.errors import OutOfKVCacheError
 from nanovllm.outputs import FinishReason
+
+logger = logging.getLogger(__name__)
 
 GROW_AHEAD_TOKENS = 16
 """When a request needs a block, those that will within so many tokens get theirs with it, if blocks abound: the device
@@ -239,6 +242,12 @@ class Scheduler:
         if self._is_apart(lease):
             self.prefill_outage.worked()
         self.decode_pool.cache(seq, lease.decode_table, 0, seq.num_prefilled_tokens)
+        logger.debug(
+            "request %d: releases %d blocks that it was prefilled into, joins decode with %d",
+            seq.request_id,
+            len(lease.prefill_table),
+            len(lease.decode_table),
+        )
         lease.prefill_pool.free(lease.prefill_table)
         lease.prefill_table = []
         seq.status = SequenceStatus.DECODING
@@ -434,6 +443,14 @@ class Scheduler:
         self.num_hit_tokens += seq.num_prefilled_tokens
         seq.status = SequenceStatus.PREFILLING
         seq.timeline.mark("prefill queue")
+        logger.debug(
+            "request %d: lease granted of %d blocks of the decode pool (%d cached) and %d to prefill into (%d cached)",
+            seq.request_id,
+            len(decode_table),
+            len(cached),
+            num_prefilled,
+            len(hit),
+        )
         return True
 
     def _lease_blocks(self, seq: Sequence) -> int:
@@ -552,6 +569,7 @@ class Scheduler:
         if lease is None:
             return
         lease.ended = True
+        logger.debug("request %d: gives up its lease of %d blocks", seq.request_id, len(lease.decode_table))
         for step in self._decode_steps:
             if lease in step.batch.leases:
                 lease.in_flight += 1

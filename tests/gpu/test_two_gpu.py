@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from nanovllm.engine import kv_transfer
 from nanovllm.utils import device as device_module
 from tests import tiny
 from tests.test_engine import drain, tokens_of
+from tests.test_trace import rows_of
 from tests.test_two_devices import assert_whole
 from tests.transfers import FaultyTransfer, LazyTransfer, poison_after_handoff
 
@@ -125,6 +128,33 @@ def test_prefill_and_decode_are_in_flight_together(tiny_on_disk):
             llm.step()
         drain(llm)
         assert together
+
+
+@pytest.mark.parametrize("handoff", ["copy", "push", "direct"])
+def test_a_trace_has_the_cards_own_times(tiny_on_disk, tmp_path, handoff):
+    path, _ = tiny_on_disk
+    file = tmp_path / "trace.json"
+    with LLM(path, kv_handoff=handoff, trace=file, max_num_batched_tokens=64, **OPTIONS) as llm:
+        started_s = time.perf_counter()
+        llm.generate(tiny.random_prompts(8, seed=1), GREEDY, use_tqdm=False)
+        assert_whole(llm)
+        ended_s = time.perf_counter()
+        spans = llm._tracer._spans
+        assert all(started_s - 50e-6 < span.start_s < span.end_s < ended_s + 50e-6 for span in spans)
+        counters = llm.counters
+    prefills, handoffs, decodes = rows_of(file).values()
+    assert (len(prefills), len(decodes)) == (counters.prefill_steps, counters.decode_steps)
+    assert sum(span["args"]["blocks"] for span in handoffs) == counters.handoff_blocks
+    for row in (prefills, handoffs, decodes):
+        for before, span in itertools.pairwise(row):
+            assert before["ts"] + before["dur"] <= span["ts"] + 1e-3
+    if handoff == "direct":
+        assert {span["ts"] for span in handoffs} <= {span["ts"] for span in prefills}
+    for request_id in range(8):
+        first_decode, last_copy = (
+            next(span for span in row if request_id in span["args"]["request_ids"]) for row in (decodes, handoffs[::-1])
+        )
+        assert last_copy["ts"] + last_copy["dur"] < first_decode["ts"] + 50
 
 
 @pytest.mark.parametrize("fault", ["launch", "arrive", "stall"])
