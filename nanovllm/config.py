@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import re
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ TWO_GPU_OPTIONS = (
     "verify_kv_handoff",
     "handoff_timeout_s",
     "max_handoff_backlog",
+    "itl_target_ms",
 )
 DECODE_PIPELINES = ("static", "auto", "disabled")
 PIPELINE_OPTIONS = (
@@ -67,6 +69,8 @@ class EngineConfig:
             the prefill step.
         max_handoff_backlog: most requests between the beginning of their prefill and the arrival of their KV; others
             wait in the queue.
+        itl_target_ms: a request waits in the queue while a decode step with it would take longer, as predicted from
+            the steps before; None for no such limit.
         enable_decode_pipeline: run attention and GEMMs of decode steps side by side on two SM partitions.
         decode_pipeline: `static` (the given split for every step), `auto` (whichever of the pipeline and plain decode
             measured faster for the batch) or `disabled` (plain decode); None takes `static` if SM counts are given,
@@ -102,6 +106,7 @@ class EngineConfig:
     verify_kv_handoff: bool = False
     handoff_timeout_s: float = 30.0
     max_handoff_backlog: int = 256
+    itl_target_ms: float | None = None
     enable_decode_pipeline: bool = False
     decode_pipeline: str | None = None
     decode_attention_sm: int | None = None
@@ -178,6 +183,14 @@ class EngineConfig:
         seconds = self.handoff_timeout_s
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0.0 < seconds < math.inf:
             raise ConfigError(f"handoff_timeout_s={shown(seconds)} is not a positive number of seconds")
+        target = self.itl_target_ms
+        if target is not None and (
+            isinstance(target, bool) or not isinstance(target, (int, float)) or not 0.0 < target <= sys.float_info.max
+        ):
+            raise ConfigError(
+                f"itl_target_ms={shown(target)} is not a positive number of milliseconds; "
+                "pass one, or None for no target"
+            )
         if not self.enable_two_gpu_pd:
             return
         if self.prefill_device_id == self.decode_device_id:

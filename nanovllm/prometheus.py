@@ -24,6 +24,10 @@ COUNTERS = {
     "preemptions": ("preemptions", "Requests that lost their blocks to another"),
 }
 GAUGES = {
+    "predicted_itl_s": (
+        "predicted_inter_token_latency_seconds",
+        "What a decode step will take with all requests under way; none without a target, or if unknown",
+    ),
     "leases": ("leases", "Requests that hold blocks"),
     "handoff_backlog": (
         "handoff_backlog",
