@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import os
 import re
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ TWO_GPU_OPTIONS = (
     "verify_kv_handoff",
     "handoff_timeout_s",
     "max_handoff_backlog",
+    "itl_target_ms",
 )
 DECODE_PIPELINES = ("static", "auto", "disabled")
 PIPELINE_OPTIONS = (
@@ -70,6 +71,8 @@ class EngineConfig:
             the prefill step.
         max_handoff_backlog: most requests between the beginning of their prefill and the arrival of their KV; others
             wait in the queue.
+        itl_target_ms: a request waits in the queue while a decode step with it would take longer, as predicted from
+            the steps before; None for no such limit.
         enable_decode_pipeline: run attention and GEMMs of decode steps side by side on two SM partitions.
         decode_pipeline: `static` (the given split for every step), `auto` (whichever of the pipeline and plain decode
             measured faster for the batch) or `disabled` (plain decode); None takes `static` if SM counts are given,
@@ -107,6 +110,7 @@ class EngineConfig:
     verify_kv_handoff: bool = False
     handoff_timeout_s: float = 30.0
     max_handoff_backlog: int = 256
+    itl_target_ms: float | None = None
     enable_decode_pipeline: bool = False
     decode_pipeline: str | None = None
     decode_attention_sm: int | None = None
@@ -185,6 +189,8 @@ class EngineConfig:
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1000:
                 raise ConfigError(f"{name}={shown(value)} is not a device id (0, 1, ...)")
         _check_seconds("handoff_timeout_s", self.handoff_timeout_s)
+        if self.itl_target_ms is not None:
+            _check_seconds("itl_target_ms", self.itl_target_ms, "milliseconds")
         if not self.enable_two_gpu_pd:
             return
         if self.prefill_device_id == self.decode_device_id:
@@ -223,9 +229,10 @@ def _check_positive(name: str, value: object) -> None:
         raise ConfigError(f"{name}={shown(value)} is not a positive integer")
 
 
-def _check_seconds(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
-        raise ConfigError(f"{name}={shown(value)} is not a positive number of seconds")
+def _check_seconds(name: str, value: object, unit: str = "seconds") -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0.0 < value <= sys.float_info.max:  # type: ignore[operator] # it is one
+        raise ConfigError(f"{name}={shown(value)} is not a positive number of {unit}")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

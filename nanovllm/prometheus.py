@@ -26,6 +26,10 @@ COUNTERS = {
     "recoveries": ("recoveries", "Returns from something slower that was fallen back to"),
 }
 GAUGES = {
+    "predicted_itl_s": (
+        "predicted_inter_token_latency_seconds",
+        "What a decode step will take with all requests under way; none without a target, or if unknown",
+    ),
     "leases": ("leases", "Requests that hold blocks"),
     "handoff_backlog": (
         "handoff_backlog",

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "nanovllm"
 LEVELS = ["__main__", "doctor", "prometheus", "llm", "engine", "models", "layers", "kernels", "utils", "errors"]
 LEAVES = {"config", "sampling_params", "outputs", "errors", "version"}
 WITHOUT_TORCH = [
+    "admission",
     "sequence",
     "decode_batch",
     "block_manager",

@@ -7,6 +7,7 @@ import pytest
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from nanovllm import SamplingParams
+from nanovllm.engine.admission import AdmissionPolicy
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.decode_batch import DecodeRow, DecodeStep
 from nanovllm.engine.scheduler import PrefillChunk, PrefillStep, Scheduler, SchedulerLimits
@@ -15,7 +16,7 @@ from nanovllm.engine.sequence import Sequence, SequenceStatus
 BLOCK_SIZE = 4
 NUM_BLOCKS = 10
 MAX_MODEL_LEN = 36
-LIMITS = SchedulerLimits(max_num_batched_tokens=14, prefill_chunk_tokens=5, max_num_seqs=4, max_handoff_backlog=2)
+LIMITS = SchedulerLimits(max_num_batched_tokens=14, prefill_chunk_tokens=5, max_num_seqs=4)
 
 
 def make_sequence(request_id: int, tokens: list[int], max_tokens: int = 8) -> Sequence:
@@ -31,10 +32,13 @@ class OnePool(RuleBasedStateMachine):
         pool = BlockManager(NUM_BLOCKS, BLOCK_SIZE)
         return pool, pool
 
+    def admission(self) -> AdmissionPolicy:
+        return AdmissionPolicy(max_backlog=2)
+
     def __init__(self) -> None:
         super().__init__()
         self.prefill_pool, self.decode_pool = self.pools()
-        self.scheduler = Scheduler(LIMITS, self.prefill_pool, self.decode_pool)
+        self.scheduler = Scheduler(LIMITS, self.admission(), self.prefill_pool, self.decode_pool)
         self.seqs: list[Sequence] = []
         self.prefills: dict[BlockManager, list[PrefillStep]] = {}
         self.decodes: list[DecodeStep] = []
@@ -204,14 +208,24 @@ class TwoPools(OnePool):
         return BlockManager(NUM_BLOCKS - 2, BLOCK_SIZE), BlockManager(NUM_BLOCKS, BLOCK_SIZE)
 
 
+class OneAtATime(TwoPools):
+    """The same with a target that no step keeps to."""
+
+    def admission(self) -> AdmissionPolicy:
+        policy = AdmissionPolicy(max_backlog=2, itl_target_s=1e-6)
+        policy.observe(1, 10, 1.0)
+        return policy
+
+
 TestOnePool = OnePool.TestCase
 TestTwoPools = TwoPools.TestCase
+TestOneAtATime = OneAtATime.TestCase
 
 
 def scheduler_with(num_blocks: int, *prompts: list[int], **limits: int) -> tuple[Scheduler, list[Sequence]]:
     pool = BlockManager(num_blocks, BLOCK_SIZE)
-    defaults = {"max_num_batched_tokens": 100, "prefill_chunk_tokens": 5, "max_num_seqs": 8, "max_handoff_backlog": 8}
-    scheduler = Scheduler(SchedulerLimits(**{**defaults, **limits}), pool, pool)
+    defaults = {"max_num_batched_tokens": 100, "prefill_chunk_tokens": 5, "max_num_seqs": 8}
+    scheduler = Scheduler(SchedulerLimits(**{**defaults, **limits}), AdmissionPolicy(max_backlog=8), pool, pool)
     seqs = [make_sequence(index, tokens, max_tokens=50) for index, tokens in enumerate(prompts)]
     for seq in seqs:
         scheduler.add(seq)

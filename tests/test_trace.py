@@ -163,6 +163,22 @@ def test_a_direct_handoff_is_a_span_over_its_step(tiny_path, tmp_path):
     assert handoff["name"] == "handoff of 2 requests, 4 blocks"
 
 
+def test_lanes_are_busy_within_the_decode_steps(tiny_path, tmp_path):
+    options = {"enable_decode_pipeline": True, "decode_pipeline": "static", "decode_pipeline_profiling": True}
+    with LLM(tiny_path, **TWO, **options, trace=tmp_path / "trace.json") as llm:
+        llm.generate(tiny.random_prompts(5, seed=1), GREEDY, use_tqdm=False)
+        num_steps = llm.decode_runner.get_pipeline_statistics()["steps"]
+    rows = rows_of(tmp_path / "trace.json")
+    lanes = {"attention": rows["attention lane cpu:1"], "ffn": rows["ffn lane cpu:1"]}
+    # Two layers and two micro-batches; the FFN lane has the first layer's QKV projection to itself.
+    assert [len(spans) for spans in lanes.values()] == [4 * num_steps, 6 * num_steps]
+    assert lanes["attention"][0]["name"] == "store_kv(0), attend(0) of micro-batch 0"
+    for span in (span for spans in lanes.values() for span in spans):
+        begin, end = span["ts"], span["ts"] + span["dur"]
+        around = [step for step in rows[DECODE] if step["ts"] <= begin and end <= step["ts"] + step["dur"]]
+        assert len(around) == 1, span
+
+
 def test_a_copy_begins_after_its_step_has_ended(tiny_path, tmp_path):
     path = tmp_path / "trace.json"
     with LLM(tiny_path, trace=path, max_num_batched_tokens=32, kv_handoff="copy", **TWO) as llm:

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm.config import EngineConfig
+from nanovllm.engine.admission import AdmissionPolicy
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.decode_paths import PipelineOptions
 from nanovllm.engine.kv_transfer import KVTransfer, NoTransfer, PeerTransfer, resolve_handoff
@@ -231,6 +232,7 @@ def build_scheduler(config: EngineConfig, prefill_runner: ModelRunner, decode_ru
         max_num_batched_tokens=config.max_num_batched_tokens,
         prefill_chunk_tokens=config.prefill_chunk_tokens,
         max_num_seqs=config.max_num_seqs,
-        max_handoff_backlog=config.max_handoff_backlog,
     )
-    return Scheduler(limits, pools[prefill_runner], pools[decode_runner])
+    itl_target_s = None if config.itl_target_ms is None else config.itl_target_ms * 1e-3
+    admission = AdmissionPolicy(config.max_handoff_backlog, itl_target_s)
+    return Scheduler(limits, admission, pools[prefill_runner], pools[decode_runner])

@@ -98,6 +98,10 @@ class DecodeBatch:
         places: list[int] = is_due.nonzero()[0].tolist()
         return places
 
+    def num_tokens_ahead(self, num_steps: int) -> int:
+        """Tokens of all contexts so many steps after the next one; one that would have ended counts as at its end."""
+        return int(np.minimum(self.positions + num_steps, self.last_positions).sum()) + len(self)
+
     def select(self, places: SequenceOf[int]) -> DecodeBatch:
         """The batch of these rows."""
         chosen = np.array(places, dtype=np.int64)
@@ -146,6 +150,11 @@ class DecodeStep:
         places = list(range(len(self.batch)))
         middle = len(places) // 2
         return (self._part(places[:middle]), self._part(places[middle:])) if middle else None
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all contexts, the token fed included."""
+        return int(self.positions.sum()) + len(self.batch)
 
     @property
     def is_plain(self) -> bool:

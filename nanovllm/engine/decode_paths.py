@@ -26,8 +26,16 @@ from nanovllm.engine.cuda_graph import EagerSteps, StepGraphs, StepOutput, batch
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.pipeline_plan import Arrangement, Cut, Split
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
-from nanovllm.engine.pipeline_statistics import LaneMoments, LaneTimes, MeanLaneTimes, PipelineCounters, statistics
+from nanovllm.engine.pipeline_statistics import (
+    Anchor,
+    LaneMoments,
+    LaneTimes,
+    MeanLaneTimes,
+    PipelineCounters,
+    statistics,
+)
 from nanovllm.engine.rebalancer import Rebalancer, StepTimes
+from nanovllm.engine.trace import Tracer
 from nanovllm.errors import BackendUnavailableError, ConfigError, GreenContextError
 from nanovllm.utils.device import Stopwatch, driver_version
 from nanovllm.version import __version__
@@ -76,6 +84,7 @@ class _TimedStep:
     stopwatch: Stopwatch
     lanes: LaneMoments | None
     moments: torch.Tensor | None
+    anchor: Anchor | None
 
 
 class DecodePaths:
@@ -114,6 +123,8 @@ class DecodePaths:
         self._forced: tuple[Arrangement | None] | None = None
         self._last_good: Arrangement | None = None
         self._timed: deque[_TimedStep] = deque()
+        self.tracer: Tracer | None = None
+        """Is told when lanes were busy in the steps that are timed."""
 
     def prepare(self) -> None:
         """Measures, or reads what was measured before, and makes all steps that will be needed."""
@@ -148,12 +159,14 @@ class DecodePaths:
             context = float(positions.mean()) + 1
             wanted = self._decide(self.rebalancer, size, context)
             stopwatch = Stopwatch(self.device)
+            clock = self._runner.clock
+            anchor = None if clock is None or wanted is None else Anchor(clock, self.device)
             output, arrangement = self._run(size, wanted)
             stopwatch.stop()
             if arrangement == wanted:  # else it has taken the time of what failed, too
                 lanes = output.lane_moments
                 moments = None if lanes is None else lanes.moments.to("cpu", non_blocking=True)
-                self._timed.append(_TimedStep(size, context, arrangement, stopwatch, lanes, moments))
+                self._timed.append(_TimedStep(size, context, arrangement, stopwatch, lanes, moments, anchor))
         if arrangement is not None:
             self.counters.steps += 1
             self.counters.tokens += num_rows
@@ -268,9 +281,18 @@ class DecodePaths:
                 self.lane_times = step.lanes.times(step.moments.numpy())
                 self._mean_times.add(self.lane_times)
                 times = StepTimes(times.step_s, self.lane_times.attention_s, self.lane_times.ffn_s)
+                if self.tracer is not None and step.anchor is not None:
+                    self._trace_lanes(self.tracer, step.lanes, step.moments.numpy(), step.anchor)
                 self._num_contexts += 1
                 self._mean_context += (step.context - self._mean_context) / self._num_contexts
             rebalancer.observe(step.size, step.context, step.arrangement, times)
+
+    def _trace_lanes(self, tracer: Tracer, lanes: LaneMoments, moments: np.ndarray, anchor: Anchor) -> None:
+        offset_s = anchor.offset_s()
+        for step, (begin_ns, end_ns) in zip(lanes.steps, moments.T.tolist(), strict=True):
+            row = f"{step.lane.value} lane {self.device}"
+            name = f"{step.named_pieces} of micro-batch {step.micro_batch}"
+            tracer.add(row, name, begin_ns / 1e9 + offset_s, end_ns / 1e9 + offset_s)
 
     # At the start
 

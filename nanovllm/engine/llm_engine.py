@@ -131,6 +131,10 @@ class LLMEngine:
         if self._tracer is not None:
             for runner in {self.prefill_runner, self.decode_runner}:
                 runner.clock = DeviceClock(runner.device)
+            if self.decode_runner.decode_paths is not None:
+                self.decode_runner.decode_paths.tracer = self._tracer
+        self._gap_start_s: float | None = None
+        """When the last decode step ended, if another one was queued right behind it."""
         self._closed = False
 
     # Requests
@@ -200,9 +204,10 @@ class LLMEngine:
         Times are histograms (`count`, `sum`, `buckets` of (bound, values at or below it)) in seconds: `ttft_s` from
         arrival to the first token, `itl_s` of every gap between two tokens of a request, `tpot_s` of a request's mean
         gap, `latency_s` from arrival to the end, `handoff_s` from the end of a prefill step until its KV has
-        arrived. `stage_s` is how long attention and FFN kept their lanes busy in the last decode step on lanes that was
-        timed, None if there was none, and `pipeline_split` the SMs of the current split, None of plain decode.
-        `fallbacks` counts falls back to something slower by cause, `recoveries` returns from them.
+        arrived. `predicted_itl_s` is what a decode step will take with all requests that are under way, None without
+        `itl_target_ms`, or if unknown. `stage_s` is how long attention and FFN kept their lanes busy in the last decode
+        step on lanes that was timed, None if there was none, and `pipeline_split` the SMs of the current split, None of
+        plain decode. `fallbacks` counts falls back to something slower by cause, `recoveries` returns from them.
 
         Raises:
             EngineClosedError: the engine was closed.
@@ -234,6 +239,7 @@ class LLMEngine:
             "handoff_s": times.handoff_s.as_dict(),
             "handoff_bytes": counters.handoff_blocks * self.decode_runner.spec.block_bytes,
             "handoff_backlog": states[SequenceStatus.PREFILLING] + states[SequenceStatus.HANDING_OFF],
+            "predicted_itl_s": scheduler.predicted_itl_s,
             "leases": scheduler.num_leases,
             "kv_blocks": {
                 name: {"held": pool.num_held_blocks, "total": pool.num_blocks} for name, pool in pools.items()
@@ -357,6 +363,7 @@ class LLMEngine:
             handoff.timed_out = handoff.lease.stuck = True
         self._in_flight.clear()
         self._handing_off.clear()
+        self._gap_start_s = None
         unfinished = [seq for seq in self._sequences.values() if not seq.is_finished]
         self.scheduler.start_over(unfinished, [handoff.lease for handoff in self._handoffs])
         for seq in list(self._sequences.values()):
@@ -515,6 +522,8 @@ class LLMEngine:
         self.counters.decode_steps += 1
         self.counters.decode_tokens += len(step.batch) - len(step.ended_leases)
         self.scheduler.decode_done(step)
+        if self.config.itl_target_ms is not None:
+            self._observe_gap(step)
         batch, token_ids = step.batch, sampled.token_ids.tolist()
         is_notable = step.notable(sampled.token_ids, self.scheduler.decode_pool.block_size)
         counts = np.ones(len(batch), dtype=bool)
@@ -527,6 +536,14 @@ class LLMEngine:
         deque(appended, maxlen=0)
         for place in (counts & is_notable).nonzero()[0].tolist():
             self._append(batch.seqs[place], token_ids[place], sampled.logprobs_of(place))
+
+    def _observe_gap(self, step: DecodeStep) -> None:
+        """Tells the admission policy what it took, if the decode device did nothing else since the step before."""
+        now = time.perf_counter()
+        if self._gap_start_s is not None:
+            self.scheduler.admission.observe(len(step.batch), step.num_tokens, now - self._gap_start_s)
+        following = next((work.step for work in self._in_flight if work.runner is self.decode_runner), None)
+        self._gap_start_s = now if isinstance(following, DecodeStep) else None
 
     # Handoffs
 

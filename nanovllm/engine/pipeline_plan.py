@@ -71,10 +71,13 @@ class PlanStep:
     micro_batch: int
     wait_for: tuple[int, ...]
 
+    @property
+    def named_pieces(self) -> str:
+        return ", ".join(f"{piece}({layer})" for layer, piece in self.pieces)
+
     def __str__(self) -> str:
-        names = ", ".join(f"{piece}({layer})" for layer, piece in self.pieces)
         waits = f" after {', '.join(map(str, self.wait_for))}" if self.wait_for else ""
-        return f"{self.lane.value:<10} micro-batch {self.micro_batch}: {names}{waits}"
+        return f"{self.lane.value:<10} micro-batch {self.micro_batch}: {self.named_pieces}{waits}"
 
 
 def make_plan(num_layers: int, num_micro_batches: int, cut: Cut) -> list[PlanStep]:

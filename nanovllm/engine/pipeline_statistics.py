@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from nanovllm.engine.pipeline_plan import Arrangement, Lane, PlanStep
+from nanovllm.utils.device import Device, DeviceClock
 
 NUM_SAMPLED_LAYERS = 2
 """Timing a step of a plan holds its lane up for two microseconds or so: unless all are asked for, these are enough."""
@@ -85,15 +86,33 @@ class LaneClock:
     def stamp(self, index: int, *, ends: bool) -> None:
         """On the current stream: a step of the plan begins, or ends, now."""
         place = self._place_of.get(index)
-        if place is None or self.last is None:
-            return
-        moments = self.last.moments
-        if self._device.type == "cuda":
-            from nanovllm.kernels.triton_stamps import stamp
+        if place is not None and self.last is not None:
+            moments = self.last.moments.view(-1)
+            _stamp(moments, int(ends) * len(self._place_of) + place)
 
-            stamp(moments, int(ends) * moments.shape[1] + place)
-        else:
-            moments[int(ends), place] = time.perf_counter_ns()
+
+class Anchor:
+    """A moment by the clock that lanes are timed by, and by a trace's: what to add to the one to get the other."""
+
+    def __init__(self, clock: DeviceClock, device: Device) -> None:
+        stamped = torch.zeros(1, dtype=torch.int64, device=device.torch_device)
+        _stamp(stamped, 0)
+        self._moment = clock.record_moment()
+        self._stamped = stamped.to("cpu", non_blocking=True)
+
+    def offset_s(self) -> float:
+        """Seconds; once the work that it was launched with has ended."""
+        return self._moment.seconds() - int(self._stamped) / 1e9
+
+
+def _stamp(moments: torch.Tensor, place: int) -> None:
+    """Writes the time in nanoseconds to `moments[place]` when the current stream gets there."""
+    if moments.is_cuda:
+        from nanovllm.kernels.triton_stamps import stamp
+
+        stamp(moments, place)
+    else:
+        moments[place] = time.perf_counter_ns()
 
 
 def lane_times(lanes: Sequence[Lane], moments: np.ndarray, share: float = 1.0) -> LaneTimes:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
+from nanovllm.engine.admission import LOOK_AHEAD_STEPS, AdmissionPolicy
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.decode_batch import DecodeBatch, DecodeRow, DecodeStep
 from nanovllm.engine.outage import Outage
@@ -88,7 +89,6 @@ class SchedulerLimits:
     max_num_batched_tokens: int
     prefill_chunk_tokens: int
     max_num_seqs: int
-    max_handoff_backlog: int
 
 
 class Scheduler:
@@ -99,8 +99,15 @@ class Scheduler:
     order of their launch.
     """
 
-    def __init__(self, limits: SchedulerLimits, prefill_pool: BlockManager, decode_pool: BlockManager) -> None:
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        admission: AdmissionPolicy,
+        prefill_pool: BlockManager,
+        decode_pool: BlockManager,
+    ) -> None:
         self.limits = limits
+        self.admission = admission
         self.prefill_pool = prefill_pool
         self.decode_pool = decode_pool
         self.num_preemptions = 0
@@ -116,6 +123,8 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._prefilling: list[Sequence] = []
+        self._under_way: set[Sequence] = set()
+        """Between the beginning of their prefill and the arrival of their KV."""
         self._batch = DecodeBatch.of((), self.decode_pool.block_size)
         self._batch_has_ended_leases = False
         self._joining: list[DecodeRow] = []
@@ -188,6 +197,13 @@ class Scheduler:
         """Those that requests hold, and those that they have given up and work in flight still touches."""
         return len(self._running) + len(self._closing)
 
+    @property
+    def predicted_itl_s(self) -> float | None:
+        """What a decode step will take with all that decode or are under way; None without any, or if unknown."""
+        if not self._running or self.admission.itl_target_s is None:
+            return None
+        return self.admission.expected_s(len(self._running), self._num_tokens_ahead())
+
     # Prefill
 
     def schedule_prefill(self, pool: BlockManager | None = None) -> PrefillStep | None:
@@ -251,6 +267,7 @@ class Scheduler:
         lease.prefill_pool.free(lease.prefill_table)
         lease.prefill_table = []
         seq.status = SequenceStatus.DECODING
+        self._under_way.remove(seq)
         seq.timeline.mark("decode queue")
         self._joining.append(DecodeRow(seq, lease, seq.num_tokens - 1))
 
@@ -346,6 +363,8 @@ class Scheduler:
             pool.check_integrity(tables)
         for seq in self._running:
             assert seq.lease is not None, f"request {seq.request_id} is {seq.status} without a lease"
+        under_way = {seq for seq in self._running if seq.status is not SequenceStatus.DECODING}
+        assert self._under_way == under_way, "who is under way and who is counted as such differ"
         for seq in self._waiting:
             assert seq.lease is None, f"waiting request {seq.request_id} holds a lease"
             assert seq.status is SequenceStatus.WAITING, f"request {seq.request_id} waits but is {seq.status}"
@@ -383,7 +402,9 @@ class Scheduler:
         for seq in list(self._prefilling):
             if seq.lease is not None and seq.lease.prefill_pool is pool:
                 yield seq
-        while self._waiting and self._may_admit(self._waiting[0]):
+        # Once for all that are admitted here: whoever runs is looked at.
+        num_tokens_ahead = self._num_tokens_ahead() if self._waiting and self.admission.itl_target_s is not None else 0
+        while self._waiting and self._may_admit(self._waiting[0], num_tokens_ahead):
             seq = self._waiting[0]
             if self.decode_pool.blocks_for(seq.num_tokens) > self.decode_pool.num_blocks:
                 self.give_up(seq, self._does_not_fit(seq))
@@ -391,11 +412,13 @@ class Scheduler:
                 self._waiting.remove(seq)
                 self._running.append(seq)
                 self._prefilling.append(seq)
+                self._under_way.add(seq)
+                num_tokens_ahead += _num_tokens_ahead_of(seq)
                 yield seq
             else:
                 return
 
-    def _may_admit(self, seq: Sequence) -> bool:
+    def _may_admit(self, seq: Sequence, num_tokens_ahead: int) -> bool:
         num_leases = len(self._running) + sum(not lease.stuck for lease in self._closing)
         if num_leases >= self.limits.max_num_seqs:
             seq.timeline.mark(f"waits for a lease (max_num_seqs={self.limits.max_num_seqs} are held)")
@@ -405,14 +428,16 @@ class Scheduler:
             return False
         if self._prefill_pool_of(seq) is self.decode_pool:
             return True
-        under_way = (SequenceStatus.PREFILLING, SequenceStatus.HANDING_OFF)
-        backlog = sum(running.status in under_way for running in self._running)
-        if backlog >= self.limits.max_handoff_backlog:
-            seq.timeline.mark(
-                f"waits for a lease (max_handoff_backlog={self.limits.max_handoff_backlog} are under way)"
-            )
-            return False
-        return True
+        num_tokens = num_tokens_ahead + _num_tokens_ahead_of(seq)
+        reason = self.admission.reason_to_wait(len(self._under_way), len(self._running) + 1, num_tokens)
+        if reason is not None:
+            seq.timeline.mark(f"waits for a lease ({reason})")
+        return reason is None
+
+    def _num_tokens_ahead(self) -> int:
+        """Of the contexts of all that decode or are under way, LOOK_AHEAD_STEPS from now."""
+        others = [*self._under_way, *(row.seq for row in self._joining)]
+        return self._batch.num_tokens_ahead(LOOK_AHEAD_STEPS) + sum(map(_num_tokens_ahead_of, others))
 
     def _admit(self, seq: Sequence, pool: BlockManager) -> bool:
         """Grants blocks in the decode pool and in the pool to prefill into, or none."""
@@ -566,6 +591,7 @@ class Scheduler:
     def _end_lease(self, seq: Sequence) -> None:
         lease, seq.lease = seq.lease, None
         seq.num_prefilled_tokens = 0
+        self._under_way.discard(seq)
         if lease is None:
             return
         lease.ended = True
@@ -588,6 +614,10 @@ class Scheduler:
 
 def _has_tokens_to_prefill(seq: Sequence) -> bool:
     return seq.status is SequenceStatus.PREFILLING and seq.num_prefilled_tokens < seq.num_tokens
+
+
+def _num_tokens_ahead_of(seq: Sequence) -> int:
+    return min(seq.num_tokens + LOOK_AHEAD_STEPS, seq.last_fed_position + 1)
 
 
 def _request_id(seq: Sequence) -> int:
