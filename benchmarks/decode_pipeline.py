@@ -14,10 +14,10 @@ import collections
 import itertools
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from common import SHAPES, model_options, report, sm_split
 
 from nanovllm.config import EngineConfig
@@ -25,6 +25,7 @@ from nanovllm.engine.builder import runner_spec
 from nanovllm.engine.decode_paths import DecodePaths, PipelineOptions
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.pipeline_plan import Arrangement, Cut, Split
+from nanovllm.engine.pipeline_statistics import LaneTimes
 from nanovllm.utils.device import Event, Stopwatch, resolve_device
 from nanovllm.utils.loader import checkpoint_folder, read_json
 
@@ -53,52 +54,44 @@ def make_runner(args: argparse.Namespace) -> ModelRunner:
     return runner
 
 
-def time_steps(runner: ModelRunner, batch: int, context: int, arrangement: Arrangement | None) -> float:
-    """Seconds per step; the median of several, of one graph on a GPU at its steady clocks."""
-    times = []
-    assert runner.decode_rows is not None, "it was made to decode"
-    with runner._on(runner.stream):
-        runner.decode_rows.pretend(batch, context)  # each step moves on by a token
-        runner.run_decode_core(batch, arrangement)
-        if runner.stream is None:
-            for _ in range(3):
-                started = time.perf_counter()
-                runner.run_decode_core(batch, arrangement)
-                times.append(time.perf_counter() - started)
-            return sorted(times)[1]
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=runner.stream):
-            runner.run_decode_core(batch, arrangement)
-        started = time.perf_counter()
-        while time.perf_counter() - started < WARM_S + TIMED_S:
-            runner.decode_rows.pretend(batch, context)
-            for _ in range(NUM_REPLAYS):
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                graph.replay()
-                end.record()
-                end.synchronize()
-                if time.perf_counter() - started > WARM_S:
-                    times.append(start.elapsed_time(end) / 1e3)
-    return sorted(times)[len(times) // 2]
-
-
-def time_auto(runner: ModelRunner, paths: DecodePaths, batch: int, context: int) -> tuple[float, Arrangement | None]:
-    """Seconds per step, the mean of all, and what was chosen; steps are launched ahead as an engine does."""
+def time_steps(runner: ModelRunner, batch: int, context: int, run: Callable[[int], object]) -> float:
+    """Seconds per step, each of which `run` launches with its context; the mean of all, launched ahead, once the GPU
+    has its steady clocks."""
     assert runner.decode_rows is not None, "it was made to decode"
     num_steps, timed_s, started = 0, 0.0, time.perf_counter()
     with runner._on(runner.stream):
-        while time.perf_counter() - started < WARM_S + 2 * TIMED_S:
-            runner.decode_rows.pretend(batch, context)
+        while time.perf_counter() - started < WARM_S + TIMED_S or not num_steps:
+            runner.decode_rows.pretend(batch, context)  # each step moves on by a token
             stopwatch = Stopwatch(runner.device)
             for step in range(NUM_REPLAYS):
-                paths.replay(batch, np.full(batch, context - 1 + step))
+                run(context + step)
             stopwatch.stop()
             runner.synchronize(copies=False)
             if time.perf_counter() - started > WARM_S:
                 num_steps += NUM_REPLAYS
                 timed_s += stopwatch.seconds()
-    return timed_s / num_steps, paths.current
+    return timed_s / num_steps
+
+
+def time_arrangement(
+    runner: ModelRunner, batch: int, context: int, arrangement: Arrangement | None
+) -> tuple[float, LaneTimes | None]:
+    """Seconds per step, of one graph on a GPU, plain if the arrangement is None; and of the last step's lanes."""
+    paths = runner.decode_paths
+    assert paths is not None, "it was made to decode"
+    with runner._on(runner.stream):
+        steps = paths._make_steps([batch], arrangement)
+        took = time_steps(runner, batch, context, lambda _: steps.replay(batch))
+        moments = steps.replay(batch).lane_moments
+        return took, None if moments is None else moments.times(moments.moments.cpu().numpy())
+
+
+def time_auto(runner: ModelRunner, batch: int, context: int) -> tuple[float, Arrangement | None]:
+    """Seconds per step as an engine runs it, and what was chosen in the end."""
+    paths = runner.decode_paths
+    assert paths is not None, "it was made to decode"
+    took = time_steps(runner, batch, context, lambda now: paths.replay(batch, np.full(batch, now - 1)))
+    return took, paths.current
 
 
 def time_growing(
@@ -151,13 +144,15 @@ def sweep(runner: ModelRunner, args: argparse.Namespace, bandwidth: float) -> li
             print(f"{batch:6}{context:9}  does not fit into the pool")
             continue
         arrangements = [Arrangement(*pair) for pair in itertools.product(splits, args.cuts)]
-        plain_s = time_steps(runner, batch, context, None)
-        auto_s, chosen = time_auto(runner, paths, batch, context)
+        plain_s, _ = time_arrangement(runner, batch, context, None)
+        auto_s, chosen = time_auto(runner, batch, context)
         points = []
         for parts, arrangement in itertools.product(args.micro_batches, arrangements):
             paths.pipeline.num_micro_batches = parts
-            took = time_steps(runner, batch, context, arrangement)
-            points.append({"split": arrangement.split, "cut": arrangement.cut.name, "parts": parts, "s": took})
+            took, lanes = time_arrangement(runner, batch, context, arrangement)
+            assert lanes is not None, "an arrangement is of lanes"
+            point = {"split": arrangement.split, "cut": arrangement.cut.name, "parts": parts, "s": took}
+            points.append({**point, "attention_s": lanes.attention_s, "ffn_s": lanes.ffn_s})
         paths.pipeline.num_micro_batches = default_parts
         best = min(points, key=lambda point: point["s"])
         bound = bound_s(runner, batch, context, bandwidth, best["parts"])
