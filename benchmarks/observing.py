@@ -1,0 +1,94 @@
+"""What it costs to look: tokens per second without metrics and timelines, with them (as always), and with a trace.
+
+The workload is that of offline_throughput.py. The three take turns, each with an engine of its own, and the best of the
+rounds counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from common import SHAPES, add_pd_options, check_pd_options, mode_options, model_options, report
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.metrics import Metrics
+from nanovllm.engine.timeline import Timeline
+
+WAYS = ("nothing", "metrics", "metrics and trace")
+
+
+def look_away(*_: object) -> None:
+    """Instead of what counts and times requests."""
+
+
+@contextlib.contextmanager
+def blind() -> Iterator[None]:
+    """Nobody counts and times requests meanwhile."""
+    watching = {Metrics: ("got_token", "got_tokens", "has_ended"), Timeline: ("mark",)}
+    with contextlib.ExitStack() as stack:
+        for owner, names in watching.items():
+            for name in names:
+                stack.enter_context(mock.patch.object(owner, name, look_away))
+        yield
+
+
+def run(way: str, args: argparse.Namespace, options: dict[str, Any], folder: str) -> float:
+    """Tokens per second."""
+    rng = random.Random(0)
+    lengths = [(rng.randint(100, 1024), rng.randint(100, 1024)) for _ in range(args.num_requests)]
+    longest = args.max_model_len // 2
+    prompts = [[rng.randrange(1000) for _ in range(min(num_input, longest))] for num_input, _ in lengths]
+    params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=min(longest, n)) for _, n in lengths]
+    trace = Path(folder) / "trace.json" if way == "metrics and trace" else None
+    with contextlib.ExitStack() as stack:
+        if way == "nothing":
+            stack.enter_context(blind())
+        llm = stack.enter_context(LLM(**options, trace=trace))
+        llm.generate([[1] * 32] * 8, SamplingParams(ignore_eos=True, max_tokens=20), use_tqdm=False)
+        started = time.perf_counter()
+        answers = llm.generate(prompts, params, use_tqdm=False)
+        return sum(len(answer["token_ids"]) for answer in answers) / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mode", choices=["single", "pd"], default="single")
+    parser.add_argument("--model-shape", choices=SHAPES, default="qwen3-0.6b", help="random weights of this shape")
+    parser.add_argument("--model", help="folder of a checkpoint to serve instead of random weights")
+    parser.add_argument("--num-requests", type=int, default=256)
+    parser.add_argument("--max-model-len", type=int, default=4096, help="longer requests are cut to it")
+    parser.add_argument("--rounds", type=int, default=2)
+    add_pd_options(parser)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", help="file for the JSON line")
+    args = parser.parse_args()
+    check_pd_options(parser, args)
+    options = {
+        **model_options(args.model, args.model_shape),
+        "device": args.device,
+        "max_model_len": args.max_model_len,
+        "enable_prefix_caching": False,
+        **mode_options(args),
+    }
+    rates: dict[str, float] = dict.fromkeys(WAYS, 0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(args.rounds):
+            for way in WAYS:
+                rates[way] = max(rates[way], run(way, args, options, folder))
+        trace_bytes = (Path(folder) / "trace.json").stat().st_size
+    for way, rate in rates.items():
+        print(f"{way:<18}{rate:10.0f} tok/s{rate / rates['nothing'] - 1:+10.2%}")
+    print(f"the trace takes {trace_bytes / 2**20:.1f} MiB")
+    report("observing", {**vars(args), "tokens_per_s": rates, "trace_bytes": trace_bytes}, args.output)
+
+
+if __name__ == "__main__":
+    main()
