@@ -23,52 +23,48 @@ from online_load import quantiles_ms
 from nanovllm import LLM, SamplingParams
 
 SETTLING_S = 2.0
+MOST_STEADY_PER_S = 500
+"""So many requests are made for a second of the steady load."""
 
 
-class Load:
-    """Requests of random lengths, added to an engine by the number or by their arrival."""
+Request = tuple[list[int], SamplingParams]
 
-    def __init__(self, llm: LLM, args: argparse.Namespace) -> None:
-        self._llm, self._args = llm, args
-        self._rng = random.Random(args.seed)
-        self._vocab_size = llm.decode_runner.spec.model_config.vocab_size
-        self.running: set[int] = set()
 
-    def add(self) -> None:
-        rng, args = self._rng, self._args
-        prompt = [rng.randrange(self._vocab_size) for _ in range(rng.randint(args.input // 2, 3 * args.input // 2))]
+def make_requests(num_requests: int, vocab_size: int, args: argparse.Namespace, rng: random.Random) -> list[Request]:
+    """Of random lengths; made before anything is measured, since that takes longer than to serve them."""
+    requests = []
+    for _ in range(num_requests):
+        prompt = rng.choices(range(vocab_size), k=rng.randint(args.input // 2, 3 * args.input // 2))
         num_output = rng.randint(args.num_output // 2, 3 * args.num_output // 2)
-        params = SamplingParams(temperature=0.7, ignore_eos=True, max_tokens=num_output)
-        self.running.add(self._llm.add_request(prompt, params))
-
-    def arrival_gap_s(self, rate: float) -> float:
-        return self._rng.expovariate(rate)
+        requests.append((prompt, SamplingParams(temperature=0.7, ignore_eos=True, max_tokens=num_output)))
+    return requests
 
 
-def run(llm: LLM, load: Load, seconds: float, *, rate: float | None, batch: int) -> dict[str, Any]:
-    """A load for so long: arrivals at a rate, or always as many requests as `batch`."""
+def run(llm: LLM, requests: list[Request], running: set[int], dues_s: list[float] | None, args: Any) -> dict[str, Any]:
+    """A load for `--seconds`: arrivals at these seconds, or always as many requests as may hold blocks."""
     token_times: defaultdict[int, list[float]] = defaultdict(list)
     before, started = llm.metrics(), time.perf_counter()
-    due_s, num_ended, num_arrived, most_backlog = 0.0, 0, 0, 0
-    while (now_s := time.perf_counter() - started) < seconds:
-        while due_s <= now_s if rate else len(load.running) < batch:
-            load.add()
+    num_ended, num_arrived, most_backlog = 0, 0, 0
+    while (now_s := time.perf_counter() - started) < args.seconds:
+        while num_arrived < len(requests) and (
+            dues_s[num_arrived] <= now_s if dues_s is not None else len(running) < args.batch
+        ):
+            running.add(llm.add_request(*requests[num_arrived]))
             num_arrived += 1
-            due_s += load.arrival_gap_s(rate) if rate else 0.0
         outputs = llm.step()
         now_s = time.perf_counter() - started
         for output in outputs:
             token_times[output.request_id] += [now_s] * len(output.new_token_ids)
             if output.finished:
-                load.running.discard(output.request_id)
+                running.discard(output.request_id)
                 num_ended += 1
-        most_backlog = max(most_backlog, llm.metrics()["handoff_backlog"])
+        most_backlog = max(most_backlog, len(llm.scheduler._under_way))
     after = llm.metrics()
     gaps = [later - earlier for times in token_times.values() for earlier, later in itertools.pairwise(times)]
     steps = after["decode_steps"] - before["decode_steps"]
     return {
-        "arrived_per_s": num_arrived / seconds,
-        "ended_per_s": num_ended / seconds,
+        "arrived_per_s": num_arrived / args.seconds,
+        "ended_per_s": num_ended / args.seconds,
         "itl_ms": quantiles_ms(gaps),
         "decode_batch": (after["decode_tokens"] - before["decode_tokens"]) / max(steps, 1),
         "most_backlog": most_backlog,
@@ -109,13 +105,22 @@ def main() -> None:
         enable_prefix_caching=False,
         **options,
     ) as llm:
-        load = Load(llm, args)
-        run(llm, load, SETTLING_S, rate=None, batch=args.batch)
+        rng, vocab_size = random.Random(args.seed), llm.decode_runner.spec.model_config.vocab_size
+        running: set[int] = set()
+        requests = make_requests(MOST_STEADY_PER_S * math.ceil(args.seconds), vocab_size, args, rng)
+        settling = argparse.Namespace(**{**vars(args), "seconds": SETTLING_S})
+        run(llm, requests, running, None, settling)
         gc.collect()
         gc.freeze()
-        steady = run(llm, load, args.seconds, rate=None, batch=args.batch)
-        flood = run(llm, load, args.seconds, rate=args.times * max(steady["ended_per_s"], 1.0), batch=args.batch)
-        for request_id in load.running:
+        steady = run(llm, requests, running, None, args)
+        rate = args.times * max(steady["ended_per_s"], 1.0)
+        dues_s = list(itertools.accumulate(rng.expovariate(rate) for _ in range(math.ceil(1.2 * rate * args.seconds))))
+        requests = make_requests(len(dues_s), vocab_size, args, rng)
+        # As a server would once it is ready: collecting what lives for ever takes tens of milliseconds each time.
+        gc.collect()
+        gc.freeze()
+        flood = run(llm, requests, running, dues_s, args)
+        for request_id in running:
             llm.abort(request_id)
         while not llm.is_finished() or llm._in_flight or llm._handoffs:
             llm.step()

@@ -87,6 +87,7 @@ class StepHandle:
     """
 
     def __init__(self, device: Device, sampled: SampledTokens | None, began: Moment | None = None) -> None:
+        self._device = device
         self._host = None if sampled is None else _to_host(sampled, device)
         self._began, self._ended = began, None if began is None else began.clock.record_moment()
         self.event: Event = device.record_event()
@@ -98,8 +99,14 @@ class StepHandle:
         self.event.synchronize()
 
     def collect(self) -> SampledOnHost:
+        """Once: the pinned memory is given back."""
         self.wait()
-        return SampledOnHost(np.empty(0, dtype=np.int64)) if self._host is None else _on_host(self._host)
+        if self._host is None:
+            return SampledOnHost(np.empty(0, dtype=np.int64))
+        # Torch asks the current device when it frees pinned memory; that of this step works, others may be lost.
+        with self._device.current():
+            sampled, self._host = _on_host(self._host), None
+        return sampled
 
     def moments(self) -> tuple[float, float] | None:
         """When it began and ended on the device, in seconds of `time.perf_counter()`; waits for it."""
@@ -602,7 +609,7 @@ def _to_host(sampled: SampledTokens, device: Device) -> SampledTokens:
 
 
 def _on_host(sampled: SampledTokens) -> SampledOnHost:
-    token_ids = sampled.token_ids.numpy()
+    token_ids = sampled.token_ids.numpy().copy()
     if sampled.logprobs is None or sampled.top_token_ids is None or sampled.top_logprobs is None:
         return SampledOnHost(token_ids)
     columns = zip(
