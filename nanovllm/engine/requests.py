@@ -68,7 +68,9 @@ class RequestIntake:
         if isinstance(prompt, str):
             token_ids = encode(self.tokenizer, prompt, add_special_tokens=add_special_tokens) if prompt else []
         elif isinstance(prompt, (list, tuple)):
-            token_ids = [_integer(token) for token in prompt]
+            # In a flood of prompts, the loop that decodes should not look at every token.
+            are_plain = set(map(type, prompt)) <= {int}
+            token_ids = list(prompt) if are_plain else [_integer(token) for token in prompt]
         else:
             raise RequestError(f"a prompt of type {type(prompt).__name__} is neither text nor a list of token ids")
         if not token_ids:
