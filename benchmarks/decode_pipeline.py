@@ -102,7 +102,8 @@ def time_growing(
     with runner._on(runner.stream):
         steps = {str(one or "plain"): paths._make_steps([batch], one) for one in (None, *arrangements)}
         times: dict[str, float] = {}
-        for name in ("auto", *("auto", *steps) * 2):  # once to warm up
+        time_auto(runner, batch, first)  # to warm up
+        for name in ("auto", *steps) * 2:
             assert runner.decode_rows is not None, "it was made to decode"
             runner.decode_rows.pretend(batch, first)
             launched: collections.deque[Event] = collections.deque()
@@ -119,6 +120,12 @@ def time_growing(
             runner.synchronize(copies=False)
             times[name] = min(stopwatch.seconds(), times.get(name, math.inf))
     return times
+
+
+def best_arrangements(rows: list[dict[str, Any]], batch: int) -> list[Arrangement]:
+    """Those that were best with some contexts of a batch that was swept, of the default number of micro-batches."""
+    bests = [min(row["points"], key=lambda point: point["s"]) for row in rows if row["batch"] == batch]
+    return sorted({Arrangement(best["split"], Cut[best["cut"]]) for best in bests}, key=str)
 
 
 def bound_s(runner: ModelRunner, batch: int, context: int, bandwidth: float, num_micro_batches: int) -> float:
@@ -179,11 +186,17 @@ def main() -> None:
     parser.add_argument("--cuts", type=Cut.__getitem__, nargs="+", default=cuts, help="of STAGES, GEMMS and REST")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[2])
     parser.add_argument(
-        "--grow", type=int, nargs=3, metavar=("BATCH", "FROM", "TO"), help="also a batch whose contexts grow"
+        "--grow",
+        type=int,
+        nargs=3,
+        metavar=("BATCH", "FROM", "TO"),
+        help="also a batch of those swept whose contexts grow",
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
+    if args.grow and args.grow[0] not in args.batches:
+        parser.error(f"--grow is of a batch that is swept, which {args.grow[0]} is not; add it to --batches")
     runner = make_runner(args)
     bandwidth = 1e10
     if runner.device.is_cuda:
@@ -194,8 +207,7 @@ def main() -> None:
     grown: dict[str, float] = {}
     if args.grow:
         assert runner.decode_paths is not None, "it was made to decode"
-        splits = args.splits if runner.device.is_cuda else [(0, 0)]
-        arrangements = [Arrangement(*pair) for pair in itertools.product(splits, args.cuts)]
+        arrangements = best_arrangements(rows, args.grow[0])
         grown = time_growing(runner, runner.decode_paths, args.grow, arrangements)
         print(f"{args.grow[0]} requests, contexts from {args.grow[1]} to {args.grow[2]}, seconds: ", end="")
         print(", ".join(f"{name} {seconds:.3f}" for name, seconds in grown.items()))

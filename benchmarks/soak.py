@@ -128,7 +128,7 @@ class Faults:
         assert paths.pipeline is not None, "what has a rebalancer has lanes"
         num_sms = paths.pipeline.green_manager.num_sms
         with runner._on(runner.stream):
-            for split in ((32, num_sms - 32), (64, num_sms - 64)) if num_sms else ((1, 3), (2, 2)):
+            for split in ((32, num_sms - 32), (48, num_sms - 48)) if num_sms else ((1, 3), (2, 2)):
                 arrangement = Arrangement(split, Cut.GEMMS)
                 if arrangement not in paths.steps:
                     paths.steps[arrangement] = paths._make_steps(paths.sizes, arrangement)
