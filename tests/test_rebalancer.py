@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from nanovllm.engine import outage
-from nanovllm.engine.calibration import Calibration, Measured, calibration_file, keep_calibration, load_calibration
+from nanovllm.engine.calibration import (
+    MARGIN,
+    Calibration,
+    Measured,
+    calibration_file,
+    keep_calibration,
+    load_calibration,
+)
 from nanovllm.engine.outage import Outage
 from nanovllm.engine.pipeline_plan import Arrangement, Cut
 from nanovllm.engine.rebalancer import TRIAL_EVERY, Rebalancer, StepTimes
@@ -239,3 +246,68 @@ def test_batches_that_were_not_calibrated_are_plain():
     assert rebalancer.choose(100, 1000.0, now=0.0) is None
     assert rebalancer.trial(100, 1000.0) is None
     rebalancer.observe(100, 1000.0, None, StepTimes(1.0))
+
+
+class Recorded:
+    """A card as decode_pipeline.py has recorded it: steps and lanes of every arrangement at every point."""
+
+    def __init__(self, name: str) -> None:
+        rows = json.loads((RESULTS / f"decode_pipeline_adaptive_{name}.json").read_text())["rows"]
+        # The grid has to be whole: a batch that did not fit with some contexts is left out.
+        num_contexts = len({row["context"] for row in rows})
+        batches = [row["batch"] for row in rows]
+        self.lanes, points = {}, []
+        for row in rows:
+            if batches.count(row["batch"]) < num_contexts:
+                continue
+            times = {}
+            for point in row["points"]:
+                arrangement = Arrangement(tuple(point["split"]), Cut[point["cut"]])
+                times[arrangement] = point["s"]
+                self.lanes[arrangement, row["batch"], row["context"]] = (point["attention_s"], point["ffn_s"])
+            points.append(Measured(row["batch"], row["context"], row["plain_s"], times))
+        self.calibration = Calibration(points)
+        self.arrangements = list(points[0].pipelined_s)
+
+    def busy(self, path, batch, context):
+        return self.lanes[path, batch, context]
+
+    def misremembered(self, error: float, seed: int) -> Calibration:
+        rng = random.Random(seed)
+        return Calibration(
+            [
+                Measured(
+                    point.batch,
+                    point.context,
+                    point.plain_s * rng.gauss(1.0, error),
+                    {path: seconds * rng.gauss(1.0, error) for path, seconds in point.pipelined_s.items()},
+                )
+                for point in self.calibration.points
+            ]
+        )
+
+
+@pytest.mark.parametrize(("error", "most_loss"), [(0.0, 0.003), (0.02, 0.01), (0.05, 0.02)])
+@pytest.mark.parametrize("name", ["qwen3-0.6b"])
+def test_recorded_cards_are_served_by_what_is_best_or_soon_is(name, error, most_loss):
+    """With a calibration that is right, or of a card that differs by some percent in every way."""
+    card = Recorded(name)
+    losses = []
+    for point in card.calibration.points:
+        best_s = min(point.plain_s, *point.pipelined_s.values())
+        for seed in range(3):
+            calibration = card.misremembered(error, seed)
+            rebalancer = Rebalancer(calibration, {point.batch: card.arrangements})
+            total_s, _, changes = simulate(
+                rebalancer,
+                [float(point.context)] * 8000,
+                point.batch,
+                lambda path, batch, context: card.calibration.seconds(path, batch, context),
+                noise=0.005,
+                lanes=lambda path, batch, context: card.busy(path, batch, int(context)),
+            )
+            losses.append(total_s / 8000 / best_s - 1)
+            assert changes <= 12
+    # What is faster by less than the margin need not be found.
+    assert max(losses) < MARGIN + most_loss
+    assert sum(losses) / len(losses) < 0.005
