@@ -17,6 +17,8 @@ def main() -> int:
     command.add_argument("--decode-device-id", type=int, default=1)
     command.add_argument("--json", action="store_true", help="a list of objects instead of a table")
     args = parser.parse_args()
+    if min(args.prefill_device_id, args.decode_device_id) < 0 or args.prefill_device_id == args.decode_device_id:
+        parser.error("--prefill-device-id and --decode-device-id are two different ids from 0 on")
     return doctor.run(args.model, args.prefill_device_id, args.decode_device_id, as_json=args.json)
 
 

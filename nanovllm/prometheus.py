@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.errors import EngineClosedError
 
 PREFIX = "nanovllm"
 HISTOGRAMS = {
@@ -64,7 +65,11 @@ class Collector:
         self._engine = engine
 
     def collect(self) -> Iterator[Any]:
-        core, found = self._core, self._engine.metrics()
+        core = self._core
+        try:
+            found = self._engine.metrics()
+        except EngineClosedError:  # others may be registered beside it
+            return
         for key, (name, about) in HISTOGRAMS.items():
             histogram = found[key]
             buckets = [(str(bound), count) for bound, count in histogram["buckets"]]

@@ -85,8 +85,8 @@ def test_a_failed_rebalance_goes_back_to_the_last_good_split(checkpoint, arrange
 
     monkeypatch.setattr(GreenManager, "rebalance", refuse_other)
     paths, result, metrics = serve_by_length(checkpoint)
-    assert result["fallbacks"] == {"injected into a rebalance": 1}
-    assert metrics["fallbacks"] == {"injected into a rebalance": 1}
+    assert result["fallbacks"] == {"rebalance failed": 1}
+    assert metrics["fallbacks"] == {"rebalance failed": 1}
     assert paths.current == ONE
     assert result["steps"] > 50, "no step was plain for long"
     assert caplog.text.count("2:2 REST is left out for a while: injected into a rebalance") == 1
@@ -108,7 +108,7 @@ def test_a_pipeline_that_breaks_is_left_out_and_comes_back(
 
     monkeypatch.setattr(MicroBatch, "_attend", failing)
     _, result, metrics = serve_by_length(checkpoint)
-    assert result["fallbacks"]["injected into a lane"] >= 1
+    assert result["fallbacks"]["lanes failed"] >= 1
     assert metrics["recoveries"] == (0 if num_failures == 1000 else metrics["recoveries"])
     if num_failures < 1000:
         assert metrics["recoveries"] >= 1

@@ -181,3 +181,103 @@ def test_an_error_that_loses_no_device_ends_nothing(tiny_path):
         llm.decode_runner.launch = failing_once
         (answer,) = llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)
         assert answer["error"] is None
+
+
+def test_decode_failures_leave_the_prefill_device_in(checkpoint):
+    path, reference = checkpoint("gqa2")
+    prompts, calls = tiny.random_prompts(6, seed=4), [0]
+    with two_devices(path) as llm:
+        launch = llm.decode_runner.launch
+
+        def failing(step):
+            calls[0] += not isinstance(step, PrefillStep)
+            if not isinstance(step, PrefillStep) and 3 <= calls[0] < 8:
+                raise RuntimeError("injected into the decode device")
+            return launch(step)
+
+        llm.decode_runner.launch = failing
+        assert_right(llm.generate(prompts, GREEDY, use_tqdm=False), prompts, reference)
+        assert calls[0] > 8
+        assert not llm.scheduler.prefill_outage.is_out
+
+
+def test_requests_of_one_token_show_that_the_prefill_device_works(tiny_path, clock):
+    prompts, broken = tiny.random_prompts(3, seed=5), [True]
+    one_token = SamplingParams(temperature=0, max_tokens=1)
+    with two_devices(tiny_path) as llm:
+        break_prefill(llm, lambda: broken[0])
+        for turn in range(4):
+            broken[0] = True
+            llm.generate(prompts[:1], one_token, use_tqdm=False)
+            broken[0] = turn == 3
+            llm.generate(prompts[1:2], one_token, use_tqdm=False)
+        assert not llm.scheduler.prefill_outage.is_out, "two failures in a row are the most that there were"
+        llm.generate(prompts, one_token, use_tqdm=False)
+        assert llm.scheduler.prefill_outage.is_out
+        broken[0] = False
+        clock.now += outage.FIRST_PAUSE_S
+        llm.generate(prompts, one_token, use_tqdm=False)
+        assert llm.metrics()["recoveries"] == 1
+
+
+def test_a_step_that_hangs_is_noticed_while_the_other_device_works(tiny_path, monkeypatch):
+    with two_devices(tiny_path, lazy=False, step_timeout_s=0.1) as llm:
+        launch = llm.prefill_runner.launch
+        long = llm.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=480, ignore_eos=True))
+        while not llm.metrics()["requests"]["decoding"]:
+            llm.step()
+
+        def hanging(step):
+            handle = launch(step)
+            handle.event = EndlessEvent()
+            return handle
+
+        llm.prefill_runner.launch = hanging
+        hung = llm.add_request([4, 5, 6], GREEDY)
+        ended = {}
+        while not llm.is_finished():
+            ended |= {output.request_id: output for output in llm.step() if output.finished}
+        assert {request_id: output.finish_reason for request_id, output in ended.items()} == {
+            long: "error",
+            hung: "error",
+        }
+        assert "a prefill step of 1 requests has not ended within step_timeout_s=0.1" in str(ended[hung].error)
+
+
+@pytest.mark.parametrize("how", ["error", "hang"])
+def test_closing_a_lost_device_does_not_hide_what_happened(tiny_path, monkeypatch, caplog, how):
+    def lost(**_):
+        if how == "hang":
+            raise DeviceError("cpu:0 is lost: its work has not ended within step_timeout_s=0.1")
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def serve():
+        with LLM(tiny_path, device="cpu") as llm:
+            llm.add_request([1, 2, 3], GREEDY)
+            llm.step()
+            monkeypatch.setattr(Device, "lost_reason", lambda device: "CUDA error: an illegal memory access")
+            llm.decode_runner.synchronize = lost
+            raise KeyError("the user's own")
+
+    with pytest.raises(KeyError, match="the user's own"):
+        serve()
+    assert "is lost" in caplog.text
+
+
+def test_an_interrupt_of_a_hung_step_ends_all_requests(tiny_path):
+    with LLM(tiny_path, device="cpu") as llm:
+        request_id = llm.add_request([1, 2, 3], GREEDY)
+        llm.step()
+
+        def interrupted(step):
+            raise KeyboardInterrupt
+
+        def hung(**_):
+            raise DeviceError("cpu:0 is lost: its work has not ended within step_timeout_s=0.1")
+
+        llm.decode_runner.launch, llm.decode_runner.synchronize = interrupted, hung
+        with pytest.raises(KeyboardInterrupt):
+            llm.step()
+        (output,) = llm.step()
+        assert output.request_id == request_id
+        assert isinstance(output.error, DeviceError)

@@ -28,7 +28,13 @@ POINTS = [
     Measured(512, 512, 1.8, {FEW: 1.8, MANY: 1.7}),
     Measured(512, 1024, 2.6, {FEW: 2.4, MANY: 2.0}),
 ]
-ABOUT = {"gpu": "NVIDIA H200", "driver": "580.1", "arrangements": [str(FEW), str(MANY)]}
+ABOUT = {
+    "gpu": "NVIDIA H200",
+    "driver": "580.1",
+    "batches": [256, 512],
+    "contexts": [512, 1024],
+    "arrangements": [str(FEW), str(MANY)],
+}
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
@@ -86,8 +92,14 @@ def test_a_calibration_is_kept_for_the_same_circumstances_only():
         lambda kept: json.dumps(kept | {"points": kept["points"][:3]}),
         lambda kept: json.dumps(kept | {"points": [{"batch": "many"}]}),
         lambda kept: json.dumps({"about": kept["about"]}),
+        lambda kept: json.dumps(kept | {"points": []}),
+        lambda kept: json.dumps(kept).replace("1.2", "NaN"),
+        lambda kept: json.dumps(kept).replace("1.2", "-1.2"),
+        lambda kept: json.dumps(kept).replace('"batch": 512', '"batch": Infinity'),
+        lambda kept: json.dumps(kept).replace(': 1.2, "', ': 1.2, "other '),
+        lambda kept: "[" * 100_000,
     ],
-    ids=["cut", "list", "hole", "words", "no points"],
+    ids=["cut", "list", "hole", "words", "no points", "empty", "nan", "negative", "infinite", "renamed", "deep"],
 )
 def test_a_spoilt_file_is_measured_anew(spoil, caplog):
     keep_calibration(ABOUT, Calibration(POINTS))
@@ -103,6 +115,17 @@ def test_a_folder_that_cannot_be_written_is_said(monkeypatch, tmp_path, caplog):
     keep_calibration(ABOUT, Calibration(POINTS))
     assert "cannot be kept" in caplog.text
     assert load_calibration(ABOUT) is None
+
+
+def test_a_machine_without_a_home_measures_each_time(monkeypatch, caplog):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert load_calibration(ABOUT) is None
+    keep_calibration(ABOUT, Calibration(POINTS))
+    assert "the calibration cannot be kept (Could not determine home directory.)" in caplog.text
 
 
 def test_an_outage_ends_with_a_trial_that_works():

@@ -136,6 +136,7 @@ def runner_spec(config: EngineConfig, folder: Path, hf_config: dict[str, Any], d
         gpu_memory_utilization=config.gpu_memory_utilization,
         num_kvcache_blocks=config.num_kvcache_blocks,
         enforce_eager=config.enforce_eager,
+        step_timeout_s=config.step_timeout_s,
     )
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import itertools
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -116,34 +118,35 @@ def calibration_file(about: dict[str, Any]) -> Path:
 
 def load_calibration(about: dict[str, Any]) -> Calibration | None:
     """What an engine before this one measured in the same circumstances; None if there is nothing that can be used."""
-    path = calibration_file(about)
     try:
+        path = calibration_file(about)
         kept = json.loads(path.read_text(encoding="utf-8"))
         if _as_json(kept["about"]) != _as_json(about):
             return None
-        arrangements = {str(one): one for one in map(Arrangement.parse, about["arrangements"])}
-        points = [
-            Measured(
-                int(point["batch"]),
-                int(point["context"]),
-                float(point["plain_s"]),
-                {arrangements[name]: float(seconds) for name, seconds in point["pipelined_s"].items()},
-            )
-            for point in kept["points"]
-        ]
-        calibration = Calibration(points)
+        calibration = Calibration([_checked_point(point, about["arrangements"]) for point in kept["points"]])
+        places = [(point.batch, point.context) for point in calibration.points]
+        if places != list(itertools.product(about["batches"], about["contexts"])):
+            raise ValueError("it has other batches or contexts than it says")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        logger.warning("calibration %s cannot be used (%s: %s); measuring again", path, type(error).__name__, error)
+    # Whatever is wrong with a file costs a measurement, not the start.
+    except Exception as error:  # noqa: BLE001
+        logger.warning("a kept calibration cannot be used (%s: %s); measuring again", type(error).__name__, error)
         return None
-    logger.info("calibration of %d points from %s", len(points), path)
+    logger.info("calibration of %d points from %s", len(calibration.points), path)
     return calibration
+
+
+def _checked_point(point: dict[str, Any], arrangements: list[str]) -> Measured:
+    seconds = [float(point["plain_s"]), *(float(point["pipelined_s"][name]) for name in arrangements)]
+    if not all(0.0 < one < math.inf for one in seconds):
+        raise ValueError(f"{seconds} are not all times")
+    pipelined_s = dict(zip(map(Arrangement.parse, arrangements), seconds[1:], strict=True))
+    return Measured(int(point["batch"]), int(point["context"]), seconds[0], pipelined_s)
 
 
 def keep_calibration(about: dict[str, Any], calibration: Calibration) -> None:
     """Writes it to disk; where that fails the next engine measures again."""
-    path = calibration_file(about)
     points = [
         {
             "batch": point.batch,
@@ -154,13 +157,14 @@ def keep_calibration(about: dict[str, Any], calibration: Calibration) -> None:
         for point in calibration.points
     ]
     try:
+        path = calibration_file(about)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Another engine may start at the same time: nobody sees half a file.
         unfinished = path.with_suffix(f".{os.getpid()}.tmp")
         unfinished.write_text(json.dumps({"about": about, "points": points}, indent=1), encoding="utf-8")
         unfinished.replace(path)
-    except OSError as error:
-        logger.warning("calibration cannot be kept in %s (%s); the next start measures again", path, error)
+    except (OSError, RuntimeError) as error:  # there need not be a home directory
+        logger.warning("the calibration cannot be kept (%s); the next start measures again", error)
         return
     logger.info("calibration kept in %s", path)
 

@@ -155,7 +155,7 @@ class DecodePaths:
         if not is_timed:
             output, arrangement = self._run(size, self._chosen)
         else:
-            self._take_times(self.rebalancer)
+            self.take_times()
             context = float(positions.mean()) + 1
             wanted = self._decide(self.rebalancer, size, context)
             stopwatch = Stopwatch(self.device)
@@ -179,7 +179,8 @@ class DecodePaths:
 
     @property
     def num_rebalances(self) -> int:
-        return 0 if self.pipeline is None else self.pipeline.green_manager.stats()["rebalances"]
+        pipeline = self.pipeline
+        return 0 if pipeline is None else pipeline.green_manager.stats()["rebalances"]
 
     def force(self, arrangement: Arrangement | None) -> None:
         """Runs steps so (None: plain), whatever the rebalancer would choose, as far as they can; for tests.
@@ -198,7 +199,7 @@ class DecodePaths:
         if self.rebalancer is not None:
             if self._options is not None and self._options.profiling and self._timed:
                 self._runner.synchronize(copies=False)
-            self._take_times(self.rebalancer)
+            self.take_times()
             if counters.steps and self._num_contexts:
                 sequential_s = self.calibration.seconds(None, counters.tokens / counters.steps, self._mean_context)
         lanes = self._mean_times.mean() if self._options is not None and self._options.profiling else None
@@ -238,7 +239,8 @@ class DecodePaths:
             if not self._has(arrangement, size):
                 continue
             try:
-                self._rebalance(arrangement)
+                if arrangement == self._chosen:  # else it is tried for a step
+                    self._rebalance(arrangement)
                 output = self.steps[arrangement].replay(size)
             except RuntimeError as error:
                 traceback.clear_frames(error.__traceback__)
@@ -257,7 +259,8 @@ class DecodePaths:
 
     def _failed(self, arrangement: Arrangement, error: RuntimeError) -> None:
         assert self.rebalancer is not None, "what has failed was chosen"
-        self.counters.fallbacks[str(error)] += 1
+        cause = "rebalance failed" if isinstance(error, GreenContextError) else "lanes failed"
+        self.counters.fallbacks[cause] += 1
         if self._last_good == arrangement:
             self._last_good = None
         if self._chosen == arrangement:
@@ -272,9 +275,10 @@ class DecodePaths:
             self.counters.recoveries += 1
             logger.warning("%s: %s works again", self.device, arrangement)
 
-    def _take_times(self, rebalancer: Rebalancer) -> None:
+    def take_times(self) -> None:
         """Of the steps that have ended; waits for none."""
-        while self._timed and self._timed[0].stopwatch.is_done():
+        rebalancer = self.rebalancer
+        while rebalancer is not None and self._timed and self._timed[0].stopwatch.is_done():
             step = self._timed.popleft()
             times = StepTimes(step.stopwatch.seconds())
             if step.lanes is not None and step.moments is not None:

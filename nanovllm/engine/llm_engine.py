@@ -68,6 +68,7 @@ class InFlight:
     runner: ModelRunner
     step: Step
     handle: StepHandle
+    launched_s: float
 
 
 @dataclass
@@ -123,6 +124,9 @@ class LLMEngine:
         self._handing_off: list[Sequence] = []
         self._outputs: list[RequestOutput] = []
         self._last_progress_s = time.perf_counter()
+        self._last_end_s: dict[ModelRunner, float] = {}
+        """When a step of a runner was last seen to have ended."""
+        self._prefill_is_out = False
         self._fallbacks: Counter[str] = Counter()
         self._num_recoveries = 0
         self._device_error: DeviceError | None = None
@@ -190,8 +194,9 @@ class LLMEngine:
         Raises:
             UnknownRequestError: no request has this id, or it ended long ago.
         """
-        seq = self._sequences.get(request_id)
-        timeline = self._timelines.get(request_id) if seq is None else seq.timeline
+        known = isinstance(request_id, int) and not isinstance(request_id, bool)
+        seq = self._sequences.get(request_id) if known else None
+        timeline = seq.timeline if seq is not None else self._timelines.get(request_id) if known else None
         if timeline is None:
             raise UnknownRequestError(
                 f"request {shown(request_id)} is not known, or ended before the last {MOST_TIMELINES} that did"
@@ -245,7 +250,7 @@ class LLMEngine:
                 name: {"held": pool.num_held_blocks, "total": pool.num_blocks} for name, pool in pools.items()
             },
             "preemptions": scheduler.num_preemptions,
-            "fallbacks": dict(paths.counters.fallbacks + self._fallbacks),
+            "fallbacks": {**dict(paths.counters.fallbacks), **dict(self._fallbacks)},
             "recoveries": paths.counters.recoveries + self._num_recoveries,
         }
 
@@ -267,15 +272,28 @@ class LLMEngine:
             for seq in self._sequences.values():
                 if seq.finished_s is None:
                     self._tracer.add_request(seq)
+        if self._device_error is None:
+            self._settle()
         # On a lost GPU every call fails, or waits for ever: what it holds goes with the process.
         runners = {self.prefill_runner, self.decode_runner} if self._device_error is None else set()
-        for runner in runners:
-            runner.synchronize()
         self._trace_dropped(self._handoffs)
         for state in (self._sequences, self._texts, self._in_flight, self._handoffs, self._handing_off, self._outputs):
             state.clear()
         for runner in runners:
             runner.close()
+
+    def _settle(self) -> None:
+        """Waits for the devices, and gives up those that are lost."""
+        try:
+            for runner in {self.prefill_runner, self.decode_runner}:
+                runner.synchronize()
+            self.decode_runner.take_lane_times()
+        except Exception as error:
+            lost = self._lost_device(error)
+            if lost is None:
+                raise
+            logger.error("%s", lost)
+            self._give_up_devices(lost)
 
     def __enter__(self) -> Self:
         return self
@@ -310,12 +328,17 @@ class LLMEngine:
                 self._wait()
             self._collect_steps()
             self._collect_handoffs()
+            self._check_steps_end()
+            self._note_outage()
             for seq in self.scheduler.get_failed_sequences():
                 self._give_out(seq)
         except BaseException as error:
             lost = self._lost_device(error)
             if lost is None:
-                self._recover()
+                try:
+                    self._recover()
+                except DeviceError as lost_meanwhile:
+                    self._end_all(lost_meanwhile)
                 raise
             self._end_all(lost)
 
@@ -337,15 +360,33 @@ class LLMEngine:
     def _end_all(self, error: DeviceError) -> None:
         """Nothing will run any more: every request ends with the error."""
         logger.error("%s; all requests end", error)
-        self._device_error = error
-        never_free(self.prefill_runner, self.decode_runner, self.kv_transfer, self._in_flight, self._handoffs)
-        self._in_flight, self._handoffs, self._handing_off = [], [], []
+        self._give_up_devices(error)
         unfinished = [seq for seq in self._sequences.values() if not seq.is_finished]
         self.scheduler.start_over(unfinished, ())
         for seq in unfinished:
             self.scheduler.finish(seq, "error", error)
         for seq in list(self._sequences.values()):
             self._give_out(seq)
+
+    def _give_up_devices(self, error: DeviceError) -> None:
+        self._device_error = error
+        never_free(self.prefill_runner, self.decode_runner, self.kv_transfer, self._in_flight, self._handoffs)
+        self._in_flight, self._handoffs, self._handing_off = [], [], []
+
+    def _check_steps_end(self) -> None:
+        """Raises DeviceError if the first step in flight on a device has had its time."""
+        now, first_of = time.perf_counter(), set()
+        for work in self._in_flight:
+            if work.runner in first_of:
+                continue
+            first_of.add(work.runner)
+            began_s = max(work.launched_s, self._last_end_s.get(work.runner, 0.0))
+            if now - began_s > self.config.step_timeout_s and not work.handle.is_done():
+                kind = "prefill" if isinstance(work.step, PrefillStep) else "decode"
+                raise DeviceError(
+                    f"{work.runner.device} is lost: a {kind} step of {len(work.step.rows)} requests has not ended "
+                    f"within step_timeout_s={self.config.step_timeout_s}"
+                )
 
     def _recover(self) -> None:
         """After an interrupt, or an error that is nobody's: whatever was under way is recomputed.
@@ -417,14 +458,14 @@ class LLMEngine:
             self._raise_if_lost(raised)
             error = raised
         if error is None:
-            self._in_flight.append(InFlight(runner, step, handle))
+            self._in_flight.append(InFlight(runner, step, handle, time.perf_counter()))
             if isinstance(step, PrefillStep):
                 self._log_launch(runner, step)
                 self._send(step, handle)
             return True
         # What the step had launched before it failed may still be writing to its blocks, and to the decode rows: they
         # are sent anew, once the host has the tokens of the steps before.
-        runner.synchronize()
+        runner.synchronize(copies=not any(handoff.timed_out for handoff in self._handoffs))
         if isinstance(step, DecodeStep):
             for work in [work for work in self._in_flight if work.runner is runner]:
                 self._collect(work)
@@ -442,18 +483,20 @@ class LLMEngine:
     def _fail(self, seq: Sequence, error: Exception) -> None:
         retry = seq.failures == 0
         logger.warning("request %d failed (%s); %s", seq.request_id, error, "retrying" if retry else "giving up")
-        outage = self.scheduler.prefill_outage
-        was_out = outage.is_out
         self.scheduler.fail(seq, error)
-        if outage.is_out and not was_out:
-            self._fallbacks["prefill device left out"] += 1
-            logger.warning(
-                "%s is left out for a while, %s prefills alone: %s",
-                self.prefill_runner.device,
-                self.decode_runner.device,
-                error,
-            )
+        self._note_outage()
         self._progressed()
+
+    def _note_outage(self) -> None:
+        """Says, once, that the prefill device is left out, or works again."""
+        was_out, self._prefill_is_out = self._prefill_is_out, self.scheduler.prefill_outage.is_out
+        device = self.prefill_runner.device
+        if self._prefill_is_out and not was_out:
+            self._fallbacks["prefill device left out"] += 1
+            logger.warning("%s is left out for a while, %s prefills alone", device, self.decode_runner.device)
+        elif was_out and not self._prefill_is_out:
+            self._num_recoveries += 1
+            logger.warning("%s works again", device)
 
     def _progressed(self) -> None:
         self._last_progress_s = time.perf_counter()
@@ -464,18 +507,11 @@ class LLMEngine:
         if not self._in_flight and not handoffs:
             self._give_up_on_stuck_blocks()
             return
-        deadline_s = time.perf_counter() + self.config.step_timeout_s
         while not (
             any(work.handle.is_done() for work in self._in_flight)
             or any(handoff.handle.is_done() or time.perf_counter() > handoff.deadline_s for handoff in handoffs)
         ):
-            if self._in_flight and time.perf_counter() > deadline_s:
-                work = self._in_flight[0]
-                kind = "prefill" if isinstance(work.step, PrefillStep) else "decode"
-                raise DeviceError(
-                    f"{work.runner.device} is lost: a {kind} step of {len(work.step.rows)} requests has not ended "
-                    f"within step_timeout_s={self.config.step_timeout_s}"
-                )
+            self._check_steps_end()
             time.sleep(0)
 
     def _collect_steps(self) -> None:
@@ -485,6 +521,7 @@ class LLMEngine:
     def _collect(self, work: InFlight) -> None:
         sampled = work.handle.collect()
         self._in_flight.remove(work)
+        self._last_end_s[work.runner] = time.perf_counter()
         self._trace_step(work)
         self._progressed()
         if isinstance(work.step, PrefillStep):
@@ -579,14 +616,7 @@ class LLMEngine:
                 if seq.lease.in_flight:
                     self._handing_off.append(seq)
                 else:
-                    self._handoff_done(seq)
-
-    def _handoff_done(self, seq: Sequence) -> None:
-        was_out = self.scheduler.prefill_outage.is_out
-        self.scheduler.handoff_done(seq)
-        if was_out and not self.scheduler.prefill_outage.is_out:
-            self._num_recoveries += 1
-            logger.warning("%s works again", self.prefill_runner.device)
+                    self.scheduler.handoff_done(seq)
 
     def _handoff_ended(self, handoff: Handoff) -> None:
         error = None
@@ -596,7 +626,10 @@ class LLMEngine:
             self._raise_if_lost(raised)
             error = HandoffError(f"{self._about(handoff.seq)}: {raised}")
         self._trace_handoff(handoff)
-        self.scheduler.release(handoff.lease)
+        if error is None:
+            self.scheduler.blocks_arrived(handoff.lease)
+        else:
+            self.scheduler.release(handoff.lease)
         if handoff.computed_s is not None:
             self._metrics.handoff_s.observe(time.perf_counter() - handoff.computed_s)
         if error is None:
@@ -728,19 +761,15 @@ class LLMEngine:
     def _give_out(self, seq: Sequence, piece: str = "") -> None:
         """An output with the tokens that were not shown before; the last one with the rest of the text."""
         if seq.is_finished:
-            if seq.finished_s is None:
-                self._metrics.has_ended(seq, seq.finish_reason or "error")
-                self._timelines[seq.request_id] = seq.timeline
-                if len(self._timelines) > MOST_TIMELINES:
-                    self._timelines.popitem(last=False)
             is_first_time, seq.finished_s = seq.finished_s is None, time.perf_counter()
             try:
                 piece += self._texts[seq.request_id].finish(seq.text_token_ids)
             except Exception as error:  # noqa: BLE001 - as above
                 logger.warning("the text of request %d failed (%s); giving up", seq.request_id, error)
                 seq.finish_reason, seq.error = "error", error
-            if self._tracer is not None and is_first_time:
-                self._tracer.add_request(seq)
+                seq.timeline.mark(f"ended: error, {error}")
+            if is_first_time:
+                self._note_end(seq)
         new_token_ids = seq.token_ids[seq.num_shown_tokens :]
         new_logprobs = None
         if new_token_ids and seq.params.logprobs is not None:
@@ -760,6 +789,14 @@ class LLMEngine:
         seq.output = output
         self._queue_of(seq).append(output)
         self._given_out(seq)
+
+    def _note_end(self, seq: Sequence) -> None:
+        self._metrics.has_ended(seq, seq.finish_reason or "error")
+        self._timelines[seq.request_id] = seq.timeline
+        if len(self._timelines) > MOST_TIMELINES:
+            self._timelines.popitem(last=False)
+        if self._tracer is not None:
+            self._tracer.add_request(seq)
 
     def _given_out(self, seq: Sequence) -> None:
         seq.num_shown_tokens = len(seq.token_ids)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from nanovllm.engine.prefill_buffers import PrefillBuffers
 from nanovllm.engine.scheduler import MOST_PREFILL_REQUESTS, BlockPair, PrefillStep, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import (
+    DeviceError,
     HandoffError,
     ModelLoadError,
     OutOfKVCacheError,
@@ -60,6 +62,7 @@ class RunnerSpec:
     gpu_memory_utilization: float
     num_kvcache_blocks: int | None
     enforce_eager: bool
+    step_timeout_s: float
 
     @property
     def block_bytes(self) -> int:
@@ -322,10 +325,19 @@ class ModelRunner:
             return torch.stack([_checksum_layers(self.kv_pool[block]) for block in blocks]).cpu()
 
     def synchronize(self, *, copies: bool = True) -> None:
-        """Waits for all steps, and copies, that were launched here."""
+        """Waits for all steps, and copies, that were launched here.
+
+        Raises:
+            DeviceError: they do not end within `step_timeout_s`.
+        """
+        step_timeout_s = self.spec.step_timeout_s
+        deadline_s = time.monotonic() + step_timeout_s
         for stream in (self.stream, self.copy_stream if copies else None):
-            if stream is not None:
-                stream.synchronize()
+            # Not by the driver, in which an interrupt is not heard.
+            while stream is not None and not stream.query():
+                if time.monotonic() > deadline_s:
+                    raise DeviceError(f"{self.device} is lost: its work has not ended within {step_timeout_s=}")
+                time.sleep(0)
 
     def close(self) -> None:
         """Gives weights and pool back, which nothing may be using; the runner is of no use afterwards."""
@@ -407,6 +419,12 @@ class ModelRunner:
         assert self.decode_paths is not None, f"{self.device} was made for prefill"
         with self._on(self.stream):
             return self.decode_paths.get_statistics()
+
+    def take_lane_times(self) -> None:
+        """Of decode steps that have ended: for metrics, and a trace."""
+        if self.decode_paths is not None:
+            with self._on(self.stream):
+                self.decode_paths.take_times()
 
     def print_pipeline_statistics(self) -> None:
         """The same as a table."""

@@ -169,7 +169,8 @@ class Scheduler:
 
     def fail(self, seq: Sequence, error: Exception) -> None:
         """Something went wrong for this request alone: the first time it is recomputed, on the decode device."""
-        if seq.lease is not None and self._is_apart(seq.lease):
+        under_way = (SequenceStatus.PREFILLING, SequenceStatus.HANDING_OFF)
+        if seq.status in under_way and seq.lease is not None and self._is_apart(seq.lease):
             self.prefill_outage.failed(time.monotonic())
         seq.failures += 1
         if seq.failures == 1:
@@ -200,9 +201,11 @@ class Scheduler:
     @property
     def predicted_itl_s(self) -> float | None:
         """What a decode step will take with all that decode or are under way; None without any, or if unknown."""
-        if not self._running or self.admission.itl_target_s is None:
+        if self.admission.itl_target_s is None:
             return None
-        return self.admission.expected_s(len(self._running), self._num_tokens_ahead())
+        # Another thread may ask at any moment, such as when no request has a token left to decode.
+        num_rows, num_tokens = len(self._running), self._num_tokens_ahead()
+        return self.admission.expected_s(num_rows, num_tokens) if num_rows and num_tokens else None
 
     # Prefill
 
@@ -236,6 +239,8 @@ class Scheduler:
         counts = seq.lease is lease
         if counts:
             lease.prefill_pool.cache(seq, lease.prefill_table, chunk.start, chunk.end)
+            if self._is_apart(lease) and chunk.is_last and not chunk.handoff:
+                self.prefill_outage.worked()
             if chunk.is_last:
                 seq.status = SequenceStatus.HANDING_OFF
                 seq.timeline.mark("handoff")
@@ -244,6 +249,11 @@ class Scheduler:
                 seq.timeline.mark("prefill queue")
         self.release(lease)
         return counts
+
+    def blocks_arrived(self, lease: Lease) -> None:
+        """A handoff of blocks of the lease has ended well."""
+        self.prefill_outage.worked()
+        self.release(lease)
 
     def get_prefilled_sequences(self) -> list[Sequence]:
         """Requests whose prefill has ended since the last call and which have not ended themselves."""
@@ -255,8 +265,6 @@ class Scheduler:
         assert seq.status is SequenceStatus.HANDING_OFF, f"request {seq.request_id} was not being handed off"
         assert seq.lease is not None, f"request {seq.request_id} is handed off without a lease"
         lease = seq.lease
-        if self._is_apart(lease):
-            self.prefill_outage.worked()
         self.decode_pool.cache(seq, lease.decode_table, 0, seq.num_prefilled_tokens)
         logger.debug(
             "request %d: releases %d blocks that it was prefilled into, joins decode with %d",

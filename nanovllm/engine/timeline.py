@@ -40,8 +40,9 @@ class Timeline:
 
     def spans(self) -> Iterator[Span]:
         """In the order in which they began."""
-        ends: list[float | None] = [moment - self.arrival_s for moment, _ in self._marks[1:]]
-        for (moment, what), end_s in zip(self._marks, [*ends, None], strict=True):
+        marks = list(self._marks)
+        ends: list[float | None] = [moment - self.arrival_s for moment, _ in marks[1:]]
+        for (moment, what), end_s in zip(marks, [*ends, None], strict=True):
             yield Span(what, moment - self.arrival_s, end_s)
 
     def __str__(self) -> str:
