@@ -1,10 +1,10 @@
 """The decode pipeline against plain decode: ms per step by batch, context, split of the SMs, and cut of the layers.
 
 Each point is one decode step of a model on one device, in a CUDA graph at steady clocks, with random KV of its own for
-every request; plain and pipelined steps are measured in turn in one run. What reads the KV is on the attention lane; a
-cut says what else is. Of each point the best is shown beside plain decode, `decode_pipeline="auto"` as it runs in an
-engine (the mean of its steps, what it tries now and then included), and a bound: the KV read once and the weights once
-for each micro-batch, at the streaming bandwidth measured in the same run.
+every request; plain and pipelined steps take turns of a third of a second in one run. What reads the KV is on the
+attention lane; a cut says what else is. Of each point the best is shown beside plain decode, `decode_pipeline="auto"`
+as it runs in an engine (the mean of its steps, what it tries now and then included), and a bound: the KV read once and
+the weights once for each micro-batch, at the streaming bandwidth measured in the same run.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from common import SHAPES, model_options, report, sm_split
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.builder import runner_spec
+from nanovllm.engine.cuda_graph import EagerSteps, StepGraphs, StepOutput
 from nanovllm.engine.decode_paths import DecodePaths, PipelineOptions
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.pipeline_plan import Arrangement, Cut, Split
@@ -31,9 +32,10 @@ from nanovllm.utils.loader import checkpoint_folder, read_json
 
 NUM_REPLAYS = 10
 """Steps before contexts begin anew."""
-WARM_S = 0.3
-"""So long the GPU's clocks take to come down to what its power allows."""
-TIMED_S = 0.3
+NUM_TURNS = 3
+WARM_S = 0.15
+"""So long the GPU's clocks take, more or less, to become those of what it now runs."""
+TIMED_S = 0.2
 STEPS_AHEAD = 2
 """As an engine launches them."""
 
@@ -54,44 +56,52 @@ def make_runner(args: argparse.Namespace) -> ModelRunner:
     return runner
 
 
-def time_steps(runner: ModelRunner, batch: int, context: int, run: Callable[[int], object]) -> float:
-    """Seconds per step, each of which `run` launches with its context; the mean of all, launched ahead, once the GPU
-    has its steady clocks."""
+def time_turn(runner: ModelRunner, batch: int, context: int, run: Callable[[int], object]) -> float:
+    """Seconds per step, each of which `run` launches with its context; launched ahead, once the GPU's clocks are those
+    of such steps."""
     assert runner.decode_rows is not None, "it was made to decode"
     num_steps, timed_s, started = 0, 0.0, time.perf_counter()
-    with runner._on(runner.stream):
-        while time.perf_counter() - started < WARM_S + TIMED_S or not num_steps:
-            runner.decode_rows.pretend(batch, context)  # each step moves on by a token
-            stopwatch = Stopwatch(runner.device)
-            for step in range(NUM_REPLAYS):
-                run(context + step)
-            stopwatch.stop()
-            runner.synchronize(copies=False)
-            if time.perf_counter() - started > WARM_S:
-                num_steps += NUM_REPLAYS
-                timed_s += stopwatch.seconds()
+    while time.perf_counter() - started < WARM_S + TIMED_S or not num_steps:
+        runner.decode_rows.pretend(batch, context)  # each step moves on by a token
+        stopwatch = Stopwatch(runner.device)
+        for step in range(NUM_REPLAYS):
+            run(context + step)
+        stopwatch.stop()
+        runner.synchronize(copies=False)
+        if time.perf_counter() - started > WARM_S:
+            num_steps += NUM_REPLAYS
+            timed_s += stopwatch.seconds()
     return timed_s / num_steps
 
 
-def time_arrangement(
-    runner: ModelRunner, batch: int, context: int, arrangement: Arrangement | None
-) -> tuple[float, LaneTimes | None]:
-    """Seconds per step, of one graph on a GPU, plain if the arrangement is None; and of the last step's lanes."""
-    paths = runner.decode_paths
-    assert paths is not None, "it was made to decode"
+def time_in_turns(
+    runner: ModelRunner, batch: int, context: int, ways: dict[Any, Callable[[int], object]]
+) -> dict[Any, float]:
+    """Seconds per step by each way, which take turns, in another order each time; the mean of the turns."""
+    times = dict.fromkeys(ways, 0.0)
     with runner._on(runner.stream):
-        steps = paths._make_steps([batch], arrangement)
-        took = time_steps(runner, batch, context, lambda _: steps.replay(batch))
-        moments = steps.replay(batch).lane_moments
-        return took, None if moments is None else moments.times(moments.moments.cpu().numpy())
+        for turn in range(NUM_TURNS):
+            names = list(ways)
+            for name in names[turn:] + names[:turn]:
+                times[name] += time_turn(runner, batch, context, ways[name]) / NUM_TURNS
+    return times
 
 
-def time_auto(runner: ModelRunner, batch: int, context: int) -> tuple[float, Arrangement | None]:
-    """Seconds per step as an engine runs it, and what was chosen in the end."""
-    paths = runner.decode_paths
-    assert paths is not None, "it was made to decode"
-    took = time_steps(runner, batch, context, lambda now: paths.replay(batch, np.full(batch, now - 1)))
-    return took, paths.current
+def replays_of(steps: dict[Any, StepGraphs | EagerSteps], batch: int) -> dict[Any, Callable[[int], object]]:
+    def replay_of(of_way: StepGraphs | EagerSteps) -> Callable[[int], object]:
+        return lambda context: of_way.replay(batch)
+
+    return {way: replay_of(of_way) for way, of_way in steps.items()}
+
+
+def auto_of(paths: DecodePaths, batch: int) -> Callable[[int], object]:
+    return lambda context: paths.replay(batch, np.full(batch, context - 1))
+
+
+def lanes_of(output: StepOutput) -> LaneTimes:
+    """When the lanes of a step were busy that has just run."""
+    assert output.lane_moments is not None, "an arrangement is of lanes"
+    return output.lane_moments.times(output.lane_moments.moments.cpu().numpy())
 
 
 def time_growing(
@@ -100,19 +110,18 @@ def time_growing(
     """Seconds in which a batch's contexts grow: by `auto`, plain, and by each arrangement; the best of two rounds."""
     batch, first, last = grow
     with runner._on(runner.stream):
+        steps: dict[Any, StepGraphs | EagerSteps]
         steps = {str(one or "plain"): paths._make_steps([batch], one) for one in (None, *arrangements)}
+        runs = {"auto": auto_of(paths, batch), **replays_of(steps, batch)}
         times: dict[str, float] = {}
-        time_auto(runner, batch, first)  # to warm up
-        for name in ("auto", *steps) * 2:
+        time_turn(runner, batch, first, auto_of(paths, batch))  # to warm up
+        for name in [*runs] * 2:
             assert runner.decode_rows is not None, "it was made to decode"
             runner.decode_rows.pretend(batch, first)
             launched: collections.deque[Event] = collections.deque()
             stopwatch = Stopwatch(runner.device)
             for context in range(first, last):
-                if name == "auto":
-                    paths.replay(batch, np.full(batch, context - 1))
-                else:
-                    steps[name].replay(batch)
+                runs[name](context)
                 launched.append(runner.device.record_event())
                 if len(launched) > STEPS_AHEAD:
                     launched.popleft().synchronize()
@@ -150,17 +159,22 @@ def sweep(runner: ModelRunner, args: argparse.Namespace, bandwidth: float) -> li
         if batch * (context + 2 * NUM_REPLAYS) > runner.num_kv_blocks * runner.block_size:
             print(f"{batch:6}{context:9}  does not fit into the pool")
             continue
-        arrangements = [Arrangement(*pair) for pair in itertools.product(splits, args.cuts)]
-        plain_s, _ = time_arrangement(runner, batch, context, None)
-        auto_s, chosen = time_auto(runner, batch, context)
+        ways = [*itertools.product(args.micro_batches, splits, args.cuts)]
+        steps: dict[Any, StepGraphs | EagerSteps] = {}
+        with runner._on(runner.stream):
+            steps["plain"] = paths._make_steps([batch], None)
+            for parts, split, cut in ways:
+                paths.pipeline.num_micro_batches = parts
+                steps[parts, split, cut] = paths._make_steps([batch], Arrangement(split, cut))
+            paths.pipeline.num_micro_batches = default_parts
+        times = time_in_turns(runner, batch, context, {"auto": auto_of(paths, batch), **replays_of(steps, batch)})
         points = []
-        for parts, arrangement in itertools.product(args.micro_batches, arrangements):
-            paths.pipeline.num_micro_batches = parts
-            took, lanes = time_arrangement(runner, batch, context, arrangement)
-            assert lanes is not None, "an arrangement is of lanes"
-            point = {"split": arrangement.split, "cut": arrangement.cut.name, "parts": parts, "s": took}
+        for way in ways:
+            with runner._on(runner.stream):
+                lanes = lanes_of(steps[way].replay(batch))
+            point = {"split": way[1], "cut": way[2].name, "parts": way[0], "s": times[way]}
             points.append({**point, "attention_s": lanes.attention_s, "ffn_s": lanes.ffn_s})
-        paths.pipeline.num_micro_batches = default_parts
+        plain_s, auto_s, chosen = times["plain"], times["auto"], paths.current
         best = min(points, key=lambda point: point["s"])
         bound = bound_s(runner, batch, context, bandwidth, best["parts"])
         auto = {"chosen": str(chosen or "plain"), "s": auto_s}

@@ -65,7 +65,7 @@ def assert_right(tokens, prompts, reference):
 @pytest.mark.two_gpu
 def test_a_hundred_forced_rebalances_change_no_token_and_leak_nothing(tiny_on_disk, arranged_by_length):
     path, reference = tiny_on_disk
-    prompts = [prompt[:20] for prompt in tiny.random_prompts(24, seed=8, longest=60)]
+    prompts = [prompt[:20] for prompt in tiny.random_prompts(8, seed=8, longest=60)]
     with LLM(path, **TWO_GPUS) as llm:
         paths = llm.decode_runner.decode_paths
         ids = [llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=200)) for prompt in prompts]
@@ -85,7 +85,7 @@ def test_a_hundred_forced_rebalances_change_no_token_and_leak_nothing(tiny_on_di
 @pytest.mark.two_gpu
 def test_the_split_follows_the_contexts(tiny_on_disk, arranged_by_length):
     path, reference = tiny_on_disk
-    prompts = [prompt[:20] for prompt in tiny.random_prompts(24, seed=9, longest=60)]
+    prompts = [prompt[:20] for prompt in tiny.random_prompts(10, seed=9, longest=60)]
     with LLM(path, **TWO_GPUS) as llm:
         answers = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=80), use_tqdm=False)
         metrics = llm.metrics()
@@ -101,7 +101,7 @@ def test_the_split_follows_the_contexts(tiny_on_disk, arranged_by_length):
 def test_lanes_that_break_are_left_out_and_come_back(tiny_on_disk, arranged_by_length, monkeypatch):
     monkeypatch.setattr(outage, "FIRST_PAUSE_S", 0.001)
     path, reference = tiny_on_disk
-    prompts = [prompt[:20] for prompt in tiny.random_prompts(24, seed=10, longest=60)]
+    prompts = [prompt[:20] for prompt in tiny.random_prompts(10, seed=10, longest=60)]
     replay, calls = StepGraphs.replay, [0]
 
     def failing(graphs, size):
