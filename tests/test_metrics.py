@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nanovllm import LLM, EngineClosedError, SamplingParams, UnknownRequestError
-from nanovllm.engine import llm_engine
+from nanovllm.engine import observer
 from nanovllm.engine.metrics import Histogram, TokenTimes
 from nanovllm.prometheus import Collector
 from tests import tiny
@@ -138,8 +138,8 @@ def test_a_request_can_be_explained(tmp_path):
 
 
 def test_only_so_many_timelines_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(llm_engine, "MOST_TIMELINES", 2)
+    monkeypatch.setattr(observer, "MOST_TIMELINES", 2)
     path = tiny.save(tiny.make_reference(seed=3), tmp_path)
     with LLM(path, device="cpu") as llm:
         llm.generate(tiny.random_prompts(3, seed=4), SamplingParams(max_tokens=2), use_tqdm=False)
-        assert len(llm._timelines) == 2
+        assert len(llm._observer._timelines) == 2

@@ -93,7 +93,7 @@ def test_every_step_handoff_and_request_is_there_once(tiny_path, tmp_path, mode,
         answers = llm.generate(prompts, params, use_tqdm=False)
         assert_whole(llm)
         counters, block_bytes = llm.counters, llm.decode_runner.spec.block_bytes
-        raw = [(span.row, span.start_s, span.end_s) for span in llm._tracer._spans]
+        raw = [(span.row, span.start_s, span.end_s) for span in llm._observer._tracer._spans]
         assert not path.exists()
     assert [answer["token_ids"] for answer in answers] == expected
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 import traceback
-from collections import Counter, OrderedDict, deque
-from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from collections import deque
 from itertools import compress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,19 +16,19 @@ import numpy as np
 from nanovllm.config import EngineConfig
 from nanovllm.engine.builder import build_engine
 from nanovllm.engine.decode_batch import DecodeStep
-from nanovllm.engine.kv_transfer import TransferHandle
-from nanovllm.engine.metrics import Metrics
+from nanovllm.engine.in_flight import Handoff, InFlight
 from nanovllm.engine.model_runner import ModelRunner, SampledOnHost, StepHandle
+from nanovllm.engine.observer import MOST_TIMELINES, Observer
 from nanovllm.engine.requests import Prompt
-from nanovllm.engine.scheduler import BlockPair, PrefillStep, Step
-from nanovllm.engine.sequence import Lease, Sequence, SequenceStatus
+from nanovllm.engine.scheduler import PrefillStep, Step
+from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.timeline import Timeline
 from nanovllm.engine.tokenizer import NoText, RequestText
-from nanovllm.engine.trace import Moments, Tracer
+from nanovllm.engine.trace import Tracer
 from nanovllm.errors import DeviceError, EngineClosedError, HandoffError, HandoffTimeout, UnknownRequestError, shown
 from nanovllm.outputs import FinishReason, RequestOutput, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.device import DeviceClock, never_free
+from nanovllm.utils.device import never_free
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -43,48 +40,6 @@ DECODE_STEPS_AHEAD = 2
 
 PREFILL_STEPS_AHEAD = 2
 """Prefill steps in flight on a device of their own, for the same reason. Where decode steps wait for them it is one."""
-
-
-MOST_TIMELINES = 1000
-"""Of requests that have ended: enough to ask what just happened."""
-
-
-@dataclass
-class Counters:
-    """What the engine has run since it was made; tokens found in a prefix cache are not counted."""
-
-    prefill_steps: int = 0
-    prefill_tokens: int = 0
-    decode_steps: int = 0
-    decode_tokens: int = 0
-    handoffs: int = 0
-    handoff_blocks: int = 0
-
-
-@dataclass(frozen=True)
-class InFlight:
-    """A launched step, where it runs and the handle to collect it by."""
-
-    runner: ModelRunner
-    step: Step
-    handle: StepHandle
-    launched_s: float
-
-
-@dataclass
-class Handoff:
-    """Blocks of one request on their way to the decode pool."""
-
-    seq: Sequence
-    lease: Lease
-    pairs: SequenceOf[BlockPair]
-    handle: TransferHandle
-    step: PrefillStep
-    """The step that computes the blocks; the handoff's time runs from its end."""
-    computed_s: float | None = None
-    """When that step was seen to have ended."""
-    deadline_s: float = math.inf
-    timed_out: bool = False
 
 
 class LLMEngine:
@@ -105,16 +60,15 @@ class LLMEngine:
         self._closed = True
         path = os.fspath(model) if isinstance(model, os.PathLike) else model
         self.config = EngineConfig.from_options(path, options)
-        self._tracer = None if self.config.trace is None else Tracer(self.config.trace)
+        tracer = None if self.config.trace is None else Tracer(self.config.trace)
         parts = build_engine(self.config)
         self.tokenizer = parts.tokenizer
         self.prefill_runner = parts.prefill_runner
         self.decode_runner = parts.decode_runner
         self.kv_transfer = parts.kv_transfer
         self.scheduler = parts.scheduler
-        self.counters = Counters()
-        self._metrics = Metrics()
-        self._timelines: OrderedDict[int, Timeline] = OrderedDict()
+        self._observer = Observer(parts, tracer, verifies_handoffs=self.config.verify_kv_handoff)
+        self.counters = self._observer.counters
         self._intake = parts.intake
         self._next_request_id = 0
         self._sequences: dict[int, Sequence] = {}
@@ -126,17 +80,8 @@ class LLMEngine:
         self._last_progress_s = time.perf_counter()
         self._last_end_s: dict[ModelRunner, float] = {}
         """When a step of a runner was last seen to have ended."""
-        self._prefill_is_out = False
-        self._fallbacks: Counter[str] = Counter()
-        self._num_recoveries = 0
         self._device_error: DeviceError | None = None
         """Why nothing runs any more."""
-        self._copies_within_steps = parts.kv_transfer.name == "direct"
-        if self._tracer is not None:
-            for runner in {self.prefill_runner, self.decode_runner}:
-                runner.clock = DeviceClock(runner.device)
-            if self.decode_runner.decode_paths is not None:
-                self.decode_runner.decode_paths.tracer = self._tracer
         self._gap_start_s: float | None = None
         """When the last decode step ended, if another one was queued right behind it."""
         self._closed = False
@@ -196,7 +141,7 @@ class LLMEngine:
         """
         known = isinstance(request_id, int) and not isinstance(request_id, bool)
         seq = self._sequences.get(request_id) if known else None
-        timeline = seq.timeline if seq is not None else self._timelines.get(request_id) if known else None
+        timeline = seq.timeline if seq is not None else self._observer.timeline(request_id) if known else None
         if timeline is None:
             raise UnknownRequestError(
                 f"request {shown(request_id)} is not known, or ended before the last {MOST_TIMELINES} that did"
@@ -218,65 +163,27 @@ class LLMEngine:
             EngineClosedError: the engine was closed.
         """
         self._check_open()
-        scheduler, counters, times = self.scheduler, self.counters, self._metrics
-        states = scheduler.num_by_status()
-        pools = {"prefill": scheduler.prefill_pool, "decode": scheduler.decode_pool}
-        paths = self.decode_runner.decode_paths
-        assert paths is not None, "the decode runner decodes"
-        stages, arrangement = paths.lane_times, paths.current
-        return {
-            "requests": {status.name.lower(): number for status, number in states.items()},
-            "requests_ended": dict(times.ended),
-            "ttft_s": times.ttft_s.as_dict(),
-            "tpot_s": times.tpot_s.as_dict(),
-            "itl_s": times.itl_s.as_dict(),
-            "latency_s": times.latency_s.as_dict(),
-            "prefill_steps": counters.prefill_steps,
-            "prefill_tokens": counters.prefill_tokens,
-            "decode_steps": counters.decode_steps,
-            "decode_tokens": counters.decode_tokens,
-            "pipeline_steps": paths.counters.steps,
-            "pipeline_split": arrangement and dict(zip(("attention", "ffn"), arrangement.split, strict=True)),
-            "stage_s": stages and {"attention": stages.attention_s, "ffn": stages.ffn_s},
-            "rebalances": paths.num_rebalances,
-            "prefix_cache_queried_tokens": scheduler.num_queried_tokens,
-            "prefix_cache_hit_tokens": scheduler.num_hit_tokens,
-            "handoff_s": times.handoff_s.as_dict(),
-            "handoff_bytes": counters.handoff_blocks * self.decode_runner.spec.block_bytes,
-            "handoff_backlog": states[SequenceStatus.PREFILLING] + states[SequenceStatus.HANDING_OFF],
-            "predicted_itl_s": scheduler.predicted_itl_s,
-            "leases": scheduler.num_leases,
-            "kv_blocks": {
-                name: {"held": pool.num_held_blocks, "total": pool.num_blocks} for name, pool in pools.items()
-            },
-            "preemptions": scheduler.num_preemptions,
-            "fallbacks": {**dict(paths.counters.fallbacks), **dict(self._fallbacks)},
-            "recoveries": paths.counters.recoveries + self._num_recoveries,
-        }
+        return self._observer.metrics()
 
     def close(self) -> None:
         """Aborts everything, waits for the devices, writes the trace, gives memory back. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
+        unfinished = list(self._sequences.values())
         try:
             self._close()
         finally:
-            if self._tracer is not None:
-                self._tracer.write()
+            self._observer.close(unfinished)
 
     def _close(self) -> None:
         for seq in self.scheduler.unfinished():
             self.scheduler.finish(seq, "abort")
-        if self._tracer is not None:
-            for seq in self._sequences.values():
-                if seq.finished_s is None:
-                    self._tracer.add_request(seq)
         if self._device_error is None:
             self._settle()
         # On a lost GPU every call fails, or waits for ever: what it holds goes with the process.
         runners = {self.prefill_runner, self.decode_runner} if self._device_error is None else set()
-        self._trace_dropped(self._handoffs)
+        self._observer.dropped(self._in_flight, self._handoffs)
         for state in (self._sequences, self._texts, self._in_flight, self._handoffs, self._handing_off, self._outputs):
             state.clear()
         for runner in runners:
@@ -329,7 +236,7 @@ class LLMEngine:
             self._collect_steps()
             self._collect_handoffs()
             self._check_steps_end()
-            self._note_outage()
+            self._observer.look_at_outage()
             for seq in self.scheduler.get_failed_sequences():
                 self._give_out(seq)
         except BaseException as error:
@@ -382,9 +289,8 @@ class LLMEngine:
             first_of.add(work.runner)
             began_s = max(work.launched_s, self._last_end_s.get(work.runner, 0.0))
             if now - began_s > self.config.step_timeout_s and not work.handle.is_done():
-                kind = "prefill" if isinstance(work.step, PrefillStep) else "decode"
                 raise DeviceError(
-                    f"{work.runner.device} is lost: a {kind} step of {len(work.step.rows)} requests has not ended "
+                    f"{work.runner.device} is lost: a {work.kind} step of {len(work.step.rows)} requests has not ended "
                     f"within step_timeout_s={self.config.step_timeout_s}"
                 )
 
@@ -398,7 +304,7 @@ class LLMEngine:
         for runner in {self.prefill_runner, self.decode_runner}:
             runner.synchronize(copies=not is_stuck)
             runner.forget_decode_rows()
-        self._trace_dropped([] if is_stuck else self._handoffs)
+        self._observer.dropped(self._in_flight, [] if is_stuck else self._handoffs)
         self._handoffs = self._handoffs if is_stuck else []
         for handoff in self._handoffs:
             handoff.timed_out = handoff.lease.stuck = True
@@ -460,7 +366,7 @@ class LLMEngine:
         if error is None:
             self._in_flight.append(InFlight(runner, step, handle, time.perf_counter()))
             if isinstance(step, PrefillStep):
-                self._log_launch(runner, step)
+                self._observer.step_launched(runner, step)
                 self._send(step, handle)
             return True
         # What the step had launched before it failed may still be writing to its blocks, and to the decode rows: they
@@ -484,19 +390,8 @@ class LLMEngine:
         retry = seq.failures == 0
         logger.warning("request %d failed (%s); %s", seq.request_id, error, "retrying" if retry else "giving up")
         self.scheduler.fail(seq, error)
-        self._note_outage()
+        self._observer.look_at_outage()
         self._progressed()
-
-    def _note_outage(self) -> None:
-        """Says, once, that the prefill device is left out, or works again."""
-        was_out, self._prefill_is_out = self._prefill_is_out, self.scheduler.prefill_outage.is_out
-        device = self.prefill_runner.device
-        if self._prefill_is_out and not was_out:
-            self._fallbacks["prefill device left out"] += 1
-            logger.warning("%s is left out for a while, %s prefills alone", device, self.decode_runner.device)
-        elif was_out and not self._prefill_is_out:
-            self._num_recoveries += 1
-            logger.warning("%s works again", device)
 
     def _progressed(self) -> None:
         self._last_progress_s = time.perf_counter()
@@ -522,7 +417,7 @@ class LLMEngine:
         sampled = work.handle.collect()
         self._in_flight.remove(work)
         self._last_end_s[work.runner] = time.perf_counter()
-        self._trace_step(work)
+        self._observer.step_ended(work)
         self._progressed()
         if isinstance(work.step, PrefillStep):
             self._prefill_ended(work.step, sampled)
@@ -547,7 +442,7 @@ class LLMEngine:
         assert len(last) == len(sampled.token_ids), "a token for each request whose prompt is complete"
         for place, (seq, counts) in enumerate(last):
             if counts:
-                self._metrics.got_token(seq)
+                self._observer.times.got_token(seq)
                 self._append(seq, int(sampled.token_ids[place]), sampled.logprobs_of(place))
         self._handing_off += self.scheduler.get_prefilled_sequences()
         for handoff in self._handoffs:
@@ -566,7 +461,7 @@ class LLMEngine:
         counts = np.ones(len(batch), dtype=bool)
         if step.ended_leases:
             counts[:] = [seq.lease is lease for seq, lease in zip(batch.seqs, batch.leases, strict=True)]
-        self._metrics.got_tokens(batch.token_time_places[counts])
+        self._observer.times.got_tokens(batch.token_time_places[counts])
         # For every token of every request: no Python.
         is_plain = (counts & ~is_notable).tolist()
         appended = map(list.append, compress(batch.token_lists, is_plain), compress(token_ids, is_plain))
@@ -595,10 +490,10 @@ class LLMEngine:
             except Exception as error:  # noqa: BLE001 - a copy that cannot be launched fails its request alone
                 self._raise_if_lost(error)
                 self.scheduler.release(chunk.lease)
-                self._fail(chunk.seq, HandoffError(f"{self._about(chunk.seq)}: {error}"))
+                self._fail(chunk.seq, HandoffError(f"{self._observer.about_handoff(chunk.seq)}: {error}"))
                 continue
             self._handoffs.append(Handoff(chunk.seq, chunk.lease, chunk.handoff, transfer, step))
-            self._log_blocks("sent", chunk.seq, chunk.handoff)
+            self._observer.handoff_sent(chunk.seq, chunk.handoff)
 
     def _collect_handoffs(self) -> None:
         for handoff in list(self._handoffs):
@@ -624,36 +519,20 @@ class LLMEngine:
             handoff.handle.wait()
         except Exception as raised:  # noqa: BLE001 - whatever went wrong on the way fails this request alone
             self._raise_if_lost(raised)
-            error = HandoffError(f"{self._about(handoff.seq)}: {raised}")
-        self._trace_handoff(handoff)
+            error = HandoffError(f"{self._observer.about_handoff(handoff.seq)}: {raised}")
+        self._observer.handoff_ended(handoff, arrived=error is None)
         if error is None:
             self.scheduler.blocks_arrived(handoff.lease)
         else:
             self.scheduler.release(handoff.lease)
-        if handoff.computed_s is not None:
-            self._metrics.handoff_s.observe(time.perf_counter() - handoff.computed_s)
-        if error is None:
-            self.counters.handoffs += 1
-            self.counters.handoff_blocks += len(handoff.pairs)
-            arrived = "arrived and verified" if self.config.verify_kv_handoff else "arrived"
-            self._log_blocks(arrived, handoff.seq, handoff.pairs)
-        elif handoff.seq.lease is handoff.lease:
-            self._fail(handoff.seq, error)
-
-    def _log_blocks(self, what: str, seq: Sequence, pairs: SequenceOf[BlockPair]) -> None:
-        if logger.isEnabledFor(logging.DEBUG):
-            num_bytes = len(pairs) * self.decode_runner.spec.block_bytes
-            logger.debug("%s: %d blocks (%d bytes) %s", self._about(seq), len(pairs), num_bytes, what)
-
-    def _about(self, seq: Sequence) -> str:
-        devices = f"{self.prefill_runner.device} to {self.decode_runner.device}"
-        return f"handoff of request {seq.request_id} from {devices} by {self.kv_transfer.name!r}"
+            if handoff.seq.lease is handoff.lease:
+                self._fail(handoff.seq, error)
 
     def _timeout_message(self, handoff: Handoff) -> str:
         pools = (self.scheduler.prefill_pool, self.scheduler.decode_pool)
         prefill_state, decode_state = (f"{pool.num_held_blocks} of {pool.num_blocks} blocks held" for pool in pools)
         return (
-            f"{self._about(handoff.seq)}: {len(handoff.pairs)} blocks, from {handoff.pairs[0][0]} to "
+            f"{self._observer.about_handoff(handoff.seq)}: {len(handoff.pairs)} blocks, from {handoff.pairs[0][0]} to "
             f"{handoff.pairs[0][1]} on, have not arrived within handoff_timeout_s={self.config.handoff_timeout_s}; "
             f"prefill pool: {prefill_state}; decode pool: {decode_state}; handoffs under way: {len(self._handoffs)}; "
             f"steps in flight: {len(self._in_flight)}. The blocks stay held until the copy ends"
@@ -669,59 +548,6 @@ class LLMEngine:
         message = f"request {waiting[0].request_id} waits for blocks that a handoff without end holds"
         self.scheduler.give_up(waiting[0], HandoffTimeout(f"{message}: {self._timeout_message(self._handoffs[0])}"))
         self._progressed()
-
-    # Tracing and logging
-
-    def _trace_step(self, work: InFlight) -> None:
-        """A step that has ended."""
-        moments = None if self._tracer is None else work.handle.moments()
-        if self._tracer is None or moments is None:
-            return
-        self._tracer.add_step(self._row_of(work.runner), work.step, moments)
-        if isinstance(work.step, PrefillStep) and self._copies_within_steps:
-            sent = [chunk for chunk in work.step.rows if chunk.handoff]
-            if sent:
-                pairs = [pair for chunk in sent for pair in chunk.handoff]
-                self._trace_copies([chunk.seq for chunk in sent], pairs, moments)
-
-    def _trace_handoff(self, handoff: Handoff) -> None:
-        """A handoff that has ended."""
-        moments = None if self._tracer is None else handoff.handle.moments()
-        if moments is not None:
-            self._trace_copies([handoff.seq], handoff.pairs, moments)
-
-    def _trace_dropped(self, handoffs: SequenceOf[Handoff]) -> None:
-        """Steps, and handoffs, that have ended and that nobody will collect."""
-        for work in self._in_flight:
-            self._trace_step(work)
-        for handoff in handoffs:
-            if handoff.handle.is_done():
-                self._trace_handoff(handoff)
-
-    def _trace_copies(self, seqs: SequenceOf[Sequence], pairs: SequenceOf[BlockPair], moments: Moments) -> None:
-        assert self._tracer is not None, "nothing is timed without a tracer"
-        row = f"handoff {self.prefill_runner.device} to {self.decode_runner.device}"
-        num_bytes = len(pairs) * self.decode_runner.spec.block_bytes
-        self._tracer.add_handoff(row, seqs, len(pairs), num_bytes, moments)
-
-    def _row_of(self, runner: ModelRunner) -> str:
-        if self.prefill_runner is self.decode_runner:
-            return f"device {runner.device}"
-        return f"{'decode' if runner is self.decode_runner else 'prefill'} device {runner.device}"
-
-    def _log_launch(self, runner: ModelRunner, step: PrefillStep) -> None:
-        if not logger.isEnabledFor(logging.DEBUG):
-            return
-        for chunk in step.rows:
-            logger.debug(
-                "request %d: prefill of tokens %d to %d of %d launched on %s, completes %d blocks to hand over",
-                chunk.seq.request_id,
-                chunk.start,
-                chunk.end,
-                chunk.seq.num_tokens,
-                runner.device,
-                len(chunk.handoff),
-            )
 
     # Tokens
 
@@ -769,7 +595,7 @@ class LLMEngine:
                 seq.finish_reason, seq.error = "error", error
                 seq.timeline.mark(f"ended: error, {error}")
             if is_first_time:
-                self._note_end(seq)
+                self._observer.request_ended(seq)
         new_token_ids = seq.token_ids[seq.num_shown_tokens :]
         new_logprobs = None
         if new_token_ids and seq.params.logprobs is not None:
@@ -789,14 +615,6 @@ class LLMEngine:
         seq.output = output
         self._queue_of(seq).append(output)
         self._given_out(seq)
-
-    def _note_end(self, seq: Sequence) -> None:
-        self._metrics.has_ended(seq, seq.finish_reason or "error")
-        self._timelines[seq.request_id] = seq.timeline
-        if len(self._timelines) > MOST_TIMELINES:
-            self._timelines.popitem(last=False)
-        if self._tracer is not None:
-            self._tracer.add_request(seq)
 
     def _given_out(self, seq: Sequence) -> None:
         seq.num_shown_tokens = len(seq.token_ids)

@@ -1,0 +1,216 @@
+"""What an engine tells of its work: metrics, timelines, a trace, lines of the log. Changes nothing of the work."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Any
+
+from nanovllm.engine.builder import EngineParts
+from nanovllm.engine.in_flight import Handoff, InFlight
+from nanovllm.engine.metrics import Metrics
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.scheduler import BlockPair, PrefillStep
+from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.timeline import Timeline
+from nanovllm.engine.trace import Moments, Tracer
+from nanovllm.utils.device import DeviceClock
+
+logger = logging.getLogger(__name__)
+
+MOST_TIMELINES = 1000
+"""Of requests that have ended: enough to ask what just happened."""
+
+
+@dataclass
+class Counters:
+    """What the engine has run since it was made; tokens found in a prefix cache are not counted."""
+
+    prefill_steps: int = 0
+    prefill_tokens: int = 0
+    decode_steps: int = 0
+    decode_tokens: int = 0
+    handoffs: int = 0
+    handoff_blocks: int = 0
+
+
+class Observer:
+    """Is told of what the engine does, and tells of it when asked.
+
+    Args:
+        parts: the engine's.
+        tracer: what to write a trace with; None for none, and then nothing is timed on the devices.
+        verifies_handoffs: whether blocks that arrive are compared with those that left.
+    """
+
+    def __init__(self, parts: EngineParts, tracer: Tracer | None, *, verifies_handoffs: bool) -> None:
+        self.counters = Counters()
+        self.times = Metrics()
+        self._timelines: OrderedDict[int, Timeline] = OrderedDict()
+        self._tracer = tracer
+        self._prefill_runner, self._decode_runner = parts.prefill_runner, parts.decode_runner
+        self._scheduler = parts.scheduler
+        self._handoff_name = parts.kv_transfer.name
+        self._verifies_handoffs = verifies_handoffs
+        self._fallbacks: Counter[str] = Counter()
+        self._num_recoveries = 0
+        self._prefill_is_out = False
+        if tracer is not None:
+            for runner in {self._prefill_runner, self._decode_runner}:
+                runner.clock = DeviceClock(runner.device)
+            if self._decode_runner.decode_paths is not None:
+                self._decode_runner.decode_paths.tracer = tracer
+
+    # What happens
+
+    def step_launched(self, runner: ModelRunner, step: PrefillStep) -> None:
+        """A prefill step."""
+        if not logger.isEnabledFor(logging.DEBUG):
+            return
+        for chunk in step.rows:
+            logger.debug(
+                "request %d: prefill of tokens %d to %d of %d launched on %s, completes %d blocks to hand over",
+                chunk.seq.request_id,
+                chunk.start,
+                chunk.end,
+                chunk.seq.num_tokens,
+                runner.device,
+                len(chunk.handoff),
+            )
+
+    def step_ended(self, work: InFlight) -> None:
+        moments = None if self._tracer is None else work.handle.moments()
+        if self._tracer is None or moments is None:
+            return
+        self._tracer.add_step(self._row_of(work.runner), work.step, moments)
+        # Copies of `direct` are part of their step.
+        if isinstance(work.step, PrefillStep) and self._handoff_name == "direct":
+            sent = [chunk for chunk in work.step.rows if chunk.handoff]
+            if sent:
+                pairs = [pair for chunk in sent for pair in chunk.handoff]
+                self._trace_copies([chunk.seq for chunk in sent], pairs, moments)
+
+    def handoff_sent(self, seq: Sequence, pairs: SequenceOf[BlockPair]) -> None:
+        self._log_blocks("sent", seq, pairs)
+
+    def handoff_ended(self, handoff: Handoff, *, arrived: bool) -> None:
+        self._trace_handoff(handoff)
+        if handoff.computed_s is not None:
+            self.times.handoff_s.observe(time.perf_counter() - handoff.computed_s)
+        if arrived:
+            self.counters.handoffs += 1
+            self.counters.handoff_blocks += len(handoff.pairs)
+            what = "arrived and verified" if self._verifies_handoffs else "arrived"
+            self._log_blocks(what, handoff.seq, handoff.pairs)
+
+    def dropped(self, steps: Iterable[InFlight], handoffs: Iterable[Handoff]) -> None:
+        """Steps that have ended, and handoffs that may have, which nobody will collect."""
+        for work in steps:
+            self.step_ended(work)
+        for handoff in handoffs:
+            if handoff.handle.is_done():
+                self._trace_handoff(handoff)
+
+    def request_ended(self, seq: Sequence) -> None:
+        self.times.has_ended(seq, seq.finish_reason or "error")
+        self._timelines[seq.request_id] = seq.timeline
+        if len(self._timelines) > MOST_TIMELINES:
+            self._timelines.popitem(last=False)
+        if self._tracer is not None:
+            self._tracer.add_request(seq)
+
+    def look_at_outage(self) -> None:
+        """Says, once, that the prefill device is left out, or works again."""
+        was_out, self._prefill_is_out = self._prefill_is_out, self._scheduler.prefill_outage.is_out
+        device = self._prefill_runner.device
+        if self._prefill_is_out and not was_out:
+            self._fallbacks["prefill device left out"] += 1
+            logger.warning("%s is left out for a while, %s prefills alone", device, self._decode_runner.device)
+        elif was_out and not self._prefill_is_out:
+            self._num_recoveries += 1
+            logger.warning("%s works again", device)
+
+    def close(self, unfinished: Iterable[Sequence]) -> None:
+        """Writes the trace, these requests with it."""
+        if self._tracer is None:
+            return
+        for seq in unfinished:
+            if seq.finished_s is None:
+                self._tracer.add_request(seq)
+        self._tracer.write()
+
+    # What is asked
+
+    def timeline(self, request_id: int) -> Timeline | None:
+        """Of one of the last MOST_TIMELINES requests that ended."""
+        return self._timelines.get(request_id)
+
+    def metrics(self) -> dict[str, Any]:
+        """See `LLMEngine.metrics`."""
+        scheduler, counters, times = self._scheduler, self.counters, self.times
+        states = scheduler.num_by_status()
+        pools = {"prefill": scheduler.prefill_pool, "decode": scheduler.decode_pool}
+        paths = self._decode_runner.decode_paths
+        assert paths is not None, "the decode runner decodes"
+        stages, arrangement = paths.lane_times, paths.current
+        return {
+            "requests": {status.name.lower(): number for status, number in states.items()},
+            "requests_ended": dict(times.ended),
+            "ttft_s": times.ttft_s.as_dict(),
+            "tpot_s": times.tpot_s.as_dict(),
+            "itl_s": times.itl_s.as_dict(),
+            "latency_s": times.latency_s.as_dict(),
+            "prefill_steps": counters.prefill_steps,
+            "prefill_tokens": counters.prefill_tokens,
+            "decode_steps": counters.decode_steps,
+            "decode_tokens": counters.decode_tokens,
+            "pipeline_steps": paths.counters.steps,
+            "pipeline_split": arrangement and dict(zip(("attention", "ffn"), arrangement.split, strict=True)),
+            "stage_s": stages and {"attention": stages.attention_s, "ffn": stages.ffn_s},
+            "rebalances": paths.num_rebalances,
+            "prefix_cache_queried_tokens": scheduler.num_queried_tokens,
+            "prefix_cache_hit_tokens": scheduler.num_hit_tokens,
+            "handoff_s": times.handoff_s.as_dict(),
+            "handoff_bytes": counters.handoff_blocks * self._decode_runner.spec.block_bytes,
+            "handoff_backlog": states[SequenceStatus.PREFILLING] + states[SequenceStatus.HANDING_OFF],
+            "predicted_itl_s": scheduler.predicted_itl_s,
+            "leases": scheduler.num_leases,
+            "kv_blocks": {
+                name: {"held": pool.num_held_blocks, "total": pool.num_blocks} for name, pool in pools.items()
+            },
+            "preemptions": scheduler.num_preemptions,
+            "fallbacks": {**dict(paths.counters.fallbacks), **dict(self._fallbacks)},
+            "recoveries": paths.counters.recoveries + self._num_recoveries,
+        }
+
+    def about_handoff(self, seq: Sequence) -> str:
+        """How messages name a request's handoff."""
+        return f"handoff of request {seq.request_id} from {self._link} by {self._handoff_name!r}"
+
+    @property
+    def _link(self) -> str:
+        return f"{self._prefill_runner.device} to {self._decode_runner.device}"
+
+    def _log_blocks(self, what: str, seq: Sequence, pairs: SequenceOf[BlockPair]) -> None:
+        if logger.isEnabledFor(logging.DEBUG):
+            num_bytes = len(pairs) * self._decode_runner.spec.block_bytes
+            logger.debug("%s: %d blocks (%d bytes) %s", self.about_handoff(seq), len(pairs), num_bytes, what)
+
+    def _trace_handoff(self, handoff: Handoff) -> None:
+        moments = None if self._tracer is None else handoff.handle.moments()
+        if moments is not None:
+            self._trace_copies([handoff.seq], handoff.pairs, moments)
+
+    def _trace_copies(self, seqs: SequenceOf[Sequence], pairs: SequenceOf[BlockPair], moments: Moments) -> None:
+        assert self._tracer is not None, "nothing is timed without a tracer"
+        num_bytes = len(pairs) * self._decode_runner.spec.block_bytes
+        self._tracer.add_handoff(f"handoff {self._link}", seqs, len(pairs), num_bytes, moments)
+
+    def _row_of(self, runner: ModelRunner) -> str:
+        if self._prefill_runner is self._decode_runner:
+            return f"device {runner.device}"
+        return f"{'decode' if runner is self._decode_runner else 'prefill'} device {runner.device}"
