@@ -10,7 +10,6 @@ import pytest
 
 from nanovllm.engine import outage
 from nanovllm.engine.calibration import (
-    MARGIN,
     Calibration,
     Measured,
     calibration_file,
@@ -19,7 +18,7 @@ from nanovllm.engine.calibration import (
 )
 from nanovllm.engine.outage import Outage
 from nanovllm.engine.pipeline_plan import Arrangement, Cut
-from nanovllm.engine.rebalancer import TRIAL_EVERY, Rebalancer, StepTimes
+from nanovllm.engine.rebalancer import FIRST_TRIALS, TRIAL_EVERY, Rebalancer, StepTimes
 
 FEW, MANY = Arrangement((48, 84), Cut.GEMMS), Arrangement((64, 68), Cut.REST)
 POINTS = [
@@ -234,7 +233,7 @@ def test_trials_cost_little_and_follow_the_busier_lane():
     tried = [path for path in ran if path != FEW]
     # What takes SMs from attention is not tried but before anything is known, and what is 20 % slower never.
     assert set(tried[1:]) == {more}
-    assert len(tried) == pytest.approx(8000 / 8 / TRIAL_EVERY, abs=2)
+    assert len(tried) == pytest.approx(8000 / 8 / TRIAL_EVERY, abs=2 + FIRST_TRIALS)
     assert total_s < 1.001 * 8000
 
 
@@ -310,27 +309,29 @@ class Recorded:
         )
 
 
-@pytest.mark.parametrize(("error", "most_loss"), [(0.0, 0.003), (0.02, 0.01), (0.05, 0.02)])
-@pytest.mark.parametrize("name", ["qwen3-0.6b"])
-def test_recorded_cards_are_served_by_what_is_best_or_soon_is(name, error, most_loss):
-    """With a calibration that is right, or of a card that differs by some percent in every way."""
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-8b"])
+@pytest.mark.parametrize(
+    ("error", "num_steps", "most_loss", "mean_loss"),
+    [(0.0, 200, 0.01, 0.003), (0.02, 1000, 0.01, 0.002), (0.05, 1000, 0.03, 0.005), (0.05, 8000, 0.02, 0.002)],
+)
+def test_recorded_cards_are_served_by_what_is_best_or_soon_is(name, error, num_steps, most_loss, mean_loss):
+    """With a calibration that is right, or of a card that differs by some percent in every way: what is lost to the
+    best way, while it is found out and after."""
     card = Recorded(name)
     losses = []
     for point in card.calibration.points:
         best_s = min(point.plain_s, *point.pipelined_s.values())
-        for seed in range(3):
-            calibration = card.misremembered(error, seed)
-            rebalancer = Rebalancer(calibration, {point.batch: card.arrangements})
+        for seed in range(6):
+            rebalancer = Rebalancer(card.misremembered(error, seed), {point.batch: card.arrangements})
             total_s, _, changes = simulate(
                 rebalancer,
-                [float(point.context)] * 8000,
+                [float(point.context)] * num_steps,
                 point.batch,
                 lambda path, batch, context: card.calibration.seconds(path, batch, context),
-                noise=0.005,
+                noise=0.01,
                 lanes=lambda path, batch, context: card.busy(path, batch, int(context)),
             )
-            losses.append(total_s / 8000 / best_s - 1)
-            assert changes <= 12
-    # What is faster by less than the margin need not be found.
-    assert max(losses) < MARGIN + most_loss
-    assert sum(losses) / len(losses) < 0.005
+            losses.append(total_s / num_steps / best_s - 1)
+            assert changes <= 8
+    assert max(losses) < most_loss
+    assert sum(losses) / len(losses) < mean_loss

@@ -13,10 +13,12 @@ from nanovllm.engine.pipeline_plan import Arrangement
 
 TRIAL_EVERY = 16
 """One of so many decisions is for something else than what seems best, to see whether it still is not."""
+FIRST_TRIALS = 3
+"""Until something was seen so often at a batch size, it is tried at every other decision."""
 MOST_TRIAL_LOSS = 0.1
 """What seems slower by more is not tried: with a step in TRIAL_EVERY * 8 that costs less than 0.1 %."""
 WEIGHT = 1 / 8
-"""Of a step that was timed in the mean of those before it."""
+"""At the least, of a step that was timed in the mean of those before it."""
 BALANCED = 0.05
 """Lanes that are busy for as long, but for so much, tell nothing about the split."""
 
@@ -35,7 +37,8 @@ class _Seen:
     """Steps of one batch size and arrangement: their time as a share of the calibrated, and how far lanes differed."""
 
     ratio: float
-    last_turn: int
+    last_turn: int = 0
+    number: int = 0
     imbalance: float = 0.0
     """Busy time of the attention lane less that of the FFN lane, as a share of the longer."""
 
@@ -97,12 +100,15 @@ class Rebalancer:
     def trial(self, batch: int, context: float) -> Arrangement | None:
         """What a single step is to be instead, called after each `choose`: mostly what was chosen."""
         self._turn += 1
-        if self._turn % TRIAL_EVERY or self.always is not None:
+        if self.always is not None or self._turn % 2:
             return self.current
         candidates = [path for path in self._worth_trying(batch, context) if path != self.current]
-        if not candidates:
-            return self.current
-        return min(candidates, key=lambda path: self._last_turn(path, batch))
+        new = [path for path in candidates if self._of(path, batch).number < FIRST_TRIALS]
+        if new:
+            return min(new, key=lambda path: self._expected_s(path, batch, context))
+        if candidates and self._turn % TRIAL_EVERY == 0:
+            return min(candidates, key=lambda path: self._of(path, batch).last_turn)
+        return self.current
 
     def observe(self, batch: int, context: float, arrangement: Arrangement | None, times: StepTimes) -> None:
         """A step of `batch` rows has taken so long."""
@@ -111,15 +117,13 @@ class Rebalancer:
             return
         ratio = times.step_s / calibrated_s
         self._drift += WEIGHT * (ratio - self._drift)
-        seen = self._seen.get((batch, arrangement))
-        if seen is None:
-            # Half of what is expected: one step may be an exception.
-            seen = self._seen[batch, arrangement] = _Seen((ratio + self._drift) / 2, self._turn)
-        seen.ratio += WEIGHT * (ratio - seen.ratio)
-        seen.last_turn = self._turn
+        seen = self._seen[batch, arrangement] = self._of(arrangement, batch)
+        # What was expected counts for one: a single step may be an exception.
+        seen.ratio += max(WEIGHT, 1 / (seen.number + 2)) * (ratio - seen.ratio)
+        seen.last_turn, seen.number = self._turn, seen.number + 1
         if times.attention_s and times.ffn_s:
             imbalance = (times.attention_s - times.ffn_s) / max(times.attention_s, times.ffn_s)
-            seen.imbalance += WEIGHT * (imbalance - seen.imbalance)
+            seen.imbalance += max(WEIGHT, 1 / seen.number) * (imbalance - seen.imbalance)
 
     def failed(self, arrangement: Arrangement, now: float) -> bool:
         """It did not run; whether it is left out because of that, and was not before."""
@@ -135,13 +139,11 @@ class Rebalancer:
         calibrated_s = self.calibration.seconds(path, batch, context)
         if calibrated_s is None:
             return math.inf if path is not None else 0.0
-        seen = self._seen.get((batch, path))
-        return calibrated_s * (self._drift if seen is None else seen.ratio)
+        return calibrated_s * self._of(path, batch).ratio
 
     def _worth_trying(self, batch: int, context: float) -> list[Arrangement | None]:
         most_s = self._expected_s(self.current, batch, context) * (1 + MOST_TRIAL_LOSS)
-        seen = self._seen.get((batch, self.current))
-        imbalance = 0.0 if seen is None else seen.imbalance
+        imbalance = self._of(self.current, batch).imbalance
         paths = [None, *(one for one in self._ready.get(batch, ()) if not self._outages[one].is_out)]
         return [
             path
@@ -155,6 +157,5 @@ class Rebalancer:
         more_attention_sm = path.split[0] - self.current.split[0]
         return more_attention_sm * imbalance >= 0
 
-    def _last_turn(self, path: Arrangement | None, batch: int) -> int:
-        seen = self._seen.get((batch, path))
-        return -1 if seen is None else seen.last_turn
+    def _of(self, path: Arrangement | None, batch: int) -> _Seen:
+        return self._seen.get((batch, path)) or _Seen(self._drift)

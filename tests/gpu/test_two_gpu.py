@@ -139,7 +139,7 @@ def test_a_trace_has_the_cards_own_times(tiny_on_disk, tmp_path, handoff):
         llm.generate(tiny.random_prompts(8, seed=1), GREEDY, use_tqdm=False)
         assert_whole(llm)
         ended_s = time.perf_counter()
-        spans = llm._tracer._spans
+        spans = llm._observer._tracer._spans
         assert all(started_s - 50e-6 < span.start_s < span.end_s < ended_s + 50e-6 for span in spans)
         counters = llm.counters
     prefills, handoffs, decodes = rows_of(file).values()
