@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--num-output", type=int, default=128, help="mean output tokens")
     parser.add_argument("--times", type=float, default=10.0, help="the sustainable rate")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each load")
-    parser.add_argument("--max-handoff-backlog", type=int, default=32, help="of mode pd")
+    parser.add_argument("--max-handoff-backlog", type=int, help="of mode pd, 32 if not given")
     parser.add_argument("--itl-target-ms", type=float, help="of mode pd")
     add_pd_options(parser)
     parser.add_argument("--device", default="auto")
@@ -91,12 +91,14 @@ def main() -> None:
     parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
     check_pd_options(parser, args)
+    if args.mode != "pd" and (args.max_handoff_backlog or args.itl_target_ms):
+        parser.error("--max-handoff-backlog and --itl-target-ms are of mode pd")
     if not (args.times > 0 and 0 < args.seconds < math.inf and args.input > 1 and args.num_output > 1):
         parser.error("--times and --seconds must be above 0, --input and --num-output above 1")
 
     options = mode_options(args)
     if args.mode == "pd":
-        options |= {"max_handoff_backlog": args.max_handoff_backlog, "itl_target_ms": args.itl_target_ms}
+        options |= {"max_handoff_backlog": args.max_handoff_backlog or 32, "itl_target_ms": args.itl_target_ms}
     with LLM(
         **model_options(args.model, args.model_shape),
         device=args.device,

@@ -160,3 +160,45 @@ def test_what_prefill_does_to_decode_on_a_cpu(mode):
     assert after["itl_ms"]["p50"] > 0
     # One thread does it all: a gap has a prompt in it.
     assert result["ratio"]["p50"] > 1
+
+
+def run_on_cpu(script, *arguments):
+    command = [sys.executable, str(BENCHMARKS / script), "--model", str(DEMO_MODEL_PATH), "--device", "cpu", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_a_flood_on_a_cpu_leaves_requests_in_the_queue():
+    lengths = ("--batch", "6", "--input", "20", "--num-output", "20", "--seconds", "1.5")
+    run = run_on_cpu("flood.py", *lengths, "--max-handoff-backlog", "3")
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert result["flood"]["arrived_per_s"] > 3 * result["steady"]["arrived_per_s"]
+    assert result["flood"]["waiting"] > result["steady"]["waiting"] == 0
+    assert result["flood"]["most_backlog"] <= 3  # none, where a step has ended when it was launched
+    refused = run_on_cpu("flood.py", "--mode", "single", "--itl-target-ms", "8")
+    assert "are of mode pd" in refused.stderr
+
+
+def test_what_it_costs_to_look_is_measured_on_a_cpu():
+    run = run_on_cpu("observing.py", "--num-requests", "6", "--max-model-len", "96", "--rounds", "1", "--mode", "pd")
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert {way: len(rates) for way, rates in result["tokens_per_s"].items()} == {
+        "nothing": 1,
+        "metrics": 1,
+        "metrics and trace": 1,
+    }
+    assert result["trace_bytes"] > 1000
+
+
+def test_ways_to_decode_take_turns_on_a_cpu():
+    points = ("--batches", "4", "--contexts", "8", "16", "--grow", "4", "8", "14")
+    run = run_on_cpu("decode_pipeline.py", *points)
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert [(row["batch"], row["context"]) for row in result["rows"]] == [(4, 8), (4, 16)]
+    for row in result["rows"]:
+        assert row["auto"]["chosen"] == "plain"
+        assert all(0 < point["attention_s"] < point["s"] * 2 for point in row["points"])
+    assert {"auto", "plain"} < result["grown_s"].keys()
