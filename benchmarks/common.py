@@ -74,16 +74,17 @@ def model_options(folder: str | None, shape: str) -> dict[str, Any]:
     return {"model": folder} if folder else {"model": write_shape(shape), "load_format": "dummy"}
 
 
-def add_pd_options(parser: argparse.ArgumentParser) -> None:
-    """Options of mode `pd`; `check_pd_options` refuses them in others, `mode_options` reads them."""
+def parse_pd_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parses, after adding `--device`, `--output` and the options of mode `pd`, which other modes refuse."""
     parser.add_argument("--kv-handoff", choices=KV_HANDOFFS, help="of mode pd, auto if not given")
     parser.add_argument("--decode-pipeline", choices=DECODE_PIPELINES, help="of mode pd, no pipeline if not given")
-
-
-def check_pd_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", help="file for the JSON line")
+    args = parser.parse_args()
     for name in ("kv_handoff", "decode_pipeline"):
         if getattr(args, name) and args.mode != "pd":
             parser.error(f"--{name.replace('_', '-')} is of mode pd, not of {args.mode}")
+    return args
 
 
 def mode_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 from typing import Any
 
-from common import SHAPES, add_pd_options, check_pd_options, mode_options, model_options, report
+from common import SHAPES, mode_options, model_options, parse_pd_args, report
 from online_load import quantiles_ms
 
 from nanovllm import LLM, SamplingParams
@@ -85,12 +85,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of each load")
     parser.add_argument("--max-handoff-backlog", type=int, help="of mode pd, 32 if not given")
     parser.add_argument("--itl-target-ms", type=float, help="of mode pd")
-    add_pd_options(parser)
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", help="file for the JSON line")
-    args = parser.parse_args()
-    check_pd_options(parser, args)
+    args = parse_pd_args(parser)
     if args.mode != "pd" and (args.max_handoff_backlog or args.itl_target_ms):
         parser.error("--max-handoff-backlog and --itl-target-ms are of mode pd")
     if not (args.times > 0 and 0 < args.seconds < math.inf and args.input > 1 and args.num_output > 1):

@@ -15,7 +15,7 @@ import random
 import time
 from typing import Any
 
-from common import SHAPES, add_pd_options, check_pd_options, mode_options, model_options, report
+from common import SHAPES, mode_options, model_options, parse_pd_args, report
 from meters import BusyMeter
 from online_load import quantiles_ms
 
@@ -119,11 +119,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024, help="prompt tokens of the steady requests")
     parser.add_argument("--num-tokens", type=int, default=200, help="of each steady request in each third")
     parser.add_argument("--prompt-len", type=int, default=5000, help="of the prompts that arrive")
-    add_pd_options(parser)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--output", help="file for the JSON line")
-    args = parser.parse_args()
-    check_pd_options(parser, args)
+    args = parse_pd_args(parser)
     with LLM(
         **model_options(args.model, args.model_shape),
         device=args.device,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from common import SHAPES, add_pd_options, check_pd_options, mode_options, model_options, report
+from common import SHAPES, mode_options, model_options, parse_pd_args, report
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.metrics import Metrics
@@ -67,11 +67,7 @@ def main() -> None:
     parser.add_argument("--num-requests", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=4096, help="longer requests are cut to it")
     parser.add_argument("--rounds", type=int, default=3)
-    add_pd_options(parser)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--output", help="file for the JSON line")
-    args = parser.parse_args()
-    check_pd_options(parser, args)
+    args = parse_pd_args(parser)
     options = {
         **model_options(args.model, args.model_shape),
         "device": args.device,

@@ -37,7 +37,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import SHAPES, add_pd_options, check_pd_options, mode_options, model_options, report
+from common import SHAPES, mode_options, model_options, parse_pd_args, report
 from meters import BusyMeter, HandoffMeter
 
 from nanovllm import LLM, SamplingParams
@@ -303,16 +303,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--duration", type=float, default=30.0, help="seconds in which requests arrive")
     parser.add_argument("--ttft-limit-ms", type=float, default=600.0, help="of a good request")
     parser.add_argument("--itl-limit-ms", type=float, default=10.0, help="of a good request")
-    add_pd_options(parser)
     parser.add_argument("--prefill-chunk-tokens", type=int, default=2048)
     parser.add_argument("--max-num-seqs", type=int, default=512)
     parser.add_argument("--max-model-len", type=int, default=12288, help="longer requests are cut to it")
     parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics there; not of mode dp2")
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", help="file for the JSON line")
-    args = parser.parse_args()
-    check_pd_options(parser, args)
+    args = parse_pd_args(parser)
     if args.trace and (args.rate or args.workload):
         parser.error("--trace excludes --rate and --workload: a trace has its own arrivals and lengths")
     if args.metrics_port is not None and args.mode == "dp2":

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common import SHAPES, add_pd_options, check_pd_options, mode_options, model_options, report
+from common import SHAPES, mode_options, model_options, parse_pd_args, report
 from memory import memory_mib
 
 from nanovllm import LLM, RequestOutput, SamplingParams
@@ -265,17 +265,18 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=256)
     parser.add_argument("--abort-share", type=float, default=0.05)
     parser.add_argument("--fault-share", type=float, default=0.01)
-    parser.add_argument("--chaos-share", type=float, default=0.01, help="of turns, those in which a device breaks")
+    parser.add_argument(
+        "--chaos-share", type=float, help="of turns, in mode pd, when a device breaks; 0.01 if not given"
+    )
     parser.add_argument("--check-tokens", action="store_true", help="of untouched greedy requests; with float32")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--num-kvcache-blocks", type=int, help="few of them make requests lose their blocks to others")
     parser.add_argument("--max-model-len", type=int, default=4096)
-    add_pd_options(parser)
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", help="file for the JSON line")
-    args = parser.parse_args()
-    check_pd_options(parser, args)
+    args = parse_pd_args(parser)
+    if args.chaos_share is not None and args.mode != "pd":
+        parser.error(f"--chaos-share is of mode pd, not of {args.mode}: the one device cannot do without itself")
+    chaos_share = 0.01 if args.chaos_share is None else args.chaos_share
 
     logging.getLogger("nanovllm").setLevel(logging.ERROR)  # it warns of every fault
     rng = random.Random(args.seed)
@@ -287,7 +288,7 @@ def main() -> None:
         num_kvcache_blocks=args.num_kvcache_blocks,
         **mode_options(args),
     ) as llm:
-        faults = Faults(llm, args.chaos_share, rng)
+        faults = Faults(llm, chaos_share, rng)
         started = time.perf_counter()
         early_counts = soak(llm, faults, args.num_requests // 10, args, rng)
         early = memory_mib(llm)

@@ -108,12 +108,15 @@ def test_the_soak_complains_of_what_was_not_planned(soak):
     assert "before its second fault" in complaints("error", soak.Plan(hits=1), soak.InjectedError())[0]
 
 
-@pytest.mark.parametrize("mode", [["single"], ["pd", "--decode-pipeline", "static"]], ids=["single", "pd"])
+PD = ["pd", "--decode-pipeline", "static", "--chaos-share", "0.1"]
+
+
+@pytest.mark.parametrize("mode", [["single"], PD], ids=["single", "pd"])
 def test_a_short_soak_on_a_cpu_loses_nothing(mode):
     command = [
         *(sys.executable, str(BENCHMARKS / "soak.py"), "--model", str(DEMO_MODEL_PATH), "--device", "cpu"),
         *("--mode", *mode, "--num-requests", "150", "--concurrency", "16", "--max-model-len", "256"),
-        *("--num-kvcache-blocks", "50", "--fault-share", "0.1", "--chaos-share", "0.1", "--check-tokens"),
+        *("--num-kvcache-blocks", "50", "--fault-share", "0.1", "--check-tokens"),
     ]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)

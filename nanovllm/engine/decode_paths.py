@@ -103,6 +103,7 @@ class DecodePaths:
     def __init__(self, runner: ModelRunner, options: PipelineOptions | None) -> None:
         self._runner = runner
         self._options = options
+        self._profiles = options is not None and options.profiling
         self.device = runner.device
         self.counters = PipelineCounters()
         self.pipeline: PipelineScheduler | None = None
@@ -197,12 +198,12 @@ class DecodePaths:
         """What the pipeline has done since the start; times of lanes only with `decode_pipeline_profiling`."""
         counters, sequential_s = self.counters, None
         if self.rebalancer is not None:
-            if self._options is not None and self._options.profiling and self._timed:
+            if self._profiles and self._timed:
                 self._runner.synchronize(copies=False)
             self.take_times()
             if counters.steps and self._num_contexts:
                 sequential_s = self.calibration.seconds(None, counters.tokens / counters.steps, self._mean_context)
-        lanes = self._mean_times.mean() if self._options is not None and self._options.profiling else None
+        lanes = self._mean_times.mean() if self._profiles else None
         arrangements = [] if self.rebalancer is None else self.rebalancer.arrangements
         return statistics(counters, arrangements, lanes, sequential_s)
 
@@ -215,8 +216,7 @@ class DecodePaths:
     # While steps run
 
     def _decide(self, rebalancer: Rebalancer, size: int, context: float) -> Arrangement | None:
-        profiling = self._options is not None and self._options.profiling
-        self._size, self._steps_to_decision = size, 1 if profiling else DECIDE_EVERY
+        self._size, self._steps_to_decision = size, 1 if self._profiles else DECIDE_EVERY
         if self._forced is not None:
             (forced,) = self._forced
             self._chosen = forced if self._has(forced, size) else None
@@ -457,7 +457,7 @@ class DecodePaths:
             "max_model_len": spec.max_model_len,
             "enforce_eager": spec.enforce_eager,
             "micro_batches": pipeline.num_micro_batches,
-            "profiling": self._options is not None and self._options.profiling,
+            "profiling": self._profiles,
             "batches": batches,
             "contexts": contexts,
             "arrangements": [str(arrangement) for arrangement in arrangements],

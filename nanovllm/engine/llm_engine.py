@@ -108,8 +108,7 @@ class LLMEngine:
             EngineClosedError: the engine was closed.
         """
         self._check_open()
-        known = isinstance(request_id, int) and not isinstance(request_id, bool)
-        seq = self._sequences.get(request_id) if known else None
+        seq = self._sequences.get(request_id) if _is_request_id(request_id) else None
         if seq is None or seq.is_finished:
             raise UnknownRequestError(
                 f"request {shown(request_id)} is not known or has ended; abort takes a running one"
@@ -139,9 +138,10 @@ class LLMEngine:
         Raises:
             UnknownRequestError: no request has this id, or it ended long ago.
         """
-        known = isinstance(request_id, int) and not isinstance(request_id, bool)
-        seq = self._sequences.get(request_id) if known else None
-        timeline = seq.timeline if seq is not None else self._observer.timeline(request_id) if known else None
+        timeline = None
+        if _is_request_id(request_id):
+            seq = self._sequences.get(request_id)
+            timeline = self._observer.timeline(request_id) if seq is None else seq.timeline
         if timeline is None:
             raise UnknownRequestError(
                 f"request {shown(request_id)} is not known, or ended before the last {MOST_TIMELINES} that did"
@@ -626,3 +626,7 @@ class LLMEngine:
     def _queue_of(self, seq: Sequence) -> list[RequestOutput]:
         """Where the request's outputs go."""
         return self._outputs
+
+
+def _is_request_id(given: object) -> bool:
+    return isinstance(given, int) and not isinstance(given, bool)

@@ -169,8 +169,7 @@ class Scheduler:
 
     def fail(self, seq: Sequence, error: Exception) -> None:
         """Something went wrong for this request alone: the first time it is recomputed, on the decode device."""
-        under_way = (SequenceStatus.PREFILLING, SequenceStatus.HANDING_OFF)
-        if seq.status in under_way and seq.lease is not None and self._is_apart(seq.lease):
+        if seq in self._under_way and seq.lease is not None and self._is_apart(seq.lease):
             self.prefill_outage.failed(time.monotonic())
         seq.failures += 1
         if seq.failures == 1:
