@@ -6,18 +6,34 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from nanovllm.layers.ranks import Ranks
+
 
 class TokenEmbedding(nn.Module):
-    """[num_tokens] int64 -> [num_tokens, hidden_size]; `project` is the transposed use, as output head."""
+    """[num_tokens] int64 -> [num_tokens, hidden_size]; `project` is the transposed use, as output head.
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    Of several ranks each holds as many rows of the vocabulary.
+    """
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, ranks: Ranks, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
-        weight = torch.empty(vocab_size, hidden_size, dtype=dtype, device=device)
+        self.ranks = ranks
+        weight = torch.empty(vocab_size // ranks.size, hidden_size, dtype=dtype, device=device)
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        return functional.embedding(token_ids, self.weight)
+        if self.ranks.size == 1:
+            return functional.embedding(token_ids, self.weight)
+        rows = token_ids - self.ranks.rank * len(self.weight)
+        is_here = (rows >= 0) & (rows < len(self.weight))
+        embedded = functional.embedding(torch.where(is_here, rows, 0), self.weight)
+        return self.ranks.all_reduce(torch.where(is_here.unsqueeze(1), embedded, 0.0))
 
     def project(self, hidden: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, vocab_size], in `out` if given."""
-        return torch.mm(hidden, self.weight.T, out=out)
+        if self.ranks.size == 1:
+            return torch.mm(hidden, self.weight.T, out=out)
+        logits = self.ranks.all_gather(torch.mm(hidden, self.weight.T))
+        return logits if out is None else out.copy_(logits)

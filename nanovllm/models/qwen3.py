@@ -18,6 +18,7 @@ from nanovllm.layers.attention import PagedAttention
 from nanovllm.layers.embed_head import TokenEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import Linear
+from nanovllm.layers.ranks import OneRank, Part, Ranks
 from nanovllm.layers.rotary_embedding import ROPE_TYPES, RopeConfig, RotaryEmbedding
 
 
@@ -88,6 +89,10 @@ class Qwen3Config:
         )
 
 
+QKV_NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GATE_UP_NAMES = ("mlp.gate_proj", "mlp.up_proj")
+
+
 class Qwen3DecoderLayer(nn.Module):
     """One layer. Hidden states and residual travel apart: the norms add them."""
 
@@ -96,17 +101,23 @@ class Qwen3DecoderLayer(nn.Module):
         config: Qwen3Config,
         rotary: RotaryEmbedding,
         backend: AttentionBackend,
+        ranks: Ranks,
         *,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__()
+        self.ranks = ranks
         hidden, dim, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
-        query_size, kv_size = config.num_attention_heads * dim, config.num_key_value_heads * dim
+        query_size, kv_size = (
+            num_heads // ranks.size * dim for num_heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
         bias = config.attention_bias
         self.qkv_proj = Linear(hidden, [query_size, kv_size, kv_size], backend, bias=bias, dtype=dtype, device=device)
-        self.o_proj = Linear(query_size, [hidden], backend, bias=bias, dtype=dtype, device=device)
-        ffn = config.intermediate_size
+        # What it adds is to be in the sum over the ranks once.
+        out_bias = bias and ranks.rank == 0
+        self.o_proj = Linear(query_size, [hidden], backend, bias=out_bias, dtype=dtype, device=device)
+        ffn = config.intermediate_size // ranks.size
         self.gate_up_proj = Linear(hidden, [ffn, ffn], backend, bias=False, dtype=dtype, device=device)
         self.down_proj = Linear(ffn, [hidden], backend, bias=False, dtype=dtype, device=device)
         self.attention = PagedAttention(dim, eps, rotary, backend, dtype=dtype, device=device)
@@ -132,14 +143,14 @@ class Qwen3DecoderLayer(nn.Module):
 
     def project_out(self, attended: torch.Tensor, num_sms: int | None = None) -> torch.Tensor:
         """[T, num_heads, head_dim] -> [T, hidden_size]."""
-        return self.o_proj(attended.flatten(1), num_sms)
+        return self.ranks.all_reduce(self.o_proj(attended.flatten(1), num_sms))
 
     def feed_forward(
         self, hidden: torch.Tensor, residual: torch.Tensor, num_sms: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, hidden_size] twice -> the same."""
         activated, residual = self.gate_up_proj.forward_gated(hidden, residual, self.post_attention_layernorm, num_sms)
-        return self.down_proj(activated, num_sms), residual
+        return self.ranks.all_reduce(self.down_proj(activated, num_sms)), residual
 
     def forward_attention_stage(
         self,
@@ -172,15 +183,20 @@ class Qwen3DecoderLayer(nn.Module):
     def checkpoint_tensors(self) -> dict[str, torch.Tensor]:
         """Names within the layer, as Hugging Face has them, and the views they are loaded into."""
         return {
-            **self.qkv_proj.parts(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
+            **self.qkv_proj.parts(QKV_NAMES),
             **self.o_proj.parts(["self_attn.o_proj"]),
-            **self.gate_up_proj.parts(["mlp.gate_proj", "mlp.up_proj"]),
+            **self.gate_up_proj.parts(GATE_UP_NAMES),
             **self.down_proj.parts(["mlp.down_proj"]),
             "self_attn.q_norm.weight": self.attention.query_weight,
             "self_attn.k_norm.weight": self.attention.key_weight,
             "input_layernorm.weight": self.input_layernorm.weight,
             "post_attention_layernorm.weight": self.post_attention_layernorm.weight,
         }
+
+    def part_dims(self) -> dict[str, int]:
+        """Of which dimension of these tensors a rank has its part; of the others each has all."""
+        of_outputs = {**self.qkv_proj.parts(QKV_NAMES), **self.gate_up_proj.parts(GATE_UP_NAMES)}
+        return {**dict.fromkeys(of_outputs, 0), "self_attn.o_proj.weight": 1, "mlp.down_proj.weight": 1}
 
 
 class Qwen3Model(nn.Module):
@@ -191,15 +207,16 @@ class Qwen3Model(nn.Module):
         config: Qwen3Config,
         backend: AttentionBackend,
         max_positions: int,
+        ranks: Ranks,
         *,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size, ranks, dtype=dtype, device=device)
         rotary = RotaryEmbedding(config.rope, max_positions, device)
         layers = [
-            Qwen3DecoderLayer(config, rotary, backend, dtype=dtype, device=device)
+            Qwen3DecoderLayer(config, rotary, backend, ranks, dtype=dtype, device=device)
             for _ in range(config.num_hidden_layers)
         ]
         self.layers: list[Qwen3DecoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment] # it is not generic
@@ -245,6 +262,7 @@ class Qwen3ForCausalLM(nn.Module):
         backend: attends to the KV pool.
         max_positions: length of the rotary table.
         dtype, device: of all weights.
+        ranks: those that compute it together, each with its part of the heads, of the FFN and of the vocabulary.
     """
 
     def __init__(
@@ -255,14 +273,16 @@ class Qwen3ForCausalLM(nn.Module):
         *,
         dtype: torch.dtype,
         device: torch.device,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.model = Qwen3Model(config, backend, max_positions, dtype=dtype, device=device)
+        self.ranks = OneRank() if ranks is None else ranks
+        self.model = Qwen3Model(config, backend, max_positions, self.ranks, dtype=dtype, device=device)
         self.lm_head = (
             self.model.embed_tokens
             if config.tie_word_embeddings
-            else TokenEmbedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+            else TokenEmbedding(config.vocab_size, config.hidden_size, self.ranks, dtype=dtype, device=device)
         )
 
     def forward(
@@ -319,9 +339,21 @@ class Qwen3ForCausalLM(nn.Module):
             views["lm_head.weight"] = self.lm_head.weight
         return views
 
+    def checkpoint_parts(self) -> dict[str, Part]:
+        """Of the tensors that several ranks share, the part that each view takes."""
+        dims = {"model.embed_tokens.weight": 0, "lm_head.weight": 0}
+        for index, layer in enumerate(self.model.layers):
+            dims |= {f"model.layers.{index}.{name}": dim for name, dim in layer.part_dims().items()}
+        if self.ranks.size == 1:
+            return {}
+        return {name: Part(dim, self.ranks.rank, self.ranks.size) for name, dim in dims.items()}
+
     def ignored_checkpoint_tensors(self) -> set[str]:
         """Names that a checkpoint may have and that are not loaded: a tied head is the embedding."""
-        return {"lm_head.weight"} if self.config.tie_word_embeddings else set()
+        ignored = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
+        if self.ranks.rank:
+            ignored |= {f"model.layers.{index}.self_attn.o_proj.bias" for index in range(len(self.model.layers))}
+        return ignored
 
 
 def _rope_config(config: dict[str, Any], head_dim: int) -> RopeConfig:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 
 from nanovllm.errors import ModelLoadError, shown
@@ -59,8 +60,23 @@ def checkpoint_folder(model: str) -> Path:
     return folder
 
 
-def load_weights(folder: Path, targets: dict[str, torch.Tensor], ignored: Iterable[str] = ()) -> None:
-    """Copies every tensor of a checkpoint into the view of its name, converting its type.
+class TensorPart(Protocol):
+    """Which part of a checkpoint's tensor is wanted."""
+
+    def whole_shape(self, shape: torch.Size) -> torch.Size:
+        """Of the tensor of which `shape` is a part's."""
+
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """The part of a whole tensor."""
+
+
+def load_weights(
+    folder: Path,
+    targets: dict[str, torch.Tensor],
+    ignored: Iterable[str] = (),
+    parts: Mapping[str, TensorPart] | None = None,
+) -> None:
+    """Copies every tensor of a checkpoint, or its part, into the view of its name, converting its type.
 
     Raises:
         ModelLoadError: weights are missing, unexpected, misshapen, truncated or not in safetensors.
@@ -77,16 +93,24 @@ def load_weights(folder: Path, targets: dict[str, torch.Tensor], ignored: Iterab
         with _open(path) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
                 if name in targets:
-                    _copy(path, name, tensors, targets[name])
+                    _copy(path, name, tensors, targets[name], (parts or {}).get(name))
 
 
-def fill_randomly(targets: dict[str, torch.Tensor], seed: int) -> None:
-    """Random weights in place of a checkpoint's: norms near 1, biases small, the rest normal with deviation 0.02."""
-    generators: dict[torch.device, torch.Generator] = {}
+def fill_randomly(targets: dict[str, torch.Tensor], seed: int, parts: Mapping[str, TensorPart] | None = None) -> None:
+    """Random weights in place of a checkpoint's: norms near 1, biases small, the rest normal with deviation 0.02.
+
+    A tensor's depend on its name and the seed alone, and parts are those of the same tensors.
+    """
     for name, view in targets.items():
-        if view.device not in generators:
-            generators[view.device] = torch.Generator(view.device).manual_seed(seed)
-        view.normal_(1.0 if "norm" in name else 0.0, 0.02, generator=generators[view.device])
+        part = (parts or {}).get(name)
+        whole = view
+        if part is not None:
+            whole = torch.empty(part.whole_shape(view.shape), dtype=view.dtype, device=view.device)
+        own_seed = xxhash.xxh64(name.encode(), seed=seed).intdigest() >> 1
+        generator = torch.Generator(view.device).manual_seed(own_seed)
+        whole.normal_(1.0 if "norm" in name else 0.0, 0.02, generator=generator)
+        if part is not None:
+            view.copy_(part.of(whole))
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
@@ -133,18 +157,19 @@ def _open(path: Path) -> Any:
         ) from error
 
 
-def _copy(path: Path, name: str, tensors: Any, target: torch.Tensor) -> None:
+def _copy(path: Path, name: str, tensors: Any, target: torch.Tensor, part: TensorPart | None) -> None:
+    shape = target.shape if part is None else part.whole_shape(target.shape)
     try:
         tensor = tensors.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise ModelLoadError(f"{path}: tensor {name!r} cannot be read ({error}); download it again") from error
-    if tensor.shape != target.shape:
+    if tensor.shape != shape:
         raise ModelLoadError(
-            f"{path}: tensor {name!r} has shape {list(tensor.shape)}, config.json implies {list(target.shape)}"
+            f"{path}: tensor {name!r} has shape {list(tensor.shape)}, config.json implies {list(shape)}"
         )
     if tensor.dtype not in WEIGHT_DTYPES:
         raise ModelLoadError(f"{path}: tensor {name!r} is {tensor.dtype}; quantized weights are not supported")
-    target.copy_(tensor)
+    target.copy_(tensor if part is None else part.of(tensor))
 
 
 def _check_names(folder: Path, found: set[str], wanted: set[str], ignored: set[str]) -> None:
