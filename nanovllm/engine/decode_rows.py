@@ -41,6 +41,23 @@ class DecodeInputs:
         return self.numbers[SlotNumber.POSITION]
 
 
+@dataclass(frozen=True)
+class RowChanges:
+    """What a step changes of the batch on the device; None where nothing.
+
+    Attributes:
+        joined: [N, ...] int64, of each request that is new: slot, the slot's numbers, block table.
+        temperatures: [N] float32, theirs.
+        grown: [3, N] int64, blocks that requests got: slot, place in the table, block.
+        order: [max_num_rows + 1] int64, the slots of the batch.
+    """
+
+    joined: np.ndarray | None = None
+    temperatures: np.ndarray | None = None
+    grown: np.ndarray | None = None
+    order: np.ndarray | None = None
+
+
 class DecodeRows:
     """Slots for `max_num_rows` requests and a spare one, which pads a batch to a bucket.
 
@@ -75,19 +92,33 @@ class DecodeRows:
         self._slot_of: dict[Lease, int] = {}
         self._num_blocks_sent = [0] * num_slots
 
-    def update(self, step: DecodeStep) -> None:
-        """Makes the step's batch the one to run: sends new requests, new blocks and, if it changed, who is in it."""
+    def changes(self, step: DecodeStep) -> RowChanges:
+        """What the device is to be told so that the step's batch is the one to run: new requests, new blocks and, if it
+        changed, who is in it. Whoever cannot tell it calls `forget`."""
         leases = step.batch.leases
-        if leases is not self._batch_sent:
-            self._batch_sent = None  # until all is sent
-            self._send_rows([row for row in step.rows if row.lease not in self._slot_of])
-            slots = [self._slot_of[lease] for lease in leases]
-            self._send_blocks(zip(slots, leases, strict=True))
-            order = np.array(slots + [self.spare_slot] * (len(self._order) - len(slots)), dtype=np.int64)
-            self._order.copy_(self.device.tensor(order))
-            self._batch_sent = leases
-        elif step.grown:
-            self._send_blocks((self._slot_of[leases[place]], leases[place]) for place in step.grown)
+        if leases is self._batch_sent:
+            grown = self._grown((self._slot_of[leases[place]], leases[place]) for place in step.grown)
+            return RowChanges(grown=grown)
+        joined, temperatures = self._joined([row for row in step.rows if row.lease not in self._slot_of])
+        slots = [self._slot_of[lease] for lease in leases]
+        grown = self._grown(zip(slots, leases, strict=True))
+        order = np.array(slots + [self.spare_slot] * (len(self._order) - len(slots)), dtype=np.int64)
+        self._batch_sent = leases
+        return RowChanges(joined, temperatures, grown, order)
+
+    def apply(self, changes: RowChanges) -> None:
+        """Tells the device, here or on another rank."""
+        if changes.joined is not None and changes.temperatures is not None:
+            sent = self.device.tensor(changes.joined)
+            at = sent[:, 0]
+            self._numbers[:, at] = sent[:, 1:NUM_SCALARS].T
+            self._block_tables[at] = sent[:, NUM_SCALARS:].int()
+            self._temperatures[at] = self.device.tensor(changes.temperatures)
+        if changes.grown is not None:
+            at, indices, blocks = self.device.tensor(changes.grown)
+            self._block_tables.index_put_((at, indices), blocks.int())
+        if changes.order is not None:
+            self._order.copy_(self.device.tensor(changes.order))
 
     def forget(self) -> None:
         """Nobody knows what the slots hold: all requests are sent anew, by the last of the tokens that the host has."""
@@ -132,10 +163,10 @@ class DecodeRows:
         """The first rows of the batch have sampled these, [N] int64, instead of what `advance` was told."""
         self._numbers[SlotNumber.LAST_TOKEN].index_copy_(0, self._order[: len(token_ids)], token_ids)
 
-    def _send_rows(self, joined: list[DecodeRow]) -> None:
-        """Gives each a slot and fills it."""
+    def _joined(self, joined: list[DecodeRow]) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Gives each a slot; what fills it."""
         if not joined:
-            return
+            return None, None
         self._slot_of = {lease: slot for lease, slot in self._slot_of.items() if not lease.ended}
         slots = sorted(set(range(self.max_num_rows)).difference(self._slot_of.values()))[: len(joined)]
         numbers = np.zeros((len(joined), NUM_SCALARS + self._block_tables.shape[1]), dtype=np.int64)
@@ -145,18 +176,12 @@ class DecodeRows:
             numbers[place, :NUM_SCALARS] = slot, seq.token_ids[-1], row.position, seq.seed, row.output_index
             numbers[place, NUM_SCALARS : NUM_SCALARS + len(table)] = table
             temperatures[place] = seq.params.float32_temperature
-        sent = self.device.tensor(numbers)
-        at = sent[:, 0]
-        self._numbers[:, at] = sent[:, 1:NUM_SCALARS].T
-        self._block_tables[at] = sent[:, NUM_SCALARS:].int()
-        self._temperatures[at] = self.device.tensor(temperatures)
-        # Only now: had the sending failed, the requests would be sent again.
-        for slot, row in zip(slots, joined, strict=True):
             self._slot_of[row.lease] = slot
-            self._num_blocks_sent[slot] = len(row.lease.decode_table)
+            self._num_blocks_sent[slot] = len(table)
+        return numbers, temperatures
 
-    def _send_blocks(self, held: Iterable[tuple[int, Lease]]) -> None:
-        """Sends the blocks that the leases of these slots got since they were last sent."""
+    def _grown(self, held: Iterable[tuple[int, Lease]]) -> np.ndarray | None:
+        """The blocks that the leases of these slots got since: [3, N], slot, place in the table, block."""
         sent = self._num_blocks_sent
         grown = [
             (slot, index, lease.decode_table[index])
@@ -164,9 +189,6 @@ class DecodeRows:
             if len(lease.decode_table) != sent[slot]
             for index in range(sent[slot], len(lease.decode_table))
         ]
-        if not grown:
-            return
-        at, indices, blocks = self.device.tensor(np.array(grown, dtype=np.int64).T.copy())
-        self._block_tables.index_put_((at, indices), blocks.int())
         for slot, index, _ in grown:
             sent[slot] = index + 1
+        return np.array(grown, dtype=np.int64).T.copy() if grown else None

@@ -41,29 +41,52 @@ def block_list(pairs: SequenceOf[BlockPair]) -> np.ndarray:
     return np.array([len(pairs), *itertools.chain.from_iterable(pairs)], dtype=np.int64)
 
 
-def sampling_inputs(rows: SequenceOf[tuple[Sequence, int]], vocab_size: int, device: Device) -> SamplingInputs:
+@dataclass(frozen=True)
+class SamplingArrays:
+    """`SamplingInputs` before they are on a device."""
+
+    temperatures: np.ndarray
+    seeds: np.ndarray
+    output_indices: np.ndarray
+    filters: tuple[np.ndarray, np.ndarray, np.ndarray] | None
+    banned: tuple[np.ndarray, np.ndarray] | None
+    num_logprobs: int | None
+
+    def on(self, device: Device) -> SamplingInputs:
+        filters, banned = self.filters, self.banned
+        return SamplingInputs(
+            device.tensor(self.temperatures),
+            device.tensor(self.seeds),
+            device.tensor(self.output_indices),
+            None if filters is None else tuple(map(device.tensor, filters)),  # type: ignore[arg-type] # as many
+            None if banned is None else tuple(map(device.tensor, banned)),  # type: ignore[arg-type] # as many
+            self.num_logprobs,
+        )
+
+
+def sampling_arrays(rows: SequenceOf[tuple[Sequence, int]], vocab_size: int) -> SamplingArrays:
     """All sampling parameters of a row for each request and index of the output token to be sampled."""
     params = [seq.params for seq, _ in rows]
     filters = None
     if any(p.needs_filter for p in params):
         top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
         filters = (
-            device.tensor(np.array(top_k, dtype=np.int64)),
-            device.tensor(np.array([p.top_p for p in params], dtype=np.float32)),
-            device.tensor(np.array([p.min_p for p in params], dtype=np.float32)),
+            np.array(top_k, dtype=np.int64),
+            np.array([p.top_p for p in params], dtype=np.float32),
+            np.array([p.min_p for p in params], dtype=np.float32),
         )
     wanted_logprobs = [p.logprobs for p in params if p.logprobs is not None]
-    return SamplingInputs(
-        temperatures=device.tensor(np.array([p.float32_temperature for p in params], dtype=np.float32)),
-        seeds=device.tensor(np.array([seq.seed for seq, _ in rows], dtype=np.int64)),
-        output_indices=device.tensor(np.array([index for _, index in rows], dtype=np.int64)),
+    return SamplingArrays(
+        temperatures=np.array([p.float32_temperature for p in params], dtype=np.float32),
+        seeds=np.array([seq.seed for seq, _ in rows], dtype=np.int64),
+        output_indices=np.array([index for _, index in rows], dtype=np.int64),
         filters=filters,
-        banned=_banned_tokens(rows, device),
+        banned=_banned_tokens(rows),
         num_logprobs=max(wanted_logprobs) if wanted_logprobs else None,
     )
 
 
-def _banned_tokens(rows: SequenceOf[tuple[Sequence, int]], device: Device) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _banned_tokens(rows: SequenceOf[tuple[Sequence, int]]) -> tuple[np.ndarray, np.ndarray] | None:
     """Stop tokens of requests that are still below their `min_tokens`."""
     pairs = [
         (row, token)
@@ -74,4 +97,4 @@ def _banned_tokens(rows: SequenceOf[tuple[Sequence, int]], device: Device) -> tu
     if not pairs:
         return None
     places, tokens = np.array(pairs, dtype=np.int64).T.copy()
-    return device.tensor(places), device.tensor(tokens)
+    return places, tokens

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,13 +19,12 @@ import torch
 from nanovllm.engine.cuda_graph import StepGraphs, StepOutput, token_buckets
 from nanovllm.engine.decode_batch import DecodeStep
 from nanovllm.engine.decode_paths import DecodePaths, PipelineOptions
-from nanovllm.engine.decode_rows import DecodeRows
-from nanovllm.engine.model_inputs import ModelInputs, block_list, sampling_inputs
+from nanovllm.engine.decode_rows import DecodeRows, RowChanges
+from nanovllm.engine.model_inputs import ModelInputs, SamplingArrays, block_list, sampling_arrays
 from nanovllm.engine.pipeline_plan import Arrangement
 from nanovllm.engine.pipeline_statistics import lines
 from nanovllm.engine.prefill_buffers import PrefillBuffers
 from nanovllm.engine.scheduler import MOST_PREFILL_REQUESTS, BlockPair, PrefillStep, Step
-from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import (
     DeviceError,
     HandoffError,
@@ -34,6 +33,7 @@ from nanovllm.errors import (
     shown,
 )
 from nanovllm.kernels import AttentionMetadata, ResolvedBackend
+from nanovllm.layers.ranks import OneRank, Ranks
 from nanovllm.layers.sampler import SampledTokens, SamplingInputs, sample
 from nanovllm.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 from nanovllm.outputs import TokenLogprobs
@@ -63,12 +63,18 @@ class RunnerSpec:
     num_kvcache_blocks: int | None
     enforce_eager: bool
     step_timeout_s: float
+    num_ranks: int = 1
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Of each rank."""
+        return self.model_config.num_key_value_heads // self.num_ranks
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one KV block, all layers."""
+        """Bytes of one KV block on one rank, all layers."""
         config, tokens = self.model_config, self.attention.block_size
-        per_layer = 2 * config.num_key_value_heads * tokens * config.head_dim
+        per_layer = 2 * self.num_kv_heads * tokens * config.head_dim
         return config.num_hidden_layers * per_layer * self.dtype.itemsize
 
 
@@ -118,6 +124,53 @@ class StepHandle:
         return self._began.seconds(), self._ended.seconds()
 
 
+@dataclass(frozen=True)
+class PrefillTask:
+    """A rank's share of a prefill step: `numbers` of its `PrefillBuffers`, padded size, and how many requests sample."""
+
+    numbers: np.ndarray
+    size: int
+    num_sampled: int
+    sampling: SamplingArrays | None
+    """Where it takes more than each request's temperature, seed and index."""
+
+
+@dataclass(frozen=True)
+class DecodeTask:
+    """A rank's share of a decode step: what it changes of the rows, and [B] int64 positions of the tokens fed."""
+
+    changes: RowChanges
+    positions: np.ndarray
+    sampling: SamplingArrays | None
+
+
+Task = PrefillTask | DecodeTask
+
+
+class Followers(Protocol):
+    """The other ranks, which do what this one does."""
+
+    def led(self, task: Task) -> contextlib.AbstractContextManager[None]:
+        """Tells them of a task, which is run within: all do it, or none of them is of use any more.
+
+        Raises:
+            WorkerError: they are not.
+        """
+
+    def close(self) -> None:
+        """Ends them."""
+
+
+class NoFollowers:
+    """Of a model that one rank computes."""
+
+    def led(self, task: Task) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def close(self) -> None:
+        return
+
+
 class ModelRunner:
     """A model's weights, KV pool and streams on one device.
 
@@ -129,6 +182,8 @@ class ModelRunner:
         weights_of: a runner to copy the weights from, instead of reading them.
         push_to: a runner into whose pool prefill steps push the blocks that they hand over; of the same spec.
         pipeline: how decode steps use SM partitions, None for plain decode.
+        ranks: those that compute the model together; every one of them makes its runner at the same time.
+        followers: on the first rank, the others.
 
     Raises:
         GreenContextError: the SMs can be split, but not as `pipeline` has it.
@@ -146,8 +201,12 @@ class ModelRunner:
         weights_of: ModelRunner | None = None,
         push_to: ModelRunner | None = None,
         pipeline: PipelineOptions | None = None,
+        ranks: Ranks | None = None,
+        followers: Followers | None = None,
     ) -> None:
         self.spec = spec
+        self._ranks = OneRank() if ranks is None else ranks
+        self._followers = NoFollowers() if followers is None else followers
         self._push_pool = None if push_to is None else push_to.kv_pool
         self.device = device
         self.clock: DeviceClock | None = None
@@ -179,11 +238,17 @@ class ModelRunner:
         return self.spec.attention.block_size
 
     def launch(self, step: Step) -> StepHandle:
-        """Starts a step; nothing here waits for the device."""
+        """Starts a step, here and on the other ranks; nothing here waits for the device."""
         with self._on(self.stream):
             began = None if self.clock is None else self.clock.record_moment()
-            sampled = self._launch_prefill(step) if isinstance(step, PrefillStep) else self._launch_decode(step)
-            return StepHandle(self.device, sampled, began)
+            task = self._prefill_task(step) if isinstance(step, PrefillStep) else self._decode_task(step)
+            with self._followers.led(task):
+                return StepHandle(self.device, self.run(task), began)
+
+    def run(self, task: Task) -> SampledTokens | None:
+        """A rank's share of a step; what it samples, which every rank has."""
+        with self._on(self.stream):
+            return self._run_prefill(task) if isinstance(task, PrefillTask) else self._run_decode(task)
 
     def run_prefill_core(self, size: int) -> StepOutput:
         """The buffered prefill step, padded to `size` tokens and to all the requests that there could be."""
@@ -218,39 +283,52 @@ class ModelRunner:
         self.decode_rows.advance(inputs, sampled.token_ids)
         return StepOutput(logits, sampled, lane_moments)
 
-    def _launch_prefill(self, step: PrefillStep) -> SampledTokens | None:
+    def _prefill_task(self, step: PrefillStep) -> PrefillTask:
         last = [(chunk.seq, chunk.end - chunk.seq.num_prompt_tokens) for chunk in step.rows if chunk.is_last]
-        if self._prefill_graphs is not None:
-            size = self._prefill_graphs.size_for(step.num_tokens)
-            self.prefill_buffers.update(step, size)
-            output: StepOutput | None = self._prefill_graphs.replay(size)
-        else:
-            self.prefill_buffers.update(step, step.num_tokens)
-            output = self._run(self.prefill_buffers.gather(step.num_tokens, len(last)))
-        if output is None or not last:
-            return None
-        return SampledTokens(output.sampled.token_ids[: len(last)]) if step.is_plain else self._resampled(output, last)
+        graphs = self._prefill_graphs
+        size = step.num_tokens if graphs is None else graphs.size_for(step.num_tokens)
+        sampling = None if step.is_plain or not last else sampling_arrays(last, self.spec.model_config.vocab_size)
+        return PrefillTask(self.prefill_buffers.numbers_of(step, size), size, len(last), sampling)
 
-    def _launch_decode(self, step: DecodeStep) -> SampledTokens:
+    def _decode_task(self, step: DecodeStep) -> DecodeTask:
+        assert self.decode_rows is not None, f"{self.device} was made for prefill, it cannot run a decode step"
+        sampling = None
+        if not step.is_plain:
+            rows = [(row.seq, row.output_index) for row in step.rows]
+            sampling = sampling_arrays(rows, self.spec.model_config.vocab_size)
+        return DecodeTask(self.decode_rows.changes(step), step.positions, sampling)
+
+    def _run_prefill(self, task: PrefillTask) -> SampledTokens | None:
+        self.prefill_buffers.send(task.numbers)
+        if self._prefill_graphs is not None:
+            output: StepOutput | None = self._prefill_graphs.replay(task.size)
+        else:
+            output = self._run(self.prefill_buffers.gather(task.size, task.num_sampled))
+        if output is None or not task.num_sampled:
+            return None
+        if task.sampling is None:
+            return SampledTokens(output.sampled.token_ids[: task.num_sampled])
+        return self._resampled(output, task.num_sampled, task.sampling)
+
+    def _run_decode(self, task: DecodeTask) -> SampledTokens:
         assert self.decode_rows is not None, f"{self.device} was made for prefill, it cannot run a decode step"
         assert self.decode_paths is not None, f"{self.device} was made for prefill, it cannot run a decode step"
-        self.decode_rows.update(step)
-        num_rows = len(step.batch)
-        output = self.decode_paths.replay(num_rows, step.positions)
-        if step.is_plain:  # without a list of its rows
+        self.decode_rows.apply(task.changes)
+        num_rows = len(task.positions)
+        output = self.decode_paths.replay(num_rows, task.positions)
+        if task.sampling is None:
             return SampledTokens(output.sampled.token_ids[:num_rows])
-        sampled = self._resampled(output, [(row.seq, row.output_index) for row in step.rows])
+        sampled = self._resampled(output, num_rows, task.sampling)
         self.decode_rows.correct(sampled.token_ids)
         return sampled
 
-    def _resampled(self, output: StepOutput, rows: SequenceOf[tuple[Sequence, int]]) -> SampledTokens:
-        """A token for each request, with its index in the request's output, from a step's logits and all parameters.
+    def _resampled(self, output: StepOutput, num_rows: int, sampling: SamplingArrays) -> SampledTokens:
+        """A token for each row, from a step's logits and all parameters.
 
         Steps sample by temperature, seed and index; where some request filters, wants log-probabilities or may not stop
         yet, only the host knows how.
         """
-        parameters = sampling_inputs(rows, self.spec.model_config.vocab_size, self.device)
-        return sample(output.logits[: len(rows)], parameters, self.spec.attention.backend)
+        return sample(output.logits[:num_rows], sampling.on(self.device), self.spec.attention.backend)
 
     def _compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         # Graphs of all sizes leave their logits in one place: they are large.
@@ -258,7 +336,7 @@ class ModelRunner:
         return self.model.compute_logits(hidden, out=out)
 
     def _planned(self, metadata: AttentionMetadata) -> AttentionMetadata:
-        plan = self.spec.attention.backend.plan(metadata, self.spec.model_config.num_key_value_heads)
+        plan = self.spec.attention.backend.plan(metadata, self.spec.num_kv_heads)
         return dataclasses.replace(metadata, plan=plan)
 
     def sync_kv_cache_to(
@@ -406,9 +484,10 @@ class ModelRunner:
             for name, view in model.checkpoint_tensors().items():
                 view.copy_(theirs[name])
         elif spec.load_format == "dummy":
-            fill_randomly(model.checkpoint_tensors(), spec.seed)
+            fill_randomly(model.checkpoint_tensors(), spec.seed, model.checkpoint_parts())
         else:
-            load_weights(spec.folder, model.checkpoint_tensors(), model.ignored_checkpoint_tensors())
+            targets, ignored = model.checkpoint_tensors(), model.ignored_checkpoint_tensors()
+            load_weights(spec.folder, targets, ignored, model.checkpoint_parts())
         return model
 
     def get_pipeline_statistics(self) -> dict[str, Any]:
@@ -473,7 +552,12 @@ class ModelRunner:
     def _make_model(self, device: torch.device) -> Qwen3ForCausalLM:
         spec = self.spec
         return spec.model_class(
-            spec.model_config, spec.attention.backend, spec.max_model_len, dtype=spec.dtype, device=device
+            spec.model_config,
+            spec.attention.backend,
+            spec.max_model_len,
+            dtype=spec.dtype,
+            device=device,
+            ranks=self._ranks,
         )
 
     def _check_weights_fit(self) -> None:
@@ -494,7 +578,7 @@ class ModelRunner:
             num_blocks,
             config.num_hidden_layers,
             2,
-            config.num_key_value_heads,
+            self.spec.num_kv_heads,
             self.block_size,
             config.head_dim,
         )

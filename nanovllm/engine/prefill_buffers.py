@@ -49,8 +49,8 @@ class PrefillBuffers:
         size = self._num_request_numbers + NUM_TOKEN_COLUMNS * max_num_tokens + most_pushed_numbers
         self._numbers = torch.zeros(size, dtype=torch.int64, device=device.torch_device)
 
-    def update(self, step: PrefillStep, size: int) -> None:
-        """Sends a step, padded to `size` tokens: one copy."""
+    def numbers_of(self, step: PrefillStep, size: int) -> np.ndarray:
+        """What the device is to be told of a step, padded to `size` tokens: [N] int64."""
         num_numbers = self._num_request_numbers + NUM_TOKEN_COLUMNS * size
         pushed = block_list([pair for chunk in step.rows for pair in chunk.handoff] if self._pushes else [])
         numbers = np.zeros(num_numbers + len(pushed), dtype=np.int64)
@@ -78,6 +78,10 @@ class PrefillBuffers:
                 temperatures.view(np.float64)[num_sampled] = seq.params.float32_temperature
                 num_sampled += 1
         ends[len(step.rows) :] = end
+        return numbers
+
+    def send(self, numbers: np.ndarray) -> None:
+        """What `numbers_of` says, here or on another rank: one copy."""
         self._numbers[: len(numbers)].copy_(self.device.tensor(numbers))
 
     def gather(self, size: int, num_sampled: int) -> ModelInputs:
