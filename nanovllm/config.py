@@ -48,7 +48,8 @@ class EngineConfig:
         max_num_seqs: most requests that hold KV blocks at a time.
         max_model_len: most tokens of a request, prompt and output; None takes 4096, or what the model allows if less.
         gpu_memory_utilization: share of a GPU's memory that weights, workspace and KV pool may take together.
-        tensor_parallel_size: only 1 in this version.
+        tensor_parallel_size: GPUs that compute the model together, each in a process of its own; with `device="cpu"`
+            processes on it.
         enforce_eager: run without CUDA graphs.
         kvcache_block_size: tokens in a KV block, a multiple of 16; None takes the attention backend's best.
         num_kvcache_blocks: blocks of the KV pool, on each device; None measures what fits on a GPU; on a CPU it
@@ -136,12 +137,18 @@ class EngineConfig:
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:
             raise ConfigError(f"gpu_memory_utilization={shown(share)} is not a number above 0 and at most 1")
         _check_positive("tensor_parallel_size", self.tensor_parallel_size)
-        if self.tensor_parallel_size != 1:
+        if self.tensor_parallel_size > 1 and self.enable_two_gpu_pd:
             raise ConfigError(
-                f"tensor_parallel_size={self.tensor_parallel_size} is not available in this version; pass 1"
+                f"tensor_parallel_size={self.tensor_parallel_size} and enable_two_gpu_pd=True exclude each other: "
+                "leave one of them out"
             )
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,9})?", self.device):
             raise ConfigError(f"device={shown(self.device)} is not one of 'auto', 'cuda', 'cuda:N', 'cpu'")
+        if ":" in self.device and self.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"device={self.device!r} names one GPU, tensor_parallel_size={self.tensor_parallel_size} uses the "
+                "first ones; pass device='cuda', and CUDA_VISIBLE_DEVICES for others"
+            )
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)

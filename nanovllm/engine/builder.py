@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,14 @@ from nanovllm.engine.admission import AdmissionPolicy
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.decode_paths import PipelineOptions
 from nanovllm.engine.kv_transfer import KVTransfer, NoTransfer, PeerTransfer, resolve_handoff
-from nanovllm.engine.model_runner import ModelRunner, RunnerSpec
+from nanovllm.engine.model_runner import Followers, ModelRunner, RunnerSpec
 from nanovllm.engine.requests import RequestIntake
 from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
+from nanovllm.engine.tensor_parallel import Workers
 from nanovllm.engine.tokenizer import end_of_sequence_ids, load_tokenizer
-from nanovllm.errors import ConfigError, ModelLoadError, shown
+from nanovllm.errors import ConfigError, ModelLoadError, NanoVLLMError, shown
 from nanovllm.kernels import BackendRequirements, resolve_backend, torch_reference
+from nanovllm.layers.ranks import Ranks
 from nanovllm.models import resolve_model
 from nanovllm.models.qwen3 import Qwen3Config
 from nanovllm.utils.device import Device, resolve_device, resolve_device_pair
@@ -105,12 +109,15 @@ def resolve_devices(config: EngineConfig) -> tuple[Device, Device]:
     if config.enable_two_gpu_pd:
         return resolve_device_pair(config.device, config.prefill_device_id, config.decode_device_id)
     device = resolve_device(config.device)
+    if config.tensor_parallel_size > 1:
+        device = Device(device.kind, 0)
     return device, device
 
 
 def runner_spec(config: EngineConfig, folder: Path, hf_config: dict[str, Any], device: Device) -> RunnerSpec:
     """What the runners have in common, with every `auto` and None of the options resolved."""
     model_class, model_config = resolve_model(hf_config)
+    check_ranks(config.tensor_parallel_size, model_config, device)
     dtype = resolve_dtype(config.dtype, hf_config, device)
     needs = BackendRequirements(device.kind, dtype, model_config.head_dim, config.kvcache_block_size)
     attention = resolve_backend(config.attention_backend, needs)
@@ -137,6 +144,7 @@ def runner_spec(config: EngineConfig, folder: Path, hf_config: dict[str, Any], d
         num_kvcache_blocks=config.num_kvcache_blocks,
         enforce_eager=config.enforce_eager,
         step_timeout_s=config.step_timeout_s,
+        num_ranks=config.tensor_parallel_size,
     )
 
 
@@ -193,6 +201,9 @@ def build_runners(
     This is the one place that asks how many devices there are.
     """
     prefill_device, decode_device = devices
+    if config.tensor_parallel_size > 1:
+        runner = build_ranks(config, spec, decode_device)
+        return runner, runner, NoTransfer()
     if prefill_device == decode_device:
         runner = ModelRunner(spec, decode_device, is_decode_runner=True, max_step_tokens=config.max_num_batched_tokens)
         return runner, runner, NoTransfer()
@@ -221,6 +232,65 @@ def build_runners(
     )
     transfer = PeerTransfer(prefill_runner, decode_runner, method, verify=config.verify_kv_handoff)
     return prefill_runner, decode_runner, transfer
+
+
+def build_ranks(config: EngineConfig, spec: RunnerSpec, device: Device) -> ModelRunner:
+    """The first rank of several, which has the others follow.
+
+    Raises:
+        WorkerError: one of them did not start; with its traceback.
+    """
+    make_runner = functools.partial(_rank_runner, spec, config.max_num_batched_tokens, device)
+    workers = Workers(spec.num_ranks, make_runner, functools.partial(_device_of, device), config.step_timeout_s)
+    try:
+        return _rank_runner(spec, config.max_num_batched_tokens, device, workers.ranks, workers)
+    except (NanoVLLMError, KeyboardInterrupt):
+        workers.close()
+        raise
+    except Exception as error:
+        failure = workers.failed(error)
+        workers.close()
+        raise failure from error
+
+
+def _device_of(first: Device, rank: int) -> Device:
+    return Device(first.kind, rank)
+
+
+def _rank_runner(
+    spec: RunnerSpec, max_step_tokens: int, first: Device, ranks: Ranks, followers: Followers | None = None
+) -> ModelRunner:
+    return ModelRunner(
+        spec,
+        _device_of(first, ranks.rank),
+        is_decode_runner=True,
+        max_step_tokens=max_step_tokens,
+        ranks=ranks,
+        followers=followers,
+    )
+
+
+def check_ranks(num_ranks: int, config: Qwen3Config, device: Device) -> None:
+    """Whether a model can be computed by so many ranks.
+
+    Raises:
+        ConfigError: there are not as many GPUs, or something of the model cannot be divided so.
+    """
+    num_gpus = torch.cuda.device_count() if device.is_cuda else num_ranks
+    if num_ranks > num_gpus:
+        raise ConfigError(f"tensor_parallel_size={num_ranks}, but torch sees {num_gpus} GPUs; pass at most that")
+    whole = {
+        "attention heads": config.num_attention_heads,
+        "KV heads": config.num_key_value_heads,
+        "FFN rows": config.intermediate_size,
+        "tokens of the vocabulary": config.vocab_size,
+    }
+    uneven = [f"{number} {what}" for what, number in whole.items() if number % num_ranks]
+    if uneven:
+        raise ConfigError(
+            f"tensor_parallel_size={num_ranks} does not divide {', '.join(uneven)}; pass one that divides "
+            f"{math.gcd(*whole.values())}"
+        )
 
 
 def build_scheduler(config: EngineConfig, prefill_runner: ModelRunner, decode_runner: ModelRunner) -> Scheduler:

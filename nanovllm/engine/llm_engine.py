@@ -25,7 +25,15 @@ from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.timeline import Timeline
 from nanovllm.engine.tokenizer import NoText, RequestText
 from nanovllm.engine.trace import Tracer
-from nanovllm.errors import DeviceError, EngineClosedError, HandoffError, HandoffTimeout, UnknownRequestError, shown
+from nanovllm.errors import (
+    DeviceError,
+    EngineClosedError,
+    HandoffError,
+    HandoffTimeout,
+    UnknownRequestError,
+    WorkerError,
+    shown,
+)
 from nanovllm.outputs import FinishReason, RequestOutput, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.device import never_free
@@ -80,7 +88,7 @@ class LLMEngine:
         self._last_progress_s = time.perf_counter()
         self._last_end_s: dict[ModelRunner, float] = {}
         """When a step of a runner was last seen to have ended."""
-        self._device_error: DeviceError | None = None
+        self._device_error: DeviceError | WorkerError | None = None
         """Why nothing runs any more."""
         self._gap_start_s: float | None = None
         """When the last decode step ended, if another one was queued right behind it."""
@@ -186,6 +194,7 @@ class LLMEngine:
         self._observer.dropped(self._in_flight, self._handoffs)
         for state in (self._sequences, self._texts, self._in_flight, self._handoffs, self._handing_off, self._outputs):
             state.clear()
+        self.decode_runner.close_followers()
         for runner in runners:
             runner.close()
 
@@ -216,7 +225,7 @@ class LLMEngine:
 
     def _enqueue(self, token_ids: list[int], params: SamplingParams, *, streamed: bool) -> int:
         if self._device_error is not None:
-            raise DeviceError(f"{self._device_error}; start a new process") from self._device_error
+            raise type(self._device_error)(f"{self._device_error}; start a new process") from self._device_error
         request_id = self._next_request_id
         self._next_request_id += 1
         seq, self._texts[request_id] = self._intake.make(request_id, token_ids, params, streamed=streamed)
@@ -244,15 +253,17 @@ class LLMEngine:
             if lost is None:
                 try:
                     self._recover()
-                except DeviceError as lost_meanwhile:
+                except (DeviceError, WorkerError) as lost_meanwhile:
                     self._end_all(lost_meanwhile)
                 raise
             self._end_all(lost)
 
-    def _lost_device(self, error: BaseException) -> DeviceError | None:
+    def _lost_device(self, error: BaseException) -> DeviceError | WorkerError | None:
         """What an error of work on the devices means if one of them will never run anything again."""
-        if isinstance(error, DeviceError) or not isinstance(error, Exception):
-            return error if isinstance(error, DeviceError) else None
+        if isinstance(error, (DeviceError, WorkerError)):
+            return error
+        if not isinstance(error, Exception):
+            return None
         for runner in dict.fromkeys((self.prefill_runner, self.decode_runner)):
             reason = runner.device.lost_reason()
             if reason is not None:
@@ -264,7 +275,7 @@ class LLMEngine:
         if lost is not None:
             raise lost from error
 
-    def _end_all(self, error: DeviceError) -> None:
+    def _end_all(self, error: DeviceError | WorkerError) -> None:
         """Nothing will run any more: every request ends with the error."""
         logger.error("%s; all requests end", error)
         self._give_up_devices(error)
@@ -275,13 +286,14 @@ class LLMEngine:
         for seq in list(self._sequences.values()):
             self._give_out(seq)
 
-    def _give_up_devices(self, error: DeviceError) -> None:
+    def _give_up_devices(self, error: DeviceError | WorkerError) -> None:
         self._device_error = error
         never_free(self.prefill_runner, self.decode_runner, self.kv_transfer, self._in_flight, self._handoffs)
         self._in_flight, self._handoffs, self._handing_off = [], [], []
 
     def _check_steps_end(self) -> None:
-        """Raises DeviceError if the first step in flight on a device has had its time."""
+        """Raises DeviceError if the first step on a device has had its time, WorkerError if a rank is gone."""
+        self.decode_runner.check_followers()
         now, first_of = time.perf_counter(), set()
         for work in self._in_flight:
             if work.runner in first_of:

@@ -126,7 +126,7 @@ class StepHandle:
 
 @dataclass(frozen=True)
 class PrefillTask:
-    """A rank's share of a prefill step: `numbers` of its `PrefillBuffers`, padded size, and how many requests sample."""
+    """A rank's share of a prefill step: what its `PrefillBuffers` take, and how many requests sample."""
 
     numbers: np.ndarray
     size: int
@@ -157,6 +157,13 @@ class Followers(Protocol):
             WorkerError: they are not.
         """
 
+    def check(self) -> None:
+        """Asks whether all are there.
+
+        Raises:
+            WorkerError: one is not.
+        """
+
     def close(self) -> None:
         """Ends them."""
 
@@ -166,6 +173,9 @@ class NoFollowers:
 
     def led(self, task: Task) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
+
+    def check(self) -> None:
+        return
 
     def close(self) -> None:
         return
@@ -417,6 +427,14 @@ class ModelRunner:
                     raise DeviceError(f"{self.device} is lost: its work has not ended within {step_timeout_s=}")
                 time.sleep(0)
 
+    def check_followers(self) -> None:
+        """Raises WorkerError if another rank is gone."""
+        self._followers.check()
+
+    def close_followers(self) -> None:
+        """Ends the other ranks."""
+        self._followers.close()
+
     def close(self) -> None:
         """Gives weights and pool back, which nothing may be using; the runner is of no use afterwards."""
         with self._on(self.stream):
@@ -608,6 +626,7 @@ class ModelRunner:
                 f"a KV pool of {num_blocks} blocks and a spare one takes {needed / GIB:.2f} GiB, but {where} leaves "
                 f"{max(available, 0) / GIB:.2f} GiB for it; {remedy}"
             )
+        num_blocks = self._ranks.least(num_blocks)
         logger.info(
             "%s: KV pool of %d blocks of %d tokens, %.2f GiB", self.device, num_blocks, self.block_size, needed / GIB
         )

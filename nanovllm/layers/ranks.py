@@ -20,6 +20,9 @@ class Ranks(Protocol):
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """[N, n] on each rank -> [N, size * n] on all, side by side by rank."""
 
+    def least(self, number: int) -> int:
+        """The smallest of all ranks' numbers."""
+
 
 class OneRank:
     """A model that one device computes alone."""
@@ -32,6 +35,9 @@ class OneRank:
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         return x
+
+    def least(self, number: int) -> int:
+        return number
 
 
 @dataclass(frozen=True)

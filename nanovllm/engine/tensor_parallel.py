@@ -1,0 +1,248 @@
+"""The ranks of a model in processes of their own: starts them, tells them of every task, notices when one is gone.
+
+The first rank is the engine's own process. What others need crosses a private pipe: arrays that the host would send to
+its device, and nothing else; tokens are sampled by every rank alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import signal
+import socket
+import struct
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nanovllm.engine.model_runner import ModelRunner, Task
+from nanovllm.errors import WorkerError
+from nanovllm.utils.device import Device
+
+READY = "ready"
+START_TIMEOUT_S = 120.0
+CLOSE_TIMEOUT_S = 5.0
+LAST_WORDS_S = 3.0
+"""So long a worker that has failed takes to say why."""
+
+MakeRunner = Callable[["ProcessRanks"], ModelRunner]
+
+
+class ProcessRanks:
+    """A rank among processes of one host, by NCCL between GPUs and gloo between CPUs, with a process group of its own.
+
+    Args:
+        folder: where the ranks find each other; only this user may write to it.
+        rank, size: which one of how many.
+        device: this rank's.
+        timeout_s: after which a collective that has not ended is an error.
+    """
+
+    def __init__(self, folder: str, rank: int, size: int, device: Device, timeout_s: float) -> None:
+        self.rank, self.size = rank, size
+        store = dist.FileStore(  # type: ignore[attr-defined] # it is documented there
+            os.path.join(folder, "store"), size
+        )
+        timeout = datetime.timedelta(seconds=timeout_s)
+        self._group: Any
+        if device.is_cuda:
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            self._group = dist.ProcessGroupNCCL(store, rank, size, options)
+        else:
+            self._group = dist.ProcessGroupGloo(store, rank, size, timeout)
+        self._device = device.torch_device
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        self._group.allreduce([x]).wait()
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        self._group.allgather([parts], [x.contiguous()]).wait()
+        return torch.cat(parts, dim=1)
+
+    def least(self, number: int) -> int:
+        numbers = self.all_gather(torch.tensor([[number]], device=self._device))
+        return int(numbers.min())
+
+
+class Workers:
+    """The other ranks of an engine, each in a process that ends when this one does.
+
+    Args:
+        size: ranks, this one included.
+        make_runner: a worker's runner, of its ranks; picklable.
+        device_of: by rank.
+        timeout_s: for what ranks do together.
+
+    Raises:
+        WorkerError: one of them did not start; with its traceback.
+    """
+
+    def __init__(
+        self, size: int, make_runner: MakeRunner, device_of: Callable[[int], Device], timeout_s: float
+    ) -> None:
+        self._folder = tempfile.mkdtemp(prefix="nanovllm-")  # nobody else may enter it
+        self._timeout_s = timeout_s
+        self._failure: str | None = None
+        self._processes: list[Any] = []
+        self._pipes: list[Any] = []
+        context = multiprocessing.get_context("spawn")
+        try:
+            for rank in range(1, size):
+                ours, theirs = context.Pipe()
+                _bound_sends(ours, timeout_s)
+                arguments = (self._folder, rank, size, device_of(rank), timeout_s, make_runner, theirs)
+                process = context.Process(target=_work, args=arguments, daemon=True, name=f"nanovllm rank {rank}")
+                process.start()
+                theirs.close()
+                self._processes.append(process)
+                self._pipes.append(ours)
+            self._await_ready()
+            self.ranks = ProcessRanks(self._folder, 0, size, device_of(0), timeout_s)
+        except BaseException:
+            self.close()
+            raise
+
+    @contextlib.contextmanager
+    def led(self, task: Task) -> Iterator[None]:
+        """Tells the workers of a task, which is run within."""
+        self.check()
+        with _without_interrupts():
+            try:
+                for pipe in self._pipes:
+                    pipe.send(task)
+                yield
+            except Exception as error:
+                # Some rank did what others did not: from here on they would answer each other's questions.
+                raise self.failed(error) from error
+
+    def check(self) -> None:
+        """Asks whether all are there, and waits for nothing.
+
+        Raises:
+            WorkerError: one is not; with its traceback, if it left one.
+        """
+        for rank, (pipe, process) in enumerate(zip(self._pipes, self._processes, strict=True), start=1):
+            if self._failure is None and (pipe.poll() or process.exitcode is not None):
+                self._failure = _last_words(rank, pipe, process)
+        if self._failure is not None:
+            raise WorkerError(self._failure)
+
+    def failed(self, error: Exception) -> WorkerError:
+        """What an error of this rank means: often that another one is gone, which it may say within a moment."""
+        deadline_s = time.monotonic() + LAST_WORDS_S
+        while time.monotonic() < deadline_s:
+            try:
+                self.check()
+            except WorkerError as failure:
+                return failure
+            time.sleep(0.01)
+        self._failure = f"rank 0 failed ({type(error).__name__}: {error}), and the others are no longer in step with it"
+        return WorkerError(self._failure)
+
+    def close(self) -> None:
+        """Ends all workers: those that do not end by themselves are killed."""
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):
+                pipe.send(None)
+            pipe.close()
+        deadline_s = time.monotonic() + (CLOSE_TIMEOUT_S if self._failure is None else 0.0)
+        for process in self._processes:
+            process.join(max(deadline_s - time.monotonic(), 0.0))
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+        self._pipes, self._processes = [], []
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _await_ready(self) -> None:
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        for rank, (pipe, process) in enumerate(zip(self._pipes, self._processes, strict=True), start=1):
+            waits_for = [pipe, process.sentinel]
+            if not multiprocessing.connection.wait(waits_for, max(deadline_s - time.monotonic(), 0.0)):
+                raise WorkerError(f"rank {rank} has not started within {START_TIMEOUT_S:.0f} s")
+            said = _received(pipe)
+            if said != READY:
+                raise WorkerError(_last_words(rank, pipe, process) if said is None else f"rank {rank} failed:\n{said}")
+
+
+def _work(
+    folder: str,
+    rank: int,
+    size: int,
+    device: Device,
+    timeout_s: float,
+    make_runner: MakeRunner,
+    pipe: multiprocessing.connection.Connection,
+) -> None:
+    """A worker's life."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine decides what an interrupt ends
+    threading.Thread(target=_end_with_the_engine, daemon=True).start()
+    status = 0
+    try:
+        pipe.send(READY)
+        runner = make_runner(ProcessRanks(folder, rank, size, device, timeout_s))
+        while (task := pipe.recv()) is not None:
+            runner.run(task)
+    except (EOFError, OSError):  # the engine is gone
+        status = 1
+    except BaseException:  # noqa: BLE001 - whatever it is, the engine tells of it
+        status = 1
+        with contextlib.suppress(OSError):
+            pipe.send(traceback.format_exc())
+    # Not by the interpreter, which would wait for collectives that will not end.
+    os._exit(status)
+
+
+def _end_with_the_engine() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
+    parent.join()
+    os._exit(1)
+
+
+def _received(pipe: Any) -> str | None:
+    """What a worker has said, None if nothing."""
+    try:
+        return str(pipe.recv()) if pipe.poll() else None
+    except (EOFError, OSError):
+        return None
+
+
+def _last_words(rank: int, pipe: Any, process: Any) -> str:
+    said = _received(pipe)
+    process.join(LAST_WORDS_S)
+    how = f"rank {rank} is gone (exit status {process.exitcode})"
+    return how if said is None else f"{how}:\n{said}"
+
+
+def _bound_sends(pipe: Any, timeout_s: float) -> None:
+    """A worker that reads no more is an error, not something to wait for."""
+    with socket.socket(fileno=os.dup(pipe.fileno())) as end:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", max(int(timeout_s), 1), 0))
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C is heard afterwards: in between, one rank would have done what the others have not."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
