@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
+from nanovllm import LLM, ConfigError, OutOfKVCacheError, SamplingParams, WorkerError
 from nanovllm.kernels import AttentionMetadata, torch_reference
 from nanovllm.models import resolve_model
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.utils.loader import checkpoint_folder, fill_randomly, load_weights, read_json
 from tests import tiny
+from tests.test_engine import drain, tokens_of
 
 
 class ThreadRanks:
@@ -84,6 +94,7 @@ def even(tmp_path_factory):
         sizes = {"vocab_size": 208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
         model = tiny.make_reference(seed=3, **sizes, **options)
         made[name] = tiny.save(model, tmp_path_factory.mktemp(name))
+        made[name, "reference"] = model
     return made
 
 
@@ -96,3 +107,200 @@ def test_ranks_compute_what_one_does(even, name, size, is_dummy):
     for logits in shares:
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
         assert torch.equal(logits, shares[0])
+
+
+# Engines
+
+MODES = {
+    "plain": {},
+    "chunked": {"max_num_batched_tokens": 24, "prefill_chunk_tokens": 7},
+    "preempted": {"num_kvcache_blocks": 9},
+    "no_cache": {"enable_prefix_caching": False},
+}
+
+
+def prompts_for(count, seed, **options):
+    return [[token % 208 for token in prompt] for prompt in tiny.random_prompts(count, seed=seed, **options)]
+
+
+def assert_no_process_is_left():
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("name", "size"), [("biased", 2), ("tied", 4)])
+def test_greedy_tokens_equal_transformers(even, name, size, mode):
+    prompts = prompts_for(4, seed=1) + prompts_for(4, seed=2, longest=40, shared=48)
+    with LLM(even[name], device="cpu", tensor_parallel_size=size, **MODES[mode]) as llm:
+        answers = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
+        again = llm.generate(prompts[4:], SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
+        while llm._in_flight:
+            llm.step()
+        llm.scheduler.check_integrity()
+        assert llm.scheduler.decode_pool.num_held_blocks == 0
+        assert (llm.scheduler.num_preemptions > 0) == (mode == "preempted")
+    assert_no_process_is_left()
+    for prompt, answer in zip(prompts + prompts[4:], answers + again, strict=True):
+        assert answer["token_ids"] == tiny.reference_tokens(even[name, "reference"], prompt, 24)
+
+
+def test_sampled_tokens_and_logprobs_equal_those_of_one_rank(even):
+    prompts = prompts_for(6, seed=5)
+    params = [
+        SamplingParams(
+            temperature=0.9, top_p=0.8 + 0.2 * (i % 2), top_k=20, seed=i, max_tokens=12, logprobs=i % 3 or None
+        )
+        for i in range(6)
+    ]
+    found = []
+    for size in (1, 2):
+        with LLM(even["biased"], device="cpu", tensor_parallel_size=size) as llm:
+            found.append(llm.generate(prompts, params, use_tqdm=False))
+    for alone, together in zip(*found, strict=True):
+        assert together["token_ids"] == alone["token_ids"]
+        for one, other in zip(alone["logprobs"] or [], together["logprobs"] or [], strict=True):
+            assert other.logprob == pytest.approx(one.logprob, abs=1e-4)
+
+
+def test_aborts_change_no_other_token(even):
+    prompts = prompts_for(10, seed=6, longest=50)
+    greedy = SamplingParams(temperature=0, max_tokens=20)
+    with LLM(even["biased"], device="cpu", tensor_parallel_size=2, num_kvcache_blocks=20) as llm:
+        ids = {llm.add_request(prompt, greedy): prompt for prompt in prompts}
+        outputs = drain(llm, {request_id: 3 * place for place, request_id in enumerate(list(ids)[::3])})
+    for request_id, prompt in ids.items():
+        got = tokens_of(outputs[request_id])
+        expected = tiny.reference_tokens(even["biased", "reference"], prompt, 20)
+        assert got == expected[: len(got)]
+        assert len(got) == 20 or outputs[request_id][-1].finish_reason == "abort"
+
+
+def test_only_what_changes_crosses(even):
+    with LLM(even["biased"], device="cpu", tensor_parallel_size=2) as llm:
+        sent = []
+        for pipe in llm.decode_runner._followers._pipes:
+            send = pipe.send
+            pipe.send = lambda task, send=send: (sent.append(task), send(task))[1]
+        llm.generate(prompts_for(3, seed=7), SamplingParams(temperature=0, max_tokens=30), use_tqdm=False)
+        kinds = [type(task).__name__ for task in sent]
+        decodes = [task for task in sent if type(task).__name__ == "DecodeTask"]
+    assert kinds[0] == "PrefillTask"
+    # One step tells who is in the batch; the others, but for a block or two, nothing.
+    told = [task for task in decodes if task.changes.order is not None]
+    assert len(told) <= 2
+    assert sum(task.changes.grown is not None for task in decodes) < len(decodes) / 3
+    assert all(task.changes.joined is None for task in decodes if task.changes.order is None)
+
+
+def test_two_engines_at_once_do_not_mix(even):
+    prompts = prompts_for(4, seed=8)
+    greedy = SamplingParams(temperature=0, max_tokens=15)
+    with ThreadPoolExecutor(2) as pool:
+        names = ("biased", "tied")
+        llms = list(pool.map(lambda name: LLM(even[name], device="cpu", tensor_parallel_size=2), names))
+        answers = list(pool.map(lambda llm: llm.generate(prompts, greedy, use_tqdm=False), llms))
+    for name, llm, of_it in zip(names, llms, answers, strict=True):
+        llm.close()
+        for prompt, answer in zip(prompts, of_it, strict=True):
+            assert answer["token_ids"] == tiny.reference_tokens(even[name, "reference"], prompt, 15)
+    assert_no_process_is_left()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_worker_that_is_gone_ends_all_requests_by_name(even, how):
+    prompts = prompts_for(6, seed=9)
+    with LLM(even["biased"], device="cpu", tensor_parallel_size=2, step_timeout_s=2.0) as llm:
+        (process,) = llm.decode_runner._followers._processes
+        for prompt in prompts:
+            llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=200))
+        for _ in range(5):
+            llm.step()
+        os.kill(process.pid, how)
+        started, ended = time.monotonic(), []
+        while not llm.is_finished():
+            ended += [output for output in llm.step() if output.finished]
+        assert time.monotonic() - started < 15
+        assert [output.finish_reason for output in ended] == ["error"] * 6
+        assert all(isinstance(output.error, WorkerError) for output in ended)
+        assert ("rank 1 is gone (exit status -9)" if how is signal.SIGKILL else "no longer in step") in str(
+            ended[0].error
+        )
+        with pytest.raises(WorkerError, match="start a new process"):
+            llm.add_request(prompts[0])
+    assert_no_process_is_left()
+
+
+def test_what_fails_in_a_worker_is_told_with_its_traceback(even):
+    with LLM(even["biased"], device="cpu", tensor_parallel_size=2, step_timeout_s=3.0) as llm:
+        llm.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=5))
+        for pipe in llm.decode_runner._followers._pipes:
+            pipe.send("what is no task")
+        outputs = drain(llm)
+    (error,) = {str(of_it[-1].error) for of_it in outputs.values()}
+    assert "AttributeError: 'str' object has no attribute" in error
+    assert_no_process_is_left()
+
+
+def test_a_worker_that_cannot_start_is_told_of(even):
+    with pytest.raises((WorkerError, OutOfKVCacheError), match="KV pool"):
+        LLM(even["biased"], device="cpu", tensor_parallel_size=2, num_kvcache_blocks=10**9)
+    assert_no_process_is_left()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensor_parallel_size": 3}, "tensor_parallel_size=3 does not divide 8 attention heads, 4 KV heads"),
+        ({"tensor_parallel_size": 8}, "does not divide 4 KV heads"),
+        ({"tensor_parallel_size": 2, "enable_two_gpu_pd": True}, "exclude each other"),
+        ({"tensor_parallel_size": 2, "device": "cuda:1"}, "names one GPU"),
+        ({"tensor_parallel_size": 0}, "is not a positive integer"),
+    ],
+)
+def test_refused_sizes(even, options, message):
+    with pytest.raises(ConfigError, match=message):
+        LLM(even["biased"], **{"device": "cpu", **options})
+
+
+SERVE = """
+import os, signal, sys, time
+from nanovllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    llm = LLM(sys.argv[1], device="cpu", tensor_parallel_size=2)
+    (process,) = llm.decode_runner._followers._processes
+    print(process.pid, flush=True)
+    llm.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=400))
+    try:
+        while not llm.is_finished():
+            llm.step()
+        print("ended", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+        if sys.argv[2] == "close":
+            llm.close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "then"), [(signal.SIGKILL, ""), (signal.SIGTERM, ""), (signal.SIGINT, "close"), (signal.SIGINT, "")]
+)
+def test_nothing_is_left_when_the_engine_is_gone(even, tmp_path, how, then):
+    script = tmp_path / "serve.py"
+    script.write_text(textwrap.dedent(SERVE))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, str(script), even["biased"], then]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as engine:
+        assert engine.stdout is not None
+        pid = int(engine.stdout.readline())
+        time.sleep(0.2)
+        # As from a terminal: all processes of the group hear of Ctrl-C.
+        os.killpg(engine.pid, how) if how is signal.SIGINT else engine.send_signal(how)
+        engine.wait(20)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline, "the worker is still there"
+        time.sleep(0.05)

@@ -85,7 +85,11 @@ class StepGraphs:
             if size in warmed_up:
                 step(size)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
+            # NCCL asks for its events on a thread of its own meanwhile.
+            capturing = torch.cuda.graph(
+                graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+            )
+            with capturing:
                 self._outputs[size] = step(size)
             self._graphs[size] = graph
         torch.cuda.synchronize()
