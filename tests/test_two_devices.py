@@ -459,7 +459,7 @@ def test_the_tests_above_would_notice_a_wrong_handoff(checkpoint, mistake):
         ({"prefill_device_id": 1}, "are both 1; pass two different ids"),
         ({"prefill_device_id": -1}, "prefill_device_id=-1 is not a device id"),
         ({"decode_device_id": True}, "decode_device_id=True is not a device id"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 is not available"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 and enable_two_gpu_pd=True exclude each other"),
         ({"kv_handoff": "push"}, "kv_handoff='push' needs two GPUs with peer access"),
         ({"kv_handoff": "pusch"}, "did you mean 'push'"),
         ({"handoff_timeout_s": 0}, "handoff_timeout_s=0 is not a positive number of seconds"),
