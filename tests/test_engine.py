@@ -363,11 +363,16 @@ def test_the_rows_on_the_device_are_those_of_the_host(checkpoint, num_blocks):
     prompts = tiny.random_prompts(8, seed=34, longest=40)
     with LLM(path, device="cpu", num_kvcache_blocks=num_blocks, max_num_seqs=5) as llm:
         rows = llm.decode_runner.decode_rows
-        update, num_pending = rows.update, 0
+        changes, apply, num_pending, steps = rows.changes, rows.apply, 0, []
 
-        def checked(step):
+        def noted(step):
+            steps.append(step)
+            return changes(step)
+
+        def checked(of_step):
             nonlocal num_pending
-            update(step)
+            apply(of_step)
+            step = steps[-1]
             for place, row in enumerate(step.rows):
                 slot = int(rows._order[place])
                 last_token, position, _, output_index = rows._numbers[:, slot].tolist()
@@ -379,7 +384,7 @@ def test_the_rows_on_the_device_are_those_of_the_host(checkpoint, num_blocks):
                 else:
                     num_pending += 1
 
-        rows.update = checked
+        rows.changes, rows.apply = noted, checked
         ids = [llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=40)) for prompt in prompts]
         outputs = drain(llm, steps_overlap=True)
         assert num_pending > 0

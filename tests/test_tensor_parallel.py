@@ -230,6 +230,38 @@ def test_a_worker_that_is_gone_ends_all_requests_by_name(even, how):
     assert_no_process_is_left()
 
 
+def test_an_interrupt_within_a_step_leaves_the_ranks_in_step(even):
+    """Ctrl-C as it comes: to the process, some of whose threads are not the interpreter's."""
+    prompts = prompts_for(4, seed=10)
+    greedy = SamplingParams(temperature=0, max_tokens=25)
+    with LLM(even["biased"], device="cpu", tensor_parallel_size=2) as llm:
+        runner, calls = llm.decode_runner, [0]
+        run = runner.run
+
+        def interrupted(task):
+            calls[0] += 1
+            if calls[0] in (1, 4, 9):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.05)
+            return run(task)
+
+        runner.run = interrupted
+        ids = [llm.add_request(prompt, greedy) for prompt in prompts]
+        got, num_interrupts = {request_id: [] for request_id in ids}, 0
+        while not llm.is_finished():
+            try:
+                outputs = llm.step()
+            except KeyboardInterrupt:
+                num_interrupts += 1
+                continue
+            for output in outputs:
+                assert output.error is None
+                got[output.request_id] += output.new_token_ids
+    assert num_interrupts == 3
+    for prompt, tokens in zip(prompts, got.values(), strict=True):
+        assert tokens == tiny.reference_tokens(even["biased", "reference"], prompt, 25)
+
+
 def test_what_fails_in_a_worker_is_told_with_its_traceback(even):
     with LLM(even["biased"], device="cpu", tensor_parallel_size=2, step_timeout_s=3.0) as llm:
         llm.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=5))

@@ -248,7 +248,7 @@ def build_ranks(config: EngineConfig, spec: RunnerSpec, device: Device) -> Model
         workers.close()
         raise
     except Exception as error:
-        failure = workers.failed(error)
+        failure = workers.blame(error)
         workers.close()
         raise failure from error
 

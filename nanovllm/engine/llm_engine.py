@@ -187,14 +187,16 @@ class LLMEngine:
     def _close(self) -> None:
         for seq in self.scheduler.unfinished():
             self.scheduler.finish(seq, "abort")
-        if self._device_error is None:
-            self._settle()
+        try:
+            if self._device_error is None:
+                self._settle()
+        finally:
+            self.decode_runner.close_followers()
         # On a lost GPU every call fails, or waits for ever: what it holds goes with the process.
         runners = {self.prefill_runner, self.decode_runner} if self._device_error is None else set()
         self._observer.dropped(self._in_flight, self._handoffs)
         for state in (self._sequences, self._texts, self._in_flight, self._handoffs, self._handing_off, self._outputs):
             state.clear()
-        self.decode_runner.close_followers()
         for runner in runners:
             runner.close()
 
@@ -301,10 +303,11 @@ class LLMEngine:
             first_of.add(work.runner)
             began_s = max(work.launched_s, self._last_end_s.get(work.runner, 0.0))
             if now - began_s > self.config.step_timeout_s and not work.handle.is_done():
-                raise DeviceError(
+                late = DeviceError(
                     f"{work.runner.device} is lost: a {work.kind} step of {len(work.step.rows)} requests has not ended "
                     f"within step_timeout_s={self.config.step_timeout_s}"
                 )
+                raise work.runner.blame(late)
 
     def _recover(self) -> None:
         """After an interrupt, or an error that is nobody's: whatever was under way is recomputed.

@@ -164,6 +164,9 @@ class Followers(Protocol):
             WorkerError: one is not.
         """
 
+    def blame(self, error: BaseException) -> BaseException:
+        """What an error of this rank means, such as that another is gone."""
+
     def close(self) -> None:
         """Ends them."""
 
@@ -176,6 +179,9 @@ class NoFollowers:
 
     def check(self) -> None:
         return
+
+    def blame(self, error: BaseException) -> BaseException:
+        return error
 
     def close(self) -> None:
         return
@@ -424,12 +430,18 @@ class ModelRunner:
             # Not by the driver, in which an interrupt is not heard.
             while stream is not None and not stream.query():
                 if time.monotonic() > deadline_s:
-                    raise DeviceError(f"{self.device} is lost: its work has not ended within {step_timeout_s=}")
+                    late = DeviceError(f"{self.device} is lost: its work has not ended within {step_timeout_s=}")
+                    raise self._followers.blame(late)
+                self._followers.check()
                 time.sleep(0)
 
     def check_followers(self) -> None:
         """Raises WorkerError if another rank is gone."""
         self._followers.check()
+
+    def blame(self, error: DeviceError) -> BaseException:
+        """What it means that this device is late: with other ranks, that one of them is."""
+        return self._followers.blame(error)
 
     def close_followers(self) -> None:
         """Ends the other ranks."""
@@ -442,6 +454,7 @@ class ModelRunner:
                 self.decode_paths.close()
             del self.model, self.kv_pool, self.prefill_buffers, self.decode_rows
             del self._prefill_graphs, self.graph_pool, self._logits, self._push_pool
+            self._ranks.close()
             if self.device.is_cuda:
                 torch.cuda.empty_cache()
 

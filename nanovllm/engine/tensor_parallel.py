@@ -6,6 +6,7 @@ its device, and nothing else; tokens are sampled by every rank alike.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import multiprocessing
@@ -20,6 +21,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -34,6 +36,14 @@ START_TIMEOUT_S = 120.0
 CLOSE_TIMEOUT_S = 5.0
 LAST_WORDS_S = 3.0
 """So long a worker that has failed takes to say why."""
+
+NCCL_ENVIRONMENT = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "NCCL_SOCKET_IFNAME": "lo",
+}
+"""Torch's watchdog would end the engine's process where a WorkerError is wanted; and no rank is on another host."""
 
 MakeRunner = Callable[["ProcessRanks"], ModelRunner]
 
@@ -50,6 +60,8 @@ class ProcessRanks:
 
     def __init__(self, folder: str, rank: int, size: int, device: Device, timeout_s: float) -> None:
         self.rank, self.size = rank, size
+        for name, value in NCCL_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         store = dist.FileStore(  # type: ignore[attr-defined] # it is documented there
             os.path.join(folder, "store"), size
         )
@@ -60,8 +72,13 @@ class ProcessRanks:
             options._timeout = timeout
             self._group = dist.ProcessGroupNCCL(store, rank, size, options)
         else:
-            self._group = dist.ProcessGroupGloo(store, rank, size, timeout)
+            options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined] # it has
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+            options._timeout = timeout
+            self._group = dist.ProcessGroupGloo(store, rank, size, options)
         self._device = device.torch_device
+        # Connections are made by the first collective: now, while all ranks are known to be there.
+        self.least(0)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
@@ -76,6 +93,16 @@ class ProcessRanks:
     def least(self, number: int) -> int:
         numbers = self.all_gather(torch.tensor([[number]], device=self._device))
         return int(numbers.min())
+
+    def abort(self) -> None:
+        """Ends collectives that wait for a rank that is gone: on GPUs they would wait for ever."""
+        if self._device.type == "cuda":
+            self._group.abort()
+
+    def close(self) -> None:
+        """No collective may follow, and no graph hold one."""
+        self.abort()
+        self._group = None
 
 
 class Workers:
@@ -110,8 +137,10 @@ class Workers:
                 theirs.close()
                 self._processes.append(process)
                 self._pipes.append(ours)
+            atexit.register(self.close)  # before multiprocessing's own, which would wait for a worker that hangs
             self._await_ready()
-            self.ranks = ProcessRanks(self._folder, 0, size, device_of(0), timeout_s)
+            self.ranks = self._joined(size, device_of(0), timeout_s)
+            threading.Thread(target=self._abort_when_one_is_gone, daemon=True).start()
         except BaseException:
             self.close()
             raise
@@ -125,9 +154,9 @@ class Workers:
                 for pipe in self._pipes:
                     pipe.send(task)
                 yield
-            except Exception as error:
+            except BaseException as error:
                 # Some rank did what others did not: from here on they would answer each other's questions.
-                raise self.failed(error) from error
+                raise self.blame(error) from error
 
     def check(self) -> None:
         """Asks whether all are there, and waits for nothing.
@@ -141,7 +170,7 @@ class Workers:
         if self._failure is not None:
             raise WorkerError(self._failure)
 
-    def failed(self, error: Exception) -> WorkerError:
+    def blame(self, error: BaseException) -> WorkerError:
         """What an error of this rank means: often that another one is gone, which it may say within a moment."""
         deadline_s = time.monotonic() + LAST_WORDS_S
         while time.monotonic() < deadline_s:
@@ -155,18 +184,46 @@ class Workers:
 
     def close(self) -> None:
         """Ends all workers: those that do not end by themselves are killed."""
-        for pipe in self._pipes:
-            with contextlib.suppress(OSError):
-                pipe.send(None)
-            pipe.close()
+        atexit.unregister(self.close)
         deadline_s = time.monotonic() + (CLOSE_TIMEOUT_S if self._failure is None else 0.0)
-        for process in self._processes:
-            process.join(max(deadline_s - time.monotonic(), 0.0))
-            if process.exitcode is None:
+        try:
+            for pipe in self._pipes:
+                with contextlib.suppress(OSError):
+                    pipe.send(None)
+                pipe.close()
+            for process in self._processes:
+                process.join(max(deadline_s - time.monotonic(), 0.0))
+        finally:
+            for process in self._processes:
                 process.kill()
                 process.join()
-        self._pipes, self._processes = [], []
-        shutil.rmtree(self._folder, ignore_errors=True)
+            self._pipes, self._processes = [], []
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _joined(self, size: int, device: Device, timeout_s: float) -> ProcessRanks:
+        """Meets the others; in a thread, so that one that fails meanwhile is noticed."""
+        found: list[ProcessRanks | Exception] = []
+
+        def join() -> None:
+            try:
+                found.append(ProcessRanks(self._folder, 0, size, device, timeout_s))
+            except Exception as error:  # noqa: BLE001 - it is raised where it was asked for
+                found.append(error)
+
+        thread = threading.Thread(target=join, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            self.check()
+            thread.join(0.01)
+        (ranks,) = found
+        if isinstance(ranks, Exception):
+            raise self.blame(ranks) from ranks
+        return ranks
+
+    def _abort_when_one_is_gone(self) -> None:
+        multiprocessing.connection.wait([process.sentinel for process in self._processes])
+        if self._processes:  # else they were ended
+            self.ranks.abort()
 
     def _await_ready(self) -> None:
         deadline_s = time.monotonic() + START_TIMEOUT_S
@@ -190,15 +247,13 @@ def _work(
 ) -> None:
     """A worker's life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine decides what an interrupt ends
-    threading.Thread(target=_end_with_the_engine, daemon=True).start()
+    threading.Thread(target=_end_with_the_engine, args=(folder,), daemon=True).start()
     status = 0
     try:
         pipe.send(READY)
         runner = make_runner(ProcessRanks(folder, rank, size, device, timeout_s))
-        while (task := pipe.recv()) is not None:
+        while (task := _next_task(pipe)) is not None:
             runner.run(task)
-    except (EOFError, OSError):  # the engine is gone
-        status = 1
     except BaseException:  # noqa: BLE001 - whatever it is, the engine tells of it
         status = 1
         with contextlib.suppress(OSError):
@@ -207,10 +262,19 @@ def _work(
     os._exit(status)
 
 
-def _end_with_the_engine() -> None:
+def _next_task(pipe: Any) -> Any:
+    """None if there are no more: the engine says so, or is gone."""
+    try:
+        return pipe.recv()
+    except (EOFError, OSError):
+        return None
+
+
+def _end_with_the_engine(folder: str) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has a parent"
     parent.join()
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
@@ -238,11 +302,15 @@ def _bound_sends(pipe: Any, timeout_s: float) -> None:
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
     """Ctrl-C is heard afterwards: in between, one rank would have done what the others have not."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield  # an interrupt does not strike here
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    heard: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: heard.append((number, frame)))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before)
+    if heard:
+        before(*heard[0])

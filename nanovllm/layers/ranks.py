@@ -23,6 +23,9 @@ class Ranks(Protocol):
     def least(self, number: int) -> int:
         """The smallest of all ranks' numbers."""
 
+    def close(self) -> None:
+        """They do nothing together any more."""
+
 
 class OneRank:
     """A model that one device computes alone."""
@@ -38,6 +41,9 @@ class OneRank:
 
     def least(self, number: int) -> int:
         return number
+
+    def close(self) -> None:
+        return
 
 
 @dataclass(frozen=True)
