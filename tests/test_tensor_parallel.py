@@ -230,6 +230,15 @@ def test_a_worker_that_is_gone_ends_all_requests_by_name(even, how):
     assert_no_process_is_left()
 
 
+@pytest.fixture
+def hears_interrupts():
+    """Also where the tests run in the background, which ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_interrupts")
 def test_an_interrupt_within_a_step_leaves_the_ranks_in_step(even):
     """Ctrl-C as it comes: to the process, some of whose threads are not the interpreter's."""
     prompts = prompts_for(4, seed=10)
@@ -299,6 +308,7 @@ import os, signal, sys, time
 from nanovllm import LLM, SamplingParams
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     llm = LLM(sys.argv[1], device="cpu", tensor_parallel_size=2)
     (process,) = llm.decode_runner._followers._processes
     print(process.pid, flush=True)
