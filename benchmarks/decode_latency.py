@@ -1,9 +1,9 @@
 """Time of a decode step by batch size and context: on the GPU, and on the host that launches it.
 
-The step time is that between the ends of two steps of a full batch; the floor is the time in which the
-measured streaming bandwidth reads the weights and the batch's KV once. The host time is that of one turn of the
-engine's loop with nothing arriving, waiting not counted: for requests of `generate`, and for streamed ones, which take
-an output object per token.
+The step time is that between the ends of two steps of a full batch; the floor is the time in which the measured
+streaming bandwidth, of as many GPUs as there are ranks, reads the weights and the batch's KV once. The host time is
+that of one turn of the engine's loop with nothing arriving, waiting not counted: for requests of `generate`, and for
+streamed ones, which take an output object per token.
 """
 
 from __future__ import annotations
@@ -24,14 +24,21 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64, 256])
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
 
-    bandwidth = streaming_bandwidth()
+    num_ranks = args.tensor_parallel_size
+    bandwidth = num_ranks * streaming_bandwidth()
     rows = []
-    with LLM(write_shape(args.model_shape), load_format="dummy", enable_prefix_caching=False) as llm:
+    with LLM(
+        write_shape(args.model_shape),
+        load_format="dummy",
+        enable_prefix_caching=False,
+        tensor_parallel_size=num_ranks,
+    ) as llm:
         spec = llm.decode_runner.spec
-        kv_bytes_per_token = spec.block_bytes / spec.attention.block_size
+        kv_bytes_per_token = num_ranks * spec.block_bytes / spec.attention.block_size
         weight_bytes = spec.model_config.num_parameters * spec.dtype.itemsize
         print(f"{'batch':>6} {'context':>8} {'step ms':>8} {'floor ms':>9} {'host us':>8} {'streamed':>9}")
         for context in args.contexts:
@@ -42,7 +49,11 @@ def main() -> None:
                 print(f"{batch:6} {context:8} {step_ms:8.3f} {floor_ms:9.3f} {host_us:8.0f} {streamed_us:9.0f}")
                 row = {"batch": batch, "context": context, "step_ms": step_ms, "floor_ms": floor_ms}
                 rows.append({**row, "host_us": host_us, "host_streamed_us": streamed_us})
-    report("decode_latency", {"model_shape": args.model_shape, "rows": rows}, args.output)
+    report(
+        "decode_latency",
+        {"model_shape": args.model_shape, "tensor_parallel_size": num_ranks, "rows": rows},
+        args.output,
+    )
 
 
 def measure(llm: LLM, batch: int, context: int, num_steps: int, *, streamed: bool) -> tuple[float, float]:

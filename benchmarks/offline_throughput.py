@@ -2,7 +2,7 @@
 
 The workload is nano-vllm's: 256 requests of 100 to 1,024 tokens in and 100 to 1,024 out. The roofline is the time in
 which the measured streaming bandwidth reads the weights once per decode step and every request's KV once per token,
-plus the time of the prefill's GEMM FLOPs at the measured GEMM rate.
+plus the time of the prefill's GEMM FLOPs at the measured GEMM rate; of as many GPUs as there are ranks.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ def main() -> None:
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--prefill-chunk-tokens", type=int, default=2048)
     parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
 
-    bandwidth, rate = streaming_bandwidth(), gemm_rate()
+    num_ranks = args.tensor_parallel_size
+    bandwidth, rate = num_ranks * streaming_bandwidth(), num_ranks * gemm_rate()
     rng = random.Random(0)
     prompts = [[rng.randrange(10_000) for _ in range(rng.randint(100, 1024))] for _ in range(args.num_requests)]
     params = [
@@ -42,6 +44,7 @@ def main() -> None:
         attention_backend=args.attention_backend,
         prefill_chunk_tokens=args.prefill_chunk_tokens,
         enforce_eager=args.enforce_eager,
+        tensor_parallel_size=num_ranks,
         enable_prefix_caching=False,
         max_num_seqs=max(512, args.num_requests),
     ) as llm:
@@ -55,7 +58,7 @@ def main() -> None:
         spec = llm.decode_runner.spec
 
     num_output_tokens = sum(len(answer["token_ids"]) for answer in answers)
-    kv_bytes_per_token = spec.block_bytes / spec.attention.block_size
+    kv_bytes_per_token = num_ranks * spec.block_bytes / spec.attention.block_size
     # Token k of an answer is decoded from a context of prompt + k - 1 tokens; the first comes from prefill.
     contexts = sum(len(prompt) + k for prompt, p in zip(prompts, params, strict=True) for k in range(1, p.max_tokens))
     weight_bytes = spec.model_config.num_parameters * spec.dtype.itemsize
@@ -77,6 +80,7 @@ def main() -> None:
             "num_requests": args.num_requests,
             "prefill_chunk_tokens": args.prefill_chunk_tokens,
             "enforce_eager": args.enforce_eager,
+            "tensor_parallel_size": num_ranks,
             "num_output_tokens": num_output_tokens,
             "seconds": seconds,
             "tokens_per_s": throughput,

@@ -77,18 +77,22 @@ class ProcessRanks:
             options._timeout = timeout
             self._group = dist.ProcessGroupGloo(store, rank, size, options)
         self._device = device.torch_device
+        self._sums, self._gathers = dist.AllreduceOptions(), dist.distributed_c10d.AllgatherOptions()
+        # On the stream that asks for it, not on one of NCCL's own.
+        self._sums.asyncOp = self._gathers.asyncOp = not device.is_cuda
         # Connections are made by the first collective: now, while all ranks are known to be there.
         self.least(0)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
-        self._group.allreduce([x]).wait()
+        self._group.allreduce([x], self._sums).wait()
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        self._group.allgather([parts], [x.contiguous()]).wait()
-        return torch.cat(parts, dim=1)
+        num_rows, width = x.shape
+        parts = x.new_empty(self.size * num_rows, width)
+        self._group._allgather_base(parts, x.contiguous(), self._gathers).wait()
+        return parts.view(self.size, num_rows, width).transpose(0, 1).reshape(num_rows, -1)
 
     def least(self, number: int) -> int:
         numbers = self.all_gather(torch.tensor([[number]], device=self._device))
