@@ -245,11 +245,11 @@ def build_ranks(config: EngineConfig, spec: RunnerSpec, device: Device) -> Model
     try:
         return _rank_runner(spec, config.max_num_batched_tokens, device, workers.ranks, workers)
     except (NanoVLLMError, KeyboardInterrupt):
-        workers.close()
+        workers.abandon()
         raise
     except Exception as error:
         failure = workers.blame(error)
-        workers.close()
+        workers.abandon()
         raise failure from error
 
 

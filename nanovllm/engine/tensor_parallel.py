@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -26,10 +27,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import AllgatherOptions
 
 from nanovllm.engine.model_runner import ModelRunner, Task
-from nanovllm.errors import WorkerError
+from nanovllm.errors import BackendUnavailableError, WorkerError
+from nanovllm.kernels.cuda_all_reduce import PeerAllReduce
 from nanovllm.utils.device import Device
+
+logger = logging.getLogger(__name__)
 
 READY = "ready"
 START_TIMEOUT_S = 120.0
@@ -51,6 +56,8 @@ MakeRunner = Callable[["ProcessRanks"], ModelRunner]
 class ProcessRanks:
     """A rank among processes of one host, by NCCL between GPUs and gloo between CPUs, with a process group of its own.
 
+    Small sums between GPUs that can write into each other's memory are `PeerAllReduce`'s.
+
     Args:
         folder: where the ranks find each other; only this user may write to it.
         rank, size: which one of how many.
@@ -62,36 +69,49 @@ class ProcessRanks:
         self.rank, self.size = rank, size
         for name, value in NCCL_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        store = dist.FileStore(  # type: ignore[attr-defined] # it is documented there
+        self._store = dist.FileStore(  # type: ignore[attr-defined] # it is documented there
             os.path.join(folder, "store"), size
         )
         timeout = datetime.timedelta(seconds=timeout_s)
+        self._store.set_timeout(timeout)
+        self._num_exchanges = 0
         self._group: Any
+        self._peers: PeerAllReduce | None = None
         if device.is_cuda:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
-            self._group = dist.ProcessGroupNCCL(store, rank, size, options)
+            self._group = dist.ProcessGroupNCCL(self._store, rank, size, options)
         else:
             options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined] # it has
             options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
             options._timeout = timeout
-            self._group = dist.ProcessGroupGloo(store, rank, size, options)
+            self._group = dist.ProcessGroupGloo(self._store, rank, size, options)
         self._device = device.torch_device
-        self._sums, self._gathers = dist.AllreduceOptions(), dist.distributed_c10d.AllgatherOptions()
+        self._sums, self._gathers = dist.AllreduceOptions(), AllgatherOptions()
         # On the stream that asks for it, not on one of NCCL's own.
         self._sums.asyncOp = self._gathers.asyncOp = not device.is_cuda
-        # Connections are made by the first collective: now, while all ranks are known to be there.
-        self.least(0)
+
+    def connect(self) -> None:
+        """Meets the others, while they are known to be there. `abort`, from another thread, ends it."""
+        self.least(0)  # NCCL connects when it is first used
+        if self._device.type == "cuda":
+            with torch.cuda.device(self._device):
+                try:
+                    self._peers = PeerAllReduce(self.rank, self.size, self._exchange)
+                except BackendUnavailableError as error:
+                    logger.warning("all sums over ranks are NCCL's, small ones take longer so: %s", error)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
-        self._group.allreduce([x], self._sums).wait()
+        if self._peers is not None and self._peers.can_serve(x):
+            return self._peers.add_up(x)
+        _wait(self._group.allreduce([x], self._sums))
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         num_rows, width = x.shape
         parts = x.new_empty(self.size * num_rows, width)
-        self._group._allgather_base(parts, x.contiguous(), self._gathers).wait()
+        _wait(self._group._allgather_base(parts, x.contiguous(), self._gathers))
         return parts.view(self.size, num_rows, width).transpose(0, 1).reshape(num_rows, -1)
 
     def least(self, number: int) -> int:
@@ -101,12 +121,22 @@ class ProcessRanks:
     def abort(self) -> None:
         """Ends collectives that wait for a rank that is gone: on GPUs they would wait for ever."""
         if self._device.type == "cuda":
+            if self._peers is not None:
+                self._peers.give_up()
             self._group.abort()
 
     def close(self) -> None:
-        """No collective may follow, and no graph hold one."""
+        """No collective may follow, and no graph hold one; the other ranks have ended."""
         self.abort()
-        self._group = None
+        if self._peers is not None:
+            self._peers.close()
+        self._group = self._peers = None
+
+    def _exchange(self, text: str) -> list[str]:
+        """The texts of all ranks, which all of them give here."""
+        self._num_exchanges += 1
+        self._store.set(f"{self._num_exchanges} of {self.rank}", text)
+        return [self._store.get(f"{self._num_exchanges} of {rank}").decode() for rank in range(self.size)]
 
 
 class Workers:
@@ -130,6 +160,7 @@ class Workers:
         self._failure: str | None = None
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
+        self._ranks: ProcessRanks | None = None
         context = multiprocessing.get_context("spawn")
         try:
             for rank in range(1, size):
@@ -143,10 +174,10 @@ class Workers:
                 self._pipes.append(ours)
             atexit.register(self.close)  # before multiprocessing's own, which would wait for a worker that hangs
             self._await_ready()
-            self.ranks = self._joined(size, device_of(0), timeout_s)
+            self.ranks = self._joined(size, device_of(0))
             threading.Thread(target=self._abort_when_one_is_gone, daemon=True).start()
         except BaseException:
-            self.close()
+            self.abandon()
             raise
 
     @contextlib.contextmanager
@@ -187,7 +218,7 @@ class Workers:
         return WorkerError(self._failure)
 
     def close(self) -> None:
-        """Ends all workers: those that do not end by themselves are killed."""
+        """Ends all workers: those that do not end by themselves are killed. After a failure it is `abandon`."""
         atexit.unregister(self.close)
         deadline_s = time.monotonic() + (CLOSE_TIMEOUT_S if self._failure is None else 0.0)
         try:
@@ -202,27 +233,35 @@ class Workers:
                 process.kill()
                 process.join()
             self._pipes, self._processes = [], []
+            if self._failure is not None and self._ranks is not None:
+                self._ranks.abort()
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _joined(self, size: int, device: Device, timeout_s: float) -> ProcessRanks:
+    def abandon(self) -> None:
+        """Ends all workers at once, and collectives that this rank waits in."""
+        self._failure = self._failure or "the engine has given up"
+        self.close()
+
+    def _joined(self, size: int, device: Device) -> ProcessRanks:
         """Meets the others; in a thread, so that one that fails meanwhile is noticed."""
-        found: list[ProcessRanks | Exception] = []
+        failed: list[Exception] = []
 
         def join() -> None:
             try:
-                found.append(ProcessRanks(self._folder, 0, size, device, timeout_s))
+                self._ranks = ProcessRanks(self._folder, 0, size, device, self._timeout_s)
+                self._ranks.connect()
             except Exception as error:  # noqa: BLE001 - it is raised where it was asked for
-                found.append(error)
+                failed.append(error)
 
         thread = threading.Thread(target=join, daemon=True)
         thread.start()
         while thread.is_alive():
             self.check()
             thread.join(0.01)
-        (ranks,) = found
-        if isinstance(ranks, Exception):
-            raise self.blame(ranks) from ranks
-        return ranks
+        for error in failed:
+            raise self.blame(error) from error
+        assert self._ranks is not None, "it has not failed"
+        return self._ranks
 
     def _abort_when_one_is_gone(self) -> None:
         multiprocessing.connection.wait([process.sentinel for process in self._processes])
@@ -255,7 +294,9 @@ def _work(
     status = 0
     try:
         pipe.send(READY)
-        runner = make_runner(ProcessRanks(folder, rank, size, device, timeout_s))
+        ranks = ProcessRanks(folder, rank, size, device, timeout_s)
+        ranks.connect()
+        runner = make_runner(ranks)
         while (task := _next_task(pipe)) is not None:
             runner.run(task)
     except BaseException:  # noqa: BLE001 - whatever it is, the engine tells of it
@@ -264,6 +305,12 @@ def _work(
             pipe.send(traceback.format_exc())
     # Not by the interpreter, which would wait for collectives that will not end.
     os._exit(status)
+
+
+def _wait(work: Any) -> None:
+    """For a collective; there is nothing to wait for if it runs on the stream that asked for it."""
+    if work is not None:
+        work.wait()
 
 
 def _next_task(pipe: Any) -> Any:

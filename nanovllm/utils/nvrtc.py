@@ -29,7 +29,7 @@ def compile_source(source: str, name: str, architecture: str) -> bytes:
     except (ImportError, RuntimeError) as error:  # the bindings load the library when it is first called
         remedy = "pip install cuda-python nvidia-cuda-nvrtc"
         raise BackendUnavailableError(f"{name} needs NVRTC, which cannot be used ({error}); {remedy}") from error
-    _check(nvrtc, "nvrtcCreateProgram", code)
+    _check("nvrtcCreateProgram", code)
     options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
     (code,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if int(code):
@@ -38,10 +38,10 @@ def compile_source(source: str, name: str, architecture: str) -> bytes:
         nvrtc.nvrtcGetProgramLog(program, log)
         raise BackendUnavailableError(f"NVRTC refuses {name}: {log.decode(errors='replace').strip()}")
     code, size = nvrtc.nvrtcGetCUBINSize(program)
-    _check(nvrtc, "nvrtcGetCUBINSize", code)
+    _check("nvrtcGetCUBINSize", code)
     cubin = b" " * size
     (code,) = nvrtc.nvrtcGetCUBIN(program, cubin)
-    _check(nvrtc, "nvrtcGetCUBIN", code)
+    _check("nvrtcGetCUBIN", code)
     nvrtc.nvrtcDestroyProgram(program)
     return cubin
 
@@ -64,10 +64,10 @@ class Kernel:
         self._driver = driver
         self._shared_bytes = shared_bytes
         torch.cuda.current_stream()  # the device's context is there from now on
-        self._module = self._called("cuModuleLoadData", cubin)
-        self._function = self._called("cuModuleGetFunction", self._module, name.encode())
+        self._module = call_driver("cuModuleLoadData", cubin)
+        self._function = call_driver("cuModuleGetFunction", self._module, name.encode())
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        self._called("cuFuncSetAttribute", self._function, attribute, shared_bytes)
+        call_driver("cuFuncSetAttribute", self._function, attribute, shared_bytes)
 
     def launch(self, num_blocks: int, num_threads: int, arguments: Sequence[Any], *, cluster: int = 1) -> None:
         """On the current stream; the kernel itself waits for the one before it (programmatic dependent launch).
@@ -80,12 +80,12 @@ class Kernel:
         values = [_argument(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*[address for address, _ in values])
         config = self._config(num_blocks, num_threads, cluster)
-        self._called("cuLaunchKernelEx", config, self._function, ctypes.addressof(pointers), 0)
+        call_driver("cuLaunchKernelEx", config, self._function, ctypes.addressof(pointers), 0)
 
     def max_clusters(self, num_threads: int, cluster: int) -> int:
         """How many clusters of thread blocks run at a time on the SMs that the current stream has."""
         config = self._config(cluster, num_threads, cluster)
-        return int(self._called("cuOccupancyMaxActiveClusters", self._function, config))
+        return int(call_driver("cuOccupancyMaxActiveClusters", self._function, config))
 
     def _config(self, num_blocks: int, num_threads: int, cluster: int) -> Any:
         driver = self._driver
@@ -102,10 +102,18 @@ class Kernel:
         config.attrs, config.numAttrs = [overlaps, clusters], 2
         return config
 
-    def _called(self, name: str, *arguments: Any) -> Any:
-        code, *values = getattr(self._driver, name)(*arguments)
-        _check(self._driver, name, code)
-        return values[0] if values else None
+
+def call_driver(name: str, *arguments: Any) -> Any:
+    """What a function of the CUDA driver gives besides its code.
+
+    Raises:
+        BackendUnavailableError: the code is not that of success.
+    """
+    from cuda.bindings import driver
+
+    code, *values = getattr(driver, name)(*arguments)
+    _check(name, code)
+    return values[0] if values else None
 
 
 def tensor_map(matrix: torch.Tensor, box: tuple[int, int]) -> Any:
@@ -136,7 +144,7 @@ def tensor_map(matrix: torch.Tensor, box: tuple[int, int]) -> Any:
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
-    _check(driver, "cuTensorMapEncodeTiled", code)
+    _check("cuTensorMapEncodeTiled", code)
     return made
 
 
@@ -151,6 +159,6 @@ def _argument(argument: Any) -> tuple[int, Any]:
     return argument.getPtr(), argument
 
 
-def _check(bindings: Any, name: str, code: Any) -> None:
+def _check(name: str, code: Any) -> None:
     if int(code):
         raise BackendUnavailableError(f"{name} failed: {getattr(code, 'name', code)} ({int(code)})")

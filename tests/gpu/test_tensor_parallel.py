@@ -1,4 +1,4 @@
-"""One model on two cards: NCCL in CUDA graphs, transformers' tokens, a rank that dies."""
+"""One model on two cards: sums by peer stores and NCCL, in CUDA graphs too, transformers' tokens, a rank that dies."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from nanovllm import LLM, ConfigError, SamplingParams, WorkerError
 from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.engine.tensor_parallel import ProcessRanks, Workers
+from nanovllm.utils.device import Device
 from tests import tiny
 
 pytestmark = [pytest.mark.gpu, pytest.mark.two_gpu]
@@ -75,6 +81,84 @@ def test_a_worker_that_is_gone_ends_all_requests_by_name(even, how):
         with pytest.raises(WorkerError, match="start a new process"):
             llm.add_request([1])
         time.sleep(5)  # a watchdog that ends the process would have by now
+
+
+def check_sums(folder: str, rank: int) -> None:
+    torch.cuda.set_device(rank)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        ranks = ProcessRanks(folder, rank, 2, Device("cuda", rank), 30.0)
+        ranks.connect()
+        assert ranks._peers is not None, "these GPUs write into each other's memory"
+        # From one piece to more than there are threads for: these are NCCL's, and so are odd sizes and integers.
+        sizes = [8, 24, 4096, 4104, 100_000, 2**20, 2**20 + 8, 7, 2048, 8]
+        random = torch.Generator("cuda").manual_seed(rank)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.int64):
+            inputs = [(torch.randn(size, device="cuda", generator=random) * 9).to(dtype) for size in sizes]
+            sums = [torch.empty_like(x) for x in inputs]
+
+            def add_up(inputs=inputs, sums=sums):
+                for x, total in zip(inputs, sums, strict=True):
+                    total.copy_(ranks.all_reduce(x.clone()))
+
+            add_up()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+                add_up()
+            for _ in range(20):
+                for x in inputs:
+                    x.copy_((torch.randn(len(x), device="cuda", generator=random) * 9).to(dtype))
+                graph.replay()
+                for x, total in zip(inputs, sums, strict=True):
+                    both = ranks.all_gather(x.unsqueeze(0)).view(2, -1)
+                    wide = torch.int64 if dtype == torch.int64 else torch.float32
+                    assert torch.equal(total, both.to(wide).sum(0).to(dtype)), (dtype, len(x))
+        torch.cuda.synchronize()
+    Path(folder, f"done {rank}").touch()
+    while not all(Path(folder, f"done {other}").exists() for other in range(2)):
+        time.sleep(0.01)
+    os._exit(0)  # no graph is destroyed after the group
+
+
+def test_sums_are_right_for_all_sizes_and_types(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=check_sums, args=(str(tmp_path), rank)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def fail(ranks):
+    raise OSError("there is no model here")
+
+
+@pytest.mark.parametrize("when", ["connected", "meeting"])
+def test_a_worker_that_fails_at_the_start_leaves_no_kernel_waiting(when):
+    code = f"import tests.gpu.test_tensor_parallel as t; t.start_with_a_worker_that_fails({when!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def start_with_a_worker_that_fails(when: str) -> None:
+    index = {"connected": 1, "meeting": 99}[when]
+    cause = {"connected": "there is no model here", "meeting": "invalid device ordinal"}[when]
+    with pytest.raises(WorkerError, match=cause):
+        start_and_add_up(lambda rank: Device("cuda", index if rank else 0))
+    torch.cuda.synchronize()  # no kernel waits
+
+
+def start_and_add_up(device_of: Callable[[int], Device]) -> None:
+    workers = Workers(2, fail, device_of, 20.0)
+    try:
+        for _ in range(20):
+            workers.ranks.all_reduce(torch.ones(4096, device="cuda"))
+            workers.ranks.least(3)
+            workers.check()
+            time.sleep(0.1)
+    finally:
+        workers.abandon()
 
 
 def test_more_ranks_than_cards_are_refused(even):

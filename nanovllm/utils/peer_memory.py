@@ -1,0 +1,49 @@
+"""GPU memory that other processes of the host may write to (CUDA IPC). Driver calls only; the device is current."""
+
+from __future__ import annotations
+
+import torch
+
+from nanovllm.utils.nvrtc import call_driver
+
+
+class PeerMemory:
+    """Memory of the current device, zeroed.
+
+    Raises:
+        BackendUnavailableError: the driver refuses, as it may within containers.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._opened: list[int] = []
+        torch.cuda.synchronize()  # the device's context is there from now on
+        self.address = int(call_driver("cuMemAlloc", num_bytes))
+        call_driver("cuMemsetD8", self.address, 0, num_bytes)
+        torch.cuda.synchronize()
+
+    @property
+    def handle(self) -> str:
+        """What another process opens it by."""
+        return bytes(call_driver("cuIpcGetMemHandle", self.address).reserved).hex()
+
+    def open(self, handle: str) -> int:
+        """Where another process's memory is for kernels of this one, until this memory is closed.
+
+        Raises:
+            BackendUnavailableError: the driver refuses.
+        """
+        from cuda.bindings import driver
+
+        named = driver.CUipcMemHandle()
+        named.reserved = bytes.fromhex(handle)
+        flag = driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+        address = int(call_driver("cuIpcOpenMemHandle", named, flag.value))
+        self._opened.append(address)
+        return address
+
+    def close(self) -> None:
+        """Nothing may be using it any more, nor what it has opened."""
+        for address in self._opened:
+            call_driver("cuIpcCloseMemHandle", address)
+        self._opened.clear()
+        call_driver("cuMemFree", self.address)
