@@ -32,7 +32,7 @@ from torch._C._distributed_c10d import AllgatherOptions
 from nanovllm.engine.model_runner import ModelRunner, Task
 from nanovllm.errors import BackendUnavailableError, WorkerError
 from nanovllm.kernels.cuda_all_reduce import PeerAllReduce
-from nanovllm.utils.device import Device
+from nanovllm.utils.device import Device, never_free
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ NCCL_ENVIRONMENT = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "NCCL_SOCKET_IFNAME": "lo",
 }
 """Torch's watchdog would end the engine's process where a WorkerError is wanted; and no rank is on another host."""
@@ -77,6 +78,7 @@ class ProcessRanks:
         self._num_exchanges = 0
         self._group: Any
         self._peers: PeerAllReduce | None = None
+        self._aborting: threading.Thread | None = None
         if device.is_cuda:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
@@ -119,15 +121,21 @@ class ProcessRanks:
         return int(numbers.min())
 
     def abort(self) -> None:
-        """Ends collectives that wait for a rank that is gone: on GPUs they would wait for ever."""
-        if self._device.type == "cuda":
-            if self._peers is not None:
-                self._peers.give_up()
-            self._group.abort()
+        """Ends collectives that wait for a rank that is gone: on GPUs they would wait for ever. Waits for nothing."""
+        if self._device.type != "cuda" or self._aborting is not None:
+            return
+        if self._peers is not None:
+            self._peers.give_up()
+        # NCCL ends its kernels, then waits for as long as a graph has a collective; so would the group's destructor.
+        never_free(self._group)
+        self._aborting = threading.Thread(target=self._group.abort, daemon=True)
+        self._aborting.start()
 
     def close(self) -> None:
         """No collective may follow, and no graph hold one; the other ranks have ended."""
         self.abort()
+        if self._aborting is not None:
+            self._aborting.join(CLOSE_TIMEOUT_S)
         if self._peers is not None:
             self._peers.close()
         self._group = self._peers = None
@@ -158,6 +166,7 @@ class Workers:
         self._folder = tempfile.mkdtemp(prefix="nanovllm-")  # nobody else may enter it
         self._timeout_s = timeout_s
         self._failure: str | None = None
+        self._closing = False
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
         self._ranks: ProcessRanks | None = None
@@ -220,6 +229,7 @@ class Workers:
     def close(self) -> None:
         """Ends all workers: those that do not end by themselves are killed. After a failure it is `abandon`."""
         atexit.unregister(self.close)
+        self._closing = True
         deadline_s = time.monotonic() + (CLOSE_TIMEOUT_S if self._failure is None else 0.0)
         try:
             for pipe in self._pipes:
@@ -265,7 +275,7 @@ class Workers:
 
     def _abort_when_one_is_gone(self) -> None:
         multiprocessing.connection.wait([process.sentinel for process in self._processes])
-        if self._processes:  # else they were ended
+        if not self._closing:
             self.ranks.abort()
 
     def _await_ready(self) -> None:
