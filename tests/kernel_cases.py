@@ -141,10 +141,14 @@ def check_fused(backend: AttentionBackend, *, device: str, dtype: torch.dtype, s
     indices = torch.arange(64, device=device) * 1000
     arguments = (logits, temperatures, seeds, indices)
     # Logits of 16 bits tie at the top now and then, where the noise does not decide; the score must be the same.
-    chosen, expected_tokens = backend.sample_tokens(*arguments), reference.sample_tokens(*arguments)
-    same = chosen == expected_tokens
-    assert same[temperatures > 0].all()
-    assert torch.equal(logits.gather(1, chosen[:1, None]), logits.gather(1, expected_tokens[:1, None]))
+    for first_token in (0, 5000):
+        chosen, scores = backend.sample_tokens(*arguments, first_token)
+        expected_tokens, expected_scores = reference.sample_tokens(*arguments, first_token)
+        same = chosen == expected_tokens
+        assert same[temperatures > 0].all()
+        places = chosen - first_token
+        assert torch.equal(logits.gather(1, places[:1, None]).float(), expected_scores[:1, None])
+        torch.testing.assert_close(scores, expected_scores)
 
 
 def check_rows(backend: AttentionBackend, *, device: str) -> None:

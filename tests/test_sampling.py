@@ -8,6 +8,7 @@ import torch
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels import torch_reference
 from nanovllm.kernels.torch_reference import gumbel_noise
+from nanovllm.layers.ranks import OneRank
 from nanovllm.layers.sampler import SamplingInputs, sample
 from tests import tiny
 
@@ -24,7 +25,7 @@ def inputs(count: int, *, temperature: float = 1.0, top_k: int = 10**6, top_p: f
 def frequencies(probabilities: list[float], **options: float) -> torch.Tensor:
     count = 20_000
     logits = torch.tensor(probabilities).log().expand(count, -1)
-    drawn = sample(logits, inputs(count, **options), torch_reference.Backend()).token_ids
+    drawn = sample(logits, inputs(count, **options), torch_reference.Backend(), OneRank()).token_ids
     return torch.bincount(drawn, minlength=len(probabilities)) / count
 
 

@@ -83,7 +83,7 @@ def prefill(model, num_tokens=9):
     )
     with torch.inference_mode():
         tokens = (positions * 7 + 3) % config.vocab_size
-        return model.compute_logits(model(tokens, positions, pool, metadata))
+        return model.ranks.all_gather(model.compute_logits(model(tokens, positions, pool, metadata)))
 
 
 @pytest.fixture(scope="module")

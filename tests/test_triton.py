@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nanovllm import BackendUnavailableError
-from nanovllm.kernels import BackendRequirements, cuda_gemm, resolve_backend, unsupported_reasons
+from nanovllm.kernels import BackendRequirements, cuda_all_reduce, cuda_gemm, resolve_backend, unsupported_reasons
 
 triton = pytest.importorskip("triton")
 SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -86,9 +86,9 @@ INTEGER_POINTERS = {
     "numbers": "*i64",
     "row_numbers": "*i64",
 }
-COUNTS = {"num_inputs", "num_outputs", "words", "size", "vocab_size", "num_tiles"}
-INTEGERS = {"place", "num_requests", "num_sms", "num_rows", "num_slots", "max_blocks", "spare_slot"}
-FLOAT_POINTERS = {"partial", "log_sums", "cos", "sin", "best", "temperatures", "row_temperatures"}
+COUNTS = {"num_inputs", "num_outputs", "words", "size", "num_tokens", "num_tiles"}
+INTEGERS = {"place", "num_requests", "num_sms", "num_rows", "num_slots", "max_blocks", "spare_slot", "first_token"}
+FLOAT_POINTERS = {"partial", "log_sums", "cos", "sin", "best", "scores", "temperatures", "row_temperatures"}
 
 
 def argument_type(name: str, dtype: str) -> str:
@@ -134,18 +134,29 @@ def test_kernels_compile_without_a_gpu(capability):
 TILES = [(256, 4, True), (192, 4, False), (176, 2, False), (96, 1, True)]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("width", "cluster", "gated"), TILES)
-def test_gemms_of_lanes_compile_without_a_gpu(width, cluster, gated, dtype):
+def compile_or_skip(compiled, *arguments):
     pytest.importorskip("cuda.bindings.nvrtc")
-    stages = cuda_gemm.num_stages(width)
     try:
-        code = cuda_gemm._compiled(width, cluster, stages, gated, dtype)
+        code = compiled(*arguments)
     except BackendUnavailableError as error:
         if "needs NVRTC" in str(error):
             pytest.skip(str(error))
         raise
     assert code[1:4] == b"ELF"
+
+
+@pytest.mark.parametrize("dtype", cuda_all_reduce.KINDS, ids=str)
+@pytest.mark.parametrize("size", [2, 8])
+def test_sums_over_ranks_compile_without_a_gpu(size, dtype):
+    compile_or_skip(cuda_all_reduce._compiled, size, size - 1, dtype, "sm_90")
+    compile_or_skip(cuda_all_reduce._compiled, size, 0, dtype, "sm_100")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("width", "cluster", "gated"), TILES)
+def test_gemms_of_lanes_compile_without_a_gpu(width, cluster, gated, dtype):
+    stages = cuda_gemm.num_stages(width)
+    compile_or_skip(cuda_gemm._compiled, width, cluster, stages, gated, dtype)
     # Barriers take two words a stage.
     assert cuda_gemm.OTHER_BYTES + stages * (cuda_gemm._stage_bytes(width) + 16) <= SHARED_MEMORY_BYTES[90]
 

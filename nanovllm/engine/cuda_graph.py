@@ -39,7 +39,7 @@ def bucket_for(sizes: list[int], size: int) -> int:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """[B, vocab_size] logits of a step's rows, and what was sampled from them by temperature, seed and index.
+    """[B, vocab_size / ranks] logits of a step's rows, and what was sampled from them by temperature, seed and index.
 
     Of a step on lanes, also when these were busy.
     """

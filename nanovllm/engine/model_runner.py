@@ -295,7 +295,7 @@ class ModelRunner:
         else:
             hidden = self.model(inputs.input_ids, inputs.positions, self.kv_pool, self._planned(inputs.metadata))
         logits = self._compute_logits(hidden)
-        sampled = sample(logits, inputs.sampling, self.spec.attention.backend)
+        sampled = sample(logits, inputs.sampling, self.spec.attention.backend, self._ranks)
         self.decode_rows.advance(inputs, sampled.token_ids)
         return StepOutput(logits, sampled, lane_moments)
 
@@ -344,7 +344,7 @@ class ModelRunner:
         Steps sample by temperature, seed and index; where some request filters, wants log-probabilities or may not stop
         yet, only the host knows how.
         """
-        return sample(output.logits[:num_rows], sampling.on(self.device), self.spec.attention.backend)
+        return sample(output.logits[:num_rows], sampling.on(self.device), self.spec.attention.backend, self._ranks)
 
     def _compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         # Graphs of all sizes leave their logits in one place: they are large.
@@ -468,7 +468,7 @@ class ModelRunner:
             self._join_pushes()
             return None
         logits = self._compute_logits(hidden[inputs.sampled_rows])
-        sampled = sample(logits, inputs.sampling, self.spec.attention.backend)
+        sampled = sample(logits, inputs.sampling, self.spec.attention.backend, self._ranks)
         self._join_pushes()
         return StepOutput(logits, sampled)
 
@@ -574,7 +574,10 @@ class ModelRunner:
         pool = torch.cuda.graph_pool_handle()
         most_rows = max(self.prefill_buffers.max_num_requests, self.decode_rows.max_num_rows if self.decode_rows else 0)
         self._logits = torch.empty(
-            most_rows, self.spec.model_config.vocab_size, dtype=self.spec.dtype, device=self.device.torch_device
+            most_rows,
+            self.spec.model_config.vocab_size // self._ranks.size,
+            dtype=self.spec.dtype,
+            device=self.device.torch_device,
         )
         # The first tokens of block 0 are written to meanwhile; no request has it yet.
         sizes = token_buckets(self.prefill_buffers.max_num_tokens)

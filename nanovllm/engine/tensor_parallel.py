@@ -107,13 +107,13 @@ class ProcessRanks:
         x = x.contiguous()
         if self._peers is not None and self._peers.can_serve(x):
             return self._peers.add_up(x)
-        _wait(self._group.allreduce([x], self._sums))
+        _wait(self._live_group().allreduce([x], self._sums))
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         num_rows, width = x.shape
         parts = x.new_empty(self.size * num_rows, width)
-        _wait(self._group._allgather_base(parts, x.contiguous(), self._gathers))
+        _wait(self._live_group()._allgather_base(parts, x.contiguous(), self._gathers))
         return parts.view(self.size, num_rows, width).transpose(0, 1).reshape(num_rows, -1)
 
     def least(self, number: int) -> int:
@@ -139,6 +139,12 @@ class ProcessRanks:
         if self._peers is not None:
             self._peers.close()
         self._group = self._peers = None
+
+    def _live_group(self) -> Any:
+        """One that was aborted would connect anew, and wait for ranks that are gone."""
+        if self._aborting is not None:
+            raise RuntimeError("a rank is gone")
+        return self._group
 
     def _exchange(self, text: str) -> list[str]:
         """The texts of all ranks, which all of them give here."""

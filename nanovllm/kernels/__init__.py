@@ -148,13 +148,18 @@ class AttentionBackend(Protocol):
         """silu(gate) * up of [T, 2 * size], gate first; [T, size]."""
 
     def sample_tokens(
-        self, logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, output_indices: torch.Tensor
-    ) -> torch.Tensor:
-        """One token id for each row of [B, vocab_size] logits: [B] int64.
+        self,
+        logits: torch.Tensor,
+        temperatures: torch.Tensor,
+        seeds: torch.Tensor,
+        output_indices: torch.Tensor,
+        first_token: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One token id for each row of [B, n] logits, of the tokens from `first_token` on: [B] int64; and its score.
 
-        The largest of the logits where the temperature ([B] float32) is 0, else the largest of logits / temperature
-        plus `torch_reference.gumbel_noise` of the row's seed and output index ([B] int64 each), which draws from
-        their softmax.
+        The score, [B] float32, is the largest of the logits where the temperature ([B] float32) is 0, else the largest
+        of logits / temperature plus `torch_reference.gumbel_noise` of the row's seed and output index ([B] int64 each),
+        which draws from their softmax.
         """
 
     def gather_rows(

@@ -93,14 +93,20 @@ class Backend:
         return functional.silu(gate) * up
 
     def sample_tokens(
-        self, logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, output_indices: torch.Tensor
-    ) -> torch.Tensor:
+        self,
+        logits: torch.Tensor,
+        temperatures: torch.Tensor,
+        seeds: torch.Tensor,
+        output_indices: torch.Tensor,
+        first_token: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         logits = logits.float()
         greedy = (temperatures == 0.0).unsqueeze(1)
-        noise = gumbel_noise(seeds, output_indices, logits.shape[1])
+        noise = gumbel_noise(seeds, output_indices, logits.shape[1], first_token)
         # The division must not make NaN of a greedy row, whose result is not used.
         noisy = logits / torch.where(greedy, 1.0, temperatures.unsqueeze(1)) + noise
-        return torch.where(greedy, logits, noisy).argmax(dim=-1)
+        scores, places = torch.where(greedy, logits, noisy).max(dim=-1)
+        return places + first_token, scores
 
     def gather_rows(
         self,
@@ -148,8 +154,10 @@ def gather_context(
     return context[0], context[1]
 
 
-def gumbel_noise(seeds: torch.Tensor, output_indices: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Standard Gumbel noise, [B, vocab_size] float32, of [B] int64 seeds and output indices.
+def gumbel_noise(
+    seeds: torch.Tensor, output_indices: torch.Tensor, num_tokens: int, first_token: int = 0
+) -> torch.Tensor:
+    """Standard Gumbel noise of tokens from the first one on, [B, num_tokens] float32, of [B] int64 seeds and indices.
 
     A hash of (seed, output index, token id), so that a request draws the same numbers in any batch, on any device,
     and again after it was preempted.
@@ -157,7 +165,7 @@ def gumbel_noise(seeds: torch.Tensor, output_indices: torch.Tensor, vocab_size: 
     key = _mix((seeds & _MASK32) ^ 0x9E3779B9)
     key = _mix(key ^ ((seeds >> 32) & _MASK32))
     key = _mix((key + output_indices) & _MASK32).unsqueeze(1)
-    token_ids = torch.arange(vocab_size, device=seeds.device, dtype=torch.int64)
+    token_ids = torch.arange(first_token, first_token + num_tokens, device=seeds.device, dtype=torch.int64)
     bits = _mix(_mix(((token_ids * 0x9E3779B1) & _MASK32) ^ key) ^ _mix(key ^ 0x85EBCA6B))
     # All 32 bits: the tokens that win are those with the smallest exponentials, which need the resolution near 0.
     uniform = ((bits.float() + 0.5) * 2.0**-32).clamp(max=_LARGEST_BELOW_ONE)

@@ -186,17 +186,22 @@ def norm_rotate_store(
 
 
 def sample_tokens(
-    logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, output_indices: torch.Tensor
-) -> torch.Tensor:
-    """One token for each row of [B, vocab_size]: the largest logit, or of logits / temperature + Gumbel noise.
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    output_indices: torch.Tensor,
+    first_token: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token for each row of [B, n]: the largest logit, or of logits / temperature + Gumbel noise; and that score.
 
     The random numbers are those of `nanovllm.kernels.torch_reference.gumbel_noise`.
     """
-    num_rows, vocab_size = logits.shape
-    num_tiles = triton.cdiv(vocab_size, VOCAB_TILE)
+    num_rows, num_tokens = logits.shape
+    num_tiles = triton.cdiv(num_tokens, VOCAB_TILE)
     best = torch.empty(num_rows, num_tiles, dtype=torch.float32, device=logits.device)
     places = torch.empty(num_rows, num_tiles, dtype=torch.int32, device=logits.device)
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    scores = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     _best_of_tile_kernel[(num_rows, num_tiles)](
         logits,
         temperatures,
@@ -204,16 +209,17 @@ def sample_tokens(
         output_indices,
         best,
         places,
-        vocab_size,
+        num_tokens,
+        first_token,
         TILE=VOCAB_TILE,
         IS_CUDA=logits.is_cuda,
         **overlap(logits.device),
     )
     padded = triton.next_power_of_2(num_tiles)
     _best_of_tiles_kernel[(num_rows,)](
-        best, places, token_ids, num_tiles, PADDED_TILES=padded, num_warps=1, **overlap(logits.device)
+        best, places, token_ids, scores, num_tiles, PADDED_TILES=padded, num_warps=1, **overlap(logits.device)
     )
-    return token_ids
+    return token_ids, scores
 
 
 @triton.jit
@@ -449,7 +455,8 @@ def _best_of_tile_kernel(
     output_indices,
     best,
     places,
-    vocab_size,
+    num_tokens,
+    first_token,
     TILE: tl.constexpr,
     IS_CUDA: tl.constexpr,
     OVERLAPS: tl.constexpr,
@@ -458,15 +465,15 @@ def _best_of_tile_kernel(
     row = tl.program_id(0)
     tile = tl.program_id(1)
     tokens = tile * TILE + tl.arange(0, TILE)
-    there = tokens < vocab_size
-    scores = tl.load(logits + row.to(tl.int64) * vocab_size + tokens, mask=there, other=float("-inf")).to(tl.float32)
+    there = tokens < num_tokens
+    scores = tl.load(logits + row.to(tl.int64) * num_tokens + tokens, mask=there, other=float("-inf")).to(tl.float32)
     temperature = tl.load(temperatures + row)
     if temperature != 0.0:
         seed = tl.load(seeds + row)
         key = _mix(seed.to(tl.uint32) ^ 0x9E3779B9)
         key = _mix(key ^ (seed >> 32).to(tl.uint32))
         key = _mix(key + tl.load(output_indices + row).to(tl.uint32))
-        bits = _mix(_mix((tokens.to(tl.uint32) * 0x9E3779B1) ^ key) ^ _mix(key ^ 0x85EBCA6B))
+        bits = _mix(_mix(((first_token + tokens).to(tl.uint32) * 0x9E3779B1) ^ key) ^ _mix(key ^ 0x85EBCA6B))
         uniform = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 1.0 - 5.9604644775390625e-08)
         # -log(1 - u): of small u by its series, as 1 - u rounds; those are the ones that win.
         series = uniform * (1.0 + uniform * (0.5 + uniform * (0.33333333 + uniform * 0.25)))
@@ -477,13 +484,17 @@ def _best_of_tile_kernel(
     num_tiles = tl.num_programs(1)
     score, place = tl.max(scores, 0, return_indices=True)
     tl.store(best + row * num_tiles + tile, score)
-    tl.store(places + row * num_tiles + tile, tile * TILE + place)
+    tl.store(places + row * num_tiles + tile, first_token + tile * TILE + place)
 
 
 @triton.jit
-def _best_of_tiles_kernel(best, places, token_ids, num_tiles, PADDED_TILES: tl.constexpr, OVERLAPS: tl.constexpr):
+def _best_of_tiles_kernel(
+    best, places, token_ids, scores, num_tiles, PADDED_TILES: tl.constexpr, OVERLAPS: tl.constexpr
+):
     begin(OVERLAPS)
     row = tl.program_id(0)
     tiles = tl.arange(0, PADDED_TILES)
-    scores = tl.load(best + row * num_tiles + tiles, mask=tiles < num_tiles, other=float("-inf"))
-    tl.store(token_ids + row, tl.load(places + row * num_tiles + tl.argmax(scores, 0)).to(tl.int64))
+    of_tiles = tl.load(best + row * num_tiles + tiles, mask=tiles < num_tiles, other=float("-inf"))
+    score, tile = tl.max(of_tiles, 0, return_indices=True)
+    tl.store(token_ids + row, tl.load(places + row * num_tiles + tile).to(tl.int64))
+    tl.store(scores + row, score)

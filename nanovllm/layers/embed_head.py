@@ -32,8 +32,5 @@ class TokenEmbedding(nn.Module):
         return self.ranks.all_reduce(torch.where(is_here.unsqueeze(1), embedded, 0.0))
 
     def project(self, hidden: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        """[num_tokens, hidden_size] -> [num_tokens, vocab_size], in `out` if given."""
-        if self.ranks.size == 1:
-            return torch.mm(hidden, self.weight.T, out=out)
-        logits = self.ranks.all_gather(torch.mm(hidden, self.weight.T))
-        return logits if out is None else out.copy_(logits)
+        """[num_tokens, hidden_size] -> [num_tokens, vocab_size / ranks], in `out` if given."""
+        return torch.mm(hidden, self.weight.T, out=out)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from nanovllm.kernels import AttentionBackend
+from nanovllm.layers.ranks import Ranks
 
 SORTED_ROWS = 64
 """Rows that are sorted, or whose log-probabilities are computed, at a time: both take many times their memory."""
@@ -47,8 +48,12 @@ class SampledTokens:
     top_logprobs: torch.Tensor | None = None
 
 
-def sample(logits: torch.Tensor, inputs: SamplingInputs, backend: AttentionBackend) -> SampledTokens:
-    """One token for each row of `logits`, [B, vocab_size] of any float type."""
+def sample(logits: torch.Tensor, inputs: SamplingInputs, backend: AttentionBackend, ranks: Ranks) -> SampledTokens:
+    """One token for each row of logits of any float type, of which `logits` is this rank's [B, vocab_size / ranks]."""
+    if inputs.filters is None and inputs.banned is None and inputs.num_logprobs is None:
+        arguments = (inputs.temperatures, inputs.seeds, inputs.output_indices, ranks.rank * logits.shape[1])
+        return SampledTokens(_best_of_ranks(*backend.sample_tokens(logits, *arguments), ranks))
+    logits = ranks.all_gather(logits)
     allowed = logits
     if inputs.banned is not None:
         allowed = logits.index_put(inputs.banned, logits.new_full((), float("-inf")))
@@ -56,11 +61,21 @@ def sample(logits: torch.Tensor, inputs: SamplingInputs, backend: AttentionBacke
     if inputs.filters is not None:
         columns = (inputs.temperatures, *inputs.filters)
         allowed = torch.cat([_filter(allowed[rows].float(), *(column[rows] for column in columns)) for rows in chunks])
-    token_ids = backend.sample_tokens(allowed, inputs.temperatures, inputs.seeds, inputs.output_indices)
+    token_ids, _ = backend.sample_tokens(allowed, inputs.temperatures, inputs.seeds, inputs.output_indices)
     if inputs.num_logprobs is None:
         return SampledTokens(token_ids)
     parts = [_logprobs(logits[rows].float(), token_ids[rows], inputs.num_logprobs) for rows in chunks]
     return SampledTokens(token_ids, *(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _best_of_ranks(token_ids: torch.Tensor, scores: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """[B] tokens of the best scores; equal ones go to the lower token, as they do within a rank."""
+    if ranks.size == 1:
+        return token_ids
+    pairs = torch.stack((scores.view(torch.int32), token_ids.int()), dim=1)
+    scores_and_tokens = ranks.all_gather(pairs).view(-1, ranks.size, 2)
+    best = scores_and_tokens[..., 0].view(torch.float32).argmax(dim=1, keepdim=True)
+    return scores_and_tokens[..., 1].gather(1, best).squeeze(1).long()
 
 
 def _logprobs(logits: torch.Tensor, token_ids: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:

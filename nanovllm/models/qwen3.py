@@ -306,7 +306,7 @@ class Qwen3ForCausalLM(nn.Module):
         return self.model(input_ids, positions, kv_pool, metadata)
 
     def compute_logits(self, hidden: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        """[N, hidden_size] -> [N, vocab_size], in `out` if given."""
+        """[N, hidden_size] -> [N, vocab_size / ranks], those of this rank's tokens, in `out` if given."""
         return self.lm_head.project(hidden, out=out)
 
     def forward_attention_stage(

@@ -57,7 +57,7 @@ def test_sampling_from_nan_gives_a_token_of_the_vocabulary():
     logits[1, 5] = 1.0
     zeros = torch.zeros(3, dtype=torch.int64, device="cuda")
     for temperature in (0.0, 0.7):
-        tokens = Backend().sample_tokens(logits, torch.full((3,), temperature, device="cuda"), zeros, zeros)
+        tokens, _ = Backend().sample_tokens(logits, torch.full((3,), temperature, device="cuda"), zeros, zeros)
         assert tokens.tolist() == [0, 5, 0]
 
 
