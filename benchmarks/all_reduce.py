@@ -25,7 +25,7 @@ TIMEOUT_S = 60.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--kib", type=int, nargs="+", default=[8, 32, 128, 512, 1024, 2048, 4096, 16384])
+    parser.add_argument("--kib", type=int, nargs="+", default=[8, 64, 256, 512, 1024, 2048, 4096, 16384])
     parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import math
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -244,12 +245,14 @@ def build_ranks(config: EngineConfig, spec: RunnerSpec, device: Device) -> Model
     workers = Workers(spec.num_ranks, make_runner, functools.partial(_device_of, device), config.step_timeout_s)
     try:
         return _rank_runner(spec, config.max_num_batched_tokens, device, workers.ranks, workers)
-    except (NanoVLLMError, KeyboardInterrupt):
+    except BaseException as error:
+        failure = error
+        if isinstance(error, Exception) and not isinstance(error, NanoVLLMError):
+            failure = workers.blame(error)
+        traceback.clear_frames(error.__traceback__)  # they hold graphs
         workers.abandon()
-        raise
-    except Exception as error:
-        failure = workers.blame(error)
-        workers.abandon()
+        if failure is error:
+            raise
         raise failure from error
 
 

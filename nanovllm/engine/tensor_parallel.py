@@ -126,8 +126,7 @@ class ProcessRanks:
             return
         if self._peers is not None:
             self._peers.give_up()
-        # NCCL ends its kernels, then waits for as long as a graph has a collective; so would the group's destructor.
-        never_free(self._group)
+        # NCCL ends its kernels, then waits for as long as a graph has a collective.
         self._aborting = threading.Thread(target=self._group.abort, daemon=True)
         self._aborting.start()
 
@@ -136,6 +135,8 @@ class ProcessRanks:
         self.abort()
         if self._aborting is not None:
             self._aborting.join(CLOSE_TIMEOUT_S)
+            if self._aborting.is_alive():
+                never_free(self._group)  # its destructor would wait, too
         if self._peers is not None:
             self._peers.close()
         self._group = self._peers = None
@@ -254,9 +255,11 @@ class Workers:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def abandon(self) -> None:
-        """Ends all workers at once, and collectives that this rank waits in."""
+        """Ends all workers at once, and this rank's part in what they do together; no graph may hold any of it."""
         self._failure = self._failure or "the engine has given up"
         self.close()
+        if self._ranks is not None:
+            self._ranks.close()
 
     def _joined(self, size: int, device: Device) -> ProcessRanks:
         """Meets the others; in a thread, so that one that fails meanwhile is noticed."""

@@ -4,6 +4,7 @@
 // whether it is there, and nobody waits for a fence. Compiled at run time by cuda_all_reduce.py, which defines
 //   RANKS, RANK   how many there are, and which one this is
 //   THREADS       of a thread block
+//   PIECES        that a thread adds up where there are no labels
 //   MOST_BLOCKS   for which there is room in an inbox
 //   KIND          of the numbers: 0 float32, 1 float16, 2 bfloat16
 
@@ -61,25 +62,49 @@ __device__ uint2 received(const uint4* place, u32 round, const volatile u32* giv
     return make_uint2(first, second);
 }
 
-// `x`, whose place the sums take, has `num_pieces` of 16 bytes, one for a thread. A thread block counts its own sums, and
-// has places of its own in an inbox, [2][RANKS][MOST_BLOCKS][2][THREADS]: one half for odd rounds and one for even ones.
-// When a rank is at one round, all others have ended the one before the last, so nothing is overwritten that is still to
-// be read.
+// Before it counts a sum, a thread block waits for the kernel before this one. All threads call it.
+__device__ u32 begin(u32* rounds) {
+    asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+    const u32 round = rounds[blockIdx.x] + 1;
+    __syncthreads();
+    if (threadIdx.x == 0) rounds[blockIdx.x] = round;
+    return round;
+}
+
+__device__ void add_piece(Sums& sums, uint4 piece) {
+    add(sums, 0, piece.x);
+    add(sums, 1, piece.y);
+    add(sums, 2, piece.z);
+    add(sums, 3, piece.w);
+}
+
+__device__ uint4 rounded_piece(const Sums& sums) {
+    return make_uint4(rounded(sums, 0), rounded(sums, 1), rounded(sums, 2), rounded(sums, 3));
+}
+
+// An inbox has a part for labelled packets, [2][RANKS][MOST_BLOCKS][2][THREADS], one for pieces without labels,
+// [2][RANKS][MOST_BLOCKS][PIECES][THREADS], and what thread blocks of other ranks have come to, [RANKS][MOST_BLOCKS].
+// A thread block counts its sums, of both kernels, and has places of its own, one half for odd rounds and one for even
+// ones: when a rank is at one round, all others have ended the one before the last, so nothing is overwritten that is
+// still to be read.
+constexpr u64 LABELLED = 2ull * RANKS * MOST_BLOCKS * 2 * THREADS;
+constexpr u64 PLAIN = 2ull * RANKS * MOST_BLOCKS * PIECES * THREADS;
+
+__device__ u64 place_of(u32 round, int rank, int pieces) {
+    return (((round & 1) * RANKS + rank) * static_cast<u64>(MOST_BLOCKS) + blockIdx.x) * pieces * THREADS + threadIdx.x;
+}
+
+// `x`, whose place the sums take, has `num_pieces` of 16 bytes; a thread adds up one of them.
 extern "C" __global__ void __launch_bounds__(THREADS)
-all_reduce(uint4* x, const u64* inboxes, u32* rounds, const volatile u32* given_up, int num_pieces) {
-    const int piece = blockIdx.x * THREADS + threadIdx.x;
+all_reduce_labelled(uint4* x, uint4* const* inboxes, u32* rounds, const volatile u32* given_up, int num_pieces) {
+    const int place = blockIdx.x * THREADS + threadIdx.x;
     uint4* inbox[RANKS];
 #pragma unroll
-    for (int rank = 0; rank < RANKS; ++rank) inbox[rank] = reinterpret_cast<uint4*>(inboxes[rank]);
-    asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
-
-    const u32 round = rounds[blockIdx.x] + 1;
-    const uint4 mine = piece < num_pieces ? x[piece] : make_uint4(0, 0, 0, 0);
-    __syncthreads();  // all threads know the round
-    if (threadIdx.x == 0) rounds[blockIdx.x] = round;
-    if (piece >= num_pieces) return;
-    const u64 half = (round & 1) * RANKS, block = blockIdx.x;
-    const u64 sent = ((half + RANK) * MOST_BLOCKS + block) * 2 * THREADS + threadIdx.x;
+    for (int rank = 0; rank < RANKS; ++rank) inbox[rank] = inboxes[rank];
+    const u32 round = begin(rounds);
+    if (place >= num_pieces) return;
+    const uint4 mine = x[place];
+    const u64 sent = place_of(round, RANK, 2);
 #pragma unroll
     for (int rank = 0; rank < RANKS; ++rank) {
         if (rank == RANK) continue;
@@ -89,16 +114,56 @@ all_reduce(uint4* x, const u64* inboxes, u32* rounds, const volatile u32* given_
     Sums sums = {};
 #pragma unroll
     for (int rank = 0; rank < RANKS; ++rank) {
-        uint4 theirs = mine;
-        if (rank != RANK) {
-            const uint4* from = inbox[RANK] + ((half + rank) * MOST_BLOCKS + block) * 2 * THREADS + threadIdx.x;
-            const uint2 head = received(from, round, given_up), tail = received(from + THREADS, round, given_up);
-            theirs = make_uint4(head.x, head.y, tail.x, tail.y);
+        if (rank == RANK) {
+            add_piece(sums, mine);
+            continue;
         }
-        add(sums, 0, theirs.x);
-        add(sums, 1, theirs.y);
-        add(sums, 2, theirs.z);
-        add(sums, 3, theirs.w);
+        const uint4* from = inbox[RANK] + place_of(round, rank, 2);
+        const uint2 head = received(from, round, given_up), tail = received(from + THREADS, round, given_up);
+        add_piece(sums, make_uint4(head.x, head.y, tail.x, tail.y));
     }
-    x[piece] = make_uint4(rounded(sums, 0), rounded(sums, 1), rounded(sums, 2), rounded(sums, 3));
+    x[place] = rounded_piece(sums);
+}
+
+// The same for more numbers, where a fence costs less than labels: a thread adds up PIECES of them.
+extern "C" __global__ void __launch_bounds__(THREADS)
+all_reduce_plain(uint4* x, uint4* const* inboxes, u32* rounds, const volatile u32* given_up, int num_pieces) {
+    const int place = blockIdx.x * PIECES * THREADS + threadIdx.x;
+    const u32 round = begin(rounds);
+    uint4 mine[PIECES];
+#pragma unroll
+    for (int piece = 0; piece < PIECES; ++piece)
+        if (place + piece * THREADS < num_pieces) mine[piece] = x[place + piece * THREADS];
+#pragma unroll
+    for (int rank = 0; rank < RANKS; ++rank) {
+        if (rank == RANK) continue;
+        uint4* to = inboxes[rank] + LABELLED + place_of(round, RANK, PIECES);
+#pragma unroll
+        for (int piece = 0; piece < PIECES; ++piece)
+            if (place + piece * THREADS < num_pieces) to[piece * THREADS] = mine[piece];
+    }
+    __syncthreads();
+    if (threadIdx.x < RANKS && threadIdx.x != RANK) {
+        u32* theirs = reinterpret_cast<u32*>(inboxes[threadIdx.x] + LABELLED + PLAIN) + RANK * MOST_BLOCKS + blockIdx.x;
+        u32* here = reinterpret_cast<u32*>(inboxes[RANK] + LABELLED + PLAIN) + threadIdx.x * MOST_BLOCKS + blockIdx.x;
+        asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(theirs), "r"(round) : "memory");
+        for (u32 tries = 1;; ++tries) {
+            u32 reached;
+            asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(reached) : "l"(here) : "memory");
+            if (static_cast<int>(reached - round) >= 0) break;  // it may have gone on to the next
+            if (tries % TRIES_TO_LOOK_UP == 0 && *given_up) break;
+        }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int piece = 0; piece < PIECES; ++piece) {
+        if (place + piece * THREADS >= num_pieces) break;
+        Sums sums = {};
+#pragma unroll
+        for (int rank = 0; rank < RANKS; ++rank) {
+            const uint4* from = inboxes[RANK] + LABELLED + place_of(round, rank, PIECES) + piece * THREADS;
+            add_piece(sums, rank == RANK ? mine[piece] : *from);
+        }
+        x[place + piece * THREADS] = rounded_piece(sums);
+    }
 }

@@ -17,10 +17,14 @@ from nanovllm.utils.nvrtc import Kernel, compile_source
 from nanovllm.utils.peer_memory import PeerMemory
 
 NUM_THREADS = 256
-MOST_BLOCKS = 512
+MOST_BLOCKS = 256
 PIECE_BYTES = 16
-MOST_BYTES_SENT = NUM_THREADS * MOST_BLOCKS * PIECE_BYTES
-"""To all other ranks together; of more, sums are NCCL's to make, which sends each number once and without a label."""
+NUM_PIECES = 4
+"""That a thread adds up where numbers cross without labels."""
+MOST_LABELLED_BYTES = 2**19
+MOST_BYTES_SENT = NUM_THREADS * MOST_BLOCKS * NUM_PIECES * PIECE_BYTES
+"""To all other ranks together; of more, sums are NCCL's to make, which sends each number once."""
+LABELLED, PLAIN = "all_reduce_labelled", "all_reduce_plain"
 NOTHING = "-"
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -46,8 +50,9 @@ class PeerAllReduce:
         self._inbox: PeerMemory | None = None
         handle, failure = NOTHING, NOTHING
         try:
-            _kernel(size, rank, torch.bfloat16, self._device)
-            self._inbox = PeerMemory(2 * size * NUM_THREADS * MOST_BLOCKS * 2 * PIECE_BYTES)
+            _kernel(LABELLED, size, rank, torch.bfloat16, self._device)
+            bytes_of_block = 2 * NUM_THREADS * (2 + NUM_PIECES) * PIECE_BYTES + 4
+            self._inbox = PeerMemory(size * MOST_BLOCKS * bytes_of_block)
             handle = self._inbox.handle
         except BackendUnavailableError as error:
             failure = str(error)
@@ -69,11 +74,11 @@ class PeerAllReduce:
 
     def add_up(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' tensors, in the place of this one; every rank gets the same bits."""
+        name, at_a_time = (LABELLED, 1) if x.nbytes <= MOST_LABELLED_BYTES else (PLAIN, NUM_PIECES)
         num_pieces = x.nbytes // PIECE_BYTES
-        kernel = _kernel(self._size, self._rank, x.dtype, self._device)
-        kernel.launch(
-            -(-num_pieces // NUM_THREADS), NUM_THREADS, [x, self._inboxes, self._rounds, self._given_up, num_pieces]
-        )
+        num_blocks = -(-num_pieces // (NUM_THREADS * at_a_time))
+        kernel = _kernel(name, self._size, self._rank, x.dtype, self._device)
+        kernel.launch(num_blocks, NUM_THREADS, [x, self._inboxes, self._rounds, self._given_up, num_pieces])
         return x
 
     def give_up(self) -> None:
@@ -96,11 +101,11 @@ class PeerAllReduce:
 
 
 @functools.cache
-def _kernel(size: int, rank: int, dtype: torch.dtype, device: torch.device) -> Kernel:
+def _kernel(name: str, size: int, rank: int, dtype: torch.dtype, device: torch.device) -> Kernel:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 9:
         raise BackendUnavailableError(f"cuda_all_reduce.cu needs sm_90 or later, {device} is sm_{major}{minor}")
-    return Kernel(_compiled(size, rank, dtype, f"sm_{major}{minor}"), "all_reduce", 0)
+    return Kernel(_compiled(size, rank, dtype, f"sm_{major}{minor}"), name, 0)
 
 
 @functools.cache
@@ -110,6 +115,7 @@ def _compiled(size: int, rank: int, dtype: torch.dtype, architecture: str) -> by
         "RANKS": size,
         "RANK": rank,
         "THREADS": NUM_THREADS,
+        "PIECES": NUM_PIECES,
         "MOST_BLOCKS": MOST_BLOCKS,
         "KIND": KINDS[dtype],
     }

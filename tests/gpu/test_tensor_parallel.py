@@ -89,8 +89,8 @@ def check_sums(folder: str, rank: int) -> None:
         ranks = ProcessRanks(folder, rank, 2, Device("cuda", rank), 30.0)
         ranks.connect()
         assert ranks._peers is not None, "these GPUs write into each other's memory"
-        # From one piece to more than there are threads for: these are NCCL's, and so are odd sizes and integers.
-        sizes = [8, 24, 4096, 4104, 100_000, 2**20, 2**20 + 8, 7, 2048, 8]
+        # From one piece on, with labels and without; NCCL's are the largest, odd sizes and integers.
+        sizes = [8, 24, 4096, 4104, 100_000, 300_008, 2**20, 2**21, 2**21 + 8, 7, 2048, 8]
         random = torch.Generator("cuda").manual_seed(rank)
         for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.int64):
             inputs = [(torch.randn(size, device="cuda", generator=random) * 9).to(dtype) for size in sizes]
@@ -157,6 +157,8 @@ def start_and_add_up(device_of: Callable[[int], Device]) -> None:
             workers.ranks.least(3)
             workers.check()
             time.sleep(0.1)
+    except Exception as error:  # as when an engine is built
+        raise workers.blame(error) from error
     finally:
         workers.abandon()
 
