@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -17,9 +19,14 @@ import pytest
 import torch
 
 from nanovllm import LLM, ConfigError, OutOfKVCacheError, SamplingParams, WorkerError
+from nanovllm.engine import tensor_parallel
+from nanovllm.engine.tensor_parallel import Workers
 from nanovllm.kernels import AttentionMetadata, torch_reference
+from nanovllm.layers.ranks import OneRank
+from nanovllm.layers.sampler import SamplingInputs, sample
 from nanovllm.models import resolve_model
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.utils.device import Device
 from nanovllm.utils.loader import checkpoint_folder, fill_randomly, load_weights, read_json
 from tests import tiny
 from tests.test_engine import drain, tokens_of
@@ -127,6 +134,39 @@ def assert_no_process_is_left():
     assert multiprocessing.active_children() == []
 
 
+MANY = 200
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("kind", ["plain", "bfloat16", "ties", "nan", "filters", "banned"])
+def test_ranks_draw_the_tokens_that_one_does(kind, size):
+    logits = torch.randn(MANY, 208, generator=torch.Generator().manual_seed(0)) * 3
+    options = {}
+    if kind == "bfloat16":
+        logits = logits.bfloat16()
+    elif kind == "ties":
+        logits = (logits * 0.3).round()
+    elif kind == "nan":
+        logits[5, 100] = logits[7] = float("nan")
+        logits[8] = float("-inf")
+        logits[[9, 9, 12, 12], [3, 150, 60, 150]] = float("inf")
+    elif kind == "filters":
+        columns = (torch.full((MANY,), 20), torch.full((MANY,), 0.9), torch.zeros(MANY))
+        options = {"filters": columns, "num_logprobs": 3}
+    elif kind == "banned":
+        options = {"banned": (torch.arange(MANY), logits.argmax(dim=1))}
+    temperatures = torch.where(torch.arange(MANY) % 3 == 0, 0.0, 0.8)
+    inputs = SamplingInputs(temperatures, torch.arange(MANY) * 77_777_777, torch.arange(MANY), **options)
+    alone = sample(logits, inputs, torch_reference.Backend(), OneRank())
+    parts = logits.chunk(size, dim=1)
+    together = on_ranks(size, lambda ranks: sample(parts[ranks.rank], inputs, torch_reference.Backend(), ranks))
+    for of_rank in together:
+        assert torch.equal(of_rank.token_ids, alone.token_ids)
+        assert of_rank.token_ids.dtype == alone.token_ids.dtype
+        if alone.logprobs is not None:
+            assert torch.equal(of_rank.logprobs, alone.logprobs)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("name", "size"), [("biased", 2), ("tied", 4)])
 def test_greedy_tokens_equal_transformers(even, name, size, mode):
@@ -150,10 +190,10 @@ def test_sampled_tokens_and_logprobs_equal_those_of_one_rank(even):
         SamplingParams(
             temperature=0.9, top_p=0.8 + 0.2 * (i % 2), top_k=20, seed=i, max_tokens=12, logprobs=i % 3 or None
         )
-        for i in range(6)
-    ]
+        for i in range(4)
+    ] + [SamplingParams(temperature=1.1, seed=i, max_tokens=30) for i in range(2)]
     found = []
-    for size in (1, 2):
+    for size in (1, 4):
         with LLM(even["biased"], device="cpu", tensor_parallel_size=size) as llm:
             found.append(llm.generate(prompts, params, use_tqdm=False))
     for alone, together in zip(*found, strict=True):
@@ -190,6 +230,7 @@ def test_only_what_changes_crosses(even):
     assert len(told) <= 2
     assert sum(task.changes.grown is not None for task in decodes) < len(decodes) / 3
     assert all(task.changes.joined is None for task in decodes if task.changes.order is None)
+    assert min(len(pickle.dumps(task)) for task in decodes) < 250
 
 
 def test_two_engines_at_once_do_not_mix(even):
@@ -247,12 +288,12 @@ def test_an_interrupt_within_a_step_leaves_the_ranks_in_step(even):
         runner, calls = llm.decode_runner, [0]
         run = runner.run
 
-        def interrupted(task):
+        def interrupted(task, positions):
             calls[0] += 1
             if calls[0] in (1, 4, 9):
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(0.05)
-            return run(task)
+            return run(task, positions)
 
         runner.run = interrupted
         ids = [llm.add_request(prompt, greedy) for prompt in prompts]
@@ -269,6 +310,69 @@ def test_an_interrupt_within_a_step_leaves_the_ranks_in_step(even):
     assert num_interrupts == 3
     for prompt, tokens in zip(prompts, got.values(), strict=True):
         assert tokens == tiny.reference_tokens(even["biased", "reference"], prompt, 25)
+
+
+@pytest.mark.usefixtures("hears_interrupts")
+@pytest.mark.parametrize("raised", [SystemExit, RuntimeError])
+def test_no_interrupt_or_exit_within_a_step_is_lost(even, raised):
+    """An exit is the caller's to hear, and an interrupt is, when the step fails that it strikes in."""
+    heard = SystemExit if raised is SystemExit else KeyboardInterrupt
+    with LLM(even["biased"], device="cpu", tensor_parallel_size=2, step_timeout_s=2.0) as llm:
+
+        def broken_off(task, positions):
+            if heard is KeyboardInterrupt:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.05)
+            raise raised(7)
+
+        llm.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=5))
+        llm.decode_runner.run = broken_off
+        with pytest.raises(heard):
+            llm.step()
+        (output,) = llm.step()
+        assert isinstance(output.error, WorkerError)
+    assert_no_process_is_left()
+
+
+def test_what_a_lost_rank_leaves_of_a_step_is_given_to_nobody(even):
+    """On GPUs what waits for a rank that is gone is ended, and the step looks as if it had been computed."""
+    with LLM(even["biased"], device="cpu", tensor_parallel_size=2) as llm:
+        (process,) = llm.decode_runner._followers._processes
+        llm.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+        while llm._launch_steps():
+            pass
+        process.kill()
+        process.join()
+        outputs = drain(llm)
+    (of_it,) = outputs.values()
+    assert tokens_of(of_it) == []
+    assert isinstance(of_it[-1].error, WorkerError)
+
+
+def test_of_many_workers_the_one_that_failed_first_is_told_of(even):
+    with LLM(even["biased"], device="cpu", tensor_parallel_size=4, step_timeout_s=5.0) as llm:
+        llm.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=5))
+        llm.decode_runner._followers._pipes[2].send("what is no task")
+        outputs = drain(llm)
+    (error,) = {str(of_it[-1].error) for of_it in outputs.values()}
+    assert "rank 3" in error
+    assert "AttributeError: 'str' object has no attribute" in error
+    assert_no_process_is_left()
+
+
+def hang(ranks):
+    time.sleep(600)
+
+
+def test_a_worker_that_hangs_while_it_starts_is_told_of(monkeypatch):
+    monkeypatch.setattr(tensor_parallel, "START_TIMEOUT_S", 8.0)
+    workers = Workers(2, hang, lambda rank: Device("cpu", rank), 60.0)
+    with pytest.raises(RuntimeError, match="a rank is gone"):
+        workers.ranks.least(0)
+    with pytest.raises(WorkerError, match="not all ranks have started within 8 s"):
+        workers.check()
+    workers.abandon()
+    assert_no_process_is_left()
 
 
 def test_what_fails_in_a_worker_is_told_with_its_traceback(even):
@@ -301,6 +405,50 @@ def test_a_worker_that_cannot_start_is_told_of(even):
 def test_refused_sizes(even, options, message):
     with pytest.raises(ConfigError, match=message):
         LLM(even["biased"], **{"device": "cpu", **options})
+
+
+def test_an_engine_that_is_dropped_leaves_no_process(even):
+    llm = LLM(even["biased"], device="cpu", tensor_parallel_size=2)
+    llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)
+    del llm
+    gc.collect()
+    assert_no_process_is_left()
+
+
+def run_script(tmp_path, code, *arguments):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(code))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_script_that_does_not_close_ends_cleanly(even, tmp_path):
+    code = """
+    import multiprocessing, sys
+    from nanovllm import LLM, SamplingParams
+
+    if __name__ == "__main__":
+        llm = LLM(sys.argv[1], device="cpu", tensor_parallel_size=2)
+        llm.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=100))
+        for _ in range(3):
+            llm.step()
+    """
+    run = run_script(tmp_path, code, even["biased"])
+    assert (run.returncode, run.stderr) == (0, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
+
+
+def test_a_script_without_a_main_guard_is_told_of_it(even, tmp_path):
+    code = """
+    import sys
+    from nanovllm import LLM
+
+    LLM(sys.argv[1], device="cpu", tensor_parallel_size=2)
+    """
+    run = run_script(tmp_path, code, even["biased"])
+    assert run.returncode == 1
+    assert 'under `if __name__ == "__main__":`' in run.stderr.splitlines()[-1]
 
 
 SERVE = """

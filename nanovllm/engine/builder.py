@@ -55,6 +55,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
         ModelLoadError: the checkpoint cannot be served, or its weights do not fit.
         BackendUnavailableError: the attention backend that was asked for cannot serve.
         OutOfKVCacheError: a KV pool does not fit.
+        WorkerError: one of several ranks did not start.
     """
     folder = checkpoint_folder(config.model)
     hf_config = read_json(folder, "config.json") or {}
@@ -63,6 +64,22 @@ def build_engine(config: EngineConfig) -> EngineParts:
     tokenizer = load_tokenizer(folder)
     eos_ids = end_of_sequence_ids(folder, hf_config, tokenizer, spec.model_config.vocab_size)
     prefill_runner, decode_runner, kv_transfer = build_runners(config, spec, devices)
+    try:
+        return _parts(config, prefill_runner, decode_runner, kv_transfer, tokenizer, eos_ids)
+    except BaseException:
+        decode_runner.close_followers()
+        raise
+
+
+def _parts(
+    config: EngineConfig,
+    prefill_runner: ModelRunner,
+    decode_runner: ModelRunner,
+    kv_transfer: KVTransfer,
+    tokenizer: PreTrainedTokenizerBase | None,
+    eos_ids: frozenset[int],
+) -> EngineParts:
+    spec = decode_runner.spec
     scheduler = build_scheduler(config, prefill_runner, decode_runner)
     options = resolved_options(config, prefill_runner, decode_runner, kv_transfer)
     logger.info("resolved options: %s", ", ".join(f"{name}={value}" for name, value in options.items()))
@@ -244,7 +261,9 @@ def build_ranks(config: EngineConfig, spec: RunnerSpec, device: Device) -> Model
     make_runner = functools.partial(_rank_runner, spec, config.max_num_batched_tokens, device)
     workers = Workers(spec.num_ranks, make_runner, functools.partial(_device_of, device), config.step_timeout_s)
     try:
-        return _rank_runner(spec, config.max_num_batched_tokens, device, workers.ranks, workers)
+        runner = _rank_runner(spec, config.max_num_batched_tokens, device, workers.ranks, workers)
+        workers.started()
+        return runner
     except BaseException as error:
         failure = error
         if isinstance(error, Exception) and not isinstance(error, NanoVLLMError):

@@ -143,14 +143,15 @@ class DecodePaths:
                 self._fall_back(str(error))
         self.steps[None] = self._make_steps(self.sizes, None)
 
-    def replay(self, num_rows: int, positions: np.ndarray) -> StepOutput:
-        """One decode step of the first rows of the batch, [B] int64 positions of their tokens, by what is chosen now.
+    def replay(self, num_rows: int, positions: np.ndarray | None) -> StepOutput:
+        """One decode step of the first rows of the batch, by what is chosen now for their [B] int64 positions.
 
         If that fails, by what has worked before, in the end plain.
         """
         size = bucket_for(self.sizes, num_rows)
         if self.rebalancer is None:
             return self.steps[None].replay(size)
+        assert positions is not None, "what chooses knows the contexts"
         self._steps_to_decision -= 1
         is_timed = size != self._size or self._steps_to_decision <= 0
         if not is_timed:

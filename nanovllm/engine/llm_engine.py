@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import time
 import traceback
+import weakref
 from collections import deque
 from itertools import compress
 from types import TracebackType
@@ -62,6 +64,7 @@ class LLMEngine:
         ModelLoadError: the checkpoint cannot be served.
         BackendUnavailableError: the attention backend that was asked for cannot serve.
         OutOfKVCacheError: the KV pool does not fit.
+        WorkerError: one of several ranks did not start.
     """
 
     def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
@@ -93,6 +96,13 @@ class LLMEngine:
         self._gap_start_s: float | None = None
         """When the last decode step ended, if another one was queued right behind it."""
         self._closed = False
+        if self.config.tensor_parallel_size > 1:
+            atexit.register(_close, weakref.ref(self))  # while graphs and collectives can still be given back in order
+
+    def __del__(self) -> None:
+        # The other ranks are not left behind by an engine that nobody has closed.
+        if not self._closed and self.config.tensor_parallel_size > 1:
+            self.close()
 
     # Requests
 
@@ -102,6 +112,7 @@ class LLMEngine:
         Raises:
             RequestError: the prompt or a parameter is refused; nothing was queued.
             DeviceError: a GPU was lost; a new process is needed.
+            WorkerError: another rank was; the same.
             EngineClosedError: the engine was closed.
         """
         self._check_open()
@@ -430,6 +441,7 @@ class LLMEngine:
 
     def _collect(self, work: InFlight) -> None:
         sampled = work.handle.collect()
+        work.runner.check_followers()  # a step that waited for a rank that is gone was ended, with anything in it
         self._in_flight.remove(work)
         self._last_end_s[work.runner] = time.perf_counter()
         self._observer.step_ended(work)
@@ -641,6 +653,12 @@ class LLMEngine:
     def _queue_of(self, seq: Sequence) -> list[RequestOutput]:
         """Where the request's outputs go."""
         return self._outputs
+
+
+def _close(reference: weakref.ref[LLMEngine]) -> None:
+    engine = reference()
+    if engine is not None:
+        engine.close()
 
 
 def _is_request_id(given: object) -> bool:

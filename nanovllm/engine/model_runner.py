@@ -137,10 +137,10 @@ class PrefillTask:
 
 @dataclass(frozen=True)
 class DecodeTask:
-    """A rank's share of a decode step: what it changes of the rows, and [B] int64 positions of the tokens fed."""
+    """A rank's share of a decode step: what it changes of the rows, and how many of them it runs."""
 
     changes: RowChanges
-    positions: np.ndarray
+    num_rows: int
     sampling: SamplingArrays | None
 
 
@@ -236,6 +236,7 @@ class ModelRunner:
         self._logits: torch.Tensor | None = None
         with self._on(self.stream):
             self.model = self._load_model(weights_of)
+            self._ranks.least(0)  # none waits in a collective, which must end in time, for one that loads longer
             self.decode_paths = DecodePaths(self, pipeline) if is_decode_runner else None
             self.num_kv_blocks = self._num_kv_blocks()
             # One block more than there are to give out: what pads a step is written to it.
@@ -258,13 +259,19 @@ class ModelRunner:
         with self._on(self.stream):
             began = None if self.clock is None else self.clock.record_moment()
             task = self._prefill_task(step) if isinstance(step, PrefillStep) else self._decode_task(step)
+            positions = None if isinstance(step, PrefillStep) else step.positions
             with self._followers.led(task):
-                return StepHandle(self.device, self.run(task), began)
+                return StepHandle(self.device, self.run(task, positions), began)
 
-    def run(self, task: Task) -> SampledTokens | None:
-        """A rank's share of a step; what it samples, which every rank has."""
+    def run(self, task: Task, positions: np.ndarray | None = None) -> SampledTokens | None:
+        """A rank's share of a step; what it samples, which every rank has.
+
+        Args:
+            task: made by the first rank.
+            positions: [B] int64 of the tokens that a decode step is fed, by which a pipeline chooses its way.
+        """
         with self._on(self.stream):
-            return self._run_prefill(task) if isinstance(task, PrefillTask) else self._run_decode(task)
+            return self._run_prefill(task) if isinstance(task, PrefillTask) else self._run_decode(task, positions)
 
     def run_prefill_core(self, size: int) -> StepOutput:
         """The buffered prefill step, padded to `size` tokens and to all the requests that there could be."""
@@ -312,7 +319,7 @@ class ModelRunner:
         if not step.is_plain:
             rows = [(row.seq, row.output_index) for row in step.rows]
             sampling = sampling_arrays(rows, self.spec.model_config.vocab_size)
-        return DecodeTask(self.decode_rows.changes(step), step.positions, sampling)
+        return DecodeTask(self.decode_rows.changes(step), len(step.positions), sampling)
 
     def _run_prefill(self, task: PrefillTask) -> SampledTokens | None:
         self.prefill_buffers.send(task.numbers)
@@ -326,15 +333,14 @@ class ModelRunner:
             return SampledTokens(output.sampled.token_ids[: task.num_sampled])
         return self._resampled(output, task.num_sampled, task.sampling)
 
-    def _run_decode(self, task: DecodeTask) -> SampledTokens:
+    def _run_decode(self, task: DecodeTask, positions: np.ndarray | None) -> SampledTokens:
         assert self.decode_rows is not None, f"{self.device} was made for prefill, it cannot run a decode step"
         assert self.decode_paths is not None, f"{self.device} was made for prefill, it cannot run a decode step"
         self.decode_rows.apply(task.changes)
-        num_rows = len(task.positions)
-        output = self.decode_paths.replay(num_rows, task.positions)
+        output = self.decode_paths.replay(task.num_rows, positions)
         if task.sampling is None:
-            return SampledTokens(output.sampled.token_ids[:num_rows])
-        sampled = self._resampled(output, num_rows, task.sampling)
+            return SampledTokens(output.sampled.token_ids[: task.num_rows])
+        sampled = self._resampled(output, task.num_rows, task.sampling)
         self.decode_rows.correct(sampled.token_ids)
         return sampled
 
@@ -434,6 +440,7 @@ class ModelRunner:
                     raise self._followers.blame(late)
                 self._followers.check()
                 time.sleep(0)
+        self._followers.check()  # what waited for one that is gone was ended
 
     def check_followers(self) -> None:
         """Raises WorkerError if another rank is gone."""
@@ -643,9 +650,8 @@ class ModelRunner:
                 f"{max(available, 0) / GIB:.2f} GiB for it; {remedy}"
             )
         num_blocks = self._ranks.least(num_blocks)
-        logger.info(
-            "%s: KV pool of %d blocks of %d tokens, %.2f GiB", self.device, num_blocks, self.block_size, needed / GIB
-        )
+        gib = (num_blocks + 1) * self.spec.block_bytes / GIB
+        logger.info("%s: KV pool of %d blocks of %d tokens, %.2f GiB", self.device, num_blocks, self.block_size, gib)
         return num_blocks
 
     def _gpu_bytes_for_pool(self) -> int:

@@ -37,7 +37,8 @@ from nanovllm.utils.device import Device, never_free
 logger = logging.getLogger(__name__)
 
 READY = "ready"
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 600.0
+"""For all ranks to load their weights and capture their graphs."""
 CLOSE_TIMEOUT_S = 5.0
 LAST_WORDS_S = 3.0
 """So long a worker that has failed takes to say why."""
@@ -74,10 +75,11 @@ class ProcessRanks:
             os.path.join(folder, "store"), size
         )
         timeout = datetime.timedelta(seconds=timeout_s)
-        self._store.set_timeout(timeout)
         self._num_exchanges = 0
         self._group: Any
         self._peers: PeerAllReduce | None = None
+        self._lock = threading.Lock()
+        self._is_aborted = False
         self._aborting: threading.Thread | None = None
         if device.is_cuda:
             options = dist.ProcessGroupNCCL.Options()
@@ -95,7 +97,7 @@ class ProcessRanks:
 
     def connect(self) -> None:
         """Meets the others, while they are known to be there. `abort`, from another thread, ends it."""
-        self.least(0)  # NCCL connects when it is first used
+        self.all_gather(torch.zeros(1, 1, device=self._device))  # the first collective connects
         if self._device.type == "cuda":
             with torch.cuda.device(self._device):
                 try:
@@ -104,10 +106,10 @@ class ProcessRanks:
                     logger.warning("all sums over ranks are NCCL's, small ones take longer so: %s", error)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.contiguous()
+        x, group = x.contiguous(), self._live_group()
         if self._peers is not None and self._peers.can_serve(x):
             return self._peers.add_up(x)
-        _wait(self._live_group().allreduce([x], self._sums))
+        _wait(group.allreduce([x], self._sums))
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
@@ -117,18 +119,20 @@ class ProcessRanks:
         return parts.view(self.size, num_rows, width).transpose(0, 1).reshape(num_rows, -1)
 
     def least(self, number: int) -> int:
-        numbers = self.all_gather(torch.tensor([[number]], device=self._device))
-        return int(numbers.min())
+        return min(map(int, self._exchange(str(number))))
 
     def abort(self) -> None:
         """Ends collectives that wait for a rank that is gone: on GPUs they would wait for ever. Waits for nothing."""
-        if self._device.type != "cuda" or self._aborting is not None:
-            return
-        if self._peers is not None:
-            self._peers.give_up()
-        # NCCL ends its kernels, then waits for as long as a graph has a collective.
-        self._aborting = threading.Thread(target=self._group.abort, daemon=True)
-        self._aborting.start()
+        with self._lock:
+            if self._is_aborted:
+                return
+            self._is_aborted = True
+            if self._peers is not None:
+                self._peers.give_up()
+            if self._device.type == "cuda":
+                # NCCL ends its kernels, then waits for as long as a graph has a collective.
+                self._aborting = threading.Thread(target=self._group.abort, daemon=True)
+                self._aborting.start()
 
     def close(self) -> None:
         """No collective may follow, and no graph hold one; the other ranks have ended."""
@@ -143,15 +147,19 @@ class ProcessRanks:
 
     def _live_group(self) -> Any:
         """One that was aborted would connect anew, and wait for ranks that are gone."""
-        if self._aborting is not None:
+        if self._is_aborted:
             raise RuntimeError("a rank is gone")
         return self._group
 
     def _exchange(self, text: str) -> list[str]:
         """The texts of all ranks, which all of them give here."""
         self._num_exchanges += 1
-        self._store.set(f"{self._num_exchanges} of {self.rank}", text)
-        return [self._store.get(f"{self._num_exchanges} of {rank}").decode() for rank in range(self.size)]
+        names = [f"{self._num_exchanges} of {rank}" for rank in range(self.size)]
+        self._store.set(names[self.rank], text)
+        while not self._store.check(names):
+            self._live_group()
+            time.sleep(0.002)
+        return [self._store.get(name).decode() for name in names]
 
 
 class Workers:
@@ -177,6 +185,8 @@ class Workers:
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
         self._ranks: ProcessRanks | None = None
+        self._start_timer = threading.Timer(START_TIMEOUT_S, self._give_up_start)
+        self._start_timer.daemon = True
         context = multiprocessing.get_context("spawn")
         try:
             for rank in range(1, size):
@@ -189,12 +199,18 @@ class Workers:
                 self._processes.append(process)
                 self._pipes.append(ours)
             atexit.register(self.close)  # before multiprocessing's own, which would wait for a worker that hangs
+            self._start_timer.start()
             self._await_ready()
             self.ranks = self._joined(size, device_of(0))
-            threading.Thread(target=self._abort_when_one_is_gone, daemon=True).start()
+            sentinels = [process.sentinel for process in self._processes]
+            threading.Thread(target=self._abort_when_one_is_gone, args=(sentinels,), daemon=True).start()
         except BaseException:
             self.abandon()
             raise
+
+    def started(self) -> None:
+        """All have loaded and captured what they need; from now on `timeout_s` holds."""
+        self._start_timer.cancel()
 
     @contextlib.contextmanager
     def led(self, task: Task) -> Iterator[None]:
@@ -205,9 +221,12 @@ class Workers:
                 for pipe in self._pipes:
                     pipe.send(task)
                 yield
-            except BaseException as error:
-                # Some rank did what others did not: from here on they would answer each other's questions.
+            # Some rank did what others did not: from here on they would answer each other's questions.
+            except Exception as error:
                 raise self.blame(error) from error
+            except BaseException as error:
+                self._failure = self._failure or f"a step of rank 0 was broken off by {type(error).__name__}"
+                raise
 
     def check(self) -> None:
         """Asks whether all are there, and waits for nothing.
@@ -215,9 +234,11 @@ class Workers:
         Raises:
             WorkerError: one is not; with its traceback, if it left one.
         """
-        for rank, (pipe, process) in enumerate(zip(self._pipes, self._processes, strict=True), start=1):
-            if self._failure is None and (pipe.poll() or process.exitcode is not None):
-                self._failure = _last_words(rank, pipe, process)
+        pairs = list(zip(self._pipes, self._processes, strict=True))
+        if self._failure is None and any(_is_gone(*pair) for pair in pairs):
+            # The first to fail leaves the others with broken connections: what was said first tells most.
+            words = [_last_words(rank, *pair) for rank, pair in enumerate(pairs, start=1) if _is_gone(*pair)]
+            self._failure = min(words)[1]
         if self._failure is not None:
             raise WorkerError(self._failure)
 
@@ -237,11 +258,14 @@ class Workers:
         """Ends all workers: those that do not end by themselves are killed. After a failure it is `abandon`."""
         atexit.unregister(self.close)
         self._closing = True
+        self._start_timer.cancel()
         deadline_s = time.monotonic() + (CLOSE_TIMEOUT_S if self._failure is None else 0.0)
         try:
             for pipe in self._pipes:
-                with contextlib.suppress(OSError):
-                    pipe.send(None)
+                if self._failure is None:
+                    _bound_sends(pipe, CLOSE_TIMEOUT_S)
+                    with contextlib.suppress(OSError):
+                        pipe.send(None)
                 pipe.close()
             for process in self._processes:
                 process.join(max(deadline_s - time.monotonic(), 0.0))
@@ -268,7 +292,8 @@ class Workers:
         def join() -> None:
             try:
                 self._ranks = ProcessRanks(self._folder, 0, size, device, self._timeout_s)
-                self._ranks.connect()
+                if not self._closing:
+                    self._ranks.connect()
             except Exception as error:  # noqa: BLE001 - it is raised where it was asked for
                 failed.append(error)
 
@@ -282,20 +307,26 @@ class Workers:
         assert self._ranks is not None, "it has not failed"
         return self._ranks
 
-    def _abort_when_one_is_gone(self) -> None:
-        multiprocessing.connection.wait([process.sentinel for process in self._processes])
+    def _give_up_start(self) -> None:
+        self._failure = f"not all ranks have started within {START_TIMEOUT_S:.0f} s"
+        for process in self._processes:
+            process.kill()
+
+    def _abort_when_one_is_gone(self, sentinels: list[int]) -> None:
+        multiprocessing.connection.wait(sentinels)
         if not self._closing:
             self.ranks.abort()
 
     def _await_ready(self) -> None:
-        deadline_s = time.monotonic() + START_TIMEOUT_S
         for rank, (pipe, process) in enumerate(zip(self._pipes, self._processes, strict=True), start=1):
-            waits_for = [pipe, process.sentinel]
-            if not multiprocessing.connection.wait(waits_for, max(deadline_s - time.monotonic(), 0.0)):
-                raise WorkerError(f"rank {rank} has not started within {START_TIMEOUT_S:.0f} s")
-            said = _received(pipe)
-            if said != READY:
-                raise WorkerError(_last_words(rank, pipe, process) if said is None else f"rank {rank} failed:\n{said}")
+            multiprocessing.connection.wait([pipe, process.sentinel])
+            if _received(pipe) != READY:
+                _, how = _last_words(rank, pipe, process)
+                raise WorkerError(
+                    self._failure
+                    or f"{how} before it could start, for the reason that it printed; a script that makes an LLM of "
+                    'several ranks does so under `if __name__ == "__main__":`, since each rank imports it'
+                )
 
 
 def _work(
@@ -318,10 +349,11 @@ def _work(
         runner = make_runner(ranks)
         while (task := _next_task(pipe)) is not None:
             runner.run(task)
+        runner.synchronize()  # the others wait for this one's part of what was launched
     except BaseException:  # noqa: BLE001 - whatever it is, the engine tells of it
         status = 1
         with contextlib.suppress(OSError):
-            pipe.send(traceback.format_exc())
+            pipe.send((time.monotonic(), traceback.format_exc()))
     # Not by the interpreter, which would wait for collectives that will not end.
     os._exit(status)
 
@@ -348,19 +380,25 @@ def _end_with_the_engine(folder: str) -> None:
     os._exit(1)
 
 
-def _received(pipe: Any) -> str | None:
+def _is_gone(pipe: Any, process: Any) -> bool:
+    """Or is about to be: a worker that runs says nothing."""
+    return pipe.poll() or process.exitcode is not None
+
+
+def _received(pipe: Any) -> Any:
     """What a worker has said, None if nothing."""
     try:
-        return str(pipe.recv()) if pipe.poll() else None
+        return pipe.recv() if pipe.poll() else None
     except (EOFError, OSError):
         return None
 
 
-def _last_words(rank: int, pipe: Any, process: Any) -> str:
+def _last_words(rank: int, pipe: Any, process: Any) -> tuple[float, str]:
+    """When a worker said why it ends, and what; one that says nothing was ended before all others."""
     said = _received(pipe)
     process.join(LAST_WORDS_S)
     how = f"rank {rank} is gone (exit status {process.exitcode})"
-    return how if said is None else f"{how}:\n{said}"
+    return (0.0, how) if said is None else (said[0], f"{how}:\n{said[1]}")
 
 
 def _bound_sends(pipe: Any, timeout_s: float) -> None:
@@ -382,5 +420,5 @@ def _without_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if heard:
-        before(*heard[0])
+        if heard:
+            before(*heard[0])

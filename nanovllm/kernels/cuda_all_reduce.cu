@@ -1,7 +1,7 @@
 // The sum of every rank's numbers, on each rank (sm_90). Every rank writes its numbers into the memory of all others
 // ("inboxes") and adds up what it finds in its own, in the order of ranks, so that all of them get the same bits.
 // A packet of 16 bytes is 8 bytes of numbers, each half beside the number of the sum that it is of: who reads it sees
-// whether it is there, and nobody waits for a fence. Compiled at run time by cuda_all_reduce.py, which defines
+// whether it is there, and nobody waits for a fence (the "LL" protocol of NCCL). Compiled at run time by cuda_all_reduce.py, which defines
 //   RANKS, RANK   how many there are, and which one this is
 //   THREADS       of a thread block
 //   PIECES        that a thread adds up where there are no labels
@@ -86,7 +86,8 @@ __device__ uint4 rounded_piece(const Sums& sums) {
 // [2][RANKS][MOST_BLOCKS][PIECES][THREADS], and what thread blocks of other ranks have come to, [RANKS][MOST_BLOCKS].
 // A thread block counts its sums, of both kernels, and has places of its own, one half for odd rounds and one for even
 // ones: when a rank is at one round, all others have ended the one before the last, so nothing is overwritten that is
-// still to be read.
+// still to be read. That holds as long as all sums of a rank are on one stream, and every kernel between two of them
+// waits for the one before it has ended.
 constexpr u64 LABELLED = 2ull * RANKS * MOST_BLOCKS * 2 * THREADS;
 constexpr u64 PLAIN = 2ull * RANKS * MOST_BLOCKS * PIECES * THREADS;
 

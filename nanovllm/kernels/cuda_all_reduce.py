@@ -64,13 +64,16 @@ class PeerAllReduce:
                 failure = str(error)
         failures = {said for said in exchange(failure) if said != NOTHING}  # nobody writes before all are here
         if failures:
+            if self._inbox is not None:
+                self._inbox.close_others()
+            exchange("closed")  # nobody has this one's open any more
             self.close()
             raise BackendUnavailableError("; ".join(sorted(failures)))
 
     def can_serve(self, x: torch.Tensor) -> bool:
-        """Whether `add_up` is for this tensor."""
+        """Whether `add_up` is for this contiguous tensor."""
         is_small = (self._size - 1) * x.nbytes <= MOST_BYTES_SENT
-        return is_small and x.nbytes % PIECE_BYTES == 0 and x.dtype in KINDS and x.is_contiguous()
+        return is_small and x.dtype in KINDS and x.nbytes % PIECE_BYTES == x.data_ptr() % PIECE_BYTES == 0
 
     def add_up(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' tensors, in the place of this one; every rank gets the same bits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,7 +22,7 @@ class Ranks(Protocol):
         """[N, n] on each rank -> [N, size * n] on all, side by side by rank."""
 
     def least(self, number: int) -> int:
-        """The smallest of all ranks' numbers."""
+        """The smallest of all ranks' numbers; however long it takes until all are here."""
 
     def close(self) -> None:
         """They do nothing together any more."""
@@ -58,7 +59,7 @@ class Part:
         """Of the tensor of which `shape` is a part's."""
         return torch.Size(n * self.size if dim == self.dim else n for dim, n in enumerate(shape))
 
-    def of(self, whole: torch.Tensor) -> torch.Tensor:
-        """The part of a whole tensor, a view of it."""
-        length = whole.shape[self.dim] // self.size
-        return whole.narrow(self.dim, self.rank * length, length)
+    def index(self, whole_shape: Sequence[int]) -> tuple[slice, ...]:
+        """What takes the part out of a whole tensor."""
+        length = whole_shape[self.dim] // self.size
+        return (*[slice(None)] * self.dim, slice(self.rank * length, (self.rank + 1) * length))

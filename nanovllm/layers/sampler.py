@@ -61,7 +61,9 @@ def sample(logits: torch.Tensor, inputs: SamplingInputs, backend: AttentionBacke
     if inputs.filters is not None:
         columns = (inputs.temperatures, *inputs.filters)
         allowed = torch.cat([_filter(allowed[rows].float(), *(column[rows] for column in columns)) for rows in chunks])
-    token_ids, _ = backend.sample_tokens(allowed, inputs.temperatures, inputs.seeds, inputs.output_indices)
+    drawn, _ = backend.sample_tokens(allowed, inputs.temperatures, inputs.seeds, inputs.output_indices)
+    # What filters sum up may differ in its last bit from GPU to GPU: the first rank's word holds.
+    token_ids = ranks.all_gather(drawn.unsqueeze(1))[:, 0]
     if inputs.num_logprobs is None:
         return SampledTokens(token_ids)
     parts = [_logprobs(logits[rows].float(), token_ids[rows], inputs.num_logprobs) for rows in chunks]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,8 +66,8 @@ class TensorPart(Protocol):
     def whole_shape(self, shape: torch.Size) -> torch.Size:
         """Of the tensor of which `shape` is a part's."""
 
-    def of(self, whole: torch.Tensor) -> torch.Tensor:
-        """The part of a whole tensor."""
+    def index(self, whole_shape: Sequence[int]) -> tuple[slice, ...]:
+        """What takes the part out of a whole tensor."""
 
 
 def load_weights(
@@ -110,7 +110,7 @@ def fill_randomly(targets: dict[str, torch.Tensor], seed: int, parts: Mapping[st
         generator = torch.Generator(view.device).manual_seed(own_seed)
         whole.normal_(1.0 if "norm" in name else 0.0, 0.02, generator=generator)
         if part is not None:
-            view.copy_(part.of(whole))
+            view.copy_(whole[part.index(whole.shape)])
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
@@ -158,18 +158,17 @@ def _open(path: Path) -> Any:
 
 
 def _copy(path: Path, name: str, tensors: Any, target: torch.Tensor, part: TensorPart | None) -> None:
-    shape = target.shape if part is None else part.whole_shape(target.shape)
+    shape = list(target.shape if part is None else part.whole_shape(target.shape))
     try:
-        tensor = tensors.get_tensor(name)
+        stored = tensors.get_slice(name)
+        if stored.get_shape() != shape:
+            raise ModelLoadError(f"{path}: tensor {name!r} has shape {stored.get_shape()}, config.json implies {shape}")
+        tensor = stored[:] if part is None else stored[part.index(shape)]
     except (SafetensorError, OSError) as error:
         raise ModelLoadError(f"{path}: tensor {name!r} cannot be read ({error}); download it again") from error
-    if tensor.shape != shape:
-        raise ModelLoadError(
-            f"{path}: tensor {name!r} has shape {list(tensor.shape)}, config.json implies {list(shape)}"
-        )
     if tensor.dtype not in WEIGHT_DTYPES:
         raise ModelLoadError(f"{path}: tensor {name!r} is {tensor.dtype}; quantized weights are not supported")
-    target.copy_(tensor if part is None else part.of(tensor))
+    target.copy_(tensor)
 
 
 def _check_names(folder: Path, found: set[str], wanted: set[str], ignored: set[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nanovllm.errors import BackendUnavailableError
+from nanovllm.utils.cuda_driver import call_driver, check_code
 
 
 def compile_source(source: str, name: str, architecture: str) -> bytes:
@@ -29,7 +30,7 @@ def compile_source(source: str, name: str, architecture: str) -> bytes:
     except (ImportError, RuntimeError) as error:  # the bindings load the library when it is first called
         remedy = "pip install cuda-python nvidia-cuda-nvrtc"
         raise BackendUnavailableError(f"{name} needs NVRTC, which cannot be used ({error}); {remedy}") from error
-    _check("nvrtcCreateProgram", code)
+    check_code("nvrtcCreateProgram", code)
     options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
     (code,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if int(code):
@@ -38,10 +39,10 @@ def compile_source(source: str, name: str, architecture: str) -> bytes:
         nvrtc.nvrtcGetProgramLog(program, log)
         raise BackendUnavailableError(f"NVRTC refuses {name}: {log.decode(errors='replace').strip()}")
     code, size = nvrtc.nvrtcGetCUBINSize(program)
-    _check("nvrtcGetCUBINSize", code)
+    check_code("nvrtcGetCUBINSize", code)
     cubin = b" " * size
     (code,) = nvrtc.nvrtcGetCUBIN(program, cubin)
-    _check("nvrtcGetCUBIN", code)
+    check_code("nvrtcGetCUBIN", code)
     nvrtc.nvrtcDestroyProgram(program)
     return cubin
 
@@ -103,19 +104,6 @@ class Kernel:
         return config
 
 
-def call_driver(name: str, *arguments: Any) -> Any:
-    """What a function of the CUDA driver gives besides its code.
-
-    Raises:
-        BackendUnavailableError: the code is not that of success.
-    """
-    from cuda.bindings import driver
-
-    code, *values = getattr(driver, name)(*arguments)
-    _check(name, code)
-    return values[0] if values else None
-
-
 def tensor_map(matrix: torch.Tensor, box: tuple[int, int]) -> Any:
     """What the copy engine needs to know of a matrix of 16-bit values to fetch boxes of it, of 128-byte rows, swizzled.
 
@@ -144,7 +132,7 @@ def tensor_map(matrix: torch.Tensor, box: tuple[int, int]) -> Any:
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
-    _check("cuTensorMapEncodeTiled", code)
+    check_code("cuTensorMapEncodeTiled", code)
     return made
 
 
@@ -157,8 +145,3 @@ def _argument(argument: Any) -> tuple[int, Any]:
         number = ctypes.c_int32(argument)
         return ctypes.addressof(number), number
     return argument.getPtr(), argument
-
-
-def _check(name: str, code: Any) -> None:
-    if int(code):
-        raise BackendUnavailableError(f"{name} failed: {getattr(code, 'name', code)} ({int(code)})")

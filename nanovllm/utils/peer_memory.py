@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nanovllm.utils.nvrtc import call_driver
+from nanovllm.utils.cuda_driver import call_driver
 
 
 class PeerMemory:
@@ -41,9 +41,13 @@ class PeerMemory:
         self._opened.append(address)
         return address
 
-    def close(self) -> None:
-        """Nothing may be using it any more, nor what it has opened."""
+    def close_others(self) -> None:
+        """Other processes' memory, which nothing here may be using any more."""
         for address in self._opened:
             call_driver("cuIpcCloseMemHandle", address)
         self._opened.clear()
+
+    def close(self) -> None:
+        """This memory, which nobody may have open, and others'."""
+        self.close_others()
         call_driver("cuMemFree", self.address)

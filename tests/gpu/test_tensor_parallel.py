@@ -54,6 +54,17 @@ def test_float32_tokens_equal_transformers(even, mode):
         assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 24)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
+def test_four_ranks_give_the_tokens_of_transformers(even):
+    path, reference = even
+    prompts = prompts_for(6, seed=1) + prompts_for(4, seed=2, longest=40, shared=48)
+    with LLM(path, tensor_parallel_size=4, **OPTIONS) as llm:
+        answers = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
+        assert all(answer["error"] is None for answer in answers)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 24)
+
+
 def test_demo_answers_in_bfloat16_equal_the_written_ones():
     pairs = json.loads((Path(DEMO_MODEL_PATH) / "questions.json").read_text(encoding="utf-8"))
     conversations = [[{"role": "user", "content": pair["question"]}] for pair in pairs]
@@ -83,10 +94,10 @@ def test_a_worker_that_is_gone_ends_all_requests_by_name(even, how):
         time.sleep(5)  # a watchdog that ends the process would have by now
 
 
-def check_sums(folder: str, rank: int) -> None:
+def check_sums(folder: str, rank: int, size: int) -> None:
     torch.cuda.set_device(rank)
     with torch.cuda.stream(torch.cuda.Stream()):
-        ranks = ProcessRanks(folder, rank, 2, Device("cuda", rank), 30.0)
+        ranks = ProcessRanks(folder, rank, size, Device("cuda", rank), 30.0)
         ranks.connect()
         assert ranks._peers is not None, "these GPUs write into each other's memory"
         # From one piece on, with labels and without; NCCL's are the largest, odd sizes and integers.
@@ -109,12 +120,12 @@ def check_sums(folder: str, rank: int) -> None:
                     x.copy_((torch.randn(len(x), device="cuda", generator=random) * 9).to(dtype))
                 graph.replay()
                 for x, total in zip(inputs, sums, strict=True):
-                    both = ranks.all_gather(x.unsqueeze(0)).view(2, -1)
+                    both = ranks.all_gather(x.unsqueeze(0)).view(size, -1)
                     wide = torch.int64 if dtype == torch.int64 else torch.float32
                     assert torch.equal(total, both.to(wide).sum(0).to(dtype)), (dtype, len(x))
         torch.cuda.synchronize()
     Path(folder, f"done {rank}").touch()
-    while not all(Path(folder, f"done {other}").exists() for other in range(2)):
+    while not all(Path(folder, f"done {other}").exists() for other in range(size)):
         time.sleep(0.01)
     os._exit(0)  # no graph is destroyed after the group
 

@@ -1,0 +1,26 @@
+"""Calls of the CUDA driver, by cuda-python, with its codes as errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nanovllm.errors import BackendUnavailableError
+
+
+def call_driver(name: str, *arguments: Any) -> Any:
+    """What a function of the driver gives besides its code.
+
+    Raises:
+        BackendUnavailableError: the code is not that of success.
+    """
+    from cuda.bindings import driver
+
+    code, *values = getattr(driver, name)(*arguments)
+    check_code(name, code)
+    return values[0] if values else None
+
+
+def check_code(name: str, code: Any) -> None:
+    """Raises BackendUnavailableError unless a call of this name has succeeded."""
+    if int(code):
+        raise BackendUnavailableError(f"{name} failed: {getattr(code, 'name', code)} ({int(code)})")
