@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import multiprocessing
 import os
 import pickle
@@ -351,12 +352,12 @@ def test_what_a_lost_rank_leaves_of_a_step_is_given_to_nobody(even):
 
 def test_of_many_workers_the_one_that_failed_first_is_told_of(even):
     with LLM(even["biased"], device="cpu", tensor_parallel_size=4, step_timeout_s=5.0) as llm:
-        llm.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=5))
-        llm.decode_runner._followers._pipes[2].send("what is no task")
-        outputs = drain(llm)
-    (error,) = {str(of_it[-1].error) for of_it in outputs.values()}
-    assert "rank 3" in error
-    assert "AttributeError: 'str' object has no attribute" in error
+        workers = llm.decode_runner._followers
+        for rank, no_task in ((3, "none"), (1, 1.5), (2, 2)):
+            workers._pipes[rank - 1].send(no_task)
+            time.sleep(0.5)
+        with pytest.raises(WorkerError, match=r"rank 3(.|\n)*AttributeError: 'str' object has no attribute"):
+            workers.check()
     assert_no_process_is_left()
 
 
@@ -423,18 +424,20 @@ def run_script(tmp_path, code, *arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_a_script_that_does_not_close_ends_cleanly(even, tmp_path):
-    code = """
-    import multiprocessing, sys
-    from nanovllm import LLM, SamplingParams
+NOT_CLOSED = """
+import json, sys
+from nanovllm import LLM, SamplingParams
 
-    if __name__ == "__main__":
-        llm = LLM(sys.argv[1], device="cpu", tensor_parallel_size=2)
-        llm.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=100))
-        for _ in range(3):
-            llm.step()
-    """
-    run = run_script(tmp_path, code, even["biased"])
+if __name__ == "__main__":
+    llm = LLM(sys.argv[1], tensor_parallel_size=2, **json.loads(sys.argv[2]))
+    llm.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=100))
+    for _ in range(3):
+        llm.step()
+"""
+
+
+def test_a_script_that_does_not_close_ends_cleanly(even, tmp_path):
+    run = run_script(tmp_path, NOT_CLOSED, even["biased"], json.dumps({"device": "cpu"}))
     assert (run.returncode, run.stderr) == (0, "")
     assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
 
@@ -452,12 +455,12 @@ def test_a_script_without_a_main_guard_is_told_of_it(even, tmp_path):
 
 
 SERVE = """
-import os, signal, sys, time
+import json, os, signal, sys, time
 from nanovllm import LLM, SamplingParams
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    llm = LLM(sys.argv[1], device="cpu", tensor_parallel_size=2)
+    llm = LLM(sys.argv[1], tensor_parallel_size=2, **json.loads(sys.argv[3]))
     (process,) = llm.decode_runner._followers._processes
     print(process.pid, flush=True)
     llm.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=400))
@@ -477,10 +480,14 @@ if __name__ == "__main__":
     ("how", "then"), [(signal.SIGKILL, ""), (signal.SIGTERM, ""), (signal.SIGINT, "close"), (signal.SIGINT, "")]
 )
 def test_nothing_is_left_when_the_engine_is_gone(even, tmp_path, how, then):
+    check_nothing_is_left(even["biased"], {"device": "cpu"}, tmp_path, how, then)
+
+
+def check_nothing_is_left(path, options, tmp_path, how, then):
     script = tmp_path / "serve.py"
     script.write_text(textwrap.dedent(SERVE))
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    command = [sys.executable, str(script), even["biased"], then]
+    command = [sys.executable, str(script), path, then, json.dumps(options)]
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as engine:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine.tensor_parallel import ProcessRanks, Workers
 from nanovllm.utils.device import Device
 from tests import tiny
+from tests.test_engine import drain, tokens_of
+from tests.test_tensor_parallel import NOT_CLOSED, check_nothing_is_left, run_script
 
 pytestmark = [pytest.mark.gpu, pytest.mark.two_gpu]
 
@@ -72,6 +75,48 @@ def test_demo_answers_in_bfloat16_equal_the_written_ones():
         answers = llm.chat(conversations, SamplingParams(temperature=0, max_tokens=512), use_tqdm=False)
     wrong = [pair for pair, answer in zip(pairs, answers, strict=True) if answer["text"] != pair["answer"]]
     assert not wrong
+
+
+def test_sampled_tokens_with_aborts_equal_one_card(even):
+    """By temperature alone, where ranks draw from their parts of the logits, and with filters."""
+    path, _ = even
+    prompts = prompts_for(12, seed=7, longest=40)
+    kinds = [{}, {"top_p": 0.8, "logprobs": 2}, {"temperature": 0.0}]
+    params = [SamplingParams(**{"temperature": 0.9, "seed": i, "max_tokens": 20, **kinds[i % 3]}) for i in range(12)]
+    found = []
+    for size in (1, 2):
+        with LLM(path, tensor_parallel_size=size, **OPTIONS) as llm:
+            ids = [llm.add_request(prompt, of_it) for prompt, of_it in zip(prompts, params, strict=True)]
+            outputs = drain(llm, {} if size == 1 else {ids[0]: 8, ids[5]: 12})
+            found.append([tokens_of(outputs[request_id]) for request_id in ids])
+    for alone, together in zip(*found, strict=True):
+        assert together == alone[: len(together)]
+    assert sum(len(together) == 20 for together in found[1]) >= 10
+
+
+def test_two_engines_at_once_do_not_mix(even):
+    path, reference = even
+    prompts = prompts_for(4, seed=8)
+    with ThreadPoolExecutor(2) as pool:
+        llms = list(pool.map(lambda _: LLM(path, tensor_parallel_size=2, **OPTIONS), range(2)))
+    answers = [llm.generate(prompts, SamplingParams(temperature=0, max_tokens=15), use_tqdm=False) for llm in llms]
+    for llm in llms:
+        llm.close()
+    for of_it in answers:
+        for prompt, answer in zip(prompts, of_it, strict=True):
+            assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 15)
+
+
+def test_a_script_that_does_not_close_ends_cleanly(even, tmp_path):
+    run = run_script(tmp_path, NOT_CLOSED, even[0], json.dumps(OPTIONS))
+    assert run.returncode == 0, run.stderr
+    assert "Traceback" not in run.stderr
+    assert "destroy_process_group" not in run.stderr
+
+
+@pytest.mark.parametrize(("how", "then"), [(signal.SIGKILL, ""), (signal.SIGINT, "close")])
+def test_nothing_is_left_when_the_engine_is_gone(even, tmp_path, how, then):
+    check_nothing_is_left(even[0], OPTIONS, tmp_path, how, then)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
@@ -132,7 +177,7 @@ def check_sums(folder: str, rank: int, size: int) -> None:
 
 def test_sums_are_right_for_all_sizes_and_types(tmp_path):
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=check_sums, args=(str(tmp_path), rank)) for rank in range(2)]
+    processes = [context.Process(target=check_sums, args=(str(tmp_path), rank, 2)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
