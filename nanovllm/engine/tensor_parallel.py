@@ -97,7 +97,9 @@ class ProcessRanks:
 
     def connect(self) -> None:
         """Meets the others, while they are known to be there. `abort`, from another thread, ends it."""
-        self.all_gather(torch.zeros(1, 1, device=self._device))  # the first collective connects
+        nothing = torch.zeros(1, 1, device=self._device)
+        self._exchange("here")  # NCCL would wait for one that is not
+        self.all_gather(nothing)  # the first collective connects
         if self._device.type == "cuda":
             with torch.cuda.device(self._device):
                 try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -10,15 +11,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from nanovllm import LLM, ConfigError, SamplingParams, WorkerError
 from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine.tensor_parallel import ProcessRanks, Workers
+from nanovllm.kernels.cuda_all_reduce import PeerAllReduce
 from nanovllm.utils.device import Device
 from tests import tiny
 from tests.test_engine import drain, tokens_of
@@ -97,14 +99,20 @@ def test_sampled_tokens_with_aborts_equal_one_card(even):
 def test_two_engines_at_once_do_not_mix(even):
     path, reference = even
     prompts = prompts_for(4, seed=8)
-    with ThreadPoolExecutor(2) as pool:
-        llms = list(pool.map(lambda _: LLM(path, tensor_parallel_size=2, **OPTIONS), range(2)))
-    answers = [llm.generate(prompts, SamplingParams(temperature=0, max_tokens=15), use_tqdm=False) for llm in llms]
+    llms = [LLM(path, tensor_parallel_size=2, **OPTIONS) for _ in range(2)]
+    ids = [
+        [llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=15)) for prompt in prompts] for llm in llms
+    ]
+    outputs = [{request_id: [] for request_id in of_it} for of_it in ids]
+    while not all(llm.is_finished() for llm in llms):
+        for llm, of_it in zip(llms, outputs, strict=True):
+            for output in llm.step():
+                of_it[output.request_id].append(output)
     for llm in llms:
         llm.close()
-    for of_it in answers:
-        for prompt, answer in zip(prompts, of_it, strict=True):
-            assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 15)
+    for of_it in outputs:
+        for prompt, of_request in zip(prompts, of_it.values(), strict=True):
+            assert tokens_of(of_request) == tiny.reference_tokens(reference, prompt, 15)
 
 
 def test_a_script_that_does_not_close_ends_cleanly(even, tmp_path):
@@ -175,15 +183,43 @@ def check_sums(folder: str, rank: int, size: int) -> None:
     os._exit(0)  # no graph is destroyed after the group
 
 
-def test_sums_are_right_for_all_sizes_and_types(tmp_path):
+def check_sums_of_peers(folder: str, rank: int, size: int) -> None:
+    """Ranks that share cards, whose kernels take turns: NCCL knows no such thing."""
+    torch.cuda.set_device(rank % 2)
+    store, num_exchanges = dist.FileStore(os.path.join(folder, "store"), size), itertools.count()
+
+    def exchange(text):
+        turn = next(num_exchanges)
+        store.set(f"{turn} of {rank}", text)
+        return [store.get(f"{turn} of {other}").decode() for other in range(size)]
+
+    peers = PeerAllReduce(rank, size, exchange)
+    for dtype in (torch.bfloat16, torch.float32):
+        for numel in (8, 4096, 100_000, 2**18, 4104):
+            for turn in range(4):
+                inputs = []
+                for other in range(size):
+                    random = torch.Generator("cuda").manual_seed(turn * size + other)
+                    inputs.append(torch.randn(numel, device="cuda", generator=random).to(dtype))
+                expected = torch.zeros(numel, device="cuda")
+                for x in inputs:
+                    expected += x
+                assert peers.can_serve(inputs[rank])
+                assert torch.equal(peers.add_up(inputs[rank]), expected.to(dtype)), (dtype, numel)
+    exchange("done")
+    os._exit(0)
+
+
+@pytest.mark.parametrize(("check", "size"), [(check_sums, 2), (check_sums_of_peers, 4)])
+def test_sums_are_right_for_all_sizes_and_types(tmp_path, check, size):
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=check_sums, args=(str(tmp_path), rank, 2)) for rank in range(2)]
+    processes = [context.Process(target=check, args=(str(tmp_path), rank, size)) for rank in range(size)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
         process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert [process.exitcode for process in processes] == [0] * size
 
 
 def fail(ranks):
