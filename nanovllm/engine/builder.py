@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import math
+import threading
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,9 @@ from nanovllm.utils.device import Device, resolve_device, resolve_device_pair
 from nanovllm.utils.loader import checkpoint_folder, read_json
 
 logger = logging.getLogger(__name__)
+
+ONE_AT_A_TIME = threading.Lock()
+"""While one thread captures a CUDA graph, another may not: the first one's capture fails."""
 
 DEFAULT_MAX_MODEL_LEN = 4096
 
@@ -63,7 +67,8 @@ def build_engine(config: EngineConfig) -> EngineParts:
     spec = runner_spec(config, folder, hf_config, devices[0])
     tokenizer = load_tokenizer(folder)
     eos_ids = end_of_sequence_ids(folder, hf_config, tokenizer, spec.model_config.vocab_size)
-    prefill_runner, decode_runner, kv_transfer = build_runners(config, spec, devices)
+    with ONE_AT_A_TIME:
+        prefill_runner, decode_runner, kv_transfer = build_runners(config, spec, devices)
     try:
         return _parts(config, prefill_runner, decode_runner, kv_transfer, tokenizer, eos_ids)
     except BaseException:
