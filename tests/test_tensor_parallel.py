@@ -248,28 +248,33 @@ def test_two_engines_at_once_do_not_mix(even):
     assert_no_process_is_left()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+HOW_GONE = pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+
+
+@HOW_GONE
 def test_a_worker_that_is_gone_ends_all_requests_by_name(even, how):
-    prompts = prompts_for(6, seed=9)
     with LLM(even["biased"], device="cpu", tensor_parallel_size=2, step_timeout_s=2.0) as llm:
-        (process,) = llm.decode_runner._followers._processes
-        for prompt in prompts:
-            llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=200))
-        for _ in range(5):
-            llm.step()
-        os.kill(process.pid, how)
-        started, ended = time.monotonic(), []
-        while not llm.is_finished():
-            ended += [output for output in llm.step() if output.finished]
-        assert time.monotonic() - started < 15
-        assert [output.finish_reason for output in ended] == ["error"] * 6
-        assert all(isinstance(output.error, WorkerError) for output in ended)
-        assert ("rank 1 is gone (exit status -9)" if how is signal.SIGKILL else "no longer in step") in str(
-            ended[0].error
-        )
-        with pytest.raises(WorkerError, match="start a new process"):
-            llm.add_request(prompts[0])
+        check_all_end_without_a_worker(llm, how)
     assert_no_process_is_left()
+
+
+def check_all_end_without_a_worker(llm, how):
+    (process,) = llm.decode_runner._followers._processes
+    for prompt in prompts_for(6, seed=9):
+        llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=400))
+    for _ in range(5):
+        llm.step()
+    os.kill(process.pid, how)
+    started, ended = time.monotonic(), []
+    while not llm.is_finished():
+        ended += [output for output in llm.step() if output.finished]
+    assert time.monotonic() - started < 15
+    assert [output.finish_reason for output in ended] == ["error"] * 6
+    assert all(isinstance(output.error, WorkerError) for output in ended)
+    reason = "rank 1 is gone (exit status -9)" if how is signal.SIGKILL else "no longer in step"
+    assert reason in str(ended[0].error)
+    with pytest.raises(WorkerError, match="start a new process"):
+        llm.add_request([1])
 
 
 @pytest.fixture

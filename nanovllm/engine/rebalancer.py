@@ -16,7 +16,9 @@ TRIAL_EVERY = 16
 FIRST_TRIALS = 3
 """Until something was seen so often at a batch size, it is tried at every other decision."""
 MOST_TRIAL_LOSS = 0.1
-"""What seems slower by more is not tried: with a step in TRIAL_EVERY * 8 that costs less than 0.1 %."""
+"""What was seen and seems slower by more is not tried again: a step in TRIAL_EVERY costs less than 0.7 % so."""
+MOST_FIRST_LOSS = 0.15
+"""The same for what was not yet seen FIRST_TRIALS times: a calibration may be wrong, and such trials end."""
 WEIGHT = 1 / 8
 """At the least, of a step that was timed in the mean of those before it."""
 BALANCED = 0.05
@@ -142,14 +144,18 @@ class Rebalancer:
         return calibrated_s * self._of(path, batch).ratio
 
     def _worth_trying(self, batch: int, context: float) -> list[Arrangement | None]:
-        most_s = self._expected_s(self.current, batch, context) * (1 + MOST_TRIAL_LOSS)
+        current_s = self._expected_s(self.current, batch, context)
         imbalance = self._of(self.current, batch).imbalance
         paths = [None, *(one for one in self._ready.get(batch, ()) if not self._outages[one].is_out)]
         return [
             path
             for path in paths
-            if self._is_towards_balance(path, imbalance) and self._expected_s(path, batch, context) <= most_s
+            if self._is_towards_balance(path, imbalance)
+            and self._expected_s(path, batch, context) <= current_s * (1 + self._most_loss(path, batch))
         ]
+
+    def _most_loss(self, path: Arrangement | None, batch: int) -> float:
+        return MOST_TRIAL_LOSS if self._of(path, batch).number >= FIRST_TRIALS else MOST_FIRST_LOSS
 
     def _is_towards_balance(self, path: Arrangement | None, imbalance: float) -> bool:
         if path is None or self.current is None or abs(imbalance) < BALANCED:

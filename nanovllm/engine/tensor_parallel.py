@@ -257,7 +257,7 @@ class Workers:
         return WorkerError(self._failure)
 
     def close(self) -> None:
-        """Ends all workers: those that do not end by themselves are killed. After a failure it is `abandon`."""
+        """Ends all workers: those that do not end by themselves are killed, and after a failure all of them."""
         atexit.unregister(self.close)
         self._closing = True
         self._start_timer.cancel()

@@ -24,7 +24,14 @@ from nanovllm.kernels.cuda_all_reduce import PeerAllReduce
 from nanovllm.utils.device import Device
 from tests import tiny
 from tests.test_engine import drain, tokens_of
-from tests.test_tensor_parallel import NOT_CLOSED, check_nothing_is_left, run_script
+from tests.test_tensor_parallel import (
+    HOW_GONE,
+    NOT_CLOSED,
+    check_all_end_without_a_worker,
+    check_nothing_is_left,
+    prompts_for,
+    run_script,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.two_gpu]
 
@@ -42,10 +49,6 @@ def even(tmp_path_factory):
     sizes = {"vocab_size": 208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
     model = tiny.make_reference(seed=3, **sizes)
     return tiny.save(model, tmp_path_factory.mktemp("even")), model
-
-
-def prompts_for(count, seed, **options):
-    return [[token % 208 for token in prompt] for prompt in tiny.random_prompts(count, seed=seed, **options)]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -127,23 +130,10 @@ def test_nothing_is_left_when_the_engine_is_gone(even, tmp_path, how, then):
     check_nothing_is_left(even[0], OPTIONS, tmp_path, how, then)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@HOW_GONE
 def test_a_worker_that_is_gone_ends_all_requests_by_name(even, how):
     with LLM(even[0], tensor_parallel_size=2, step_timeout_s=3.0, **OPTIONS) as llm:
-        (process,) = llm.decode_runner._followers._processes
-        for prompt in prompts_for(6, seed=9):
-            llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=400))
-        for _ in range(5):
-            llm.step()
-        os.kill(process.pid, how)
-        started, ended = time.monotonic(), []
-        while not llm.is_finished():
-            ended += [output for output in llm.step() if output.finished]
-        assert time.monotonic() - started < 20
-        assert [output.finish_reason for output in ended] == ["error"] * 6
-        assert all(isinstance(output.error, WorkerError) for output in ended)
-        with pytest.raises(WorkerError, match="start a new process"):
-            llm.add_request([1])
+        check_all_end_without_a_worker(llm, how)
         time.sleep(5)  # a watchdog that ends the process would have by now
 
 
