@@ -67,8 +67,10 @@ class LLMEngine:
         WorkerError: one of several ranks did not start.
     """
 
+    _closed = True
+    """Also of one that could not be made."""
+
     def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
-        self._closed = True
         path = os.fspath(model) if isinstance(model, os.PathLike) else model
         self.config = EngineConfig.from_options(path, options)
         tracer = None if self.config.trace is None else Tracer(self.config.trace)

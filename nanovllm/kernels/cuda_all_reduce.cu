@@ -1,7 +1,8 @@
 // The sum of every rank's numbers, on each rank (sm_90). Every rank writes its numbers into the memory of all others
 // ("inboxes") and adds up what it finds in its own, in the order of ranks, so that all of them get the same bits.
-// A packet of 16 bytes is 8 bytes of numbers, each half beside the number of the sum that it is of: who reads it sees
-// whether it is there, and nobody waits for a fence (the "LL" protocol of NCCL). Compiled at run time by cuda_all_reduce.py, which defines
+// A labelled packet of 16 bytes is 8 bytes of numbers, each half beside the number of the sum that it is of: who reads
+// it sees whether it is there, and nobody waits for a fence (the "LL" protocol of NCCL). Compiled at run time by
+// cuda_all_reduce.py, which defines
 //   RANKS, RANK   how many there are, and which one this is
 //   THREADS       of a thread block
 //   PIECES        that a thread adds up where there are no labels
@@ -22,7 +23,8 @@ __device__ void add(Sums& sums, int word, u32 bits) {
     sums.of[word] += __uint_as_float(bits);
 #elif KIND == 1
     float low, high;
-    asm("{ .reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }" : "=f"(low), "=f"(high) : "r"(bits));
+    asm("{ .reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }"
+        : "=f"(low), "=f"(high) : "r"(bits));
     sums.of[2 * word] += low;
     sums.of[2 * word + 1] += high;
 #else
