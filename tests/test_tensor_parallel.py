@@ -168,8 +168,10 @@ def test_ranks_draw_the_tokens_that_one_does(kind, size):
             assert torch.equal(of_rank.logprobs, alone.logprobs)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("name", "size"), [("biased", 2), ("tied", 4)])
+@pytest.mark.parametrize(
+    ("name", "size", "mode"),
+    [*(("biased", 2, mode) for mode in MODES), ("tied", 4, "chunked"), ("tied", 4, "preempted")],
+)
 def test_greedy_tokens_equal_transformers(even, name, size, mode):
     prompts = prompts_for(4, seed=1) + prompts_for(4, seed=2, longest=40, shared=48)
     with LLM(even[name], device="cpu", tensor_parallel_size=size, **MODES[mode]) as llm:
