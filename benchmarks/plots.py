@@ -14,13 +14,14 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "img"
+PEERS_SHAPE = "qwen3-0.6b"
 PEERS_TOKENS_PER_S = {"nano-vllm": 17_982, "vLLM 0.24": 22_205}
 """Offline, the same workload and kind of machine, in other runs."""
 
 
-def results(benchmark: str) -> list[dict[str, Any]]:
+def results(benchmark: str, files: str = "*.json") -> list[dict[str, Any]]:
     """The results of one benchmark, by file name."""
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(files))]
     return [result for result in found if result["benchmark"] == benchmark]
 
 
@@ -37,7 +38,8 @@ def save(figure: Any, name: str) -> None:
 
 
 def draw_offline() -> None:
-    best = max(results("offline_throughput"), key=lambda result: result["tokens_per_s"])
+    ours = [result for result in results("offline_throughput") if result["model_shape"] == PEERS_SHAPE]
+    best = max(ours, key=lambda result: result["tokens_per_s"])
     roofline = best["num_output_tokens"] / best["roofline_s"]
     bars = {**PEERS_TOKENS_PER_S, "nanovllm": best["tokens_per_s"]}
     figure, axes = plt.subplots(figsize=(6, 3.2))
@@ -157,8 +159,9 @@ def draw_interference() -> None:
 
 
 def draw_pipeline() -> None:
-    """The best gain of the decode pipeline by batch and context, a map for each model shape."""
-    found = [result for result in results("decode_pipeline") if len(result["rows"]) > 1]
+    """The best gain of the decode pipeline by batch and context, a map for each run that had all splits."""
+    runs = results("decode_pipeline", "decode_pipeline_qwen3-*.json")
+    found = [result for result in runs if len(result["rows"]) > 1]
     figure, maps = plt.subplots(1, len(found), figsize=(5.2 * len(found), 3.6), squeeze=False)
     for axes, result in zip(maps[0], found, strict=True):
         gains = {
