@@ -493,7 +493,7 @@ def test_nothing_is_left_when_the_engine_is_gone(even, tmp_path, how, then):
 def check_nothing_is_left(path, options, tmp_path, how, then):
     script = tmp_path / "serve.py"
     script.write_text(textwrap.dedent(SERVE))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "TMPDIR": str(tmp_path)}
     command = [sys.executable, str(script), path, then, json.dumps(options)]
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -508,3 +508,4 @@ def check_nothing_is_left(path, options, tmp_path, how, then):
     while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
         assert time.monotonic() < deadline, "the worker is still there"
         time.sleep(0.05)
+    assert list(tmp_path.glob("nanovllm-*")) == []

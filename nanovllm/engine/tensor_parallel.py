@@ -342,20 +342,21 @@ def _work(
 ) -> None:
     """A worker's life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine decides what an interrupt ends
-    threading.Thread(target=_end_with_the_engine, args=(folder,), daemon=True).start()
+    threading.Thread(target=_leave_if_orphaned, args=(folder, None), daemon=True).start()
     status = 0
     try:
         pipe.send(READY)
         ranks = ProcessRanks(folder, rank, size, device, timeout_s)
         ranks.connect()
         runner = make_runner(ranks)
-        while (task := _next_task(pipe)) is not None:
+        while (task := pipe.recv()) is not None:
             runner.run(task)
         runner.synchronize()  # the others wait for this one's part of what was launched
     except BaseException:  # noqa: BLE001 - whatever it is, the engine tells of it
         status = 1
         with contextlib.suppress(OSError):
             pipe.send((time.monotonic(), traceback.format_exc()))
+        _leave_if_orphaned(folder, wait_s=0.1)  # then it has failed since the engine is gone
     # Not by the interpreter, which would wait for collectives that will not end.
     os._exit(status)
 
@@ -366,20 +367,14 @@ def _wait(work: Any) -> None:
         work.wait()
 
 
-def _next_task(pipe: Any) -> Any:
-    """None if there are no more: the engine says so, or is gone."""
-    try:
-        return pipe.recv()
-    except (EOFError, OSError):
-        return None
-
-
-def _end_with_the_engine(folder: str) -> None:
+def _leave_if_orphaned(folder: str, wait_s: float | None) -> None:
+    """Ends this process if the engine's has ended, or does so within that time, and leaves nothing."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has a parent"
-    parent.join()
-    shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)
+    parent.join(wait_s)
+    if not parent.is_alive():
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)
 
 
 def _is_gone(pipe: Any, process: Any) -> bool:
