@@ -28,6 +28,10 @@ def main() -> None:
     parser.add_argument("--kib", type=int, nargs="+", default=[8, 64, 256, 512, 1024, 2048, 4096, 16384])
     parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
+    if not 2 <= args.ranks <= torch.cuda.device_count():
+        parser.error(f"--ranks {args.ranks} is not from 2 to the {torch.cuda.device_count()} GPUs that torch sees")
+    if min(args.kib) < 1:
+        parser.error("--kib takes positive numbers")
 
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +55,8 @@ def measure(folder: str, rank: int, size: int, kibs: list[int]) -> list[dict[str
         ranks = ProcessRanks(folder, rank, size, Device("cuda", rank), TIMEOUT_S)
         ranks.connect()
         peers, rows = ranks._peers, []
-        assert peers is not None, "these GPUs cannot write into each other's memory"
+        if peers is None:
+            raise SystemExit("these GPUs cannot write into each other's memory")
         for kib in kibs:
             x = torch.zeros(kib * 512, dtype=torch.bfloat16, device="cuda")
             by_peers = replay_us(ranks, x) if peers.can_serve(x) else None

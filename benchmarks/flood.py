@@ -87,14 +87,15 @@ def main() -> None:
     parser.add_argument("--itl-target-ms", type=float, help="of mode pd")
     parser.add_argument("--seed", type=int, default=0)
     args = parse_pd_args(parser)
-    if args.mode != "pd" and (args.max_handoff_backlog or args.itl_target_ms):
+    if args.mode != "pd" and (args.max_handoff_backlog, args.itl_target_ms) != (None, None):
         parser.error("--max-handoff-backlog and --itl-target-ms are of mode pd")
     if not (args.times > 0 and 0 < args.seconds < math.inf and args.input > 1 and args.num_output > 1):
         parser.error("--times and --seconds must be above 0, --input and --num-output above 1")
 
     options = mode_options(args)
     if args.mode == "pd":
-        options |= {"max_handoff_backlog": args.max_handoff_backlog or 32, "itl_target_ms": args.itl_target_ms}
+        backlog = 32 if args.max_handoff_backlog is None else args.max_handoff_backlog
+        options |= {"max_handoff_backlog": backlog, "itl_target_ms": args.itl_target_ms}
     with LLM(
         **model_options(args.model, args.model_shape),
         device=args.device,

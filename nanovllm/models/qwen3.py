@@ -341,11 +341,11 @@ class Qwen3ForCausalLM(nn.Module):
 
     def checkpoint_parts(self) -> dict[str, Part]:
         """Of the tensors that several ranks share, the part that each view takes."""
+        if self.ranks.size == 1:
+            return {}
         dims = {"model.embed_tokens.weight": 0, "lm_head.weight": 0}
         for index, layer in enumerate(self.model.layers):
             dims |= {f"model.layers.{index}.{name}": dim for name, dim in layer.part_dims().items()}
-        if self.ranks.size == 1:
-            return {}
         return {name: Part(dim, self.ranks.rank, self.ranks.size) for name, dim in dims.items()}
 
     def ignored_checkpoint_tensors(self) -> set[str]:
