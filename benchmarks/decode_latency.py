@@ -60,7 +60,7 @@ def measure(llm: LLM, batch: int, context: int, num_steps: int, *, streamed: boo
     """Milliseconds between the ends of two decode steps, and microseconds of host work per step."""
     params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=1000)
     prompts = ([1 + i % 1000] * (context - num_steps // 2) for i in range(batch))
-    ids = [llm._enqueue(prompt, params, streamed=streamed) for prompt in prompts]
+    ids = [llm._submit(prompt, params, llm._inbox, streamed=streamed) for prompt in prompts]
     while len(llm.scheduler._batch) < batch:
         llm.step()
     for _ in range(5):

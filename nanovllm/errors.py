@@ -5,7 +5,9 @@ NanoVLLMError
 ├── ModelLoadError(ValueError)             a checkpoint: path, config, architecture, tensors
 ├── RequestError(ValueError)               a prompt or a sampling parameter
 ├── UnknownRequestError(KeyError)          a request id that is not, or no longer, known
-├── EngineClosedError(RuntimeError)        use after `close()`
+├── EngineClosedError(RuntimeError)        use after `close()`, or a call that `close()` ended
+├── EngineBusyError(RuntimeError)          a call that would wait for one further down the same thread's stack
+├── NonFiniteLogitsError(ArithmeticError)  a request's logits are NaN or infinite
 ├── BackendUnavailableError(ImportError)   an attention backend that cannot serve here
 ├── OutOfKVCacheError(MemoryError)         the pool cannot be made, or a request cannot fit in it alone
 ├── DeviceError(RuntimeError)              a GPU that runs nothing any more
@@ -21,12 +23,14 @@ __all__ = [
     "BackendUnavailableError",
     "ConfigError",
     "DeviceError",
+    "EngineBusyError",
     "EngineClosedError",
     "GreenContextError",
     "HandoffError",
     "HandoffTimeout",
     "ModelLoadError",
     "NanoVLLMError",
+    "NonFiniteLogitsError",
     "OutOfKVCacheError",
     "RequestError",
     "UnknownRequestError",
@@ -67,7 +71,15 @@ class UnknownRequestError(NanoVLLMError, KeyError):
 
 
 class EngineClosedError(NanoVLLMError, RuntimeError):
-    """The engine was closed."""
+    """The engine was closed, before the call or while it ran."""
+
+
+class EngineBusyError(NanoVLLMError, RuntimeError):
+    """A call would wait for another one further down its own thread's stack, such as from a signal handler."""
+
+
+class NonFiniteLogitsError(NanoVLLMError, ArithmeticError):
+    """The model's logits for a request are NaN or infinite: weights or a kernel are wrong, or a number overflowed."""
 
 
 class BackendUnavailableError(NanoVLLMError, ImportError):

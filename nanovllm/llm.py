@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,9 +9,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from nanovllm.engine.callers import Call, Inbox
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.requests import Prompt
-from nanovllm.engine.sequence import Sequence as Request
 from nanovllm.engine.tokenizer import render_chat
 from nanovllm.errors import RequestError, shown
 from nanovllm.outputs import RequestOutput, TokenLogprobs
@@ -52,11 +51,6 @@ class _Answer:
 
 class LLM(LLMEngine):
     """A model that answers prompts; see `LLMEngine` for its arguments and `EngineConfig` for the options."""
-
-    def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
-        super().__init__(model, **options)
-        # Outputs of requests that a `generate` or `generate_stream` waits for; all others come from `step()`.
-        self._inboxes: dict[int, list[RequestOutput]] = {}
 
     def generate(
         self,
@@ -126,9 +120,12 @@ class LLM(LLMEngine):
             RequestError: the prompt or a parameter is refused.
             EngineClosedError: the engine was closed.
         """
-        request_id = self.add_request(prompt, sampling_params)
-        self._inboxes[request_id] = []
-        return _Stream(self, request_id)
+        self._check_open()
+        inbox = Inbox()
+        stream = _Stream(self, inbox)  # before there is a request, so that none is without one
+        token_ids = self._intake.checked_prompt(prompt)
+        self._submit(token_ids, self._intake.checked_params(sampling_params), inbox, streamed=True)
+        return stream
 
     def _checked_requests(
         self, prompts: Any, sampling_params: Any, what: str, *, add_special_tokens: bool
@@ -155,29 +152,32 @@ class LLM(LLMEngine):
 
     def _answer(self, requests: list[tuple[list[int], SamplingParams]], use_tqdm: bool) -> list[dict[str, Any]]:
         answers: dict[int, _Answer] = {}
-        inbox: list[RequestOutput] = []
+        call = Call()
+        inbox = Inbox(call)
         progress = tqdm(total=len(requests), desc="Generating", disable=not use_tqdm, dynamic_ncols=True)
         try:
-            for token_ids, params in requests:
-                request_id = self._enqueue(token_ids, params, streamed=False)
-                self._inboxes[request_id] = inbox
-                answers[request_id] = _Answer(token_ids, params.logprobs is not None)
-            self._run(answers, inbox, progress)
+            with call.on_stack:
+                for token_ids, params in requests:
+                    new = self._new_request(token_ids, params, inbox, streamed=False)
+                    answers[new.seq.request_id] = _Answer(token_ids, params.logprobs is not None)
+                    self._arrived.append(new)
+                self._run(call, inbox, answers, progress)
         finally:
-            self._abandon(answers)
+            self._abandon(inbox)
             progress.close()
         return [answer.as_dict() for answer in answers.values()]
 
-    def _run(self, answers: dict[int, _Answer], inbox: list[RequestOutput], progress: tqdm[Any]) -> None:
+    def _run(self, call: Call, inbox: Inbox, answers: dict[int, _Answer], progress: tqdm[Any]) -> None:
         started = time.perf_counter()
         before = replace(self.counters)
         num_open = len(answers)
         while num_open:
-            self._advance()
-            num_ended = sum(output.finished for output in inbox)
-            for output in inbox:
+            outputs: list[RequestOutput] = []
+            self._await_output(call, inbox)
+            inbox.take_all(outputs)
+            for output in outputs:
                 answers[output.request_id].add(output)
-            inbox.clear()
+            num_ended = sum(output.finished for output in outputs)
             if num_ended:
                 num_open -= num_ended
                 seconds = time.perf_counter() - started
@@ -188,47 +188,35 @@ class LLM(LLMEngine):
                 )
                 progress.update(num_ended)
 
-    def _queue_of(self, seq: Request) -> list[RequestOutput]:
-        return self._inboxes.get(seq.request_id, self._outputs)
-
-    def _abandon(self, request_ids: Any) -> None:
-        """Ends what is still running of these requests; nobody waits for their outputs any more."""
-        for request_id in request_ids:
-            if request_id in self._sequences:
-                self.abort(request_id)
-            self._inboxes.pop(request_id, None)
-
 
 class _Stream(Iterator[RequestOutput]):
     """The outputs of one request. Aborts it when closed or dropped, even before the first `next`."""
 
-    def __init__(self, llm: LLM, request_id: int) -> None:
+    def __init__(self, llm: LLM, inbox: Inbox) -> None:
         self._llm = llm
-        self._request_id = request_id
-        self._ready = llm._inboxes[request_id]
-        self._finished = False
+        self._inbox = inbox
 
     def __next__(self) -> RequestOutput:
-        if self._finished and not self._ready:
-            raise StopIteration
+        call = Call()
         try:
-            while not self._ready:
-                self._llm._check_open()
-                self._llm._advance()
+            with call.on_stack:
+                output = None
+                while output is None and not self._inbox.is_closed:
+                    self._llm._await_output(call, self._inbox)
+                    output = self._inbox.pop()  # None if another thread was faster
+            if output is None:
+                raise StopIteration
+            if output.finished:
+                self.close()
+            return output
         except BaseException:
             self.close()
             raise
-        output = self._ready.pop(0)
-        if output.finished:
-            self.close()
-        return output
 
     def close(self) -> None:
         """Aborts the request if it is still running; no more outputs come."""
-        if not self._finished:
-            self._finished = True
-            self._ready.clear()
-            self._llm._abandon([self._request_id])
+        if not self._inbox.is_closed:
+            self._llm._abandon(self._inbox)
 
     def __del__(self) -> None:
         self.close()

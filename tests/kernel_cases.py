@@ -149,6 +149,15 @@ def check_fused(backend: AttentionBackend, *, device: str, dtype: torch.dtype, s
         places = chosen - first_token
         assert torch.equal(logits.gather(1, places[:1, None]).float(), expected_scores[:1, None])
         torch.testing.assert_close(scores, expected_scores)
+    bad = {3: float("nan"), 7: float("inf"), 21: float("nan"), 40: float("inf")}
+    for row, value in bad.items():
+        logits[row, 11 * row] = value
+    logits[50], logits[51] = float("-inf"), float("nan")
+    for one in (backend, reference):
+        chosen, scores = one.sample_tokens(*arguments)
+        is_bad = torch.tensor([row in {*bad, 50, 51} for row in range(64)], device=device)
+        assert torch.equal(chosen < 0, is_bad)
+        assert torch.equal(scores.isfinite(), ~is_bad)
 
 
 def check_rows(backend: AttentionBackend, *, device: str) -> None:
@@ -173,6 +182,7 @@ def check_rows(backend: AttentionBackend, *, device: str) -> None:
         torch.testing.assert_close([row_numbers, *rows], [expected_row_numbers, *expected], atol=0, rtol=0)
         tokens = torch.randint(10**6, (len(slots),), generator=generator).to(device)
         tokens[-3:] = step
+        tokens[:2] = -1  # no token: 0 is fed
         backend.advance_rows(slots, row_numbers, tokens, numbers, num_slots - 1)
         reference.advance_rows(slots, row_numbers, tokens, expected_numbers, num_slots - 1)
         # The spare row's index is its own.

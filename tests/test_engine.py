@@ -405,7 +405,7 @@ def test_an_interrupt_at_any_line_of_the_engine_changes_no_token(checkpoint, two
     with LLM(path, device="cpu") as llm:
         expected = llm.generate(prompts, params, use_tqdm=False)
     with LLM(path, device="cpu", enable_two_gpu_pd=two_devices, **options) as llm:
-        ids = [llm._enqueue(prompt, params, streamed=place < 2) for place, prompt in enumerate(prompts)]
+        ids = [llm._submit(prompt, params, llm._inbox, streamed=place < 2) for place, prompt in enumerate(prompts)]
         outputs: dict[int, list[RequestOutput]] = {request_id: [] for request_id in ids}
         while not llm.is_finished():
             try:

@@ -57,7 +57,7 @@ def kernel_cases(capability: int):
         yield "_silu_and_mul_kernel", dtype, {"TILE": 1024}, {}
         yield "_best_of_tile_kernel", dtype, {"TILE": 4096, "IS_CUDA": True}, {}
     yield "_stamp_kernel", "words", {}, {"num_warps": 1}
-    yield "_best_of_tiles_kernel", "float32", {"PADDED_TILES": 64}, {"num_warps": 1}
+    yield "_best_of_tiles_kernel", "float32", {"NO_TOKEN": -1, "PADDED_TILES": 64}, {"num_warps": 1}
     yield (
         "_gather_rows_kernel",
         "words",

@@ -105,6 +105,13 @@ class BlockManager:
                 self._contents[block] = CachedBlock(block_hash, self._tokens_of(seq, index))
                 self._block_of_hash[block_hash] = block
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """What these blocks hold is found no more; whoever shares them already goes on doing so."""
+        for block in blocks:
+            content = self._contents.pop(block, None)
+            if content is not None:
+                del self._block_of_hash[content.block_hash]
+
     def check_integrity(self, tables: Iterable[SequenceOf[int]]) -> None:
         """Asserts that `tables`, all there are, account for every holder, and that free + held == total."""
         holders = Counter(block for table in tables for block in table)

@@ -164,10 +164,11 @@ class DecodeStep:
     def notable(self, token_ids: np.ndarray, block_size: int) -> np.ndarray:
         """[B] bool: whether a row's sampled token, of [B] int64, may be more than one more to keep.
 
-        It ends the request, completes a block's KV, or is looked at as every token of its request.
+        It ends the request, completes a block's KV, is none (negative), or is looked at as every token of its request.
         """
         batch = self.batch
         is_end = (self.positions >= batch.last_positions) | (batch.stop_ids == token_ids[:, None]).any(axis=1)
+        is_end |= token_ids < 0
         completes_block = (self.positions + 1) % block_size == 0
         return np.asarray(is_end | completes_block | batch.is_watched)
 

@@ -161,7 +161,7 @@ class DecodeRows:
 
     def correct(self, token_ids: torch.Tensor) -> None:
         """The first rows of the batch have sampled these, [N] int64, instead of what `advance` was told."""
-        self._numbers[SlotNumber.LAST_TOKEN].index_copy_(0, self._order[: len(token_ids)], token_ids)
+        self._numbers[SlotNumber.LAST_TOKEN].index_copy_(0, self._order[: len(token_ids)], token_ids.clamp(min=0))
 
     def _joined(self, joined: list[DecodeRow]) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Gives each a slot; what fills it."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import os
 import time
 import traceback
 import weakref
 from collections import deque
-from itertools import compress
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ import numpy as np
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.builder import build_engine
+from nanovllm.engine.callers import Call, Inbox, Turns
 from nanovllm.engine.decode_batch import DecodeStep
 from nanovllm.engine.in_flight import Handoff, InFlight
 from nanovllm.engine.model_runner import ModelRunner, SampledOnHost, StepHandle
@@ -32,6 +35,7 @@ from nanovllm.errors import (
     EngineClosedError,
     HandoffError,
     HandoffTimeout,
+    NonFiniteLogitsError,
     UnknownRequestError,
     WorkerError,
     shown,
@@ -52,8 +56,35 @@ PREFILL_STEPS_AHEAD = 2
 """Prefill steps in flight on a device of their own, for the same reason. Where decode steps wait for them it is one."""
 
 
+TURNS_PER_SWEEP = 64
+"""After so many turns of the loop the engine looks for requests whose callers are gone without a word."""
+
+
+@dataclass(frozen=True)
+class NewRequest:
+    """A request that the loop has not taken in yet."""
+
+    seq: Sequence
+    text: RequestText
+    inbox: Inbox
+
+
+@dataclass(frozen=True)
+class Abort:
+    """A request to end where it is; nobody is told of its end if nobody knows of it."""
+
+    seq: Sequence
+    is_known: bool
+
+
 class LLMEngine:
     """Serves requests one `step()` at a time.
+
+    Every public method may be called from any thread. One call at a time runs the loop, for the requests of all of
+    them; the others wait for their outputs. Those that do not wait (`add_request`, `abort`, `close`) may be called from
+    a signal handler, too. An exception that a signal handler raises, such as KeyboardInterrupt, ends the call that it
+    strikes and the requests of that call; others go on, except that a streamed request which was just being given a
+    token may end with `finish_reason="abort"`.
 
     Args:
         model: folder of a Hugging Face checkpoint.
@@ -67,8 +98,8 @@ class LLMEngine:
         WorkerError: one of several ranks did not start.
     """
 
-    _closed = True
-    """Also of one that could not be made."""
+    # Until it is made there is nothing to close.
+    _closed = _is_torn_down = True
 
     def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
         path = os.fspath(model) if isinstance(model, os.PathLike) else model
@@ -83,13 +114,24 @@ class LLMEngine:
         self._observer = Observer(parts, tracer, verifies_handoffs=self.config.verify_kv_handoff)
         self.counters = self._observer.counters
         self._intake = parts.intake
-        self._next_request_id = 0
+        self._request_ids = itertools.count()
+        self._turns = Turns()
+        # Posted by any call, at any moment; taken in by the loop.
+        self._arrived: deque[NewRequest] = deque()
+        self._to_abort: deque[Abort] = deque()
+        self._closed_inboxes: deque[Inbox] = deque()
+        # The loop's own.
         self._sequences: dict[int, Sequence] = {}
         self._texts: dict[int, RequestText] = {}
+        self._inboxes: dict[int, Inbox] = {}
         self._in_flight: list[InFlight] = []
         self._handoffs: list[Handoff] = []
         self._handing_off: list[Sequence] = []
-        self._outputs: list[RequestOutput] = []
+        self._is_whole = True
+        """Whether the last turn of the loop ran to its end, or what broke it off has been mended."""
+        self._turns_until_sweep = TURNS_PER_SWEEP
+        self._inbox = Inbox()
+        """Outputs of requests of `add_request`, for `step`."""
         self._last_progress_s = time.perf_counter()
         self._last_end_s: dict[ModelRunner, float] = {}
         """When a step of a runner was last seen to have ended."""
@@ -97,13 +139,14 @@ class LLMEngine:
         """Why nothing runs any more."""
         self._gap_start_s: float | None = None
         """When the last decode step ended, if another one was queued right behind it."""
+        self._is_torn_down = False
         self._closed = False
         if self.config.tensor_parallel_size > 1:
             atexit.register(_close, weakref.ref(self))  # while graphs and collectives can still be given back in order
 
     def __del__(self) -> None:
         # The other ranks are not left behind by an engine that nobody has closed.
-        if not self._closed and self.config.tensor_parallel_size > 1:
+        if not self._is_torn_down and self.config.tensor_parallel_size > 1:
             self.close()
 
     # Requests
@@ -119,7 +162,7 @@ class LLMEngine:
         """
         self._check_open()
         token_ids = self._intake.checked_prompt(prompt)
-        return self._enqueue(token_ids, self._intake.checked_params(sampling_params), streamed=True)
+        return self._submit(token_ids, self._intake.checked_params(sampling_params), self._inbox, streamed=True)
 
     def abort(self, request_id: int) -> None:
         """Ends a request where it is; its last output, with `finish_reason="abort"`, comes from the next `step()`.
@@ -129,29 +172,39 @@ class LLMEngine:
             EngineClosedError: the engine was closed.
         """
         self._check_open()
-        seq = self._sequences.get(request_id) if _is_request_id(request_id) else None
-        if seq is None or seq.is_finished:
+        seq = self._find(request_id)
+        if seq is None or seq.is_finished or any(abort.seq is seq for abort in list(self._to_abort)):
             raise UnknownRequestError(
                 f"request {shown(request_id)} is not known or has ended; abort takes a running one"
             )
-        self._finish(seq, "abort")
+        self._to_abort.append(Abort(seq, is_known=True))
+        self._read_posts()
 
     def is_finished(self) -> bool:
         """Whether no request is left to serve and no output to give out."""
-        return not (self._outputs or self._sequences)
+        self._turns_until_sweep = 0
+        self._read_posts()
+        return self._is_torn_down or not (self._inbox or self._arrived or self._sequences)
 
     def step(self) -> list[RequestOutput]:
         """Launches what can be launched and returns what has completed since the last call, perhaps nothing.
 
-        Waits for a device only when there was nothing to launch.
+        Waits for a device only when there was nothing to launch. While another thread runs the loop, in `generate`
+        say, waits a moment for what comes of it.
 
         Raises:
             EngineClosedError: the engine was closed.
+            EngineBusyError: called from within another call on the same thread, such as from a signal handler.
         """
-        self._check_open()
-        self._advance()
-        outputs, self._outputs = self._outputs, []
-        return outputs
+        call, outputs = Call(), list[RequestOutput]()
+        try:
+            with call.on_stack:
+                self._run_or_wait(call, self._inbox)
+                self._inbox.take_all(outputs)
+            return outputs
+        except BaseException:
+            self._inbox.put_back(outputs)
+            raise
 
     def explain(self, request_id: int) -> Timeline:
         """What a request waits or has waited for; `str` of it is a table. The last MOST_TIMELINES that ended are kept.
@@ -159,10 +212,10 @@ class LLMEngine:
         Raises:
             UnknownRequestError: no request has this id, or it ended long ago.
         """
-        timeline = None
-        if _is_request_id(request_id):
-            seq = self._sequences.get(request_id)
-            timeline = self._observer.timeline(request_id) if seq is None else seq.timeline
+        seq = self._find(request_id)
+        timeline = None if seq is None else seq.timeline
+        if timeline is None and _is_request_id(request_id):
+            timeline = self._observer.timeline(request_id)
         if timeline is None:
             raise UnknownRequestError(
                 f"request {shown(request_id)} is not known, or ended before the last {MOST_TIMELINES} that did"
@@ -187,29 +240,55 @@ class LLMEngine:
         return self._observer.metrics()
 
     def close(self) -> None:
-        """Aborts everything, waits for the devices, writes the trace, gives memory back. A second call does nothing."""
-        if self._closed:
-            return
+        """Ends everything, waits for the devices, writes the trace, gives memory back. A second call does nothing.
+
+        Calls that other threads are in end with EngineClosedError, at once. From a signal handler that broke into a
+        call of the same engine it returns before that call has ended so, which does the rest.
+        """
         self._closed = True
+        if self._is_torn_down:
+            return
+        self._turns.wake_all()
+        call = Call()
+        with call.on_stack:
+            while not self._turns.take(call):
+                if self._turns.is_on_this_stack():
+                    return
+                time.sleep(1e-3)
+            try:
+                self._tear_down()
+            finally:
+                self._turns.end()
+
+    def _tear_down(self) -> None:
+        """Closes what the engine is made of; after an interrupt, once more."""
+        if self._is_torn_down:
+            return
         unfinished = list(self._sequences.values())
         try:
-            self._close()
+            self._close_parts()
         finally:
             self._observer.close(unfinished)
+        self._is_torn_down = True
 
-    def _close(self) -> None:
-        for seq in self.scheduler.unfinished():
-            self.scheduler.finish(seq, "abort")
+    def _close_parts(self) -> None:
         try:
             if self._device_error is None:
                 self._settle()
         finally:
             self.decode_runner.close_followers()
+        unfinished = [seq for seq in self._sequences.values() if not seq.is_finished]
+        self.scheduler.start_over(unfinished, ())  # whatever state an interrupt left
+        for seq in unfinished:
+            self.scheduler.finish(seq, "abort")
         # On a lost GPU every call fails, or waits for ever: what it holds goes with the process.
         runners = {self.prefill_runner, self.decode_runner} if self._device_error is None else set()
         self._observer.dropped(self._in_flight, self._handoffs)
-        for state in (self._sequences, self._texts, self._in_flight, self._handoffs, self._handing_off, self._outputs):
-            state.clear()
+        for posted in (self._arrived, self._to_abort, self._closed_inboxes):
+            posted.clear()
+        for kept in (self._sequences, self._texts, self._inboxes, self._in_flight, self._handoffs, self._handing_off):
+            kept.clear()
+        self._inbox = Inbox()
         for runner in runners:
             runner.close()
 
@@ -238,40 +317,164 @@ class LLMEngine:
         if self._closed:
             raise EngineClosedError("this engine was closed; make a new one")
 
-    def _enqueue(self, token_ids: list[int], params: SamplingParams, *, streamed: bool) -> int:
+    def _find(self, request_id: int) -> Sequence | None:
+        """The unfinished request of this id, None if there is none."""
+        if not _is_request_id(request_id):
+            return None
+        # In this order: the loop lists a request before it takes it from those that have arrived.
+        arrived = [new.seq for new in list(self._arrived) if new.seq.request_id == request_id]
+        return arrived[0] if arrived else self._sequences.get(request_id)
+
+    def _submit(self, token_ids: list[int], params: SamplingParams, inbox: Inbox, *, streamed: bool) -> int:
+        """Queues a checked request and has the loop take it in, if nobody runs it."""
+        new = self._new_request(token_ids, params, inbox, streamed=streamed)
+        try:
+            self._arrived.append(new)
+            self._read_posts()
+            return new.seq.request_id
+        except BaseException:
+            self._to_abort.append(Abort(new.seq, is_known=False))  # its id is lost
+            raise
+
+    def _new_request(self, token_ids: list[int], params: SamplingParams, inbox: Inbox, *, streamed: bool) -> NewRequest:
+        self._check_open()
         if self._device_error is not None:
             raise type(self._device_error)(f"{self._device_error}; start a new process") from self._device_error
-        request_id = self._next_request_id
-        self._next_request_id += 1
-        seq, self._texts[request_id] = self._intake.make(request_id, token_ids, params, streamed=streamed)
-        self._sequences[request_id] = seq
-        self.scheduler.add(seq)
-        return request_id
+        seq, text = self._intake.make(next(self._request_ids), token_ids, params, streamed=streamed)
+        return NewRequest(seq, text, inbox)
+
+    def _abandon(self, inbox: Inbox) -> None:
+        """Ends what is still running of the inbox's requests: nobody waits for their outputs any more."""
+        inbox.is_closed = True
+        self._closed_inboxes.append(inbox)
+        inbox.ring()
+        self._read_posts()
+
+    # Whose turn it is
+
+    def _await_output(self, call: Call, inbox: Inbox) -> None:
+        """Runs the loop, or waits while another call does, until the inbox has an output or is closed."""
+        self._check_open()
+        try:
+            while not (inbox or inbox.is_closed):
+                self._run_or_wait(call, inbox)
+        finally:
+            self._turns.wake_all()
+
+    def _run_or_wait(self, call: Call, inbox: Inbox) -> None:
+        """Runs one turn of the loop; waits for something in the inbox if another call has the turn."""
+        self._check_open()
+        if not self._turns.take(call):
+            self._turns.wait(inbox)
+            self._check_open()
+            return
+        try:
+            self._advance()
+        finally:
+            self._turns.end()
+            if self._closed:
+                self.close()  # from within this turn, by a signal handler, it could not be
+        self._check_open()
+
+    def _read_posts(self) -> None:
+        """Takes in what calls have posted, unless somebody has the turn, who will."""
+        call = Call()
+        with call.on_stack:
+            if not self._closed and self._turns.take(call):
+                try:
+                    self._make_whole_after(self._take_in_posts)
+                finally:
+                    self._turns.end()
+
+    def _take_in_posts(self) -> None:
+        """New requests, aborts, and requests that nobody waits for any more."""
+        # Those that are there now: what they are about has arrived before.
+        num_aborts, num_inboxes = len(self._to_abort), len(self._closed_inboxes)
+        while self._arrived:
+            self._list(self._arrived[0])
+            self.scheduler.add(self._arrived[0].seq)
+            self._arrived.popleft()
+        for _ in range(num_aborts):
+            self._take_in_abort(self._to_abort[0])
+            self._to_abort.popleft()
+        for _ in range(num_inboxes):
+            self._give_up_requests_of(self._closed_inboxes[0])
+            self._closed_inboxes.popleft()
+        self._turns_until_sweep -= 1
+        if self._turns_until_sweep <= 0:
+            self._turns_until_sweep = TURNS_PER_SWEEP
+            for inbox in set(self._inboxes.values()):
+                if inbox.is_abandoned:
+                    self._give_up_requests_of(inbox)
+
+    def _list(self, new: NewRequest) -> None:
+        """Makes a request one of the engine's. It is gone from those that have arrived only after that."""
+        request_id = new.seq.request_id
+        self._texts[request_id], self._inboxes[request_id] = new.text, new.inbox
+        new.inbox.request_ids.add(request_id)
+        self._sequences[request_id] = new.seq
+
+    def _take_in_abort(self, abort: Abort) -> None:
+        seq = abort.seq
+        if seq.request_id not in self._sequences or seq.is_finished:
+            return
+        if not abort.is_known:
+            self._inboxes[seq.request_id] = Inbox()
+        self._finish(seq, "abort")
+
+    def _give_up_requests_of(self, inbox: Inbox) -> None:
+        for request_id in sorted(inbox.request_ids):
+            seq = self._sequences.get(request_id)
+            if seq is not None and not seq.is_finished:
+                self._finish(seq, "abort")
 
     # The loop
 
     def _advance(self) -> None:
         """One turn: launch what can be launched, else wait; then collect what has ended."""
+        self._make_whole_after(self._run_turn)
+
+    def _run_turn(self) -> None:
+        self._take_in_posts()
+        if self._launch_steps():
+            self._progressed()
+        else:
+            self._wait()
+        self._collect_steps()
+        self._collect_handoffs()
+        self._check_steps_end()
+        self._observer.look_at_outage()
+        for seq in self.scheduler.get_failed_sequences():
+            self._give_out(seq)
+
+    def _make_whole_after(self, work: Callable[[], None]) -> None:
+        """Does what changes the state of requests; if that is broken off, mends it, and all end if a device is lost."""
         try:
-            if self._launch_steps():
-                self._progressed()
-            else:
-                self._wait()
-            self._collect_steps()
-            self._collect_handoffs()
-            self._check_steps_end()
-            self._observer.look_at_outage()
-            for seq in self.scheduler.get_failed_sequences():
-                self._give_out(seq)
+            self._make_whole()
+            self._is_whole = False
+            work()
+            self._is_whole = True
+        except EngineClosedError:
+            raise  # `close` mends nothing
         except BaseException as error:
             lost = self._lost_device(error)
-            if lost is None:
-                try:
-                    self._recover()
-                except (DeviceError, WorkerError) as lost_meanwhile:
-                    self._end_all(lost_meanwhile)
-                raise
-            self._end_all(lost)
+            if lost is not None:
+                self._end_all(lost)
+                return
+            try:
+                self._make_whole()
+            except (DeviceError, WorkerError) as lost_meanwhile:
+                self._end_all(lost_meanwhile)
+            raise
+
+    def _make_whole(self) -> None:
+        """Mends what an interrupted call has left undone; if that is interrupted, too, the next turn does it."""
+        if self._is_whole:
+            return
+        if self._device_error is None:
+            self._recover()
+        else:
+            self._end_all(self._device_error)
 
     def _lost_device(self, error: BaseException) -> DeviceError | WorkerError | None:
         """What an error of work on the devices means if one of them will never run anything again."""
@@ -292,14 +495,18 @@ class LLMEngine:
 
     def _end_all(self, error: DeviceError | WorkerError) -> None:
         """Nothing will run any more: every request ends with the error."""
+        self._is_whole = False
         logger.error("%s; all requests end", error)
         self._give_up_devices(error)
+        self._list_arrived()
         unfinished = [seq for seq in self._sequences.values() if not seq.is_finished]
         self.scheduler.start_over(unfinished, ())
         for seq in unfinished:
             self.scheduler.finish(seq, "error", error)
         for seq in list(self._sequences.values()):
-            self._give_out(seq)
+            if not self._was_given_out(seq):
+                self._give_out(seq)
+        self._is_whole = True
 
     def _give_up_devices(self, error: DeviceError | WorkerError) -> None:
         self._device_error = error
@@ -339,11 +546,11 @@ class LLMEngine:
         self._in_flight.clear()
         self._handing_off.clear()
         self._gap_start_s = None
+        self._list_arrived()
         unfinished = [seq for seq in self._sequences.values() if not seq.is_finished]
         self.scheduler.start_over(unfinished, [handoff.lease for handoff in self._handoffs])
         for seq in list(self._sequences.values()):
-            if any(output is seq.output for output in self._queue_of(seq)):
-                self._given_out(seq)
+            if self._was_given_out(seq):
                 continue
             half_shown = seq.is_streamed and seq.num_shown_tokens != seq.num_tokens
             if not seq.is_finished and (half_shown or (seq.num_output_tokens and not seq.is_streamed)):
@@ -351,10 +558,28 @@ class LLMEngine:
                 seq.token_ids.pop()
                 del seq.logprobs[seq.num_output_tokens :]
             if seq.is_finished or half_shown:
-                self._texts[seq.request_id] = NoText()
+                if seq.is_streamed:
+                    # A piece of its text may be lost.
+                    self._texts[seq.request_id] = NoText()
                 if not seq.is_finished:
                     self.scheduler.finish(seq, "abort")
+                elif seq.is_streamed and seq.error is None:
+                    seq.finish_reason = "abort"
                 self._give_out(seq)
+        self._is_whole = True
+
+    def _list_arrived(self) -> None:
+        while self._arrived:
+            self._list(self._arrived[0])
+            self._arrived.popleft()
+
+    def _was_given_out(self, seq: Sequence) -> bool:
+        """Whether what was being given out of a request has reached its inbox; then that is noted."""
+        output = seq.output
+        if output is None or not self._inboxes[seq.request_id].has_got(output):
+            return False
+        self._given_out(seq)
+        return True
 
     def _launch_steps(self) -> bool:
         launched = False
@@ -431,9 +656,11 @@ class LLMEngine:
             self._give_up_on_stuck_blocks()
             return
         while not (
-            any(work.handle.is_done() for work in self._in_flight)
+            self._arrived
+            or any(work.handle.is_done() for work in self._in_flight)
             or any(handoff.handle.is_done() or time.perf_counter() > handoff.deadline_s for handoff in handoffs)
         ):
+            self._check_open()
             self._check_steps_end()
             time.sleep(0)
 
@@ -493,7 +720,9 @@ class LLMEngine:
         self._observer.times.got_tokens(batch.token_time_places[counts])
         # For every token of every request: no Python.
         is_plain = (counts & ~is_notable).tolist()
-        appended = map(list.append, compress(batch.token_lists, is_plain), compress(token_ids, is_plain))
+        appended = map(
+            list.append, itertools.compress(batch.token_lists, is_plain), itertools.compress(token_ids, is_plain)
+        )
         deque(appended, maxlen=0)
         for place in (counts & is_notable).nonzero()[0].tolist():
             self._append(batch.seqs[place], token_ids[place], sampled.logprobs_of(place))
@@ -582,6 +811,9 @@ class LLMEngine:
 
     def _append(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """Gives a request its next token and ends it if that was the last."""
+        if token_id < 0:
+            self._end_without_token(seq)
+            return
         seq.token_ids.append(token_id)
         if logprobs is not None and seq.params.logprobs is not None:
             seq.logprobs.append(logprobs.first(seq.params.logprobs))
@@ -602,6 +834,17 @@ class LLMEngine:
             self._finish(seq, "length", piece)
         elif seq.is_streamed:
             self._give_out(seq, piece)
+
+    def _end_without_token(self, seq: Sequence) -> None:
+        """Ends a request whose logits are not finite. It is not tried again: nobody else shares KV that may be bad."""
+        error = NonFiniteLogitsError(
+            f"request {seq.request_id}: the logits of output token {seq.num_output_tokens} are NaN or infinite; "
+            "check the checkpoint, or try another dtype (float16 overflows where bfloat16 and float32 do not)"
+        )
+        logger.warning("%s", error)
+        self.scheduler.forget_cached_blocks(seq)
+        self.scheduler.finish(seq, "error", error)
+        self._give_out(seq)
 
     def _finish(self, seq: Sequence, reason: FinishReason, piece: str = "") -> None:
         self.scheduler.finish(seq, reason)
@@ -642,19 +885,17 @@ class LLMEngine:
         )
         # In this order, so that `_recover` can tell what an interrupt left undone.
         seq.output = output
-        self._queue_of(seq).append(output)
+        self._inboxes[seq.request_id].put(output)
         self._given_out(seq)
 
     def _given_out(self, seq: Sequence) -> None:
         seq.num_shown_tokens = len(seq.token_ids)
         if seq.is_finished:
             self._texts.pop(seq.request_id, None)
+            self._inboxes[seq.request_id].request_ids.discard(seq.request_id)
             self._sequences.pop(seq.request_id, None)
+            self._inboxes.pop(seq.request_id, None)
         seq.output = None
-
-    def _queue_of(self, seq: Sequence) -> list[RequestOutput]:
-        """Where the request's outputs go."""
-        return self._outputs
 
 
 def _close(reference: weakref.ref[LLMEngine]) -> None:

@@ -508,9 +508,13 @@ class ModelRunner:
 
     @contextlib.contextmanager
     def _on(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
-        """Makes this device and one of its streams, none on a CPU, the current ones."""
+        """Makes this device and one of its streams, none on a CPU, the current ones; a caller's autocast is left."""
         on_stream = contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
-        with torch.inference_mode(), self.device.current(), on_stream:
+        kind = self.device.kind
+        as_written = (
+            torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+        )
+        with torch.inference_mode(), as_written, self.device.current(), on_stream:
             yield
 
     def _load_model(self, weights_of: ModelRunner | None) -> Qwen3ForCausalLM:
@@ -525,7 +529,8 @@ class ModelRunner:
             fill_randomly(model.checkpoint_tensors(), spec.seed, model.checkpoint_parts())
         else:
             targets, ignored = model.checkpoint_tensors(), model.ignored_checkpoint_tensors()
-            load_weights(spec.folder, targets, ignored, model.checkpoint_parts())
+            with torch.device("cpu"):  # where safetensors' tensors are made, whatever torch.set_default_device says
+                load_weights(spec.folder, targets, ignored, model.checkpoint_parts())
         return model
 
     def get_pipeline_statistics(self) -> dict[str, Any]:
@@ -677,9 +682,9 @@ class ModelRunner:
         device, spec = self.device.torch_device, self.spec
         most_rows = max(spec.max_num_seqs if self.is_decode_runner else 1, MOST_PREFILL_REQUESTS)
         num_rows = min(most_rows, self.max_step_tokens)
-        lengths = torch.full((num_rows,), self.max_step_tokens // num_rows, dtype=torch.int32)
+        lengths = torch.full((num_rows,), self.max_step_tokens // num_rows, dtype=torch.int32, device="cpu")
         lengths[0] += self.max_step_tokens - int(lengths.sum())
-        positions = torch.cat([torch.arange(n) for n in lengths.tolist()]) % spec.max_model_len
+        positions = torch.cat([torch.arange(n, device="cpu") for n in lengths.tolist()]) % spec.max_model_len
         longest = int(lengths.max())
         metadata = AttentionMetadata(
             slot_mapping=(positions % self.block_size).to(device),
@@ -690,13 +695,13 @@ class ModelRunner:
             max_context_len=longest,
         )
         sampling = SamplingInputs(
-            temperatures=torch.ones(num_rows, device=device),
+            temperatures=torch.ones(num_rows, dtype=torch.float32, device=device),
             seeds=torch.arange(num_rows, device=device),
             output_indices=torch.zeros(num_rows, dtype=torch.int64, device=device),
             filters=(
                 torch.full((num_rows,), spec.model_config.vocab_size, device=device),
-                torch.full((num_rows,), 0.9, device=device),
-                torch.zeros(num_rows, device=device),
+                torch.full((num_rows,), 0.9, dtype=torch.float32, device=device),
+                torch.zeros(num_rows, dtype=torch.float32, device=device),
             ),
             num_logprobs=1,
         )
@@ -721,8 +726,9 @@ def _push_blocks(source: ModelRunner, target: ModelRunner, pairs: SequenceOf[Blo
 
 def _stage_blocks(source: ModelRunner, target: ModelRunner, pairs: SequenceOf[BlockPair]) -> None:
     for block, goal in pairs:
-        host = torch.empty(source.kv_pool[block].shape, dtype=source.kv_pool.dtype, pin_memory=True)
-        host.copy_(source.kv_pool[block], non_blocking=True)
+        block_of_source = source.kv_pool[block]
+        host = torch.empty(block_of_source.shape, dtype=block_of_source.dtype, device="cpu", pin_memory=True)
+        host.copy_(block_of_source, non_blocking=True)
         staged = source.record_copy_event()
         with target._on(target.copy_stream):
             wait_event(target.copy_stream, staged)

@@ -312,6 +312,12 @@ class Scheduler:
             start = num_computed - self.decode_pool.block_size
             self.decode_pool.cache(seq, seq.lease.decode_table, start, num_computed)
 
+    def forget_cached_blocks(self, seq: Sequence) -> None:
+        """The KV of a running request may be wrong: its blocks are shared no more."""
+        assert seq.lease is not None, f"request {seq.request_id} has no blocks"
+        self.decode_pool.forget(seq.lease.decode_table)
+        seq.lease.prefill_pool.forget(seq.lease.prefill_table)
+
     # Work in flight
 
     def split(self, step: Step) -> SequenceOf[Step] | None:

@@ -98,7 +98,8 @@ class Sequence:
         self.num_shown_tokens = len(self.token_ids)
         params = self.params
         needs_more = params.needs_filter or params.logprobs is not None
-        first_index = self.max_num_tokens if needs_more else params.min_tokens
+        # Whatever min_tokens is beyond that, the request ends by length before.
+        first_index = self.max_num_tokens if needs_more else min(params.min_tokens, self.max_num_tokens)
         self.first_plain_position = self.num_prompt_tokens - 1 + first_index
 
     @property

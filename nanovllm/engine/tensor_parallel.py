@@ -97,7 +97,7 @@ class ProcessRanks:
 
     def connect(self) -> None:
         """Meets the others, while they are known to be there. `abort`, from another thread, ends it."""
-        nothing = torch.zeros(1, 1, device=self._device)
+        nothing = torch.zeros(1, 1, dtype=torch.float32, device=self._device)
         self._exchange("here")  # NCCL would wait for one that is not
         self.all_gather(nothing)  # the first collective connects
         if self._device.type == "cuda":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -40,10 +41,9 @@ class Timeline:
 
     def spans(self) -> Iterator[Span]:
         """In the order in which they began."""
-        marks = list(self._marks)
-        ends: list[float | None] = [moment - self.arrival_s for moment, _ in marks[1:]]
-        for (moment, what), end_s in zip(marks, [*ends, None], strict=True):
-            yield Span(what, moment - self.arrival_s, end_s)
+        marks = list(self._marks)  # none of a request that the loop has not taken in yet
+        for (moment, what), following in itertools.zip_longest(marks, marks[1:]):
+            yield Span(what, moment - self.arrival_s, None if following is None else following[0] - self.arrival_s)
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.spans()))

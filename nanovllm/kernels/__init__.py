@@ -28,6 +28,9 @@ class SlotNumber(IntEnum):
 
 SLOT_NUMBERS = len(SlotNumber)
 
+NO_FINITE_TOKEN = -1
+"""Sampled where logits are not finite: the host ends the request, the device goes on with some token until then."""
+
 
 @dataclass(frozen=True)
 class AttentionMetadata:
@@ -159,7 +162,8 @@ class AttentionBackend(Protocol):
 
         The score, [B] float32, is the largest of the logits where the temperature ([B] float32) is 0, else the largest
         of logits / temperature plus `torch_reference.gumbel_noise` of the row's seed and output index ([B] int64 each),
-        which draws from their softmax.
+        which draws from their softmax. A row with a NaN, or whose score is infinite, has no token: its id is
+        NO_FINITE_TOKEN or another negative number, and its score is not finite.
         """
 
     def gather_rows(
@@ -193,7 +197,7 @@ class AttentionBackend(Protocol):
         numbers: torch.Tensor,
         spare_slot: int,
     ) -> None:
-        """Makes `numbers` what the next step is fed: the sampled [B] int64 tokens, a place further.
+        """Makes `numbers` what the next step is fed: the sampled [B] int64 tokens (0 for a negative one), a place further.
 
         The spare slot, which may be there several times, stays at its first place.
         """

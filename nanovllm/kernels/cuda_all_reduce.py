@@ -45,7 +45,9 @@ class PeerAllReduce:
     def __init__(self, rank: int, size: int, exchange: Exchange) -> None:
         self._rank, self._size = rank, size
         self._device = torch.device("cuda", torch.cuda.current_device())
-        self._given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)  # kernels look at the host's memory
+        self._given_up = torch.zeros(
+            1, dtype=torch.int32, device="cpu", pin_memory=True
+        )  # kernels look at the host's memory
         self._rounds = torch.zeros(MOST_BLOCKS, dtype=torch.int32, device=self._device)
         self._inbox: PeerMemory | None = None
         handle, failure = NOTHING, NOTHING

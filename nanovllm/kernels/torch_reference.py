@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from nanovllm.kernels import AttentionMetadata, BackendRequirements, SlotNumber
+from nanovllm.kernels import NO_FINITE_TOKEN, AttentionMetadata, BackendRequirements, SlotNumber
 
 DEFAULT_BLOCK_SIZE = 16
 
@@ -105,8 +105,8 @@ class Backend:
         noise = gumbel_noise(seeds, output_indices, logits.shape[1], first_token)
         # The division must not make NaN of a greedy row, whose result is not used.
         noisy = logits / torch.where(greedy, 1.0, temperatures.unsqueeze(1)) + noise
-        scores, places = torch.where(greedy, logits, noisy).max(dim=-1)
-        return places + first_token, scores
+        scores, places = torch.where(greedy, logits, noisy).max(dim=-1)  # a NaN, if there is one
+        return torch.where(scores.isfinite(), places + first_token, NO_FINITE_TOKEN), scores
 
     def gather_rows(
         self,
@@ -130,7 +130,7 @@ class Backend:
         numbers: torch.Tensor,
         spare_slot: int,
     ) -> None:
-        numbers[SlotNumber.LAST_TOKEN, slots] = token_ids
+        numbers[SlotNumber.LAST_TOKEN, slots] = token_ids.clamp(min=0)
         numbers[SlotNumber.POSITION, slots] = row_numbers[SlotNumber.POSITION] + 1
         numbers[SlotNumber.OUTPUT_INDEX, slots] = row_numbers[SlotNumber.OUTPUT_INDEX] + 1
         numbers[SlotNumber.POSITION, spare_slot] = 0

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-from nanovllm.kernels import cuda_gemm
+from nanovllm.kernels import NO_FINITE_TOKEN, cuda_gemm
 from nanovllm.kernels.triton_overlap import begin, overlap
 
 VOCAB_TILE = 4096
@@ -217,7 +217,15 @@ def sample_tokens(
     )
     padded = triton.next_power_of_2(num_tiles)
     _best_of_tiles_kernel[(num_rows,)](
-        best, places, token_ids, scores, num_tiles, PADDED_TILES=padded, num_warps=1, **overlap(logits.device)
+        best,
+        places,
+        token_ids,
+        scores,
+        num_tiles,
+        NO_TOKEN=NO_FINITE_TOKEN,
+        PADDED_TILES=padded,
+        num_warps=1,
+        **overlap(logits.device),
     )
     return token_ids, scores
 
@@ -479,8 +487,8 @@ def _best_of_tile_kernel(
         series = uniform * (1.0 + uniform * (0.5 + uniform * (0.33333333 + uniform * 0.25)))
         exponential = tl.where(uniform < 0.015625, series, _log2(1.0 - uniform, IS_CUDA) * -LN_2)
         scores = scores * (1.0 / temperature) - _log2(exponential, IS_CUDA) * LN_2
-    # A NaN would make the place anything, one beyond the vocabulary included.
-    scores = tl.where(there & (scores == scores), scores, float("-inf"))
+    # A NaN would make the place anything, one beyond the vocabulary included; as infinity it shows in the score.
+    scores = tl.where(scores == scores, scores, float("inf"))
     num_tiles = tl.num_programs(1)
     score, place = tl.max(scores, 0, return_indices=True)
     tl.store(best + row * num_tiles + tile, score)
@@ -489,12 +497,21 @@ def _best_of_tile_kernel(
 
 @triton.jit
 def _best_of_tiles_kernel(
-    best, places, token_ids, scores, num_tiles, PADDED_TILES: tl.constexpr, OVERLAPS: tl.constexpr
+    best,
+    places,
+    token_ids,
+    scores,
+    num_tiles,
+    NO_TOKEN: tl.constexpr,
+    PADDED_TILES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     begin(OVERLAPS)
     row = tl.program_id(0)
     tiles = tl.arange(0, PADDED_TILES)
     of_tiles = tl.load(best + row * num_tiles + tiles, mask=tiles < num_tiles, other=float("-inf"))
     score, tile = tl.max(of_tiles, 0, return_indices=True)
-    tl.store(token_ids + row, tl.load(places + row * num_tiles + tile).to(tl.int64))
+    token = tl.load(places + row * num_tiles + tile).to(tl.int64)
+    is_finite = tl.abs(score) < float("inf")
+    tl.store(token_ids + row, tl.where(is_finite, token, NO_TOKEN))
     tl.store(scores + row, score)

@@ -51,7 +51,10 @@ def gather_rows(
 def advance_rows(
     slots: torch.Tensor, row_numbers: torch.Tensor, token_ids: torch.Tensor, numbers: torch.Tensor, spare_slot: int
 ) -> None:
-    """What the next step is fed: the sampled tokens, a place further. The spare slot stays at its first place."""
+    """What the next step is fed: the sampled tokens, 0 for a negative one, a place further.
+
+    The spare slot stays at its first place.
+    """
     num_rows = len(slots)
     _advance_rows_kernel[(triton.cdiv(num_rows, TILE_ROWS),)](
         slots,
@@ -128,6 +131,7 @@ def _advance_rows_kernel(
     slot = tl.load(slots + rows, mask=there, other=0)
     position = tl.load(row_numbers + POSITION * num_rows + rows, mask=there, other=0) + 1
     output_index = tl.load(row_numbers + OUTPUT_INDEX * num_rows + rows, mask=there, other=0) + 1
-    tl.store(numbers + LAST_TOKEN * num_slots + slot, tl.load(token_ids + rows, mask=there, other=0), mask=there)
+    token = tl.load(token_ids + rows, mask=there, other=0)
+    tl.store(numbers + LAST_TOKEN * num_slots + slot, tl.maximum(token, 0), mask=there)
     tl.store(numbers + POSITION * num_slots + slot, tl.where(slot == spare_slot, 0, position), mask=there)
     tl.store(numbers + OUTPUT_INDEX * num_slots + slot, output_index, mask=there)

@@ -49,14 +49,14 @@ class RotaryEmbedding:
     def __init__(self, config: RopeConfig, max_positions: int, device: torch.device) -> None:
         frequencies, scale = inverse_frequencies(config)
         # In float32, as trained models have it: positions times frequencies, then cosine and sine.
-        angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
+        angles = torch.outer(torch.arange(max_positions, dtype=torch.float32, device="cpu"), frequencies)
         self.cos = (angles.cos() * scale).to(device)
         self.sin = (angles.sin() * scale).to(device)
 
 
 def inverse_frequencies(config: RopeConfig) -> tuple[torch.Tensor, float]:
     """Radians per position of each pair, float32 [head_dim / 2], and the scale of the rotated vectors."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
     frequencies = 1.0 / config.theta**exponents
     if config.rope_type == "default":
         return frequencies, 1.0
@@ -82,7 +82,7 @@ def _yarn_kept_share(config: RopeConfig) -> torch.Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, config.head_dim - 1)
     width = high - low or 0.001
-    ramp = (torch.arange(config.head_dim // 2, dtype=torch.float32) - low) / width
+    ramp = (torch.arange(config.head_dim // 2, dtype=torch.float32, device="cpu") - low) / width
     return 1.0 - ramp.clamp(0.0, 1.0)
 
 

@@ -40,7 +40,8 @@ class SamplingInputs:
 
 @dataclass(frozen=True)
 class SampledTokens:
-    """[B] int64 token ids; where asked for, [B] float32 log-probabilities and the [B, n] most probable tokens."""
+    """[B] int64 token ids, negative where the logits are not finite; where asked for, [B] float32 log-probabilities and
+    the [B, n] most probable tokens."""
 
     token_ids: torch.Tensor
     logprobs: torch.Tensor | None = None
@@ -84,7 +85,8 @@ def _logprobs(logits: torch.Tensor, token_ids: torch.Tensor, count: int) -> tupl
     """Log-probabilities of the tokens, and the `count` most probable tokens with theirs."""
     logprobs = logits.log_softmax(dim=-1)
     top = logprobs.topk(count, dim=-1)
-    return logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1), top.indices, top.values
+    chosen = token_ids.clamp(min=0).unsqueeze(1)  # a row without finite logits has no token
+    return logprobs.gather(1, chosen).squeeze(1), top.indices, top.values
 
 
 def _filter(
