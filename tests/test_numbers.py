@@ -74,7 +74,7 @@ def test_a_request_whose_logits_are_nan_ends_with_an_error(checkpoint, tiny_copy
         assert isinstance(answers[0]["error"], NonFiniteLogitsError)
         assert f"output token {index + 1}" in str(answers[0]["error"])
         assert [answer["token_ids"] for answer in answers[1:]] == [answer["token_ids"] for answer in expected[1:]]
-        stream = [output for output in llm.generate_stream(PROMPTS[0], params)]
+        stream = list(llm.generate_stream(PROMPTS[0], params))
         assert [token for output in stream for token in output.new_token_ids] == tokens[: index + 1]
         assert isinstance(stream[-1].error, NonFiniteLogitsError)
 

@@ -197,7 +197,7 @@ class AttentionBackend(Protocol):
         numbers: torch.Tensor,
         spare_slot: int,
     ) -> None:
-        """Makes `numbers` what the next step is fed: the sampled [B] int64 tokens (0 for a negative one), a place further.
+        """Makes `numbers` what the next step is fed: the sampled [B] int64 tokens (0 for a negative one), a place on.
 
         The spare slot, which may be there several times, stays at its first place.
         """
