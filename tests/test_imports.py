@@ -14,6 +14,7 @@ LEVELS = ["__main__", "doctor", "prometheus", "llm", "engine", "models", "layers
 LEAVES = {"config", "sampling_params", "outputs", "errors", "version"}
 WITHOUT_TORCH = [
     "admission",
+    "callers",
     "sequence",
     "decode_batch",
     "block_manager",

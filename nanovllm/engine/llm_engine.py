@@ -182,9 +182,11 @@ class LLMEngine:
 
     def is_finished(self) -> bool:
         """Whether no request is left to serve and no output to give out."""
+        if self._is_torn_down:
+            return True
         self._turns_until_sweep = 0
         self._read_posts()
-        return self._is_torn_down or not (self._inbox or self._arrived or self._sequences)
+        return not (self._inbox or self._arrived or self._sequences)
 
     def step(self) -> list[RequestOutput]:
         """Launches what can be launched and returns what has completed since the last call, perhaps nothing.
@@ -196,6 +198,7 @@ class LLMEngine:
             EngineClosedError: the engine was closed.
             EngineBusyError: called from within another call on the same thread, such as from a signal handler.
         """
+        self._check_open()
         call, outputs = Call(), list[RequestOutput]()
         try:
             with call.on_stack:
