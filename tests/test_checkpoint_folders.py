@@ -40,8 +40,9 @@ class Row:
         refused: a part of the message of the refusal; none means that the folder is served.
         variant: which checkpoint of `tiny.VARIANTS`.
         warned: a part of the one warning.
-        why_served: where transformers' `generate` follows the folder and ours does not.
+        why_served: where transformers fails, or its `generate` follows the folder and ours does not.
         asked: options of transformers' `generate` that take the place of what the folder asks for.
+        meant: fields of config.json with which transformers serves what the folder means.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Row:
     warned: str = ""
     why_served: str = ""
     asked: dict[str, Any] | None = None
+    meant: dict[str, Any] | None = None
 
 
 # Changes
@@ -215,6 +217,7 @@ ROWS = [
     Row("quantization_config null", config(quantization_config=None)),
     Row("other settings of a layer", config(per_layer_config={"0": {"head_dim": 16}}), "per_layer_config"),
     Row("weights of another name", config(transformers_weights="other.safetensors"), "transformers_weights"),
+    Row("a classifier", config(architectures=["Qwen3ForSequenceClassification"]), "Qwen3ForSequenceClassification"),
     # Rotary embedding
     Row("rope_scaling beside rope_parameters", config(rope_scaling=YARN)),
     Row("rope_scaling of before, type", config(**ROPE_OF_BEFORE, rope_scaling={**YARN, "type": "yarn"})),
@@ -318,6 +321,31 @@ ROWS = [
     Row("torch_dtype of before", config(dtype=DROPPED, torch_dtype="bfloat16")),
     Row("two dtypes", config(dtype="float16", torch_dtype="bfloat16")),
     Row("an unknown dtype", config(dtype="bf16"), "dtype='bf16'"),
+    Row("a dtype of eight bits", config(dtype="float8_e4m3fn")),
+    Row("dtype null", config(dtype=None)),
+    Row(
+        "rms_norm_eps an integer",
+        config(rms_norm_eps=1),
+        why_served="it says the same number",
+        meant={"rms_norm_eps": 1.0},
+    ),
+    Row("attention_dropout", config(attention_dropout=0.5)),
+    Row("attn_implementation", config(attn_implementation="eager")),
+    Row("attention_bias without biases", config(attention_bias=True), "self_attn.k_proj.bias"),
+    Row("another intermediate_size", config(intermediate_size=64), "config.json implies [64, 64]"),
+    Row("more heads", config(num_attention_heads=8), "shape [128, 64], config.json implies [256, 64]"),
+    Row(
+        "a field of training of the wrong type",
+        config(initializer_range="0.02", use_cache="yes"),
+        why_served="serving does not read these fields",
+    ),
+    Row(
+        "pad_token_id outside the vocabulary",
+        config(pad_token_id=500),
+        why_served="nothing is padded with a token",
+    ),
+    Row("rope_scaling a string", config(rope_scaling="yarn"), "rope_scaling='yarn'"),
+    Row("UTF-16", lambda folder: (folder / "config.json").write_text("{}", encoding="utf-16"), "not valid JSON"),
     Row("a byte order mark", config_text(lambda text: "\ufeff" + text), "not valid JSON"),
     Row("a comment", config_text(lambda text: "// made by hand\n" + text), "not valid JSON"),
     Row("a field twice", config_text(lambda text: text.replace("{", '{"hidden_size": 7,', 1))),
@@ -394,6 +422,9 @@ ROWS = [
     Row("int8", typed(torch.int8, only=QUERY), "torch.int8"),
     Row("fp8", typed(torch.float8_e4m3fn, only=QUERY), "torch.float8_e4m3fn"),
     Row("no metadata", lambda folder: store(tensors_of(folder), folder / "model.safetensors", {})),
+    Row("metadata of MLX", lambda folder: store(tensors_of(folder), folder / "model.safetensors", {"format": "mlx"})),
+    Row("an extra tensor of integers", adding(extra=torch.ones(3, dtype=torch.int64)), warned="extra"),
+    Row("a transposed tensor", tensors(lambda stored: stored.update({QUERY: stored[QUERY].T})), "shape [64, 128]"),
     Row("names without prefix", named(lambda name: name.removeprefix("model."))),
     Row("names with the prefix twice", named(lambda name: "model." + name)),
     Row("names of a compiled model", named(lambda name: "_orig_mod." + name), "lacks"),
@@ -425,6 +456,17 @@ ROWS = [
         warned="tie_word_embeddings",
     ),
     Row(
+        "tied and the same head in another type",
+        tensors(lambda stored: stored.update({HEAD: stored[EMBEDDING].bfloat16()})),
+        variant="gqa1_tied",
+        warned="tie_word_embeddings",
+    ),
+    Row(
+        "tied, both of one value in two types",
+        tensors(lambda stored: stored.update({HEAD: (b := stored[EMBEDDING].bfloat16()), EMBEDDING: b.float()})),
+        variant="gqa1_tied",
+    ),
+    Row(
         "tied and stored as the head",
         tensors(lambda stored: stored.update({HEAD: stored.pop(EMBEDDING)})),
         variant="gqa1_tied",
@@ -450,6 +492,16 @@ ROWS = [
         why_served="SamplingParams alone say how tokens are chosen; the warning names what is not followed",
         asked={"repetition_penalty": 1.0},
     ),
+    Row(
+        "generation_config.json that forbids tokens",
+        generation(suppress_tokens=list(range(100))),
+        warned="suppress_tokens",
+        why_served="SamplingParams alone say how tokens are chosen; the warning names what is not followed",
+        asked={"suppress_tokens": None},
+    ),
+    Row("ends null", generation(eos_token_id=None)),
+    Row("ends true", generation(eos_token_id=True), "eos_token_id=True"),
+    Row("a length in generation_config.json", generation(max_length=20, max_new_tokens=3)),
     Row("a damaged generation_config.json", beside("generation_config.json", "{"), "generation_config.json"),
     Row("a tokenizer with more tokens", tokenizer(500)),
     Row("a damaged tokenizer", beside("tokenizer.json", "{"), "tokenizer"),
@@ -501,7 +553,7 @@ def their_tokens(folder: Path, asked: dict[str, Any]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name.replace(" ", "_"))
-def test_folder(row: Row, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_folder(row: Row, folder: Path, checkpoint: Any, caplog: pytest.LogCaptureFixture) -> None:
     if row.refused:
         with pytest.raises(ModelLoadError, match=re.escape(row.refused)):
             our_tokens(folder)
@@ -513,6 +565,11 @@ def test_folder(row: Row, folder: Path, caplog: pytest.LogCaptureFixture) -> Non
         if record.name.startswith("nanovllm") and record.levelno >= logging.WARNING
     ]
     assert [row.warned in warning for warning in warnings] == [True] * bool(row.warned), warnings
+    if row.why_served and row.asked is None:
+        with pytest.raises(Exception, match=r"."):  # transformers raises many types
+            their_tokens(folder, {})
+        folder = Path(shutil.copytree(checkpoint(row.variant)[0], folder.parent / "plain"))
+        config(**(row.meant or {}))(folder)
     assert ours == their_tokens(folder, row.asked or {})
 
 

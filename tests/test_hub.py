@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +72,21 @@ def test_a_model_of_the_cache(cache, checkpoint):
     snapshot = put_in_cache(cache, folder, COMMIT, "main")
     assert checkpoint_folder(NAME) == snapshot
     assert serve(NAME) == tiny.reference_tokens(reference, PROMPT, 6)
+
+
+def test_the_environment_says_where_and_whether(checkpoint, tmp_path):
+    put_in_cache(tmp_path, checkpoint("gqa2")[0], COMMIT, "main")
+    code = f"from nanovllm.utils.checkpoint import checkpoint_folder as find; print(find({NAME!r})); find('org/none')"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)},
+        check=False,
+    )
+    assert run.stdout.strip().endswith(f"snapshots/{COMMIT}")
+    assert "ModelLoadError: model 'org/none' is neither" in run.stderr
+    assert "HF_HUB_OFFLINE is set: unset it to download" in run.stderr
 
 
 @pytest.mark.parametrize("revision", ["v1", OLDER])

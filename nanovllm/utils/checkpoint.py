@@ -5,6 +5,7 @@ Which weight files count is as in `transformers`: `model.safetensors`, or else t
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -62,7 +63,9 @@ def checkpoint_folder(model: str, revision: str | None = None, *, with_weights: 
         )
     if not exists:
         if folder.is_symlink():
-            raise ModelLoadError(f"model path {model!r} links to {os.readlink(folder)}, which is not there")
+            raise ModelLoadError(
+                f"model path {model!r} links to {os.readlink(folder)}, which is not there; {BOTH_WAYS}"
+            )
         if not _may_be_on_hub(model):
             raise ModelLoadError(f"model path {shown(model)} does not exist; {BOTH_WAYS}")
         folder = _hub_folder(model, revision, DOWNLOADED if with_weights else CONFIG_FILES)
@@ -89,8 +92,12 @@ def find_file(folder: Path, name: str) -> Path | None:
             f"{path} links to {os.readlink(path)}, which is not there: the checkpoint is half-downloaded; "
             "download it again"
         ) from None
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{path} cannot be looked at ({error})") from error
+    except ValueError:
+        return None  # no file can have this name
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return None
+        raise ModelLoadError(f"{path} cannot be looked at ({error}); check the folder and its permissions") from error
     if not stat.S_ISREG(mode):
         raise ModelLoadError(f"{path} is a {_kind(mode)}, not a file; put the checkpoint's file in its place")
     if not os.access(path, os.R_OK):
@@ -166,9 +173,7 @@ def _shards(folder: Path, index: dict[str, Any]) -> list[Path]:
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise ModelLoadError(f"the index of {folder} names files outside the folder: {', '.join(outside)}")
-    # A name that is too long for a file is none that is there.
-    there = set(os.listdir(folder))
-    files = [find_file(folder, name) if name in there else None for name in names]
+    files = [find_file(folder, name) for name in names]
     missing = [name for name, file in zip(names, files, strict=True) if file is None]
     if missing:
         raise ModelLoadError(
