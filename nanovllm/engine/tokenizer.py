@@ -31,7 +31,7 @@ NEUTRAL_SETTINGS: dict[str, Any] = {
     "guidance_scale": 1.0,
     "stop_strings": [],
 }
-"""What `transformers.generate` would follow in a generation_config.json and this engine does not, with no effect."""
+"""What transformers' `generate` follows in a generation_config.json and this engine does not: values without effect."""
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

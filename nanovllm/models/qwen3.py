@@ -346,7 +346,7 @@ class Qwen3ForCausalLM(nn.Module):
         return {name: Part(dim, self.ranks.rank, self.ranks.size) for name, dim in dims.items()}
 
     def substitute_checkpoint_tensors(self) -> dict[str, str]:
-        """Of a tensor that a checkpoint may lack, the one that is the same."""
+        """Names that a checkpoint may lack, and the tensors that are the same."""
         return dict([self.tied_tensors]) if self.config.tie_word_embeddings else {}
 
     def ignored_checkpoint_tensors(self) -> set[str]:

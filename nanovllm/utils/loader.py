@@ -28,7 +28,7 @@ class TensorPart(Protocol):
     """Which part of a checkpoint's tensor is wanted."""
 
     def whole_shape(self, shape: torch.Size) -> torch.Size:
-        """Of the tensor of which `shape` is a part's."""
+        """The shape of the tensor of which `shape` is a part's."""
 
     def index(self, whole_shape: Sequence[int]) -> tuple[slice, ...]:
         """What takes the part out of a whole tensor."""
