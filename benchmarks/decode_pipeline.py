@@ -27,8 +27,8 @@ from nanovllm.engine.decode_paths import DecodePaths, PipelineOptions
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.pipeline_plan import Arrangement, Cut, Split
 from nanovllm.engine.pipeline_statistics import LaneTimes
+from nanovllm.utils.checkpoint import checkpoint_folder, read_json
 from nanovllm.utils.device import Event, Stopwatch, resolve_device
-from nanovllm.utils.loader import checkpoint_folder, read_json
 
 NUM_REPLAYS = 10
 """Steps before contexts begin anew."""

@@ -41,7 +41,9 @@ class EngineConfig:
     """The options of `LLM(model, ...)`; frozen.
 
     Args:
-        model: folder of a Hugging Face checkpoint.
+        model: folder of a Hugging Face checkpoint, or its name on the Hugging Face hub (`org/name`): taken from the
+            local cache or downloaded, safetensors, tokenizer and config only. A folder of that name wins;
+            `HF_HUB_OFFLINE=1` looks into the cache alone.
         max_num_batched_tokens: most tokens of one prefill step.
         prefill_chunk_tokens: most tokens of a prefill step on a device that also decodes requests whose tokens are
             looked at one by one: all but those of `generate` and `chat` without stop strings.
@@ -82,6 +84,7 @@ class EngineConfig:
         decode_micro_batches: parts of a batch that take turns on the partitions.
         decode_pipeline_profiling: time the partitions for `decode_runner.get_pipeline_statistics()`.
         trace: a file, written by `close()`, of what ran where and when, for ui.perfetto.dev; None for none.
+        revision: branch, tag or commit of a model on the hub; None for its main branch. A local folder has none.
 
     Raises:
         ConfigError: a value is of the wrong type, out of range or contradicts another.
@@ -119,6 +122,7 @@ class EngineConfig:
     decode_micro_batches: int = 2
     decode_pipeline_profiling: bool = False
     trace: str | os.PathLike[str] | None = None
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_num_batched_tokens", "prefill_chunk_tokens", "max_num_seqs"):
@@ -159,6 +163,8 @@ class EngineConfig:
         _check_seconds("step_timeout_s", self.step_timeout_s)
         if self.trace is not None and not isinstance(self.trace, (str, os.PathLike)):
             raise ConfigError(f"trace={shown(self.trace)} is not the path of a file to write; pass one, or None")
+        if self.revision is not None and (not isinstance(self.revision, str) or not self.revision):
+            raise ConfigError(f"revision={shown(self.revision)} is not a branch, tag or commit of a model on the hub")
         self._check_two_gpu_options()
         self._check_pipeline_options()
 

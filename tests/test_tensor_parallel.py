@@ -27,8 +27,9 @@ from nanovllm.layers.ranks import OneRank
 from nanovllm.layers.sampler import SamplingInputs, sample
 from nanovllm.models import resolve_model
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.utils.checkpoint import checkpoint_folder, read_json
 from nanovllm.utils.device import Device
-from nanovllm.utils.loader import checkpoint_folder, fill_randomly, load_weights, read_json
+from nanovllm.utils.loader import fill_randomly, load_weights
 from tests import tiny
 from tests.test_engine import drain, tokens_of
 

@@ -24,14 +24,15 @@ from nanovllm.engine.model_runner import Followers, ModelRunner, RunnerSpec
 from nanovllm.engine.requests import RequestIntake
 from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
 from nanovllm.engine.tensor_parallel import Workers
-from nanovllm.engine.tokenizer import end_of_sequence_ids, load_tokenizer
+from nanovllm.engine.tokenizer import end_of_sequence_ids, load_tokenizer, warn_of_generation_settings
 from nanovllm.errors import ConfigError, ModelLoadError, NanoVLLMError, shown
 from nanovllm.kernels import BackendRequirements, resolve_backend, torch_reference
 from nanovllm.layers.ranks import Ranks
 from nanovllm.models import resolve_model
-from nanovllm.models.qwen3 import Qwen3Config
+from nanovllm.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+from nanovllm.utils.checkpoint import checkpoint_folder, read_json
 from nanovllm.utils.device import Device, resolve_device, resolve_device_pair
-from nanovllm.utils.loader import checkpoint_folder, read_json
+from nanovllm.utils.loader import differ
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +62,13 @@ def build_engine(config: EngineConfig) -> EngineParts:
         OutOfKVCacheError: a KV pool does not fit.
         WorkerError: one of several ranks did not start.
     """
-    folder = checkpoint_folder(config.model)
+    folder = checkpoint_folder(config.model, config.revision)
     hf_config = read_json(folder, "config.json") or {}
     devices = resolve_devices(config)
     spec = runner_spec(config, folder, hf_config, devices[0])
     tokenizer = load_tokenizer(folder)
     eos_ids = end_of_sequence_ids(folder, hf_config, tokenizer, spec.model_config.vocab_size)
+    warn_of_generation_settings(folder)
     with ONE_AT_A_TIME:
         prefill_runner, decode_runner, kv_transfer = build_runners(config, spec, devices)
     try:
@@ -140,6 +142,8 @@ def resolve_devices(config: EngineConfig) -> tuple[Device, Device]:
 def runner_spec(config: EngineConfig, folder: Path, hf_config: dict[str, Any], device: Device) -> RunnerSpec:
     """What the runners have in common, with every `auto` and None of the options resolved."""
     model_class, model_config = resolve_model(hf_config)
+    if config.load_format != "dummy":
+        model_config = with_head_of_its_own(folder, model_class, model_config)
     check_ranks(config.tensor_parallel_size, model_config, device)
     dtype = resolve_dtype(config.dtype, hf_config, device)
     needs = BackendRequirements(device.kind, dtype, model_config.head_dim, config.kvcache_block_size)
@@ -171,13 +175,35 @@ def runner_spec(config: EngineConfig, folder: Path, hf_config: dict[str, Any], d
     )
 
 
+def with_head_of_its_own(folder: Path, model_class: type[Qwen3ForCausalLM], model_config: Qwen3Config) -> Qwen3Config:
+    """The config without tied embeddings where the checkpoint has a head that is not its embedding.
+
+    Raises:
+        ModelLoadError: the weights cannot be read.
+    """
+    if not model_config.tie_word_embeddings or not differ(folder, *model_class.tied_tensors):
+        return model_config
+    embedding, head = model_class.tied_tensors
+    logger.warning(
+        "%s: config.json has tie_word_embeddings=true, but %s and %s differ; both are used, as in transformers. "
+        "Set tie_word_embeddings=false if they are meant to, or take %s out",
+        folder,
+        embedding,
+        head,
+        head,
+    )
+    return dataclasses.replace(model_config, tie_word_embeddings=False)
+
+
 def model_memory(model: str, dtype: str = "auto") -> tuple[int, int]:
-    """Bytes of a checkpoint's weights, and of the KV of a token, on a GPU.
+    """Bytes of a checkpoint's weights, as its config.json says, and of the KV of a token, on a GPU.
+
+    No weights are read, nor downloaded.
 
     Raises:
         ModelLoadError: the checkpoint cannot be served.
     """
-    folder = checkpoint_folder(model)
+    folder = checkpoint_folder(model, with_weights=False)
     hf_config = read_json(folder, "config.json") or {}
     model_class, config = resolve_model(hf_config)
     resolved = resolve_dtype(dtype, hf_config, Device("cuda", 0))
@@ -193,6 +219,10 @@ def resolve_dtype(option: str, hf_config: dict[str, Any], device: Device) -> tor
         ModelLoadError: the checkpoint names a type that is not served.
     """
     named = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
+    if not isinstance(named, str) or not isinstance(getattr(torch, named, None), torch.dtype):
+        raise ModelLoadError(
+            f"config.json: dtype={shown(named)} is no type of torch; write float32, float16 or bfloat16"
+        )
     name = option if option != "auto" else named if device.is_cuda else "float32"
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if not isinstance(name, str) or name not in dtypes:

@@ -37,6 +37,7 @@ from nanovllm.layers.ranks import OneRank, Ranks
 from nanovllm.layers.sampler import SampledTokens, SamplingInputs, sample
 from nanovllm.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 from nanovllm.outputs import TokenLogprobs
+from nanovllm.utils.checkpoint import first_names
 from nanovllm.utils.device import Device, DeviceClock, Event, Moment, enable_peer_access, wait_event
 from nanovllm.utils.loader import fill_randomly, load_weights
 
@@ -528,9 +529,15 @@ class ModelRunner:
         elif spec.load_format == "dummy":
             fill_randomly(model.checkpoint_tensors(), spec.seed, model.checkpoint_parts())
         else:
-            targets, ignored = model.checkpoint_tensors(), model.ignored_checkpoint_tensors()
-            with torch.device("cpu"):  # where safetensors' tensors are made, whatever torch.set_default_device says
-                load_weights(spec.folder, targets, ignored, model.checkpoint_parts())
+            unused = load_weights(
+                spec.folder,
+                model.checkpoint_tensors(),
+                model.ignored_checkpoint_tensors(),
+                model.checkpoint_parts(),
+                model.substitute_checkpoint_tensors(),
+            )
+            if unused and not model.ranks.rank:
+                logger.warning("%s has tensors that no layer takes: %s", spec.folder, first_names(unused))
         return model
 
     def get_pipeline_statistics(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,9 +10,28 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nanovllm.errors import ModelLoadError, RequestError, shown
-from nanovllm.utils.loader import read_json
+from nanovllm.utils.checkpoint import TOKENIZER_FILES, find_file, read_json
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+logger = logging.getLogger(__name__)
+
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json")
+NEUTRAL_SETTINGS: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "bad_words_ids": [],
+    "sequence_bias": {},
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": 1.0,
+    "stop_strings": [],
+}
+"""What transformers' `generate` follows in a generation_config.json and this engine does not: values without effect."""
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -20,7 +40,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     Raises:
         ModelLoadError: the files cannot be read.
     """
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    there = {name for name in TOKENIZER_FILES if find_file(folder, name) is not None}
+    if not there.intersection(VOCABULARY_FILES):
         return None
     try:
         tokenizer = _tokenizer_class(folder).from_pretrained(
@@ -45,23 +66,33 @@ def _tokenizer_class(folder: Path) -> Any:
 def end_of_sequence_ids(
     folder: Path, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
 ) -> frozenset[int]:
-    """Tokens that end a text: generation_config.json's (or else config.json's), and the tokenizer's own.
+    """Tokens that end a text: generation_config.json's, without that file config.json's, and the tokenizer's own.
 
     Ids that the model cannot sample are left out.
 
     Raises:
         ModelLoadError: an entry is not a token id or a list of them.
     """
-    generation = read_json(folder, "generation_config.json") or {}
-    listed = generation.get("eos_token_id")
-    if listed is None:
-        listed = config.get("eos_token_id")
+    generation = read_json(folder, "generation_config.json")
+    listed = (config if generation is None else generation).get("eos_token_id")
     ids = [] if listed is None else listed if isinstance(listed, list) else [listed]
     if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
         raise ModelLoadError(f"eos_token_id={shown(listed)} in {folder} is not a token id or a list of them")
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         ids = [*ids, tokenizer.eos_token_id]
     return frozenset(token for token in ids if token < vocab_size)
+
+
+def warn_of_generation_settings(folder: Path) -> None:
+    """Logs what generation_config.json asks for in vain: `SamplingParams` alone say how tokens are chosen."""
+    asked = read_json(folder, "generation_config.json") or {}
+    unfollowed = [
+        f"{name}={shown(asked[name])}"
+        for name, neutral in NEUTRAL_SETTINGS.items()
+        if name in asked and asked[name] is not None and asked[name] != neutral
+    ]
+    if unfollowed:
+        logger.warning("%s: generation_config.json asks for what is not followed: %s", folder, ", ".join(unfollowed))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase | None, text: str, *, add_special_tokens: bool = True) -> list[int]:

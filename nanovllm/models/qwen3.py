@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanovllm.errors import ModelLoadError, shown
+from nanovllm.errors import ModelLoadError
 from nanovllm.kernels import AttentionBackend, AttentionMetadata
 from nanovllm.layers.attention import PagedAttention
 from nanovllm.layers.embed_head import TokenEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.ranks import OneRank, Part, Ranks
-from nanovllm.layers.rotary_embedding import ROPE_TYPES, RopeConfig, RotaryEmbedding
+from nanovllm.layers.rotary_embedding import RopeConfig, RotaryEmbedding
+from nanovllm.models.config_fields import check_layer_types, flag, number, positive, refuse_unsupported, rope_config
 
 
 @dataclass(frozen=True)
@@ -48,44 +49,37 @@ class Qwen3Config:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Qwen3Config:
-        """Reads `config.json`.
+        """Reads `config.json`. A field that is left out is as in transformers, or refused.
 
         Raises:
             ModelLoadError: a field is missing or of the wrong type, or asks for something that is not supported.
         """
-        if config.get("quantization_config") is not None:
-            raise ModelLoadError(
-                f"quantization_config={shown(config['quantization_config'])} is not supported; "
-                "pass a checkpoint in float32, float16 or bfloat16"
-            )
-        if _flag(config, "use_sliding_window"):
-            raise ModelLoadError("use_sliding_window=true is not supported; only full attention is")
-        layer_types = config.get("layer_types") or ["full_attention"]
-        if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-            raise ModelLoadError(f"layer_types={shown(layer_types)} is not supported; only 'full_attention' is")
-        if config.get("hidden_act", "silu") != "silu":
-            raise ModelLoadError(f"hidden_act={config['hidden_act']!r} is not supported; only 'silu' is")
-        heads = _positive(config, "num_attention_heads")
-        kv_heads = _positive(config, "num_key_value_heads", default=heads)
+        refuse_unsupported(config)
+        heads = positive(config, "num_attention_heads")
+        # Left out it is transformers' default, null it is as many as there are query heads.
+        as_query_heads = config.get("num_key_value_heads", 32) is None
+        kv_heads = heads if as_query_heads else positive(config, "num_key_value_heads", 32)
         if heads % kv_heads:
             raise ModelLoadError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
-        hidden_size = _positive(config, "hidden_size")
-        head_dim = _positive(config, "head_dim", default=128)
+        num_layers = positive(config, "num_hidden_layers")
+        check_layer_types(config, num_layers)
+        head_dim = positive(config, "head_dim", 128)
         if head_dim % 2:
             raise ModelLoadError(f"head_dim={head_dim} is odd; rotary embedding needs pairs")
+        max_positions = positive(config, "max_position_embeddings", 32768)
         return cls(
-            vocab_size=_positive(config, "vocab_size"),
-            hidden_size=hidden_size,
-            intermediate_size=_positive(config, "intermediate_size"),
-            num_hidden_layers=_positive(config, "num_hidden_layers"),
+            vocab_size=positive(config, "vocab_size"),
+            hidden_size=positive(config, "hidden_size"),
+            intermediate_size=positive(config, "intermediate_size"),
+            num_hidden_layers=num_layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
-            max_position_embeddings=_positive(config, "max_position_embeddings"),
-            tie_word_embeddings=_flag(config, "tie_word_embeddings"),
-            attention_bias=_flag(config, "attention_bias"),
-            rope=_rope_config(config, head_dim),
+            rms_norm_eps=number(config, "rms_norm_eps", 1e-6),
+            max_position_embeddings=max_positions,
+            tie_word_embeddings=flag(config, "tie_word_embeddings"),
+            attention_bias=flag(config, "attention_bias"),
+            rope=rope_config(config, head_dim, max_positions),
         )
 
 
@@ -265,6 +259,9 @@ class Qwen3ForCausalLM(nn.Module):
         ranks: those that compute it together, each with its part of the heads, of the FFN and of the vocabulary.
     """
 
+    tied_tensors = ("model.embed_tokens.weight", "lm_head.weight")
+    """The two that are one where `tie_word_embeddings` is set; a checkpoint then has either, or both alike."""
+
     def __init__(
         self,
         config: Qwen3Config,
@@ -348,79 +345,13 @@ class Qwen3ForCausalLM(nn.Module):
             dims |= {f"model.layers.{index}.{name}": dim for name, dim in layer.part_dims().items()}
         return {name: Part(dim, self.ranks.rank, self.ranks.size) for name, dim in dims.items()}
 
+    def substitute_checkpoint_tensors(self) -> dict[str, str]:
+        """Names that a checkpoint may lack, and the tensors that are the same."""
+        return dict([self.tied_tensors]) if self.config.tie_word_embeddings else {}
+
     def ignored_checkpoint_tensors(self) -> set[str]:
         """Names that a checkpoint may have and that are not loaded: a tied head is the embedding."""
         ignored = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
         if self.ranks.rank:
             ignored |= {f"model.layers.{index}.self_attn.o_proj.bias" for index in range(len(self.model.layers))}
         return ignored
-
-
-def _rope_config(config: dict[str, Any], head_dim: int) -> RopeConfig:
-    # `rope_parameters` since transformers 5; before, `rope_theta` and an optional `rope_scaling`.
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(given, dict):
-        raise ModelLoadError(f"config.json: rope_parameters={shown(given)} is not an object")
-    rope = given
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ROPE_TYPES:
-        raise ModelLoadError(f"rope type {shown(rope_type)} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelLoadError(f"partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported; only 1.0 is")
-    theta = _number(rope if "rope_theta" in rope else config, "rope_theta", 10000.0)
-    if theta <= 1.0:
-        raise ModelLoadError(f"config.json: rope_theta={theta} is not above 1")
-    if rope_type == "default":
-        return RopeConfig(head_dim, theta)
-    if "factor" not in rope:
-        raise ModelLoadError(f"rope type {rope_type!r} needs a 'factor'; the config has {rope!r}")
-    factor = _number(rope, "factor")
-    if rope_type == "linear":
-        return RopeConfig(head_dim, theta, "linear", factor)
-    original = rope.get("original_max_position_embeddings") or config.get("max_position_embeddings")
-    return RopeConfig(
-        head_dim,
-        theta,
-        "yarn",
-        factor,
-        original_max_positions=_positive(
-            {"original_max_position_embeddings": original}, "original_max_position_embeddings"
-        ),
-        beta_fast=_number(rope, "beta_fast", 32.0),
-        beta_slow=_number(rope, "beta_slow", 1.0),
-        attention_factor=_optional_number(rope, "attention_factor"),
-        mscale=_optional_number(rope, "mscale"),
-        mscale_all_dim=_optional_number(rope, "mscale_all_dim"),
-        truncate=_flag(rope, "truncate", default=True),
-    )
-
-
-def _positive(config: dict[str, Any], name: str, default: int | None = None) -> int:
-    value = config.get(name, default)
-    if value is None and default is not None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-        raise ModelLoadError(f"config.json: {name}={shown(value)} is not a positive integer")
-    return value
-
-
-def _number(config: dict[str, Any], name: str, default: float | None = None) -> float:
-    value = config.get(name)
-    if value is None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1e300:
-        raise ModelLoadError(f"config.json: {name}={shown(value)} is not a positive number")
-    return float(value)
-
-
-def _optional_number(config: dict[str, Any], name: str) -> float | None:
-    return None if config.get(name) is None else _number(config, name)
-
-
-def _flag(config: dict[str, Any], name: str, *, default: bool = False) -> bool:
-    value = config.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise ModelLoadError(f"config.json: {name}={shown(value)} is not true or false")
-    return value

@@ -1,10 +1,11 @@
-"""Reads a Hugging Face checkpoint folder: its JSON files and its safetensors. Runs no code of it, reads no pickles."""
+"""Reads the tensors of a checkpoint's safetensors into a model's views. Runs no code of it, reads no pickles."""
 
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,62 +13,33 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from nanovllm.errors import ModelLoadError, shown
+from nanovllm.errors import ModelLoadError
+from nanovllm.utils.checkpoint import first_names, weight_files
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth")
-
-
-def read_json(folder: Path, name: str) -> dict[str, Any] | None:
-    """The object in `folder/name`, None if there is no such file.
-
-    Raises:
-        ModelLoadError: the file is not a JSON object.
-    """
-    path = folder / name
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelLoadError(f"{path} is not valid JSON ({error}); download the checkpoint again") from error
-    if not isinstance(value, dict):
-        raise ModelLoadError(f"{path} holds a {type(value).__name__}, not an object; download the checkpoint again")
-    return value
-
-
-def checkpoint_folder(model: str) -> Path:
-    """The folder of a checkpoint with its `config.json`.
-
-    Raises:
-        ModelLoadError: it is not there, not a folder, or has no config.
-    """
-    if not isinstance(model, str) or not model:
-        raise ModelLoadError(f"model={shown(model)} is not a path; pass the folder of a Hugging Face checkpoint")
-    try:
-        folder = Path(model).expanduser()
-        exists = folder.exists()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ModelLoadError(
-            f"model path {shown(model)} is not usable ({error}); pass the folder of a checkpoint"
-        ) from error
-    if not exists:
-        raise ModelLoadError(f"model path {model!r} does not exist; pass the folder of a Hugging Face checkpoint")
-    if not folder.is_dir():
-        raise ModelLoadError(f"model path {model!r} is a file; pass the folder that holds config.json and the weights")
-    if not (folder / "config.json").is_file():
-        raise ModelLoadError(f"{folder} has no config.json; it is not a Hugging Face checkpoint")
-    return folder
+PREFIX = "model."
+"""What a causal language model puts before the names of its base model; either may have been saved."""
+RECOMPUTED = "rotary_emb.inv_freq"
+"""In the name of a buffer that older checkpoints hold and that config.json says as well."""
+COMPARED_BYTES = 64 * 1024**2
 
 
 class TensorPart(Protocol):
     """Which part of a checkpoint's tensor is wanted."""
 
     def whole_shape(self, shape: torch.Size) -> torch.Size:
-        """Of the tensor of which `shape` is a part's."""
+        """The shape of the tensor of which `shape` is a part's."""
 
     def index(self, whole_shape: Sequence[int]) -> tuple[slice, ...]:
         """What takes the part out of a whole tensor."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is, and its name there."""
+
+    path: Path
+    name: str
 
 
 def load_weights(
@@ -75,25 +47,58 @@ def load_weights(
     targets: dict[str, torch.Tensor],
     ignored: Iterable[str] = (),
     parts: Mapping[str, TensorPart] | None = None,
-) -> None:
+    substitutes: Mapping[str, str] | None = None,
+) -> list[str]:
     """Copies every tensor of a checkpoint, or its part, into the view of its name, converting its type.
 
+    Args:
+        folder: of the checkpoint.
+        targets: views by name.
+        ignored: names that a checkpoint may have and that are not loaded.
+        parts: of the tensors of which a part is wanted.
+        substitutes: for a name that the checkpoint may lack, the one whose tensor is taken then.
+
+    Returns:
+        Names of the tensors that are not loaded, without those that are ignored.
+
     Raises:
-        ModelLoadError: weights are missing, unexpected, misshapen, truncated or not in safetensors.
+        ModelLoadError: weights are missing, misshapen, truncated, stored twice or not in safetensors.
     """
-    files = _safetensors_files(folder)
-    where: dict[str, Path] = {}
-    for path, names in _tensor_names(files).items():
-        for name in names:
-            if name in where:
-                raise ModelLoadError(f"tensor {name!r} is in both {where[name].name} and {path.name} of {folder}")
-            where[name] = path
-    _check_names(folder, set(where), set(targets), set(ignored))
-    for path in files:
+    instead = substitutes or {}
+    known = {*targets, *ignored, *instead.values()}
+    stored = _stored_tensors(folder, known)
+    sources = {name: name if name in stored else instead.get(name, name) for name in targets}
+    unused = sorted(name for name in stored if name not in known and RECOMPUTED not in name)
+    _check_all_there(folder, sorted(name for name, source in sources.items() if source not in stored), unused)
+    by_path: dict[Path, list[str]] = {}
+    for name, source in sources.items():
+        by_path.setdefault(stored[source].path, []).append(name)
+    for path, names in by_path.items():
         with _open(path) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-                if name in targets:
-                    _copy(path, name, tensors, targets[name], (parts or {}).get(name))
+            for name in names:
+                _copy(path, stored[sources[name]].name, tensors, targets[name], (parts or {}).get(name))
+    return unused
+
+
+def differ(folder: Path, first: str, second: str) -> bool:
+    """Whether a checkpoint has both of these tensors and they differ.
+
+    Raises:
+        ModelLoadError: there are no weights, or they cannot be read.
+    """
+    stored = _stored_tensors(folder, {first, second})
+    if first not in stored or second not in stored:
+        return False
+    with _slice(stored[first]) as one, _slice(stored[second]) as other:
+        shape = one.get_shape()
+        if other.get_shape() != shape:
+            return True
+        num_rows = max(1, COMPARED_BYTES // (8 * max(1, shape[-1])))
+        for start in range(0, shape[0], num_rows):
+            rows = slice(start, start + num_rows)
+            if not torch.equal(one[rows].double(), other[rows].double()):
+                return True
+    return False
 
 
 def fill_randomly(targets: dict[str, torch.Tensor], seed: int, parts: Mapping[str, TensorPart] | None = None) -> None:
@@ -113,48 +118,55 @@ def fill_randomly(targets: dict[str, torch.Tensor], seed: int, parts: Mapping[st
             view.copy_(whole[part.index(whole.shape)])
 
 
-def _safetensors_files(folder: Path) -> list[Path]:
-    index = read_json(folder, "model.safetensors.index.json")
-    if index is not None:
-        shards = index.get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise ModelLoadError(f"{folder / 'model.safetensors.index.json'} has no weight_map; download it again")
-        names = sorted({str(shard) for shard in shards.values()})
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise ModelLoadError(f"the index of {folder} names files outside the folder: {', '.join(outside)}")
-        there = {path.name for path in folder.iterdir() if path.is_file()}
-        missing = [name for name in names if name not in there]
-        if missing:
-            raise ModelLoadError(f"the index of {folder} names shards that are not there: {_first(missing)}")
-        return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if files:
-        return files
-    pickles = sorted(path.name for pattern in PICKLE_PATTERNS for path in folder.glob(pattern))
-    if pickles:
-        raise ModelLoadError(
-            f"{folder} has pickled weights only ({', '.join(pickles[:3])}), which can run code when read; "
-            "convert them to safetensors (transformers: save_pretrained)"
-        )
-    raise ModelLoadError(f"{folder} has no *.safetensors; load_format='dummy' runs with random weights")
-
-
-def _tensor_names(files: list[Path]) -> dict[Path, list[str]]:
-    names = {}
-    for path in files:
+def _stored_tensors(folder: Path, known: Collection[str]) -> dict[str, StoredTensor]:
+    """The tensors of a folder by the names that a model knows them by."""
+    stored: dict[str, StoredTensor] = {}
+    for path in weight_files(folder):
         with _open(path) as tensors:
-            names[path] = list(tensors.keys())
-    return names
+            names = list(tensors.keys())
+        for own_name in names:
+            name = _known_name(own_name, known)
+            if name in stored:
+                raise ModelLoadError(_twice(folder, name, stored[name], StoredTensor(path, own_name)))
+            stored[name] = StoredTensor(path, own_name)
+    return stored
 
 
-def _open(path: Path) -> Any:
+def _known_name(own_name: str, known: Collection[str]) -> str:
+    shorter = own_name.removeprefix(PREFIX)
+    if shorter in known:
+        return shorter
+    return PREFIX + own_name if PREFIX + own_name in known else own_name
+
+
+def _twice(folder: Path, name: str, first: StoredTensor, second: StoredTensor) -> str:
+    if first.name == second.name:
+        return f"tensor {name!r} is in both {first.path.name} and {second.path.name} of {folder}"
+    return f"{folder} has two tensors for {name!r}: {first.name!r} and {second.name!r}; take one of them out"
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """The tensors of a file, which are made on the CPU, whatever `torch.set_default_device` says."""
     try:
-        return safe_open(path, framework="pt")
+        tensors = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ModelLoadError(
             f"{path} cannot be read ({error}); it is truncated or damaged, download it again"
         ) from error
+    with tensors, torch.device("cpu"):
+        yield tensors
+
+
+@contextmanager
+def _slice(stored: StoredTensor) -> Iterator[Any]:
+    with _open(stored.path) as tensors:
+        try:
+            yield tensors.get_slice(stored.name)
+        except (SafetensorError, OSError) as error:
+            raise ModelLoadError(
+                f"{stored.path}: tensor {stored.name!r} cannot be read ({error}); download it again"
+            ) from error
 
 
 def _copy(path: Path, name: str, tensors: Any, target: torch.Tensor, part: TensorPart | None) -> None:
@@ -171,20 +183,9 @@ def _copy(path: Path, name: str, tensors: Any, target: torch.Tensor, part: Tenso
     target.copy_(tensor)
 
 
-def _check_names(folder: Path, found: set[str], wanted: set[str], ignored: set[str]) -> None:
-    missing, unexpected = sorted(wanted - found), sorted(found - wanted - ignored)
+def _check_all_there(folder: Path, missing: list[str], unused: list[str]) -> None:
     if missing:
-        near = difflib.get_close_matches(missing[0], unexpected, n=1)
+        near = difflib.get_close_matches(missing[0], unused, n=1)
         hint = f"; is {near[0]!r} meant?" if near else ""
-        raise ModelLoadError(f"{folder} lacks {_some(missing)}, which config.json implies{hint}")
-    if unexpected:
-        raise ModelLoadError(f"{folder} has {_some(unexpected)}, which no layer of config.json takes")
-
-
-def _some(names: list[str]) -> str:
-    return f"tensor{'s' if len(names) > 1 else ''} {_first(names)}"
-
-
-def _first(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(name[:200] for name in names[:3]) + more
+        tensors = f"tensor{'s' if len(missing) > 1 else ''} {first_names(missing)}"
+        raise ModelLoadError(f"{folder} lacks {tensors}, which config.json implies{hint}")
