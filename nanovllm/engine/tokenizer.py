@@ -79,26 +79,6 @@ def encode(tokenizer: PreTrainedTokenizerBase | None, text: str, *, add_special_
     return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase | None, messages: Any) -> str:
-    """A conversation as the prompt of the assistant's next message.
-
-    Raises:
-        RequestError: the checkpoint has no chat template, or the messages do not fit it.
-    """
-    if tokenizer is None or not tokenizer.chat_template:
-        raise RequestError("this checkpoint has no chat template; use generate() with a prompt of your own")
-    well_formed = isinstance(messages, (list, tuple)) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
-        for message in messages
-    )
-    if not well_formed or not messages:
-        raise RequestError(f"messages={shown(messages)} is not a non-empty list of dicts with 'role' and 'content'")
-    try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # whatever the template raises, the conversation does not fit it
-        raise RequestError(f"the chat template refuses these messages: {error}") from error
-
-
 class RequestText(Protocol):
     """The text of one request. `add` takes its next tokens and gives the next piece of text."""
 
