@@ -10,9 +10,9 @@ from typing import Any
 from tqdm import tqdm
 
 from nanovllm.engine.callers import Call, Inbox
+from nanovllm.engine.chat import ChatTemplate
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.requests import Prompt
-from nanovllm.engine.tokenizer import render_chat
 from nanovllm.errors import RequestError, shown
 from nanovllm.outputs import RequestOutput, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
@@ -84,22 +84,46 @@ class LLM(LLMEngine):
         messages: Sequence[Any],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
     ) -> list[dict[str, Any]]:
         """Answers conversations through the checkpoint's chat template.
+
+        Content is a text, None where the template allows it, or a list of parts `{"type": "text", "text": ...}`; a
+        template that takes texts alone gets the parts joined by line ends. What else is in a message (`name`,
+        `tool_calls`, `tool_call_id`, ...) reaches the template as it is. The name of a special token in a content, such
+        as `<|im_end|>`, becomes that token; take it out of texts that you do not trust.
 
         Args:
             messages: a list of dicts with `role` and `content`, or a list of such lists.
             sampling_params: as for `generate`.
             use_tqdm: as for `generate`.
+            tools: JSON schemas of the tools that the model may call, or functions with types and docstring, of which
+                transformers makes schemas.
+            chat_template_kwargs: more variables for the template, such as `{"enable_thinking": False}`.
+            add_generation_prompt: end the prompt with the beginning of an assistant's message; by default, unless
+                `continue_final_message`.
+            continue_final_message: leave the last message open, for the model to go on with.
 
         Returns:
-            As `generate`, one dict for each conversation.
+            As `generate`, one dict for each conversation; `text` is what the model added.
 
         Raises:
-            RequestError: there is no chat template, it refuses the messages, or as `generate`.
+            RequestError: there is no chat template, it refuses the messages or takes no tools, a message leaves no
+                trace in the prompt, an argument is of the wrong type, or as `generate`.
             EngineClosedError: the engine was closed.
         """
         self._check_open()
+        template = ChatTemplate(
+            self.tokenizer,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
         is_one = isinstance(messages, (list, tuple)) and bool(messages) and isinstance(messages[0], dict)
         conversations = [messages] if is_one else messages
         if not isinstance(conversations, (list, tuple)):
@@ -107,7 +131,7 @@ class LLM(LLMEngine):
         prompts = []
         for index, conversation in enumerate(conversations):
             try:
-                prompts.append(render_chat(self.tokenizer, conversation))
+                prompts.append(template.render(conversation))
             except RequestError as error:
                 raise RequestError(f"conversation {index}: {error}") from error
         requests = self._checked_requests(prompts, sampling_params, "conversation", add_special_tokens=False)

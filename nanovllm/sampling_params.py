@@ -26,7 +26,8 @@ class SamplingParams:
             None derives one from the engine's `seed` and the request's number.
         max_tokens: most tokens to generate, at least 1.
         min_tokens: tokens to generate before any end-of-sequence token, stop token or stop string counts.
-        stop: a string, or several, that end the request; the text ends before the first one found.
+        stop: a string, or several, that end the request; the text ends before the first one found. Special tokens that
+            a stop string names, alone or amid text, are those tokens as the model writes them.
         stop_token_ids: token ids that end the request, in addition to the checkpoint's own.
         ignore_eos: do not end on the checkpoint's end-of-sequence tokens.
         logprobs: None, or the number of most probable tokens (0 to 20) to report beside the chosen one.

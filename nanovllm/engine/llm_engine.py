@@ -27,8 +27,8 @@ from nanovllm.engine.observer import MOST_TIMELINES, Observer
 from nanovllm.engine.requests import Prompt
 from nanovllm.engine.scheduler import PrefillStep, Step
 from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.text import NoText, RequestText
 from nanovllm.engine.timeline import Timeline
-from nanovllm.engine.tokenizer import NoText, RequestText
 from nanovllm.engine.trace import Tracer
 from nanovllm.errors import (
     DeviceError,
@@ -827,7 +827,7 @@ class LLMEngine:
         text = self._texts[seq.request_id]
         may_stop = seq.num_output_tokens >= seq.params.min_tokens
         try:
-            piece = "" if is_stop_token else text.add([token_id], may_stop=may_stop)
+            piece = text.add_stop_token(token_id) if is_stop_token else text.add([token_id], may_stop=may_stop)
         except Exception as error:  # noqa: BLE001 - whatever a tokenizer raises ends one request, not the engine
             self._text_failed(seq, error)
             return

@@ -6,16 +6,23 @@ import operator
 import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from functools import cached_property
 
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.tokenizer import NoText, RequestText, StreamedText, WholeText, encode
+from nanovllm.engine.text import NoText, RequestText, StreamedText, Vocabulary, WholeText
+from nanovllm.engine.token_bound import TokenBound
+from nanovllm.engine.tokenizer import check_text
 from nanovllm.errors import RequestError, shown
 from nanovllm.sampling_params import SamplingParams
 
 Prompt = str | SequenceOf[int]
+
+CHARACTERS_PER_TOKEN = 8
+"""A text with more than these for each token that would fit is looked at before it is tokenized: most texts have four
+or five, and to tokenize what is far too long would take seconds and gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,16 @@ class RequestIntake:
     eos_ids: frozenset[int]
     seed: int
 
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        assert self.tokenizer is not None, "without a tokenizer there is no text"
+        return Vocabulary(self.tokenizer)
+
+    @cached_property
+    def _token_bound(self) -> TokenBound:
+        assert self.tokenizer is not None, "without a tokenizer there is no text"
+        return TokenBound(self.tokenizer)
+
     def checked_params(self, params: object) -> SamplingParams:
         """The parameters of a request, the defaults for None.
 
@@ -55,6 +72,8 @@ class RequestIntake:
             raise RequestError(f"logprobs={params.logprobs} is above the vocabulary's {self.vocab_size} tokens")
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, which this checkpoint lacks; use stop_token_ids")
+        if params.stop:
+            self._vocabulary.special_names(tuple(params.stop))
         if params.min_tokens and len(self._stop_token_ids(params)) >= self.vocab_size:
             raise RequestError("every token is a stop token, so min_tokens cannot be met; lower it to 0")
         return params
@@ -66,7 +85,7 @@ class RequestIntake:
             RequestError: it is empty, too long, or not text or token ids of this vocabulary.
         """
         if isinstance(prompt, str):
-            token_ids = encode(self.tokenizer, prompt, add_special_tokens=add_special_tokens) if prompt else []
+            token_ids = self._tokenized(prompt, add_special_tokens) if prompt else []
         elif isinstance(prompt, (list, tuple)):
             # In a flood of prompts, the loop that decodes should not look at every token.
             are_plain = set(map(type, prompt)) <= {int}
@@ -92,6 +111,17 @@ class RequestIntake:
             )
         return token_ids
 
+    def _tokenized(self, text: str, add_special_tokens: bool) -> list[int]:
+        most = min(self.max_model_len - 1, self.pool_tokens)
+        is_long = self.tokenizer is not None and len(text) > CHARACTERS_PER_TOKEN * most
+        if is_long and self._token_bound.exceeds(text, most):
+            raise RequestError(
+                f"the prompt has {len(text)} characters, which are more than {most} tokens (none is longer than "
+                f"{self._token_bound.longest} characters); with max_model_len={self.max_model_len} and a KV pool of "
+                f"{self.pool_tokens} tokens at most {most} fit"
+            )
+        return list(check_text(self.tokenizer, text).encode(text, add_special_tokens=add_special_tokens))
+
     def make(
         self, request_id: int, token_ids: list[int], params: SamplingParams, *, streamed: bool
     ) -> tuple[Sequence, RequestText]:
@@ -109,7 +139,7 @@ class RequestIntake:
         if self.tokenizer is None:
             return seq, NoText()
         if streamed or params.stop:
-            return seq, StreamedText(self.tokenizer, tuple(params.stop or ()))
+            return seq, StreamedText(self._vocabulary, tuple(params.stop or ()))
         return seq, WholeText(self.tokenizer)
 
     def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
