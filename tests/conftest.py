@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
+from nanovllm.engine import model_runner
 from tests import tiny
 
 torch.set_num_threads(1)
@@ -35,6 +36,23 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if item.config.getoption("--require-gpu"):
             pytest.fail(reason)
         pytest.skip(reason)
+
+
+TEST_POOL_BYTES = 8 * 1024**2
+"""512 blocks of the tiny checkpoint: more than its tests' requests take."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def default_pool_bytes() -> Iterator[int]:
+    """Engines that do not say how large their KV pool is have a small one; gives the size that users get.
+
+    Some stay until the process ends, as those do whose devices were lost. Ranks take the least of what they find, so
+    that this holds for worker processes too; a script that a test starts sees nothing of it and names a size.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        of_users = model_runner.CPU_POOL_BYTES
+        patch.setattr(model_runner, "CPU_POOL_BYTES", TEST_POOL_BYTES)
+        yield of_users
 
 
 @pytest.fixture(autouse=True)
