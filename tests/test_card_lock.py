@@ -9,14 +9,17 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from tests import conftest
 from tests.card_lock import lock_folder
 
 HOLD = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from tests.card_lock import cards_locked
 
 with cards_locked(Path(sys.argv[1]), alone=sys.argv[2] == "alone"):
@@ -104,3 +107,28 @@ def test_all_processes_of_a_user_find_the_same_lock():
     run = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(lock_folder())
     assert lock_folder().is_dir()
+
+
+def is_free(folder: Path, how: int) -> bool:
+    with open(folder / "cards", "w") as cards:
+        try:
+            fcntl.flock(cards, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("marks", "to_share", "to_have_alone"),
+    [((), True, True), (("gpu",), True, False), (("two_gpu",), True, False), (("gpu", "whole_card"), False, False)],
+)
+def test_a_tests_marks_say_how_it_takes_the_cards(tmp_path, monkeypatch, marks, to_share, to_have_alone):
+    monkeypatch.setattr(conftest, "num_gpus", lambda: 2)
+    monkeypatch.setattr(conftest, "lock_folder", lambda: tmp_path)
+    item = SimpleNamespace(get_closest_marker=lambda name: name if name in marks else None)
+    running = conftest.pytest_runtest_protocol(item)
+    next(running)
+    assert (is_free(tmp_path, fcntl.LOCK_SH), is_free(tmp_path, fcntl.LOCK_EX)) == (to_share, to_have_alone)
+    with pytest.raises(StopIteration):
+        running.send(True)
+    assert is_free(tmp_path, fcntl.LOCK_EX)
