@@ -1,4 +1,5 @@
-"""Runs a command and prints the most memory that it and all processes below it held at one moment, and which they were.
+"""Runs a command and prints the most memory that it and all processes below it held at one moment, which they were, and
+the CPU time that all of them took.
 
     python tools/peak_memory.py make test
 
@@ -10,7 +11,10 @@ become children of this one.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
+import os
+import resource
 import subprocess
 import sys
 import time
@@ -24,7 +28,6 @@ MIB = 1 << 20
 @dataclass(frozen=True)
 class Process:
     pid: int
-    parent: int
     depth: int  # below the command, which is 0
     pss_bytes: int
     command_line: str
@@ -69,7 +72,7 @@ def list_below(root: int) -> list[Process]:
 
     def walk(parent: int, depth: int) -> None:
         for pid in sorted(children.get(parent, [])):
-            found.append(Process(pid, parent, depth, read_pss_bytes(pid), read_command_line(pid)))
+            found.append(Process(pid, depth, read_pss_bytes(pid), read_command_line(pid)))
             walk(pid, depth + 1)
 
     walk(root, 0)
@@ -78,7 +81,7 @@ def list_below(root: int) -> list[Process]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Peak PSS of a command with all its processes.")
-    parser.add_argument("--interval", type=float, default=0.2, help="seconds between two samples (default: 0.2)")
+    parser.add_argument("--interval", type=float, default=0.5, help="seconds between two samples (default: 0.5)")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run, with its arguments")
     arguments = parser.parse_args()
     if not arguments.command:
@@ -91,14 +94,17 @@ def main() -> int:
     command = subprocess.Popen(arguments.command)
     peak: list[Process] = []
     peak_bytes, peak_at_s, samples = 0, 0.0, 0
-    own_pid = Path("/proc/self").resolve().name
     while True:
         try:
-            processes = list_below(int(own_pid))
+            processes = list_below(os.getpid())
             samples += 1
             total = sum(process.pss_bytes for process in processes)
             if total > peak_bytes:
                 peak, peak_bytes, peak_at_s = processes, total, time.monotonic() - started
+            for orphan in processes:
+                if orphan.depth == 0 and orphan.pid != command.pid:
+                    with contextlib.suppress(ChildProcessError):
+                        os.waitpid(orphan.pid, os.WNOHANG)
             command.wait(timeout=arguments.interval)
             break
         except subprocess.TimeoutExpired:
@@ -106,9 +112,11 @@ def main() -> int:
         except KeyboardInterrupt:
             continue  # the command has had it too, and ends as it sees fit
     elapsed_s = time.monotonic() - started
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    peak = [process for process in peak if process.pss_bytes]
     print(
-        f"peak {peak_bytes / MIB:.0f} MiB PSS in {sum(p.pss_bytes > 0 for p in peak)} processes, "
-        f"{peak_at_s:.1f} s after the start; {elapsed_s:.1f} s in all, {samples} samples",
+        f"peak {peak_bytes / MIB:.0f} MiB PSS in {len(peak)} processes, {peak_at_s:.1f} s after the start; "
+        f"{elapsed_s:.1f} s in all, {used.ru_utime + used.ru_stime:.1f} s of CPU, {samples} samples",
         file=sys.stderr,
     )
     for process in peak:
