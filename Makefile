@@ -2,14 +2,20 @@
 PYTHON ?= python3
 VENV := .venv
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Two processes, whatever the machine has: each holds some 400 MiB, and so do the scripts that it runs.
+PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test check clean
+.PHONY: demo test test-slow check clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python example.py
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest
+	$(PYTEST) -m "not slow"
+
+# What `make test` leaves out. `pytest` alone runs everything, in one process.
+test-slow: $(VENV)/.installed-dev
+	$(PYTEST) -m slow
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .

@@ -75,10 +75,14 @@ def model_options(folder: str | None, shape: str) -> dict[str, Any]:
 
 
 def parse_pd_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parses, after adding `--device`, `--output` and the options of mode `pd`, which other modes refuse."""
+    """Parses, after adding `--device`, `--num-kvcache-blocks`, `--output` and the options of mode `pd`, which other
+    modes refuse."""
     parser.add_argument("--kv-handoff", choices=KV_HANDOFFS, help="of mode pd, auto if not given")
     parser.add_argument("--decode-pipeline", choices=DECODE_PIPELINES, help="of mode pd, no pipeline if not given")
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--num-kvcache-blocks", type=int, help="of each device; as many as there is room for, if not given"
+    )
     parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
     for name in ("kv_handoff", "decode_pipeline"):
@@ -88,10 +92,11 @@ def parse_pd_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def mode_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Where to serve, as arguments of `LLM`: on two devices in mode `pd`."""
+    """Where to serve and in how many blocks, as arguments of `LLM`: on two devices in mode `pd`."""
+    options: dict[str, Any] = {"num_kvcache_blocks": args.num_kvcache_blocks}
     if args.mode != "pd":
-        return {}
-    options: dict[str, Any] = {"enable_two_gpu_pd": True, "kv_handoff": args.kv_handoff or "auto"}
+        return options
+    options |= {"enable_two_gpu_pd": True, "kv_handoff": args.kv_handoff or "auto"}
     if args.decode_pipeline:
         options |= {"enable_decode_pipeline": True, "decode_pipeline": args.decode_pipeline}
     return options

@@ -46,7 +46,13 @@ def make_runner(args: argparse.Namespace) -> ModelRunner:
     folder = checkpoint_folder(options.pop("model"))
     longest = max(*args.contexts, args.grow[2] if args.grow else 0) + 2 * NUM_REPLAYS
     most_requests = max(*args.batches, args.grow[0] if args.grow else 0)
-    config = EngineConfig(model=str(folder), max_model_len=longest, max_num_seqs=most_requests, **options)
+    config = EngineConfig(
+        model=str(folder),
+        max_model_len=longest,
+        max_num_seqs=most_requests,
+        num_kvcache_blocks=args.num_kvcache_blocks,
+        **options,
+    )
     device = resolve_device(args.device)
     spec = runner_spec(config, folder, read_json(folder, "config.json") or {}, device)
     pipeline = PipelineOptions(adaptive=True)
@@ -207,6 +213,7 @@ def main() -> None:
         help="also a batch of those swept whose contexts grow",
     )
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--num-kvcache-blocks", type=int, help="as many as there is room for, if not given")
     parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
     if args.grow and args.grow[0] not in args.batches:

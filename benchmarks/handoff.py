@@ -101,6 +101,9 @@ def main() -> None:
     parser.add_argument("--max-num-batched-tokens", type=int, default=16384, help="of a prefill step")
     parser.add_argument("--kv-handoff", nargs="+", default=["auto"], help="of the served prompts, one after another")
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--num-kvcache-blocks", type=int, help="of each device; as many as there is room for, if not given"
+    )
     parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
     copies: list[dict[str, Any]] = []
@@ -112,6 +115,7 @@ def main() -> None:
             enable_two_gpu_pd=True,
             kv_handoff=method,
             max_num_batched_tokens=args.max_num_batched_tokens,
+            num_kvcache_blocks=args.num_kvcache_blocks,
             max_model_len=max(args.prompt_lens) + 8,
             enable_prefix_caching=False,
         ) as llm:

@@ -270,7 +270,6 @@ def main() -> None:
     )
     parser.add_argument("--check-tokens", action="store_true", help="of untouched greedy requests; with float32")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--num-kvcache-blocks", type=int, help="few of them make requests lose their blocks to others")
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
     args = parse_pd_args(parser)
@@ -285,7 +284,6 @@ def main() -> None:
         device=args.device,
         dtype=args.dtype,
         max_model_len=args.max_model_len,
-        num_kvcache_blocks=args.num_kvcache_blocks,
         **mode_options(args),
     ) as llm:
         faults = Faults(llm, chaos_share, rng)

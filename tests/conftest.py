@@ -1,17 +1,26 @@
+"""What all tests share: one thread, small KV pools, tiny checkpoints, who may use the GPUs.
+
+Torch is imported only where it is used: with `-n` the process that hands out the tests reads this file too, and would
+hold 200 MiB for nothing.
+"""
+
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import os
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
-import torch
-from transformers import Qwen3ForCausalLM
 
-from tests import tiny
+from tests.card_lock import cards_locked, lock_folder
 
-torch.set_num_threads(1)
+if TYPE_CHECKING:
+    from transformers import Qwen3ForCausalLM
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in every process that a test starts
 
 # One run is like the next; `pytest --hypothesis-profile=search tests/test_scheduler.py` looks for what they all miss.
 hypothesis.settings.register_profile(
@@ -27,14 +36,63 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-gpu", action="store_true", help="fail, instead of skip, tests whose GPUs are missing")
 
 
+def num_gpus_needed(item: pytest.Item) -> int:
+    return 2 if item.get_closest_marker("two_gpu") else 1 if item.get_closest_marker("gpu") else 0
+
+
+def num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-timeout's: a test's time begins when it has its cards
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
+    """A test marked `whole_card` has the GPUs to itself, others share them; with or without `-n`."""
+    if not (num_gpus_needed(item) and num_gpus()):
+        return (yield)
+    with cards_locked(lock_folder(), alone=item.get_closest_marker("whole_card") is not None):
+        try:
+            return (yield)
+        finally:
+            free_cached_memory()
+
+
+def free_cached_memory() -> None:
+    """What torch keeps of a GPU's memory for this process would be missing in the others."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    needed = 2 if item.get_closest_marker("two_gpu") else 1 if item.get_closest_marker("gpu") else 0
-    if num_gpus < needed:
-        reason = f"needs {needed} CUDA GPU{'s' if needed > 1 else ''}, torch sees {num_gpus}"
+    needed = num_gpus_needed(item)
+    if needed and (found := num_gpus()) < needed:
+        reason = f"needs {needed} CUDA GPU{'s' if needed > 1 else ''}, torch sees {found}"
         if item.config.getoption("--require-gpu"):
             pytest.fail(reason)
         pytest.skip(reason)
+
+
+TEST_POOL_BYTES = 8 * 1024**2
+"""512 blocks of the tiny checkpoint: more than its tests' requests take."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def default_pool_bytes() -> Iterator[int]:
+    """Engines that do not say how large their KV pool is have a small one; gives the size that users get.
+
+    Some stay until the process ends, as those do whose devices were lost. Ranks take the least of what they find, so
+    that this holds for worker processes too; a script that a test starts sees nothing of it and names a size.
+    """
+    from nanovllm.engine import model_runner
+
+    with pytest.MonkeyPatch.context() as patch:
+        of_users = model_runner.CPU_POOL_BYTES
+        patch.setattr(model_runner, "CPU_POOL_BYTES", TEST_POOL_BYTES)
+        yield of_users
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +104,8 @@ def no_calibration_kept(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytes
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[str, Qwen3ForCausalLM]]:
     """A tiny checkpoint of a variant of `tiny.VARIANTS`: its folder and transformers' model."""
+    from tests import tiny
+
     made: dict[str, tuple[str, Qwen3ForCausalLM]] = {}
 
     def make(variant: str) -> tuple[str, Qwen3ForCausalLM]:

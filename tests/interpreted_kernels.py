@@ -18,6 +18,10 @@ from nanovllm.kernels.triton_attention import Backend  # noqa: E402
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(params=[True, False], ids=["tma", "pointers"])
 def has_tma(request, monkeypatch):
     """The interpreter plays the tensor memory accelerator too."""
@@ -27,7 +31,8 @@ def has_tma(request, monkeypatch):
 @pytest.mark.parametrize("spans", [DECODE, PREFILL], ids=["decode", "prefill"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
 @pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim", "block_size"), [(2, 2, 64, 16), (8, 2, 64, 32), (6, 2, 128, 64)]
+    ("num_heads", "num_kv_heads", "head_dim", "block_size"),
+    [slow(2, 2, 64, 16), (8, 2, 64, 32), slow(6, 2, 128, 64)],
 )
 def test_attention_equals_reference(has_tma, spans, dtype, num_heads, num_kv_heads, head_dim, block_size):
     shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "block_size": block_size}
@@ -63,7 +68,7 @@ def test_push_moves_exactly_the_listed_blocks(words, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
-@pytest.mark.parametrize("size", [64, 600])
+@pytest.mark.parametrize("size", [64, slow(600)])
 def test_fused_kernels_equal_reference(dtype, size):
     check_fused(Backend(), device="cpu", dtype=dtype, size=size)
 
@@ -72,7 +77,7 @@ def test_rows_of_a_decode_batch_equal_reference():
     check_rows(Backend(), device="cpu")
 
 
-@pytest.mark.parametrize("block_size", [32, 48, 96])
+@pytest.mark.parametrize("block_size", [32, slow(48), slow(96)])
 def test_what_steps_leave_in_unused_places_reaches_no_answer(monkeypatch, block_size):
     monkeypatch.setattr(triton_attention, "_has_tma", lambda device: True)
     check_steps(Backend(), device="cpu", dtype=torch.float16, block_size=block_size, seed=block_size)

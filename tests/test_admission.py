@@ -302,18 +302,26 @@ def simulated(name: str, policy: AdmissionPolicy, **options) -> Simulation:
     return Simulation(policy, TRACES[name], give_up_s=GIVE_UP_S, **options)
 
 
+def itl_and_rate(name: str, **options) -> tuple[float, float]:
+    """Without a target."""
+    run = simulated(name, AdmissionPolicy(64), **options)
+    return run.itl_p99_ms, run.tokens_per_s
+
+
 @pytest.mark.parametrize("name", TRACES)
 def test_itl_keeps_to_the_target_and_throughput_near_the_best_that_does(name):
     held = simulated(name, AdmissionPolicy(64, TARGET_MS * MS))
     assert held.itl_p99_ms < 1.1 * TARGET_MS
     assert held.admitted == sorted(held.admitted)
     assert held.most_under_way <= 64
-    free = simulated(name, AdmissionPolicy(64))
-    assert (free.itl_p99_ms > 1.1 * TARGET_MS) == (name != "sustainable")
+    held_tokens_per_s = held.tokens_per_s
+    del held  # its thousands of requests take as much memory as the rest of the tests
+    free_itl_p99_ms, _ = itl_and_rate(name)
+    assert (free_itl_p99_ms > 1.1 * TARGET_MS) == (name != "sustainable")
     # Whoever knows the load beforehand can find the most requests at a time that honour the target.
-    fixed = [simulated(name, AdmissionPolicy(64), max_num_seqs=number) for number in FIXED[name]]
-    best = max(run.tokens_per_s for run in fixed if run.itl_p99_ms <= 1.02 * TARGET_MS)
-    assert held.tokens_per_s > 0.9 * best
+    fixed = [itl_and_rate(name, max_num_seqs=number) for number in FIXED[name]]
+    best = max(tokens_per_s for itl_p99_ms, tokens_per_s in fixed if itl_p99_ms <= 1.02 * TARGET_MS)
+    assert held_tokens_per_s > 0.9 * best
 
 
 def test_long_answers_that_begin_together_grow_past_the_target_by_what_is_not_looked_ahead():

@@ -16,6 +16,7 @@ from nanovllm import RequestOutput, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SMALL_POOLS = ("--num-kvcache-blocks", "500")  # 32 MiB of the demo model
 
 
 @pytest.fixture
@@ -65,11 +66,11 @@ def test_a_trace_is_cut_and_ordered(online_load, tmp_path):
     assert [(r.due_s, len(r.prompt), r.params.max_tokens) for r in load] == [(0.0, 30, 30), (0.5, 7, 2), (5.0, 5, 3)]
 
 
-@pytest.mark.parametrize("mode", ["single", "pd", "dp2"])
+@pytest.mark.parametrize("mode", ["single", "pd", pytest.param("dp2", marks=pytest.mark.slow)])
 def test_it_runs_on_a_cpu_and_ends_with_a_line_of_json(mode):
     command = [
         *(sys.executable, str(BENCHMARKS / "online_load.py"), "--model", str(DEMO_MODEL_PATH), "--device", "cpu"),
-        *("--mode", mode, "--rate", "4", "6", "--duration", "2", "--max-model-len", "128"),
+        *("--mode", mode, "--rate", "4", "6", "--duration", "2", "--max-model-len", "128", *SMALL_POOLS),
     ]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -111,6 +112,7 @@ def test_the_soak_complains_of_what_was_not_planned(soak):
 PD = ["pd", "--decode-pipeline", "static", "--chaos-share", "0.1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [["single"], PD], ids=["single", "pd"])
 def test_a_short_soak_on_a_cpu_loses_nothing(mode):
     command = [
@@ -137,7 +139,7 @@ def test_the_cost_of_handoffs_on_two_logical_devices():
     command = [
         *(sys.executable, str(BENCHMARKS / "handoff.py"), "--model", str(DEMO_MODEL_PATH), "--device", "cpu"),
         *("--prompt-lens", "20", "60", "--max-num-batched-tokens", "32", "--blocks", "1", "4"),
-        *("--kv-handoff", "copy", "direct"),
+        *("--kv-handoff", "copy", "direct", *SMALL_POOLS),
     ]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -153,6 +155,7 @@ def test_what_prefill_does_to_decode_on_a_cpu(mode):
     command = [
         *(sys.executable, str(BENCHMARKS / "interference.py"), "--model", str(DEMO_MODEL_PATH), "--device", "cpu"),
         *("--mode", mode, "--num-decoding", "3", "--context", "8", "--num-tokens", "15", "--prompt-len", "40"),
+        *SMALL_POOLS,
     ]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -166,7 +169,8 @@ def test_what_prefill_does_to_decode_on_a_cpu(mode):
 
 
 def run_on_cpu(script, *arguments):
-    command = [sys.executable, str(BENCHMARKS / script), "--model", str(DEMO_MODEL_PATH), "--device", "cpu", *arguments]
+    model = ("--model", str(DEMO_MODEL_PATH), "--device", "cpu", *SMALL_POOLS)
+    command = [sys.executable, str(BENCHMARKS / script), *model, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 

@@ -31,7 +31,6 @@ def llm():
         assert llm.scheduler.decode_pool.num_held_blocks == 0
 
 
-@pytest.mark.slow
 def test_every_answer_equals_the_written_one(llm):
     assert len(QUESTIONS) >= 300
     answers = llm.chat([ask(pair["question"]) for pair in QUESTIONS], GREEDY, use_tqdm=False)

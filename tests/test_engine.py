@@ -215,6 +215,16 @@ def test_max_model_len_ends_a_request(checkpoint):
     assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 32 - len(prompt))
 
 
+def test_a_pool_that_nobody_sized_takes_half_a_gib_or_a_request(tiny_path, monkeypatch, default_pool_bytes):
+    with LLM(tiny_path, device="cpu") as llm:
+        runner = llm.decode_runner
+        assert runner.kv_pool.nbytes == model_runner.CPU_POOL_BYTES + runner.spec.block_bytes
+        monkeypatch.setattr(model_runner, "CPU_POOL_BYTES", default_pool_bytes)
+        assert runner._num_kv_blocks() * runner.spec.block_bytes == 512 * 2**20
+        monkeypatch.setattr(model_runner, "CPU_POOL_BYTES", 1)
+        assert runner._num_kv_blocks() * runner.block_size == llm.decode_runner.spec.max_model_len
+
+
 def test_generate_leaves_outputs_of_other_requests_for_step(checkpoint, llm):
     _, reference = checkpoint("gqa2")
     prompts = tiny.random_prompts(3, seed=23)

@@ -86,7 +86,7 @@ def test_runs_without_optional_packages(tiny_path):
         "import sys\n"
         "for name in ('triton', 'cuda', 'flash_attn'): sys.modules[name] = None\n"
         "from nanovllm import LLM, SamplingParams\n"
-        f"llm = LLM({tiny_path!r}, device='cpu')\n"
+        f"llm = LLM({tiny_path!r}, device='cpu', num_kvcache_blocks=100)\n"
         "print(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=3), use_tqdm=False)[0]['token_ids'])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import multiprocessing
@@ -132,6 +133,32 @@ def prompts_for(count, seed, **options):
     return [[token % 208 for token in prompt] for prompt in tiny.random_prompts(count, seed=seed, **options)]
 
 
+@functools.cache
+def fork_server():
+    """Its start method; it has imported all that a worker needs."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nanovllm.engine.builder"])
+    first = context.Process(target=gc.collect)  # it imports before it forks
+    first.start()
+    first.join()
+    return context
+
+
+@pytest.fixture(params=["forked", pytest.param("spawned", marks=pytest.mark.slow)])
+def start_method(request, monkeypatch):
+    """How workers are started: as for users, or forked from a server that has imported torch, seconds sooner.
+
+    Scripts, below, always start them as for users.
+    """
+    if request.param == "forked":
+        context = fork_server()
+        monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
+    return request.param
+
+
+uses_workers = pytest.mark.usefixtures("start_method")
+
+
 def assert_no_process_is_left():
     assert multiprocessing.active_children() == []
 
@@ -169,6 +196,7 @@ def test_ranks_draw_the_tokens_that_one_does(kind, size):
             assert torch.equal(of_rank.logprobs, alone.logprobs)
 
 
+@uses_workers
 @pytest.mark.parametrize(
     ("name", "size", "mode"),
     [*(("biased", 2, mode) for mode in MODES), ("tied", 4, "chunked"), ("tied", 4, "preempted")],
@@ -188,6 +216,7 @@ def test_greedy_tokens_equal_transformers(even, name, size, mode):
         assert answer["token_ids"] == tiny.reference_tokens(even[name, "reference"], prompt, 24)
 
 
+@uses_workers
 def test_sampled_tokens_and_logprobs_equal_those_of_one_rank(even):
     prompts = prompts_for(6, seed=5)
     params = [
@@ -206,6 +235,7 @@ def test_sampled_tokens_and_logprobs_equal_those_of_one_rank(even):
             assert other.logprob == pytest.approx(one.logprob, abs=1e-4)
 
 
+@uses_workers
 def test_aborts_change_no_other_token(even):
     prompts = prompts_for(10, seed=6, longest=50)
     greedy = SamplingParams(temperature=0, max_tokens=20)
@@ -219,6 +249,7 @@ def test_aborts_change_no_other_token(even):
         assert len(got) == 20 or outputs[request_id][-1].finish_reason == "abort"
 
 
+@uses_workers
 def test_only_what_changes_crosses(even):
     with LLM(even["biased"], device="cpu", tensor_parallel_size=2) as llm:
         sent = []
@@ -237,6 +268,7 @@ def test_only_what_changes_crosses(even):
     assert min(len(pickle.dumps(task)) for task in decodes) < 250
 
 
+@uses_workers
 def test_two_engines_at_once_do_not_mix(even):
     prompts = prompts_for(4, seed=8)
     greedy = SamplingParams(temperature=0, max_tokens=15)
@@ -254,6 +286,7 @@ def test_two_engines_at_once_do_not_mix(even):
 HOW_GONE = pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 
 
+@uses_workers
 @HOW_GONE
 def test_a_worker_that_is_gone_ends_all_requests_by_name(even, how):
     with LLM(even["biased"], device="cpu", tensor_parallel_size=2, step_timeout_s=2.0) as llm:
@@ -288,6 +321,7 @@ def hears_interrupts():
     signal.signal(signal.SIGINT, before)
 
 
+@uses_workers
 @pytest.mark.usefixtures("hears_interrupts")
 def test_an_interrupt_within_a_step_leaves_the_ranks_in_step(even):
     """Ctrl-C as it comes: to the process, some of whose threads are not the interpreter's."""
@@ -321,6 +355,7 @@ def test_an_interrupt_within_a_step_leaves_the_ranks_in_step(even):
         assert tokens == tiny.reference_tokens(even["biased", "reference"], prompt, 25)
 
 
+@uses_workers
 @pytest.mark.usefixtures("hears_interrupts")
 @pytest.mark.parametrize("raised", [SystemExit, RuntimeError])
 def test_no_interrupt_or_exit_within_a_step_is_lost(even, raised):
@@ -343,6 +378,7 @@ def test_no_interrupt_or_exit_within_a_step_is_lost(even, raised):
     assert_no_process_is_left()
 
 
+@uses_workers
 def test_what_a_lost_rank_leaves_of_a_step_is_given_to_nobody(even):
     """On GPUs what waits for a rank that is gone is ended, and the step looks as if it had been computed."""
     with LLM(even["biased"], device="cpu", tensor_parallel_size=2) as llm:
@@ -358,6 +394,7 @@ def test_what_a_lost_rank_leaves_of_a_step_is_given_to_nobody(even):
     assert isinstance(of_it[-1].error, WorkerError)
 
 
+@uses_workers
 def test_of_many_workers_the_one_that_failed_first_is_told_of(even):
     with LLM(even["biased"], device="cpu", tensor_parallel_size=4, step_timeout_s=5.0) as llm:
         workers = llm.decode_runner._followers
@@ -373,17 +410,19 @@ def hang(ranks):
     time.sleep(600)
 
 
-def test_a_worker_that_hangs_while_it_starts_is_told_of(monkeypatch):
-    monkeypatch.setattr(tensor_parallel, "START_TIMEOUT_S", 8.0)
+def test_a_worker_that_hangs_while_it_starts_is_told_of(monkeypatch, start_method):
+    timeout_s = 8 if start_method == "forked" else 20  # its imports come first, which take seconds
+    monkeypatch.setattr(tensor_parallel, "START_TIMEOUT_S", float(timeout_s))
     workers = Workers(2, hang, lambda rank: Device("cpu", rank), 60.0)
     with pytest.raises(RuntimeError, match="a rank is gone"):
         workers.ranks.least(0)
-    with pytest.raises(WorkerError, match="not all ranks have started within 8 s"):
+    with pytest.raises(WorkerError, match=f"not all ranks have started within {timeout_s} s"):
         workers.check()
     workers.abandon()
     assert_no_process_is_left()
 
 
+@uses_workers
 def test_what_fails_in_a_worker_is_told_with_its_traceback(even):
     with LLM(even["biased"], device="cpu", tensor_parallel_size=2, step_timeout_s=3.0) as llm:
         llm.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=5))
@@ -395,6 +434,7 @@ def test_what_fails_in_a_worker_is_told_with_its_traceback(even):
     assert_no_process_is_left()
 
 
+@uses_workers
 def test_a_worker_that_cannot_start_is_told_of(even):
     with pytest.raises((WorkerError, OutOfKVCacheError), match="KV pool"):
         LLM(even["biased"], device="cpu", tensor_parallel_size=2, num_kvcache_blocks=10**9)
@@ -416,6 +456,7 @@ def test_refused_sizes(even, options, message):
         LLM(even["biased"], **{"device": "cpu", **options})
 
 
+@uses_workers
 def test_an_engine_that_is_dropped_leaves_no_process(even):
     llm = LLM(even["biased"], device="cpu", tensor_parallel_size=2)
     llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)
@@ -445,7 +486,7 @@ if __name__ == "__main__":
 
 
 def test_a_script_that_does_not_close_ends_cleanly(even, tmp_path):
-    run = run_script(tmp_path, NOT_CLOSED, even["biased"], json.dumps({"device": "cpu"}))
+    run = run_script(tmp_path, NOT_CLOSED, even["biased"], json.dumps({"device": "cpu", "num_kvcache_blocks": 100}))
     assert (run.returncode, run.stderr) == (0, "")
     assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
 
@@ -488,7 +529,7 @@ if __name__ == "__main__":
     ("how", "then"), [(signal.SIGKILL, ""), (signal.SIGTERM, ""), (signal.SIGINT, "close"), (signal.SIGINT, "")]
 )
 def test_nothing_is_left_when_the_engine_is_gone(even, tmp_path, how, then):
-    check_nothing_is_left(even["biased"], {"device": "cpu"}, tmp_path, how, then)
+    check_nothing_is_left(even["biased"], {"device": "cpu", "num_kvcache_blocks": 100}, tmp_path, how, then)
 
 
 def check_nothing_is_left(path, options, tmp_path, how, then):

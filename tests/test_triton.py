@@ -17,12 +17,13 @@ triton = pytest.importorskip("triton")
 SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
-@pytest.mark.slow
-def test_kernels_in_the_interpreter_equal_the_reference():
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_kernels_in_the_interpreter_equal_the_reference(which):
     """In a process of its own: the interpreter replaces the compiler when a kernel is defined."""
     root = Path(__file__).parent.parent
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreted_kernels.py"]
+    pytest_alone = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command = [*pytest_alone, "-m", which, "tests/interpreted_kernels.py"]
     run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
 
@@ -103,7 +104,10 @@ def argument_type(name: str, dtype: str) -> str:
     return "i64" if name.endswith("_stride") or name in COUNTS else POINTER_TYPES[dtype]
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY_BYTES)
+# Each takes half a minute where triton has not kept what it compiled before.
+@pytest.mark.parametrize(
+    "capability", [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)]
+)
 def test_kernels_compile_without_a_gpu(capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

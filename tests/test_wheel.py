@@ -42,7 +42,7 @@ def test_wheel_installs_and_answers_without_optional_packages(tmp_path):
         f"assert not [name for name in {OPTIONAL[:3]!r} if util.find_spec(name)]\n"
         "from nanovllm import LLM, SamplingParams\n"
         "from nanovllm.demo import DEMO_MODEL_PATH\n"
-        "llm = LLM(DEMO_MODEL_PATH, device='cpu')\n"
+        "llm = LLM(DEMO_MODEL_PATH, device='cpu', num_kvcache_blocks=100)\n"
         "question = [{'role': 'user', 'content': 'What is the capital of France?'}]\n"
         "print(llm.chat(question, SamplingParams(temperature=0), use_tqdm=False)[0]['text'])"
     )

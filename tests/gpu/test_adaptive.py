@@ -62,6 +62,7 @@ def assert_right(tokens, prompts, reference):
         assert of_it == tiny.reference_tokens(reference, prompt, len(of_it))
 
 
+@pytest.mark.whole_card
 @pytest.mark.two_gpu
 def test_a_hundred_forced_rebalances_change_no_token_and_leak_nothing(tiny_on_disk, arranged_by_length):
     path, reference = tiny_on_disk
@@ -82,6 +83,7 @@ def test_a_hundred_forced_rebalances_change_no_token_and_leak_nothing(tiny_on_di
     assert_right(got.values(), prompts, reference)
 
 
+@pytest.mark.whole_card
 @pytest.mark.two_gpu
 def test_the_split_follows_the_contexts(tiny_on_disk, arranged_by_length):
     path, reference = tiny_on_disk
@@ -123,6 +125,7 @@ def test_lanes_that_break_are_left_out_and_come_back(tiny_on_disk, arranged_by_l
     assert_right([answer["token_ids"] for answer in answers], prompts, reference)
 
 
+@pytest.mark.whole_card
 @pytest.mark.two_gpu
 def test_the_second_engine_reads_what_the_first_measured(tiny_on_disk, monkeypatch, caplog):
     monkeypatch.setattr(decode_paths, "CALIBRATED_BATCHES", (8, 16))
@@ -178,6 +181,7 @@ if how == "hang":
 """
 
 
+@pytest.mark.whole_card
 @pytest.mark.parametrize(
     ("how", "devices"),
     [
@@ -205,6 +209,7 @@ def test_a_lost_gpu_ends_all_requests_by_name(tiny_on_disk, tmp_path, how, devic
     assert result["refused"] == "DeviceError"
 
 
+@pytest.mark.whole_card
 def test_doctor_finds_nothing_broken(capsys):
     started = time.perf_counter()
     assert doctor.run(None, 0, 1, as_json=True) == 0

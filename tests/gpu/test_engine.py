@@ -25,6 +25,7 @@ def tiny_on_disk(tmp_path_factory):
     return tiny.save(model, tmp_path_factory.mktemp("tiny64")), model
 
 
+@pytest.mark.whole_card
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize(
     "mode",
@@ -47,6 +48,7 @@ def test_float32_tokens_equal_transformers(tiny_on_disk, backend, mode):
         assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 40)
 
 
+@pytest.mark.whole_card
 def test_seeded_tokens_equal_those_of_a_cpu(tiny_on_disk):
     path, _ = tiny_on_disk
     prompts = tiny.random_prompts(6, seed=3)
@@ -57,6 +59,7 @@ def test_seeded_tokens_equal_those_of_a_cpu(tiny_on_disk):
         assert [answer["token_ids"] for answer in llm.generate(prompts, params, use_tqdm=False)] == expected
 
 
+@pytest.mark.whole_card
 @pytest.mark.parametrize("batched_tokens", [16384, 64])
 def test_demo_answers_in_bfloat16_equal_the_written_ones(batched_tokens):
     conversations = [[{"role": "user", "content": pair["question"]}] for pair in QUESTIONS]
@@ -68,6 +71,7 @@ def test_demo_answers_in_bfloat16_equal_the_written_ones(batched_tokens):
     assert not wrong
 
 
+@pytest.mark.whole_card
 def test_pool_fills_what_it_may_and_close_gives_it_back(tiny_on_disk):
     path, _ = tiny_on_disk
     free_before, total = torch.cuda.mem_get_info()

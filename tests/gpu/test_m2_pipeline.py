@@ -55,6 +55,7 @@ def test_lanes_have_the_sms_they_were_given_and_share_none(manager, split):
         assert (len(attention), len(ffn)) == split
 
 
+@pytest.mark.whole_card
 def test_a_thousand_rebalances_leak_nothing(manager):
     free = []
     for turn in range(1000):
@@ -193,6 +194,7 @@ def test_float32_tokens_equal_transformers(tiny_on_disk, num_micro_batches, eage
         assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, length)
 
 
+@pytest.mark.whole_card
 @pytest.mark.two_gpu
 def test_tokens_are_those_of_plain_decode_and_speed_is_reported(tiny_on_disk, capsys):
     """Of a tiny model, which the pipeline does not make faster: benchmarks/decode_pipeline.py is for real shapes."""
@@ -212,6 +214,7 @@ def test_tokens_are_those_of_plain_decode_and_speed_is_reported(tiny_on_disk, ca
         print(*(f"\n{mode}: {num_tokens / s:.0f} tok/s" for mode, s in seconds.items()))  # noqa: T201 - the report
 
 
+@pytest.mark.whole_card
 @pytest.mark.two_gpu
 def test_demo_answers_in_bfloat16_equal_the_written_ones():
     pairs = json.loads((Path(DEMO_MODEL_PATH) / "questions.json").read_text(encoding="utf-8"))
@@ -224,6 +227,7 @@ def test_demo_answers_in_bfloat16_equal_the_written_ones():
     assert not wrong
 
 
+@pytest.mark.whole_card
 @pytest.mark.two_gpu
 def test_lanes_overlap_and_one_stream_does_not(tiny_on_disk, monkeypatch):
     path, _ = tiny_on_disk
@@ -244,6 +248,7 @@ def test_lanes_overlap_and_one_stream_does_not(tiny_on_disk, monkeypatch):
     assert overlaps[False] > 0
 
 
+@pytest.mark.whole_card
 @pytest.mark.two_gpu
 def test_auto_calibrates_and_answers_right(tiny_on_disk, monkeypatch):
     monkeypatch.setattr(decode_paths, "CALIBRATED_BATCHES", (64, 128))

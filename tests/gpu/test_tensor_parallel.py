@@ -73,6 +73,7 @@ def test_four_ranks_give_the_tokens_of_transformers(even):
         assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 24)
 
 
+@pytest.mark.whole_card
 def test_demo_answers_in_bfloat16_equal_the_written_ones():
     pairs = json.loads((Path(DEMO_MODEL_PATH) / "questions.json").read_text(encoding="utf-8"))
     conversations = [[{"role": "user", "content": pair["question"]}] for pair in pairs]

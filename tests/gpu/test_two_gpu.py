@@ -75,6 +75,7 @@ def test_float32_tokens_equal_transformers(tiny_on_disk, monkeypatch, mode, cach
         assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 24)
 
 
+@pytest.mark.whole_card
 def test_seeded_tokens_with_random_aborts_equal_one_card(tiny_on_disk):
     path, _ = tiny_on_disk
     rng = random.Random(0)
@@ -130,6 +131,7 @@ def test_prefill_and_decode_are_in_flight_together(tiny_on_disk):
         assert together
 
 
+@pytest.mark.whole_card
 @pytest.mark.parametrize("handoff", ["copy", "push", "direct"])
 def test_a_trace_has_the_cards_own_times(tiny_on_disk, tmp_path, handoff):
     path, _ = tiny_on_disk
@@ -174,6 +176,7 @@ def test_faulty_copies_cost_a_retry(tiny_on_disk, fault):
         assert tokens_of(outputs[index]) == tiny.reference_tokens(reference, prompt, 24)
 
 
+@pytest.mark.whole_card
 @pytest.mark.parametrize("handoff", ["copy", "push", "direct"])
 def test_demo_answers_in_bfloat16_equal_the_written_ones(handoff):
     pairs = json.loads((Path(DEMO_MODEL_PATH) / "questions.json").read_text(encoding="utf-8"))
