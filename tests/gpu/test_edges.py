@@ -48,12 +48,13 @@ def test_everything_at_once(tiny_on_disk, on_cards, two_devices, seed):
     test_threads.test_everything_at_once(lambda _: tiny_on_disk, None, two_devices, seed)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("two_devices", CARDS)
 def test_close_and_interrupts(tiny_on_disk, on_cards, two_devices):
     path, _ = tiny_on_disk
     test_threads.test_close_ends_what_other_threads_are_in(path, None, two_devices, 1)
-    test_threads.test_close_from_a_signal_handler(path, int(two_devices), False)
-    test_threads.test_interrupts_as_they_come(lambda _: tiny_on_disk, two_devices)
+    test_threads.test_close_from_a_signal_handler(path, None, int(two_devices), False)
+    test_threads.test_interrupts_as_they_come(lambda _: tiny_on_disk, None, two_devices)
 
 
 @pytest.mark.parametrize("two_devices", CARDS)
