@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from common import median_ms, report
 
-from nanovllm.engine.tensor_parallel import ProcessRanks
+from nanovllm.engine.distributed.tensor_parallel import ProcessRanks
 from nanovllm.utils.device import Device
 
 NUM_SUMS = 72

@@ -22,11 +22,11 @@ from common import SHAPES, model_options, report, sm_split
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.builder import runner_spec
-from nanovllm.engine.cuda_graph import EagerSteps, StepGraphs, StepOutput
-from nanovllm.engine.decode_paths import DecodePaths, PipelineOptions
+from nanovllm.engine.execution.cuda_graph import EagerSteps, StepGraphs, StepOutput
+from nanovllm.engine.execution.decode_paths import DecodePaths, PipelineOptions
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.pipeline_plan import Arrangement, Cut, Split
-from nanovllm.engine.pipeline_statistics import LaneTimes
+from nanovllm.engine.observability.pipeline_statistics import LaneTimes
+from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut, Split
 from nanovllm.utils.checkpoint import checkpoint_folder, read_json
 from nanovllm.utils.device import Event, Stopwatch, resolve_device
 

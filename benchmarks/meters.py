@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from nanovllm import LLM
-from nanovllm.engine.decode_batch import DecodeBatch, DecodeStep
 from nanovllm.engine.model_runner import ModelRunner, StepHandle
 from nanovllm.engine.scheduler import BlockPair, Step
+from nanovllm.engine.scheduling.decode_batch import DecodeBatch, DecodeStep
 from nanovllm.utils.device import Event, wait_event
 
 

@@ -20,8 +20,8 @@ from unittest import mock
 from common import SHAPES, mode_options, model_options, parse_pd_args, report
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.metrics import Metrics
-from nanovllm.engine.timeline import Timeline
+from nanovllm.engine.observability.metrics import Metrics
+from nanovllm.engine.scheduling.timeline import Timeline
 
 WAYS = ("nothing", "metrics", "metrics and trace")
 

@@ -41,7 +41,7 @@ from common import SHAPES, mode_options, model_options, parse_pd_args, report
 from meters import BusyMeter, HandoffMeter
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.prometheus import Collector
+from nanovllm.entrypoints.prometheus import Collector
 
 Lengths = Callable[[random.Random], int]
 NUM_REPLICAS = 2

@@ -26,8 +26,8 @@ from memory import memory_mib
 
 from nanovllm import LLM, RequestOutput, SamplingParams
 from nanovllm.engine.model_runner import ModelRunner, StepHandle
-from nanovllm.engine.pipeline_plan import Arrangement, Cut
 from nanovllm.engine.scheduler import BlockPair, Step
+from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut
 from nanovllm.utils.device import Event
 
 MOST_DEVICE_GROWTH_MIB = 64

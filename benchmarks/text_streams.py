@@ -14,8 +14,8 @@ from typing import Any
 from common import report
 
 from nanovllm.demo import DEMO_MODEL_PATH
-from nanovllm.engine.text import StreamedText, Vocabulary
-from nanovllm.engine.tokenizer import load_tokenizer
+from nanovllm.engine.text.request_text import StreamedText, Vocabulary
+from nanovllm.engine.text.tokenizer import load_tokenizer
 
 PLACES = (100, 8000)
 NUM_TIMED = 200

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from nanovllm import doctor
+from nanovllm.entrypoints import doctor
 
 
 def main() -> int:

@@ -10,9 +10,9 @@ from typing import Any
 from tqdm import tqdm
 
 from nanovllm.engine.callers import Call, Inbox
-from nanovllm.engine.chat import ChatTemplate
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.requests import Prompt
+from nanovllm.engine.text.chat import ChatTemplate
 from nanovllm.errors import RequestError, shown
 from nanovllm.outputs import RequestOutput, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams

@@ -7,12 +7,13 @@ import itertools
 import pytest
 
 from nanovllm import ConfigError, GreenContextError, SamplingParams
-from nanovllm.engine import decode_paths, outage
-from nanovllm.engine.calibration import Measured
+from nanovllm.engine.execution import decode_paths
 from nanovllm.engine.green_manager import GreenManager
-from nanovllm.engine.pipeline_plan import Arrangement, Cut
 from nanovllm.engine.pipeline_scheduler import MicroBatch
-from nanovllm.engine.rebalancer import Rebalancer
+from nanovllm.engine.scheduling import outage
+from nanovllm.engine.scheduling.calibration import Measured
+from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut
+from nanovllm.engine.scheduling.rebalancer import Rebalancer
 from tests import tiny
 from tests.test_two_devices import assert_whole, two_devices
 

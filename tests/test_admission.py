@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine import admission
-from nanovllm.engine.admission import AdmissionPolicy
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.decode_batch import DecodeStep
 from nanovllm.engine.scheduler import PrefillStep, Scheduler, SchedulerLimits
+from nanovllm.engine.scheduling import admission
+from nanovllm.engine.scheduling.admission import AdmissionPolicy
+from nanovllm.engine.scheduling.decode_batch import DecodeStep
 from nanovllm.engine.sequence import Sequence, SequenceStatus
-from nanovllm.prometheus import Collector
+from nanovllm.entrypoints.prometheus import Collector
 from tests import tiny
 from tests.test_engine import drain, tokens_of
 from tests.test_metrics import phases

@@ -9,7 +9,7 @@ import pytest
 
 from nanovllm import LLM, RequestError, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
-from nanovllm.engine.chat import ChatTemplate
+from nanovllm.engine.text.chat import ChatTemplate
 from tests.tokenizers_made import byte_level
 
 PLAIN = (

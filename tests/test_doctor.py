@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from nanovllm import doctor
 from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.entrypoints import doctor
 
 
 def findings_by_check(findings):

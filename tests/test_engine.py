@@ -14,10 +14,10 @@ import torch
 
 from nanovllm import LLM, OutOfKVCacheError, RequestOutput, SamplingParams
 from nanovllm.engine import model_runner, scheduler
-from nanovllm.engine.cuda_graph import token_buckets
-from nanovllm.engine.decode_batch import DecodeStep
+from nanovllm.engine.execution.cuda_graph import token_buckets
 from nanovllm.engine.model_runner import StepHandle
 from nanovllm.engine.scheduler import PrefillStep
+from nanovllm.engine.scheduling.decode_batch import DecodeStep
 from tests import tiny
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from nanovllm import LLM, DeviceError, SamplingParams
-from nanovllm.engine import outage
 from nanovllm.engine.scheduler import PrefillStep
+from nanovllm.engine.scheduling import outage
 from nanovllm.utils.device import Device, DoneEvent
 from tests import tiny
 from tests.test_two_devices import GREEDY, TWO, assert_whole, two_devices

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from nanovllm.engine.green_manager import GreenManager
-from nanovllm.engine.pipeline_plan import Lane
+from nanovllm.engine.scheduling.pipeline_plan import Lane
 from nanovllm.errors import ConfigError, GreenContextError
 from nanovllm.utils import green_ctx
 from nanovllm.utils.device import Device

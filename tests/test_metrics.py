@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from nanovllm import LLM, EngineClosedError, SamplingParams, UnknownRequestError
-from nanovllm.engine import observer
-from nanovllm.engine.metrics import Histogram, TokenTimes
-from nanovllm.prometheus import Collector
+from nanovllm.engine.observability import observer
+from nanovllm.engine.observability.metrics import Histogram, TokenTimes
+from nanovllm.entrypoints.prometheus import Collector
 from tests import tiny
 
 

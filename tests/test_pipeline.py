@@ -10,15 +10,24 @@ import pytest
 import torch
 
 from nanovllm.engine.green_manager import GreenManager
-from nanovllm.engine.pipeline_plan import PIECES, Arrangement, Cut, Lane, PlanStep, check_plan, draw, make_plan
-from nanovllm.engine.pipeline_scheduler import PipelineScheduler
-from nanovllm.engine.pipeline_statistics import (
+from nanovllm.engine.observability.pipeline_statistics import (
     LaneTimes,
     MeanLaneTimes,
     PipelineCounters,
     lane_times,
     lines,
     statistics,
+)
+from nanovllm.engine.pipeline_scheduler import PipelineScheduler
+from nanovllm.engine.scheduling.pipeline_plan import (
+    PIECES,
+    Arrangement,
+    Cut,
+    Lane,
+    PlanStep,
+    check_plan,
+    draw,
+    make_plan,
 )
 from nanovllm.kernels import AttentionMetadata, torch_reference
 from nanovllm.models.qwen3 import Qwen3Config, Qwen3ForCausalLM

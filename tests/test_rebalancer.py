@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm.engine import outage
-from nanovllm.engine.calibration import (
+from nanovllm.engine.scheduling import outage
+from nanovllm.engine.scheduling.calibration import (
     Calibration,
     Measured,
     calibration_file,
     keep_calibration,
     load_calibration,
 )
-from nanovllm.engine.outage import Outage
-from nanovllm.engine.pipeline_plan import Arrangement, Cut
-from nanovllm.engine.rebalancer import FIRST_TRIALS, TRIAL_EVERY, Rebalancer, StepTimes
+from nanovllm.engine.scheduling.outage import Outage
+from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut
+from nanovllm.engine.scheduling.rebalancer import FIRST_TRIALS, TRIAL_EVERY, Rebalancer, StepTimes
 
 FEW, MANY = Arrangement((48, 84), Cut.GEMMS), Arrangement((64, 68), Cut.REST)
 POINTS = [

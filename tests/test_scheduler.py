@@ -7,10 +7,10 @@ import pytest
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from nanovllm import SamplingParams
-from nanovllm.engine.admission import AdmissionPolicy
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.decode_batch import DecodeRow, DecodeStep
 from nanovllm.engine.scheduler import PrefillChunk, PrefillStep, Scheduler, SchedulerLimits
+from nanovllm.engine.scheduling.admission import AdmissionPolicy
+from nanovllm.engine.scheduling.decode_batch import DecodeRow, DecodeStep
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 
 BLOCK_SIZE = 4

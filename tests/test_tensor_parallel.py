@@ -21,8 +21,8 @@ import pytest
 import torch
 
 from nanovllm import LLM, ConfigError, OutOfKVCacheError, SamplingParams, WorkerError
-from nanovllm.engine import tensor_parallel
-from nanovllm.engine.tensor_parallel import Workers
+from nanovllm.engine.distributed import tensor_parallel
+from nanovllm.engine.distributed.tensor_parallel import Workers
 from nanovllm.kernels import AttentionMetadata, torch_reference
 from nanovllm.layers.ranks import OneRank
 from nanovllm.layers.sampler import SamplingInputs, sample

@@ -15,9 +15,9 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 from nanovllm import LLM, EngineClosedError, RequestError, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine.requests import RequestIntake
-from nanovllm.engine.stops import MOST_MARKS, StopFinder, has_marks, mark
-from nanovllm.engine.text import StreamedText, Vocabulary
-from nanovllm.engine.token_bound import TokenBound
+from nanovllm.engine.text.request_text import StreamedText, Vocabulary
+from nanovllm.engine.text.stops import MOST_MARKS, StopFinder, has_marks, mark
+from nanovllm.engine.text.token_bound import TokenBound
 from tests import tiny
 from tests.tokenizers_made import KINDS, SPECIAL
 
@@ -384,7 +384,7 @@ def test_the_bound_never_refuses_what_fits(kind, data):
     text *= data.draw(st.sampled_from([1, 1, 7]))
     num_tokens = len(tokenizer.encode(text, add_special_tokens=False)) if text else 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nanovllm.engine.token_bound.CHUNK", data.draw(st.sampled_from([3, 10, 1 << 16])))
+        patch.setattr("nanovllm.engine.text.token_bound.CHUNK", data.draw(st.sampled_from([3, 10, 1 << 16])))
         assert not bound.exceeds(text, num_tokens)
 
 

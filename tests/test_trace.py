@@ -15,9 +15,9 @@ import pytest
 
 from nanovllm import LLM, ConfigError, EngineClosedError, SamplingParams
 from nanovllm.config import EngineConfig
-from nanovllm.engine import trace
 from nanovllm.engine.model_runner import ModelRunner, StepHandle
-from nanovllm.engine.trace import Tracer
+from nanovllm.engine.observability import trace
+from nanovllm.engine.observability.trace import Tracer
 from nanovllm.utils import device as devices
 from nanovllm.utils.device import Device, DeviceClock
 from tests import tiny

@@ -18,13 +18,13 @@ from nanovllm import (
     RequestError,
     SamplingParams,
 )
-from nanovllm.engine import decode_paths, kv_transfer
+from nanovllm.engine.execution import decode_paths, kv_transfer
+from nanovllm.engine.execution.kv_transfer import resolve_handoff
 from nanovllm.engine.green_manager import GreenManager
-from nanovllm.engine.kv_transfer import resolve_handoff
 from nanovllm.engine.model_runner import StepHandle
-from nanovllm.engine.pipeline_plan import Arrangement, Cut
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.scheduler import PrefillStep
+from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut
 from nanovllm.engine.sequence import SequenceStatus
 from nanovllm.utils.device import Device
 from tests import tiny

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from nanovllm import LLM
-from nanovllm.engine.kv_transfer import KVTransfer, TransferHandle
+from nanovllm.engine.execution.kv_transfer import KVTransfer, TransferHandle
 from nanovllm.engine.scheduler import BlockPair
 from nanovllm.utils.device import Event
 

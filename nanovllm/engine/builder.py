@@ -16,15 +16,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm.config import EngineConfig
-from nanovllm.engine.admission import AdmissionPolicy
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.decode_paths import PipelineOptions
-from nanovllm.engine.kv_transfer import KVTransfer, NoTransfer, PeerTransfer, resolve_handoff
+from nanovllm.engine.distributed.tensor_parallel import Workers
+from nanovllm.engine.execution.decode_paths import PipelineOptions
+from nanovllm.engine.execution.kv_transfer import KVTransfer, NoTransfer, PeerTransfer, resolve_handoff
 from nanovllm.engine.model_runner import Followers, ModelRunner, RunnerSpec
 from nanovllm.engine.requests import RequestIntake
 from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
-from nanovllm.engine.tensor_parallel import Workers
-from nanovllm.engine.tokenizer import end_of_sequence_ids, load_tokenizer, warn_of_generation_settings
+from nanovllm.engine.scheduling.admission import AdmissionPolicy
+from nanovllm.engine.text.tokenizer import end_of_sequence_ids, load_tokenizer, warn_of_generation_settings
 from nanovllm.errors import ConfigError, ModelLoadError, NanoVLLMError, shown
 from nanovllm.kernels import BackendRequirements, resolve_backend, torch_reference
 from nanovllm.layers.ranks import Ranks

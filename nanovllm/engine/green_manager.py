@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanovllm.engine.pipeline_plan import Lane, Split
+from nanovllm.engine.scheduling.pipeline_plan import Lane, Split
 from nanovllm.errors import ConfigError, GreenContextError
 from nanovllm.utils import green_ctx
 from nanovllm.utils.device import Device

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-from nanovllm.engine.kv_transfer import TransferHandle
+from nanovllm.engine.execution.kv_transfer import TransferHandle
 from nanovllm.engine.model_runner import ModelRunner, StepHandle
 from nanovllm.engine.scheduler import BlockPair, PrefillStep, Step
 from nanovllm.engine.sequence import Lease, Sequence

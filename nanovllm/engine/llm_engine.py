@@ -20,16 +20,16 @@ import numpy as np
 from nanovllm.config import EngineConfig
 from nanovllm.engine.builder import build_engine
 from nanovllm.engine.callers import Call, Inbox, Turns
-from nanovllm.engine.decode_batch import DecodeStep
 from nanovllm.engine.in_flight import Handoff, InFlight
 from nanovllm.engine.model_runner import ModelRunner, SampledOnHost, StepHandle
-from nanovllm.engine.observer import MOST_TIMELINES, Observer
+from nanovllm.engine.observability.observer import MOST_TIMELINES, Observer
+from nanovllm.engine.observability.trace import Tracer
 from nanovllm.engine.requests import Prompt
 from nanovllm.engine.scheduler import PrefillStep, Step
+from nanovllm.engine.scheduling.decode_batch import DecodeStep
+from nanovllm.engine.scheduling.timeline import Timeline
 from nanovllm.engine.sequence import Sequence, SequenceStatus
-from nanovllm.engine.text import NoText, RequestText
-from nanovllm.engine.timeline import Timeline
-from nanovllm.engine.trace import Tracer
+from nanovllm.engine.text.request_text import NoText, RequestText
 from nanovllm.errors import (
     DeviceError,
     EngineClosedError,

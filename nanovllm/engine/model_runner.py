@@ -16,15 +16,15 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from nanovllm.engine.cuda_graph import StepGraphs, StepOutput, token_buckets
-from nanovllm.engine.decode_batch import DecodeStep
-from nanovllm.engine.decode_paths import DecodePaths, PipelineOptions
-from nanovllm.engine.decode_rows import DecodeRows, RowChanges
-from nanovllm.engine.model_inputs import ModelInputs, SamplingArrays, block_list, sampling_arrays
-from nanovllm.engine.pipeline_plan import Arrangement
-from nanovllm.engine.pipeline_statistics import lines
-from nanovllm.engine.prefill_buffers import PrefillBuffers
+from nanovllm.engine.execution.cuda_graph import StepGraphs, StepOutput, token_buckets
+from nanovllm.engine.execution.decode_paths import DecodePaths, PipelineOptions
+from nanovllm.engine.execution.decode_rows import DecodeRows, RowChanges
+from nanovllm.engine.execution.model_inputs import ModelInputs, SamplingArrays, block_list, sampling_arrays
+from nanovllm.engine.execution.prefill_buffers import PrefillBuffers
+from nanovllm.engine.observability.pipeline_statistics import lines
 from nanovllm.engine.scheduler import MOST_PREFILL_REQUESTS, BlockPair, PrefillStep, Step
+from nanovllm.engine.scheduling.decode_batch import DecodeStep
+from nanovllm.engine.scheduling.pipeline_plan import Arrangement
 from nanovllm.errors import (
     DeviceError,
     HandoffError,

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 
 from nanovllm.engine.green_manager import GreenManager
-from nanovllm.engine.pipeline_plan import Arrangement, Cut, Lane, PlanStep, check_plan, make_plan
-from nanovllm.engine.pipeline_statistics import LaneClock
+from nanovllm.engine.observability.pipeline_statistics import LaneClock
+from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut, Lane, PlanStep, check_plan, make_plan
 from nanovllm.kernels import AttentionMetadata
 from nanovllm.models.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
 

@@ -12,9 +12,9 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.text import NoText, RequestText, StreamedText, Vocabulary, WholeText
-from nanovllm.engine.token_bound import TokenBound
-from nanovllm.engine.tokenizer import check_text
+from nanovllm.engine.text.request_text import NoText, RequestText, StreamedText, Vocabulary, WholeText
+from nanovllm.engine.text.token_bound import TokenBound
+from nanovllm.engine.text.tokenizer import check_text
 from nanovllm.errors import RequestError, shown
 from nanovllm.sampling_params import SamplingParams
 

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-from nanovllm.engine.admission import LOOK_AHEAD_STEPS, AdmissionPolicy
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.decode_batch import DecodeBatch, DecodeRow, DecodeStep
-from nanovllm.engine.outage import Outage
+from nanovllm.engine.scheduling.admission import LOOK_AHEAD_STEPS, AdmissionPolicy
+from nanovllm.engine.scheduling.decode_batch import DecodeBatch, DecodeRow, DecodeStep
+from nanovllm.engine.scheduling.outage import Outage
 from nanovllm.engine.sequence import Lease, Sequence, SequenceStatus
 from nanovllm.errors import OutOfKVCacheError
 from nanovllm.outputs import FinishReason

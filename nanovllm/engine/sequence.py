@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from nanovllm.engine.timeline import Timeline
+from nanovllm.engine.scheduling.timeline import Timeline
 from nanovllm.outputs import FinishReason, RequestOutput, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 

@@ -11,12 +11,14 @@ import time
 import pytest
 import torch
 
-from nanovllm import LLM, SamplingParams, doctor
-from nanovllm.engine import decode_paths, outage
-from nanovllm.engine.calibration import Measured
-from nanovllm.engine.cuda_graph import StepGraphs
-from nanovllm.engine.pipeline_plan import Arrangement, Cut
-from nanovllm.engine.rebalancer import Rebalancer
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.execution import decode_paths
+from nanovllm.engine.execution.cuda_graph import StepGraphs
+from nanovllm.engine.scheduling import outage
+from nanovllm.engine.scheduling.calibration import Measured
+from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut
+from nanovllm.engine.scheduling.rebalancer import Rebalancer
+from nanovllm.entrypoints import doctor
 from tests import tiny
 from tests.test_two_devices import assert_whole
 

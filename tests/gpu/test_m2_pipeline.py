@@ -11,11 +11,12 @@ import torch
 
 from nanovllm import LLM, GreenContextError, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
-from nanovllm.engine import decode_paths, pipeline_scheduler
-from nanovllm.engine.cuda_graph import StepGraphs
+from nanovllm.engine import pipeline_scheduler
+from nanovllm.engine.execution import decode_paths
+from nanovllm.engine.execution.cuda_graph import StepGraphs
 from nanovllm.engine.green_manager import GreenManager
-from nanovllm.engine.pipeline_plan import Arrangement, Cut, Lane
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
+from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut, Lane
 from nanovllm.kernels import AttentionMetadata, cuda_gemm
 from nanovllm.kernels.triton_attention import Backend
 from nanovllm.kernels.triton_stamps import sms_of_streams

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from nanovllm import LLM, ConfigError, SamplingParams, WorkerError
 from nanovllm.demo import DEMO_MODEL_PATH
-from nanovllm.engine.tensor_parallel import ProcessRanks, Workers
+from nanovllm.engine.distributed.tensor_parallel import ProcessRanks, Workers
 from nanovllm.kernels.cuda_all_reduce import PeerAllReduce
 from nanovllm.utils.device import Device
 from tests import tiny

@@ -13,7 +13,7 @@ import torch
 
 from nanovllm import LLM, ModelLoadError, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
-from nanovllm.engine import kv_transfer
+from nanovllm.engine.execution import kv_transfer
 from nanovllm.utils import device as device_module
 from tests import tiny
 from tests.test_engine import drain, tokens_of

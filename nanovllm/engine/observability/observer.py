@@ -12,12 +12,12 @@ from typing import Any
 
 from nanovllm.engine.builder import EngineParts
 from nanovllm.engine.in_flight import Handoff, InFlight
-from nanovllm.engine.metrics import Metrics
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.observability.metrics import Metrics
+from nanovllm.engine.observability.trace import Moments, Tracer
 from nanovllm.engine.scheduler import BlockPair, PrefillStep
+from nanovllm.engine.scheduling.timeline import Timeline
 from nanovllm.engine.sequence import Sequence, SequenceStatus
-from nanovllm.engine.timeline import Timeline
-from nanovllm.engine.trace import Moments, Tracer
 from nanovllm.utils.device import DeviceClock
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanovllm.engine.decode_batch import DecodeRow, DecodeStep
+from nanovllm.engine.scheduling.decode_batch import DecodeRow, DecodeStep
 from nanovllm.engine.sequence import Lease
 from nanovllm.kernels import SLOT_NUMBERS, AttentionBackend, AttentionMetadata, SlotNumber
 from nanovllm.layers.sampler import SamplingInputs

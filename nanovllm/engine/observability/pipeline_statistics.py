@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanovllm.engine.pipeline_plan import Arrangement, Lane, PlanStep
+from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Lane, PlanStep
 from nanovllm.utils.device import Device, DeviceClock
 
 NUM_SAMPLED_LAYERS = 2

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.engine.pipeline_statistics import LaneMoments
+from nanovllm.engine.observability.pipeline_statistics import LaneMoments
 from nanovllm.layers.sampler import SampledTokens
 
 logger = logging.getLogger(__name__)

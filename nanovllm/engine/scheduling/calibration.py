@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanovllm.engine.pipeline_plan import Arrangement
+from nanovllm.engine.scheduling.pipeline_plan import Arrangement
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from nanovllm.engine.calibration import MARGIN, Calibration
-from nanovllm.engine.outage import Outage
-from nanovllm.engine.pipeline_plan import Arrangement
+from nanovllm.engine.scheduling.calibration import MARGIN, Calibration
+from nanovllm.engine.scheduling.outage import Outage
+from nanovllm.engine.scheduling.pipeline_plan import Arrangement
 
 TRIAL_EVERY = 16
 """One of so many decisions is for something else than what seems best, to see whether it still is not."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from nanovllm.engine.model_inputs import ModelInputs, block_list
+from nanovllm.engine.execution.model_inputs import ModelInputs, block_list
 from nanovllm.engine.scheduler import PrefillStep
 from nanovllm.kernels import AttentionMetadata
 from nanovllm.layers.sampler import SamplingInputs

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from nanovllm.engine.stops import MOST_MARKS, StopFinder, has_marks, mark
+from nanovllm.engine.text.stops import MOST_MARKS, StopFinder, has_marks, mark
 from nanovllm.errors import RequestError
 
 NUM_CONTEXT = 4

@@ -16,10 +16,10 @@ from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from nanovllm.engine.decode_batch import DecodeStep
 from nanovllm.engine.scheduler import PrefillStep, Step
+from nanovllm.engine.scheduling.decode_batch import DecodeStep
+from nanovllm.engine.scheduling.timeline import Span
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.timeline import Span
 from nanovllm.errors import ConfigError, shown
 
 logger = logging.getLogger(__name__)

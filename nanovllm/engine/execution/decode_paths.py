@@ -21,12 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from nanovllm.engine.calibration import Calibration, Measured, keep_calibration, load_calibration
-from nanovllm.engine.cuda_graph import EagerSteps, StepGraphs, StepOutput, batch_buckets, bucket_for
+from nanovllm.engine.execution.cuda_graph import EagerSteps, StepGraphs, StepOutput, batch_buckets, bucket_for
 from nanovllm.engine.green_manager import GreenManager
-from nanovllm.engine.pipeline_plan import Arrangement, Cut, Split
-from nanovllm.engine.pipeline_scheduler import PipelineScheduler
-from nanovllm.engine.pipeline_statistics import (
+from nanovllm.engine.observability.pipeline_statistics import (
     Anchor,
     LaneMoments,
     LaneTimes,
@@ -34,8 +31,11 @@ from nanovllm.engine.pipeline_statistics import (
     PipelineCounters,
     statistics,
 )
-from nanovllm.engine.rebalancer import Rebalancer, StepTimes
-from nanovllm.engine.trace import Tracer
+from nanovllm.engine.observability.trace import Tracer
+from nanovllm.engine.pipeline_scheduler import PipelineScheduler
+from nanovllm.engine.scheduling.calibration import Calibration, Measured, keep_calibration, load_calibration
+from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut, Split
+from nanovllm.engine.scheduling.rebalancer import Rebalancer, StepTimes
 from nanovllm.errors import BackendUnavailableError, ConfigError, GreenContextError
 from nanovllm.utils.device import Stopwatch, driver_version
 from nanovllm.version import __version__

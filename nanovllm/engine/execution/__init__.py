@@ -1,0 +1,1 @@
+"""What runs on a device: inputs, graphs, paths of a decode step, copies of KV."""

@@ -1,0 +1,1 @@
+"""Decisions: plain Python that returns small dataclasses. Imports no torch."""

@@ -1,0 +1,1 @@
+"""Commands and adapters for programs outside the package."""
