@@ -121,7 +121,7 @@ def main() -> None:
         flood = run(llm, requests, running, dues_s, args)
         for request_id in running:
             llm.abort(request_id)
-        while not llm.is_finished() or llm._in_flight or llm._handoffs:
+        while not llm.is_finished() or llm._steps or llm._handoffs:
             llm.step()
         llm.scheduler.check_integrity()
     titles = ("arrived/s", "ended/s", "ITL p50", "p99", "max", "decode", "backlog", "preempted")

@@ -184,7 +184,7 @@ class LLM(LLMEngine):
                 for token_ids, params in requests:
                     new = self._new_request(token_ids, params, inbox, streamed=False)
                     answers[new.seq.request_id] = _Answer(token_ids, params.logprobs is not None)
-                    self._arrived.append(new)
+                    self._mailbox.arrived.append(new)
                 self._run(call, inbox, answers, progress)
         finally:
             self._abandon(inbox)

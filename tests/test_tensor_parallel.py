@@ -206,7 +206,7 @@ def test_greedy_tokens_equal_transformers(even, name, size, mode):
     with LLM(even[name], device="cpu", tensor_parallel_size=size, **MODES[mode]) as llm:
         answers = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
         again = llm.generate(prompts[4:], SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
-        while llm._in_flight:
+        while llm._steps:
             llm.step()
         llm.scheduler.check_integrity()
         assert llm.scheduler.decode_pool.num_held_blocks == 0

@@ -21,6 +21,8 @@ from nanovllm.engine.distributed.tensor_parallel import Workers
 from nanovllm.engine.execution.decode_paths import PipelineOptions
 from nanovllm.engine.execution.kv_transfer import KVTransfer, NoTransfer, PeerTransfer, resolve_handoff
 from nanovllm.engine.model_runner import Followers, ModelRunner, RunnerSpec
+from nanovllm.engine.observability.trace import Tracer
+from nanovllm.engine.observer import Observer
 from nanovllm.engine.requests import RequestIntake
 from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
 from nanovllm.engine.scheduling.admission import AdmissionPolicy
@@ -31,7 +33,7 @@ from nanovllm.layers.ranks import Ranks
 from nanovllm.models import resolve_model
 from nanovllm.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 from nanovllm.utils.checkpoint import checkpoint_folder, read_json
-from nanovllm.utils.device import Device, resolve_device, resolve_device_pair
+from nanovllm.utils.device import Device, DeviceClock, resolve_device, resolve_device_pair
 from nanovllm.utils.loader import differ
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ class EngineParts:
     kv_transfer: KVTransfer
     scheduler: Scheduler
     intake: RequestIntake
+    observer: Observer
 
 
 def build_engine(config: EngineConfig) -> EngineParts:
@@ -62,6 +65,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
         OutOfKVCacheError: a KV pool does not fit.
         WorkerError: one of several ranks did not start.
     """
+    tracer = None if config.trace is None else Tracer(config.trace)
     folder = checkpoint_folder(config.model, config.revision)
     hf_config = read_json(folder, "config.json") or {}
     devices = resolve_devices(config)
@@ -72,7 +76,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
     with ONE_AT_A_TIME:
         prefill_runner, decode_runner, kv_transfer = build_runners(config, spec, devices)
     try:
-        return _parts(config, prefill_runner, decode_runner, kv_transfer, tokenizer, eos_ids)
+        return _parts(config, prefill_runner, decode_runner, kv_transfer, tokenizer, eos_ids, tracer)
     except BaseException:
         decode_runner.close_followers()
         raise
@@ -85,6 +89,7 @@ def _parts(
     kv_transfer: KVTransfer,
     tokenizer: PreTrainedTokenizerBase | None,
     eos_ids: frozenset[int],
+    tracer: Tracer | None,
 ) -> EngineParts:
     spec = decode_runner.spec
     scheduler = build_scheduler(config, prefill_runner, decode_runner)
@@ -99,7 +104,20 @@ def _parts(
         eos_ids=eos_ids,
         seed=config.seed,
     )
-    return EngineParts(tokenizer, prefill_runner, decode_runner, kv_transfer, scheduler, intake)
+    if tracer is not None:
+        for runner in {prefill_runner, decode_runner}:
+            runner.clock = DeviceClock(runner.device)
+        if decode_runner.decode_paths is not None:
+            decode_runner.decode_paths.tracer = tracer
+    observer = Observer(
+        scheduler,
+        prefill_runner,
+        decode_runner,
+        kv_transfer.name,
+        tracer,
+        verifies_handoffs=config.verify_kv_handoff,
+    )
+    return EngineParts(tokenizer, prefill_runner, decode_runner, kv_transfer, scheduler, intake, observer)
 
 
 def resolved_options(

@@ -16,12 +16,13 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from nanovllm.engine.execution.cuda_graph import EagerSteps, StepGraphs, StepOutput, batch_buckets, bucket_for
+from nanovllm.engine.execution.decode_rows import DecodeRows
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.observability.pipeline_statistics import (
     Anchor,
@@ -37,11 +38,9 @@ from nanovllm.engine.scheduling.calibration import Calibration, Measured, keep_c
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut, Split
 from nanovllm.engine.scheduling.rebalancer import Rebalancer, StepTimes
 from nanovllm.errors import BackendUnavailableError, ConfigError, GreenContextError
-from nanovllm.utils.device import Stopwatch, driver_version
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.utils.device import Device, DeviceClock, Stopwatch, driver_version
 from nanovllm.version import __version__
-
-if TYPE_CHECKING:
-    from nanovllm.engine.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +86,24 @@ class _TimedStep:
     anchor: Anchor | None
 
 
+class DecodeCore(Protocol):
+    """What decode steps are made of, on one device; see `ModelRunner`."""
+
+    device: Device
+    model: Qwen3ForCausalLM
+    clock: DeviceClock | None
+    decode_rows: DecodeRows | None
+    graph_pool: Any
+    spec: Any
+
+    @property
+    def uses_graphs(self) -> bool: ...
+
+    def run_decode_core(self, size: int, arrangement: Arrangement | None = None) -> StepOutput: ...
+
+    def synchronize(self, *, copies: bool = True) -> None: ...
+
+
 class DecodePaths:
     """The ways in which a runner's decode steps can run.
 
@@ -100,7 +117,7 @@ class DecodePaths:
         GreenContextError: the SMs can be split, but not as `options` has it.
     """
 
-    def __init__(self, runner: ModelRunner, options: PipelineOptions | None) -> None:
+    def __init__(self, runner: DecodeCore, options: PipelineOptions | None) -> None:
         self._runner = runner
         self._options = options
         self._profiles = options is not None and options.profiling
