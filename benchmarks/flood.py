@@ -58,7 +58,7 @@ def run(llm: LLM, requests: list[Request], running: set[int], dues_s: list[float
             if output.finished:
                 running.discard(output.request_id)
                 num_ended += 1
-        most_backlog = max(most_backlog, len(llm.scheduler._under_way))
+        most_backlog = max(most_backlog, len(llm.scheduler._prefill_backlog))
     after = llm.metrics()
     gaps = [later - earlier for times in token_times.values() for earlier, later in itertools.pairwise(times)]
     steps = after["decode_steps"] - before["decode_steps"]

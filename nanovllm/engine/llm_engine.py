@@ -31,7 +31,7 @@ from nanovllm.engine.scheduler import PrefillStep, Step
 from nanovllm.engine.scheduling.decode_batch import DecodeStep
 from nanovllm.engine.scheduling.timeline import Timeline
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import DeviceError, EngineClosedError, UnknownRequestError, shown
+from nanovllm.errors import DeviceError, EngineClosedError, UnknownRequestError, short_repr
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
@@ -160,7 +160,7 @@ class LLMEngine:
         seq = self._find(request_id)
         if seq is None or seq.is_finished or self._mailbox.is_aborting(seq):
             raise UnknownRequestError(
-                f"request {shown(request_id)} is not known or has ended; abort takes a running one"
+                f"request {short_repr(request_id)} is not known or has ended; abort takes a running one"
             )
         self._mailbox.aborts.append(Abort(seq, is_known=True))
         self._read_mail()
@@ -206,7 +206,7 @@ class LLMEngine:
             timeline = self._observer.timeline(request_id)
         if timeline is None:
             raise UnknownRequestError(
-                f"request {shown(request_id)} is not known, or ended before the last {MOST_TIMELINES} that did"
+                f"request {short_repr(request_id)} is not known, or ended before the last {MOST_TIMELINES} that did"
             )
         return timeline
 
@@ -264,7 +264,7 @@ class LLMEngine:
             if self._recovery.device_error is None:
                 self._settle()
         finally:
-            self.decode_runner.close_followers()
+            self.decode_runner.close_workers()
         self._observer.dropped(self._steps.drop(), self._handoffs.drop())
         self.scheduler.start_over(self._requests.unfinished(), ())  # whatever state an interrupt left
         for seq in self._requests.unfinished():
@@ -383,7 +383,7 @@ class LLMEngine:
         if self._handoffs.collect():
             self._progressed()
         self._check_steps_end()
-        self._observer.look_at_outage()
+        self._observer.log_prefill_health()
         for seq in self.scheduler.get_failed_sequences():
             self._requests.emit(seq)
 
@@ -417,7 +417,7 @@ class LLMEngine:
 
     def _check_steps_end(self) -> None:
         """Raises DeviceError if the first step on a device has had its time, WorkerError if a rank is gone."""
-        self.decode_runner.check_followers()
+        self.decode_runner.check_workers()
         timeout_s = self.config.step_timeout_s
         late = self._steps.late(timeout_s)
         if late is not None:
@@ -425,7 +425,7 @@ class LLMEngine:
                 f"{late.runner.device} is lost: a {late.kind} step of {len(late.step.rows)} requests has not ended "
                 f"within step_timeout_s={timeout_s}"
             )
-            raise late.runner.blame(error)
+            raise late.runner.diagnose(error)
 
     def _launch_steps(self) -> bool:
         launched = False
@@ -471,7 +471,7 @@ class LLMEngine:
         if isinstance(step, DecodeStep):
             for work in self._steps.of(runner):
                 self._collect(work)
-            runner.forget_decode_rows()
+            runner.forget_device_batch()
         halves = self.scheduler.split(step)
         if halves is not None:
             launched = [self._launch(runner, half) for half in halves]
@@ -486,7 +486,7 @@ class LLMEngine:
         retry = seq.failures == 0
         logger.warning("request %d failed (%s); %s", seq.request_id, error, "retrying" if retry else "giving up")
         self.scheduler.fail(seq, error)
-        self._observer.look_at_outage()
+        self._observer.log_prefill_health()
         self._progressed()
 
     def _progressed(self) -> None:
@@ -521,7 +521,7 @@ class LLMEngine:
 
     def _collect(self, work: InFlight) -> None:
         sampled = work.handle.collect()
-        work.runner.check_followers()  # a step that waited for a rank that is gone was ended, with anything in it
+        work.runner.check_workers()  # a step that waited for a rank that is gone was ended, with anything in it
         self._steps.remove(work)
         self._observer.step_ended(work)
         self._progressed()
@@ -549,18 +549,18 @@ class LLMEngine:
         if self.config.itl_target_ms is not None:
             self._observe_gap(step)
         batch, token_ids = step.batch, sampled.token_ids.tolist()
-        is_notable = step.notable(sampled.token_ids, self.scheduler.decode_pool.block_size)
+        needs_check = step.needs_host_check(sampled.token_ids, self.scheduler.decode_pool.block_size)
         counts = np.ones(len(batch), dtype=bool)
         if step.ended_leases:
             counts[:] = [seq.lease is lease for seq, lease in zip(batch.seqs, batch.leases, strict=True)]
         self._observer.times.got_tokens(batch.token_time_places[counts])
         # For every token of every request: no Python.
-        is_plain = (counts & ~is_notable).tolist()
+        is_plain = (counts & ~needs_check).tolist()
         appended = map(
             list.append, itertools.compress(batch.token_lists, is_plain), itertools.compress(token_ids, is_plain)
         )
         deque(appended, maxlen=0)
-        for place in (counts & is_notable).nonzero()[0].tolist():
+        for place in (counts & needs_check).nonzero()[0].tolist():
             self._requests.append(batch.seqs[place], token_ids[place], sampled.logprobs_of(place))
 
     def _observe_gap(self, step: DecodeStep) -> None:

@@ -127,9 +127,9 @@ class Observer:
         if self._tracer is not None:
             self._tracer.add_request(seq)
 
-    def look_at_outage(self) -> None:
+    def log_prefill_health(self) -> None:
         """Says, once, that the prefill device is left out, or works again."""
-        was_out, self._prefill_is_out = self._prefill_is_out, self._scheduler.prefill_outage.is_out
+        was_out, self._prefill_is_out = self._prefill_is_out, self._scheduler.prefill_breaker.is_out
         device = self._prefill_runner.device
         if self._prefill_is_out and not was_out:
             self._fallbacks["prefill device left out"] += 1

@@ -16,7 +16,7 @@ from nanovllm.engine.observer import Observer
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.errors import DeviceError, EngineClosedError, WorkerError
-from nanovllm.utils.device import never_free
+from nanovllm.utils.device import leak_until_exit
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class Recovery:
     def give_up_devices(self, error: DeviceError | WorkerError) -> None:
         """Leaves what is on the devices, and under way there, to the end of the process."""
         self.device_error = error
-        never_free(*self._runners, self._steps.drop(), self._handoffs, self._handoffs.drop())
+        leak_until_exit(*self._runners, self._steps.drop(), self._handoffs, self._handoffs.drop())
 
     def _mend(self) -> None:
         if self._is_whole:
@@ -121,7 +121,7 @@ class Recovery:
         is_stuck = self._handoffs.is_stuck
         for runner in self._runners:
             runner.synchronize(copies=not is_stuck)
-            runner.forget_decode_rows()
+            runner.forget_device_batch()
         self._observer.dropped(self._steps, [] if is_stuck else self._handoffs.under_way)
         stuck = self._handoffs.forget()
         self._steps.drop()

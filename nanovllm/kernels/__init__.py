@@ -17,8 +17,8 @@ import torch
 from nanovllm.errors import BackendUnavailableError
 
 
-class SlotNumber(IntEnum):
-    """What the device keeps of a decoding request, in rows of a [SLOT_NUMBERS, num_slots] int64 tensor."""
+class RowField(IntEnum):
+    """What the device keeps of a decoding request, in rows of a [NUM_ROW_FIELDS, num_slots] int64 tensor."""
 
     LAST_TOKEN = 0
     POSITION = 1
@@ -26,7 +26,7 @@ class SlotNumber(IntEnum):
     OUTPUT_INDEX = 3
 
 
-SLOT_NUMBERS = len(SlotNumber)
+NUM_ROW_FIELDS = len(RowField)
 
 NO_FINITE_TOKEN = -1
 """Sampled where logits are not finite: the host ends the request, the device goes on with some token until then."""
@@ -67,7 +67,7 @@ class AttentionMetadata:
         return self.max_query_len == 1
 
 
-class AttentionBackend(Protocol):
+class Kernels(Protocol):
     """One way to store and attend to paged KV.
 
     `kv_cache` is one layer's view of the pool, [num_blocks, 2, num_kv_heads, block_size, head_dim]: keys at 0,
@@ -178,13 +178,13 @@ class AttentionBackend(Protocol):
 
         Args:
             slots: [B] int64.
-            numbers: [SLOT_NUMBERS, num_slots] int64.
+            numbers: [NUM_ROW_FIELDS, num_slots] int64.
             temperatures: [num_slots] float32.
             block_tables: [num_slots, max_blocks] int32.
             block_size: tokens of a block.
 
         Returns:
-            Numbers [SLOT_NUMBERS, B], temperatures [B] and block tables [B, max_blocks] of the slots (what lies beyond
+            Fields [NUM_ROW_FIELDS, B], temperatures [B] and block tables [B, max_blocks] of the slots (what lies beyond
             the context may be anything), slot mapping [B] int64 and context lengths [B] int32, as in
             `AttentionMetadata`.
         """
@@ -215,7 +215,7 @@ class BackendRequirements:
 
 @dataclass(frozen=True)
 class ResolvedBackend:
-    backend: AttentionBackend
+    backend: Kernels
     block_size: int
     reason: str
 

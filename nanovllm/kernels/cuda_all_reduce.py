@@ -73,11 +73,11 @@ class PeerAllReduce:
             raise BackendUnavailableError("; ".join(sorted(failures)))
 
     def can_serve(self, x: torch.Tensor) -> bool:
-        """Whether `add_up` is for this contiguous tensor."""
+        """Whether `all_reduce` is for this contiguous tensor."""
         is_small = (self._size - 1) * x.nbytes <= MOST_BYTES_SENT
         return is_small and x.dtype in KINDS and x.nbytes % PIECE_BYTES == x.data_ptr() % PIECE_BYTES == 0
 
-    def add_up(self, x: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' tensors, in the place of this one; every rank gets the same bits."""
         name, at_a_time = (LABELLED, 1) if x.nbytes <= MOST_LABELLED_BYTES else (PLAIN, NUM_PIECES)
         num_pieces = x.nbytes // PIECE_BYTES

@@ -21,7 +21,7 @@ class Ranks(Protocol):
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """[N, n] on each rank -> [N, size * n] on all, side by side by rank."""
 
-    def least(self, number: int) -> int:
+    def all_reduce_min(self, number: int) -> int:
         """The smallest of all ranks' numbers; however long it takes until all are here."""
 
     def close(self) -> None:
@@ -40,7 +40,7 @@ class OneRank:
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
-    def least(self, number: int) -> int:
+    def all_reduce_min(self, number: int) -> int:
         return number
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from nanovllm.errors import ModelLoadError
-from nanovllm.kernels import AttentionBackend, AttentionMetadata
+from nanovllm.kernels import AttentionMetadata, Kernels
 from nanovllm.layers.attention import PagedAttention
 from nanovllm.layers.embed_head import TokenEmbedding
 from nanovllm.layers.layernorm import RMSNorm
@@ -94,7 +94,7 @@ class Qwen3DecoderLayer(nn.Module):
         self,
         config: Qwen3Config,
         rotary: RotaryEmbedding,
-        backend: AttentionBackend,
+        backend: Kernels,
         ranks: Ranks,
         *,
         dtype: torch.dtype,
@@ -199,7 +199,7 @@ class Qwen3Model(nn.Module):
     def __init__(
         self,
         config: Qwen3Config,
-        backend: AttentionBackend,
+        backend: Kernels,
         max_positions: int,
         ranks: Ranks,
         *,
@@ -265,7 +265,7 @@ class Qwen3ForCausalLM(nn.Module):
     def __init__(
         self,
         config: Qwen3Config,
-        backend: AttentionBackend,
+        backend: Kernels,
         max_positions: int,
         *,
         dtype: torch.dtype,

@@ -38,7 +38,7 @@ MOST_S_FROM_BASE = 1.0
 NUM_BASE_TRIES = 3
 
 
-def never_free(*objects: object) -> None:
+def leak_until_exit(*objects: object) -> None:
     """Keeps objects until the process is gone, past the interpreter's end.
 
     Freeing pinned memory on a lost GPU ends the process: torch raises in a destructor.

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from nanovllm.engine.execution.cuda_graph import EagerSteps, StepGraphs, StepOutput, batch_buckets, bucket_for
-from nanovllm.engine.execution.decode_rows import DecodeRows
+from nanovllm.engine.execution.device_decode_batch import DeviceDecodeBatch
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.observability.pipeline_statistics import (
     Anchor,
@@ -92,7 +92,7 @@ class DecodeCore(Protocol):
     device: Device
     model: Qwen3ForCausalLM
     clock: DeviceClock | None
-    decode_rows: DecodeRows | None
+    decode_rows: DeviceDecodeBatch | None
     graph_pool: Any
     spec: Any
 
