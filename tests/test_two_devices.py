@@ -550,7 +550,7 @@ def test_pipeline_statistics(checkpoint, capsys):
         llm.decode_runner.print_pipeline_statistics()
     assert result["total_tokens"] == sum(len(answer["token_ids"]) - 1 for answer in answers)
     assert result["avg_total_ms"] >= result["avg_attention_ms"] > 0
-    assert "[M2 Pipeline Statistics - GPU1 Decode Card]" in capsys.readouterr().out
+    assert "[M2 Pipeline Statistics - decode card cpu:1]" in capsys.readouterr().out
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 24)
     with two_devices(path, lazy=False, enable_decode_pipeline=True, decode_pipeline="disabled") as llm:

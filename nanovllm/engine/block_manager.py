@@ -1,4 +1,4 @@
-"""Who holds which block of one KV pool, and which blocks hold KV that others may share.
+"""Tracks who holds which block of one KV pool, and which blocks hold KV that others may share.
 
 Knows nothing about tensors or devices: each pool has a manager of its own.
 """

@@ -68,7 +68,7 @@ class RunnerSpec:
 
     @property
     def num_kv_heads(self) -> int:
-        """Of each rank."""
+        """KV heads of each rank."""
         return self.model_config.num_key_value_heads // self.num_ranks
 
     @property
@@ -173,7 +173,7 @@ class WorkerGroup(Protocol):
 
 
 class NoWorkers:
-    """Of a model that one rank computes."""
+    """The worker group of a model that one rank computes alone."""
 
     def dispatch(self, task: Task) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -552,14 +552,14 @@ class ModelRunner:
             return self.decode_paths.get_statistics()
 
     def take_lane_times(self) -> None:
-        """Of decode steps that have ended: for metrics, and a trace."""
+        """Takes in lane times of decode steps that have ended, for metrics and the trace."""
         if self.decode_paths is not None:
             with self._on(self.stream):
                 self.decode_paths.take_times()
 
     def print_pipeline_statistics(self) -> None:
         """The same as a table."""
-        print("\n".join(lines(self.get_pipeline_statistics())))  # noqa: T201 - what it is for
+        print("\n".join(lines(self.get_pipeline_statistics(), str(self.device))))  # noqa: T201 - what it is for
 
     def _make_prefill_buffers(self, max_step_tokens: int) -> PrefillBuffers:
         # The KV of a step's tokens is in the pool.

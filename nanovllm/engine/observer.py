@@ -21,7 +21,7 @@ from nanovllm.engine.sequence import Sequence, SequenceStatus
 logger = logging.getLogger(__name__)
 
 MOST_TIMELINES = 1000
-"""Of requests that have ended: enough to ask what just happened."""
+"""How many timelines of ended requests are kept: enough to ask what just happened."""
 
 
 @dataclass
@@ -150,7 +150,7 @@ class Observer:
     # What is asked
 
     def timeline(self, request_id: int) -> Timeline | None:
-        """Of one of the last MOST_TIMELINES requests that ended."""
+        """The timeline of one of the last MOST_TIMELINES requests that ended, None for others."""
         return self._timelines.get(request_id)
 
     def metrics(self) -> dict[str, Any]:

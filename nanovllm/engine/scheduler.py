@@ -1,4 +1,4 @@
-"""Which tokens of which requests run next, and who gives up blocks. Decides only: no torch, no devices.
+"""Chooses the next step; queues and preempts requests; accounts for KV blocks. Decides only: no torch, no devices.
 
 A request waits, gets a lease (its blocks in the decode pool, and blocks to prefill into), is prefilled in chunks,
 handed off and decoded. On one device the two pools are one object, and the blocks to prefill into are the leased ones.
@@ -25,17 +25,17 @@ from nanovllm.outputs import FinishReason
 logger = logging.getLogger(__name__)
 
 GROW_AHEAD_TOKENS = 16
-"""When a request needs a block, those that will within so many tokens get theirs with it, if blocks abound: the device
-then hears of new blocks once in several steps."""
+"""When a request needs a block, others that will need one within this many tokens get theirs too, if blocks abound: the
+device is then told of new blocks once in several steps."""
 
 MOST_PREFILL_REQUESTS = 32
-"""Requests in a prefill step: the device keeps room for so many, and pads every step to it."""
+"""Most requests in a prefill step: the device keeps room for this many, and pads every step to it."""
 ENOUGH_PREFILL_TOKENS = 4096
-"""Where somebody awaits the first token, the requests after the first get what it leaves of so many tokens: the device
-is as fast with them as with more, and the first request of a step waits for the last."""
+"""If any request of a prefill step is streamed, the step is capped at this many tokens: larger steps are no faster, and
+the first prompt would wait for the last."""
 
 MOST_FAILURES_IN_A_ROW = 2
-"""Of requests on a prefill device of its own: more are not the requests' fault."""
+"""Failures in a row on a separate prefill device that may be the requests' own fault; more are the device's."""
 
 BlockPair = tuple[int, int]
 """A block of the prefill pool and the block of the decode pool that its KV goes to."""
@@ -115,7 +115,7 @@ class Scheduler:
         """Tokens of requests that got a lease, and were looked up in the prefix cache of where they are prefilled."""
         self.num_hit_tokens = 0
         self.prefill_breaker = CircuitBreaker(MOST_FAILURES_IN_A_ROW)
-        """Of a prefill device of its own. While it is out, requests are prefilled on the decode device."""
+        """Guards a separate prefill device. While it is open, requests are prefilled on the decode device."""
         self._clear()
 
     def _clear(self) -> None:
@@ -124,13 +124,13 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._prefilling: list[Sequence] = []
         self._prefill_backlog: set[Sequence] = set()
-        """Between the beginning of their prefill and the arrival of their KV."""
+        """Requests between the start of their prefill and the arrival of their KV."""
         self._batch = HostDecodeBatch.of((), self.decode_pool.block_size)
         self._batch_has_ended_leases = False
         self._joining: list[DecodeRow] = []
         """Requests that decode and are not in the batch: new ones, and those that wait for a block."""
         self._decode_steps: list[DecodeStep] = []
-        """In flight. They count themselves on a lease (`in_flight`) only once it has ended."""
+        """Decode steps in flight. They are counted on a lease (`in_flight`) only once it has ended."""
         self._draining_leases: list[Lease] = []
         """Leases that nobody wants any more and that work in flight still touches."""
         self._blocks_reserved = False
@@ -448,7 +448,7 @@ class Scheduler:
         return reason is None
 
     def _num_tokens_ahead(self) -> int:
-        """Of the contexts of all that decode or are under way, LOOK_AHEAD_STEPS from now."""
+        """Context tokens, LOOK_AHEAD_STEPS from now, of all requests that decode or are being prefilled."""
         others = [*self._prefill_backlog, *(row.seq for row in self._joining)]
         return self._batch.num_tokens_ahead(LOOK_AHEAD_STEPS) + sum(map(_num_tokens_ahead_of, others))
 

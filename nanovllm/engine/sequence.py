@@ -16,7 +16,7 @@ from nanovllm.sampling_params import SamplingParams
 
 class SequenceStatus(Enum):
     WAITING = auto()
-    """In the queue, holding no blocks."""
+    """Waits in the queue and holds no blocks."""
     PREFILLING = auto()
     """Holds a lease and prefill blocks; some of its tokens are not yet computed."""
     HANDING_OFF = auto()
@@ -86,7 +86,7 @@ class Sequence:
     finished_s: float | None = None
 
     first_plain_position: int = field(init=False)
-    """From this position of the token fed on, sampling takes no more than temperature, seed and index."""
+    """Position of the token fed from which on sampling needs temperature, seed and index alone."""
     _block_hashes: list[int] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:

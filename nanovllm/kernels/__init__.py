@@ -44,8 +44,8 @@ class AttentionMetadata:
         query_starts: [B + 1] int32, where each request's tokens begin in T.
         max_query_len: most tokens that one request has in this step.
         max_context_len: the largest of `context_lens`, or a bound of it.
-        plan: what the backend's `plan` says of the step, None to have it asked for by each layer. It is made from the
-            other attributes as they are, and by kernels before the one that `attend` follows: not right before it.
+        plan: the result of the backend's `plan` for this step, None to have each layer compute it. It is computed from
+            the other fields. Its kernel must not be the immediate predecessor of `attend` (overlapped launch).
         num_sms: how many SMs to spread decode attention over, None for all of the GPU.
         after_store: called by each layer in turn with its view of the pool, once the step's KV is stored there and
             before it is attended to; None for nothing to do.

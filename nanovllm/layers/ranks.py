@@ -56,7 +56,7 @@ class Part:
     size: int
 
     def whole_shape(self, shape: torch.Size) -> torch.Size:
-        """Of the tensor of which `shape` is a part's."""
+        """The shape of the whole tensor of which `shape` is a part's."""
         return torch.Size(n * self.size if dim == self.dim else n for dim, n in enumerate(shape))
 
     def index(self, whole_shape: Sequence[int]) -> tuple[slice, ...]:

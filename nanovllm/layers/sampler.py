@@ -1,4 +1,4 @@
-"""From logits to tokens: greedy, temperature, top-k, top-p, min-p, log-probabilities.
+"""Samples tokens from logits: greedy, temperature, top-k, top-p, min-p, log-probabilities.
 
 Sampling is the Gumbel-max trick: the largest of logits plus Gumbel noise is distributed as their softmax.
 """

@@ -210,7 +210,7 @@ class Moment:
     _when: torch.cuda.Event | float
 
     def seconds(self) -> float:
-        """Of `time.perf_counter()`; waits for it."""
+        """The moment in seconds of `time.perf_counter()`; waits for it."""
         return self._when if isinstance(self._when, float) else self.clock.seconds_of(self._when)
 
 
@@ -222,7 +222,7 @@ def peer_access(source: Device, target: Device) -> bool:
 
 
 def driver_version() -> str | None:
-    """Of NVIDIA's kernel module, such as `580.159.03`; None where there is none."""
+    """Version of NVIDIA's kernel module, such as `580.159.03`; None where there is none."""
     try:
         about = Path("/proc/driver/nvidia/version").read_text()
     except OSError:

@@ -41,7 +41,7 @@ START_TIMEOUT_S = 600.0
 """For all ranks to load their weights and capture their graphs."""
 CLOSE_TIMEOUT_S = 5.0
 LAST_WORDS_S = 3.0
-"""So long a worker that has failed takes to say why."""
+"""How long a failed worker may take to say why it failed."""
 
 NCCL_ENVIRONMENT = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
@@ -378,7 +378,7 @@ def _leave_if_orphaned(folder: str, wait_s: float | None) -> None:
 
 
 def _is_gone(pipe: Any, process: Any) -> bool:
-    """Or is about to be: a worker that runs says nothing."""
+    """Whether a worker has ended, or is about to: one that runs says nothing."""
     return pipe.poll() or process.exitcode is not None
 
 

@@ -51,7 +51,7 @@ CALIBRATED_CUTS = (Cut.GEMMS, Cut.REST)
 """What the decode pipeline is timed for. Smaller batches it has never been worth."""
 NUM_TIMED_STEPS = 4
 HEATING_S = 0.4
-"""So long a GPU's clocks take to come down to what its power allows."""
+"""Seconds that a GPU's clocks take to come down to what its power allows."""
 DECIDE_EVERY = 8
 """Steps between two decisions; the first of them is timed."""
 
@@ -131,7 +131,7 @@ class DecodePaths:
         self.sizes: list[int] = []
         self.steps: dict[Arrangement | None, StepGraphs | EagerSteps] = {}
         self.lane_times: LaneTimes | None = None
-        """Of the last step on lanes that was timed."""
+        """Lane times of the last step on lanes that was timed."""
         self._mean_times = MeanLaneTimes()
         self._mean_context = 0.0
         self._num_contexts = 0
@@ -294,7 +294,7 @@ class DecodePaths:
             logger.warning("%s: %s works again", self.device, arrangement)
 
     def take_times(self) -> None:
-        """Of the steps that have ended; waits for none."""
+        """Takes in times of the steps that have ended; waits for none."""
         rebalancer = self.rebalancer
         while rebalancer is not None and self._timed and self._timed[0].stopwatch.is_done():
             step = self._timed.popleft()
@@ -458,7 +458,7 @@ class DecodePaths:
         return calibration
 
     def _about(self, arrangements: list[Arrangement], batches: list[int], contexts: list[int]) -> dict[str, Any]:
-        """What a calibration is of: with any other it would be another."""
+        """Cache key: a calibration is valid only for this GPU, driver, model and set of options."""
         spec, pipeline = self._runner.spec, self.pipeline
         assert pipeline is not None, "there is a pipeline to be timed"
         gpu = torch.cuda.get_device_name(self.device.index) if self.device.is_cuda else "cpu"

@@ -68,7 +68,7 @@ class NoTransfer:
 
 
 class PeerTransfer:
-    """From one runner's pool to another's, by `ModelRunner.sync_kv_cache_to`.
+    """Carries blocks from one runner's pool to another's, by `ModelRunner.sync_kv_cache_to`.
 
     Args:
         source, target: the runners.

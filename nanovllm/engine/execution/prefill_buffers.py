@@ -12,9 +12,10 @@ from nanovllm.layers.sampler import SamplingInputs
 from nanovllm.utils.device import Device
 
 NUM_TOKEN_COLUMNS = 3
-"""Of each token: its id, position and slot."""
+"""Numbers sent for each token: its id, position and slot."""
 NUM_REQUEST_COLUMNS = 6
-"""Of each request: context length, end in the step, sampled row, seed, output index, temperature; then its blocks."""
+"""Numbers sent for each request: context length, end in the step, sampled row, seed, output index, temperature; its
+blocks follow."""
 
 
 class PrefillBuffers:

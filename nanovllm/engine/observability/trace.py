@@ -25,9 +25,9 @@ from nanovllm.errors import ConfigError, short_repr
 logger = logging.getLogger(__name__)
 
 MOST_EVENTS = 1_000_000
-"""That a trace holds; what happens later is not in it. They take up to 700 bytes each until they are written."""
+"""Events that a trace holds; later ones are left out. Each takes up to 700 bytes until the trace is written."""
 MOST_REQUEST_IDS = 32
-"""That a span names."""
+"""Requests that a span names."""
 
 Moments = tuple[float, float]
 """Begin and end in seconds of `time.perf_counter()`."""

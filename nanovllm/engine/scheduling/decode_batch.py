@@ -155,7 +155,7 @@ class DecodeStep:
 
     @property
     def num_tokens(self) -> int:
-        """Of all contexts, the token fed included."""
+        """Sum of all context lengths, the token fed included."""
         return int(self.positions.sum()) + len(self.batch)
 
     @property

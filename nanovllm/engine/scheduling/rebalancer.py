@@ -20,7 +20,7 @@ MOST_TRIAL_LOSS = 0.1
 MOST_FIRST_LOSS = 0.15
 """The same for what was not yet seen FIRST_TRIALS times: a calibration may be wrong, and such trials end."""
 WEIGHT = 1 / 8
-"""At the least, of a step that was timed in the mean of those before it."""
+"""Smallest weight of a newly timed step in the running mean of the steps before it."""
 BALANCED = 0.05
 """Lanes that are busy for as long, but for so much, tell nothing about the split."""
 
