@@ -17,7 +17,8 @@ from common import SHAPES, model_options, report
 from meters import BusyMeter, HandoffMeter, seconds_between
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.model_runner import COPY_METHODS, ModelRunner
+from nanovllm.engine.execution.kv_copy import COPY_METHODS
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import BlockPair
 from nanovllm.utils.device import peer_access
 

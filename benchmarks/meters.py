@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from nanovllm import LLM
-from nanovllm.engine.model_runner import ModelRunner, StepHandle
+from nanovllm.engine.execution.step_handle import StepHandle
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import BlockPair, Step
 from nanovllm.engine.scheduling.decode_batch import DecodeStep, HostDecodeBatch
 from nanovllm.utils.device import Event, wait_event

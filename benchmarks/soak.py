@@ -25,7 +25,8 @@ from common import SHAPES, mode_options, model_options, parse_pd_args, report
 from memory import memory_mib
 
 from nanovllm import LLM, RequestOutput, SamplingParams
-from nanovllm.engine.model_runner import ModelRunner, StepHandle
+from nanovllm.engine.execution.step_handle import StepHandle
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import BlockPair, Step
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut
 from nanovllm.utils.device import Event

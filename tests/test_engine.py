@@ -14,8 +14,9 @@ import torch
 
 from nanovllm import LLM, OutOfKVCacheError, RequestOutput, SamplingParams
 from nanovllm.engine import model_runner, scheduler
+from nanovllm.engine.execution import step_handle
 from nanovllm.engine.execution.cuda_graph import token_buckets
-from nanovllm.engine.model_runner import StepHandle
+from nanovllm.engine.execution.step_handle import StepHandle
 from nanovllm.engine.scheduler import PrefillStep
 from nanovllm.engine.scheduling.decode_batch import DecodeStep
 from tests import tiny
@@ -351,14 +352,14 @@ def test_a_launch_that_fails_after_its_forward_pass_changes_no_token(checkpoint,
     """Its rows on the device are a token further than the host's; the halves must not begin from there."""
     path, reference = checkpoint("gqa2")
     prompts = tiny.random_prompts(5, seed=33)
-    copy, calls = model_runner._to_host, itertools.count(1)
+    copy, calls = step_handle._to_host, itertools.count(1)
 
     def failing(*arguments):
         if next(calls) in (moment, moment + 1):
             raise RuntimeError("injected")
         return copy(*arguments)
 
-    monkeypatch.setattr(model_runner, "_to_host", failing)
+    monkeypatch.setattr(step_handle, "_to_host", failing)
     with LLM(path, device="cpu") as llm:
         ids = [llm.add_request(prompt, GREEDY) for prompt in prompts]
         outputs = drain(llm, steps_overlap=True)

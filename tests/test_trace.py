@@ -15,7 +15,8 @@ import pytest
 
 from nanovllm import LLM, ConfigError, EngineClosedError, SamplingParams
 from nanovllm.config import EngineConfig
-from nanovllm.engine.model_runner import ModelRunner, StepHandle
+from nanovllm.engine.execution.step_handle import StepHandle
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.observability import trace
 from nanovllm.engine.observability.trace import Tracer
 from nanovllm.utils import device as devices

@@ -20,8 +20,8 @@ from nanovllm import (
 )
 from nanovllm.engine.execution import decode_paths, kv_transfer
 from nanovllm.engine.execution.kv_transfer import resolve_handoff
+from nanovllm.engine.execution.step_handle import StepHandle
 from nanovllm.engine.green_manager import GreenManager
-from nanovllm.engine.model_runner import StepHandle
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.scheduler import PrefillStep
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut

@@ -20,7 +20,9 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.distributed.tensor_parallel import Workers
 from nanovllm.engine.execution.decode_paths import PipelineOptions
 from nanovllm.engine.execution.kv_transfer import KVTransfer, NoTransfer, PeerTransfer, resolve_handoff
-from nanovllm.engine.model_runner import ModelRunner, RunnerSpec, WorkerGroup
+from nanovllm.engine.execution.runner_spec import RunnerSpec
+from nanovllm.engine.execution.worker_group import WorkerGroup
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.observability.trace import Tracer
 from nanovllm.engine.observer import Observer
 from nanovllm.engine.requests import RequestIntake

@@ -9,7 +9,8 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from nanovllm.engine.execution.kv_transfer import TransferHandle
-from nanovllm.engine.model_runner import ModelRunner, StepHandle
+from nanovllm.engine.execution.step_handle import StepHandle
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import BlockPair, PrefillStep, Step
 from nanovllm.engine.scheduling.decode_batch import DecodeStep
 from nanovllm.engine.sequence import Lease, Sequence

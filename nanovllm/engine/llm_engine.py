@@ -19,10 +19,11 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.builder import build_engine
 from nanovllm.engine.callers import Call, Inbox, Turns
 from nanovllm.engine.execution.kv_transfer import KVTransfer
+from nanovllm.engine.execution.step_handle import SampledOnHost
 from nanovllm.engine.handoffs import Handoffs
 from nanovllm.engine.in_flight import InFlight, StepsInFlight
 from nanovllm.engine.mailbox import Abort, Mailbox, NewRequest
-from nanovllm.engine.model_runner import ModelRunner, SampledOnHost
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.observer import MOST_TIMELINES
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.recovery import Recovery

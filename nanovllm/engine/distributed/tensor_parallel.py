@@ -29,7 +29,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import AllgatherOptions
 
-from nanovllm.engine.model_runner import ModelRunner, Task
+from nanovllm.engine.execution.tasks import Task
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.errors import BackendUnavailableError, WorkerError
 from nanovllm.kernels.cuda_all_reduce import PeerAllReduce
 from nanovllm.utils.device import Device, leak_until_exit
