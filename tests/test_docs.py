@@ -202,3 +202,10 @@ def test_the_quick_start_runs():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert run.returncode == 0, run.stderr
     assert len(run.stdout) > 100
+
+
+def test_the_architecture_has_a_line_for_every_module():
+    told = without_code_blocks(ROOT / "docs" / "explanation" / "architecture.md").partition("## Files")[2]
+    listed = {file for path, _ in named_files(told) for file in files_named(path)}
+    modules = {path for path in (ROOT / "nanovllm").rglob("*.py") if path.name != "__init__.py"}
+    assert sorted(map(relative, modules - listed - {ROOT / "nanovllm" / "version.py"})) == []
