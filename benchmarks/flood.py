@@ -58,7 +58,7 @@ def run(llm: LLM, requests: list[Request], running: set[int], dues_s: list[float
             if output.finished:
                 running.discard(output.request_id)
                 num_ended += 1
-        most_backlog = max(most_backlog, len(llm.scheduler._under_way))
+        most_backlog = max(most_backlog, len(llm.scheduler._prefill_backlog))
     after = llm.metrics()
     gaps = [later - earlier for times in token_times.values() for earlier, later in itertools.pairwise(times)]
     steps = after["decode_steps"] - before["decode_steps"]
@@ -121,7 +121,7 @@ def main() -> None:
         flood = run(llm, requests, running, dues_s, args)
         for request_id in running:
             llm.abort(request_id)
-        while not llm.is_finished() or llm._in_flight or llm._handoffs:
+        while not llm.is_finished() or llm._steps or llm._handoffs:
             llm.step()
         llm.scheduler.check_integrity()
     titles = ("arrived/s", "ended/s", "ITL p50", "p99", "max", "decode", "backlog", "preempted")

@@ -106,7 +106,7 @@ def measure(llm: LLM, args: argparse.Namespace) -> list[dict[str, Any]]:
         )
         flood.end()
         decode(llm, steady, args.num_tokens // 4, flood, floods=False)  # until nothing of it is in flight
-    assert steady == llm._sequences.keys(), "a steady request has ended before the last third"
+    assert steady == llm._requests.sequences.keys(), "a steady request has ended before the last third"
     return thirds
 
 

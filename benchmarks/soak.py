@@ -292,7 +292,7 @@ def main() -> None:
         early = memory_mib(llm)
         counts = soak(llm, faults, args.num_requests - args.num_requests // 10, args, rng)
         seconds = time.perf_counter() - started
-        while llm._in_flight or llm._handoffs:  # steps and copies of requests that have ended
+        while llm._steps or llm._handoffs:  # steps and copies of requests that have ended
             llm.step()
         late = memory_mib(llm)
         llm.scheduler.check_integrity()

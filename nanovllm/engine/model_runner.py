@@ -18,7 +18,7 @@ import torch
 
 from nanovllm.engine.execution.cuda_graph import StepGraphs, StepOutput, token_buckets
 from nanovllm.engine.execution.decode_paths import DecodePaths, PipelineOptions
-from nanovllm.engine.execution.decode_rows import DecodeRows, RowChanges
+from nanovllm.engine.execution.device_decode_batch import DeviceDecodeBatch, RowChanges
 from nanovllm.engine.execution.model_inputs import ModelInputs, SamplingArrays, block_list, sampling_arrays
 from nanovllm.engine.execution.prefill_buffers import PrefillBuffers
 from nanovllm.engine.observability.pipeline_statistics import lines
@@ -30,7 +30,7 @@ from nanovllm.errors import (
     HandoffError,
     ModelLoadError,
     OutOfKVCacheError,
-    shown,
+    short_repr,
 )
 from nanovllm.kernels import AttentionMetadata, ResolvedBackend
 from nanovllm.layers.ranks import OneRank, Ranks
@@ -68,7 +68,7 @@ class RunnerSpec:
 
     @property
     def num_kv_heads(self) -> int:
-        """Of each rank."""
+        """KV heads of each rank."""
         return self.model_config.num_key_value_heads // self.num_ranks
 
     @property
@@ -148,10 +148,10 @@ class DecodeTask:
 Task = PrefillTask | DecodeTask
 
 
-class Followers(Protocol):
+class WorkerGroup(Protocol):
     """The other ranks, which do what this one does."""
 
-    def led(self, task: Task) -> contextlib.AbstractContextManager[None]:
+    def dispatch(self, task: Task) -> contextlib.AbstractContextManager[None]:
         """Tells them of a task, which is run within: all do it, or none of them is of use any more.
 
         Raises:
@@ -165,23 +165,23 @@ class Followers(Protocol):
             WorkerError: one is not.
         """
 
-    def blame(self, error: BaseException) -> BaseException:
+    def diagnose(self, error: BaseException) -> BaseException:
         """What an error of this rank means, such as that another is gone."""
 
     def close(self) -> None:
         """Ends them."""
 
 
-class NoFollowers:
-    """Of a model that one rank computes."""
+class NoWorkers:
+    """The worker group of a model that one rank computes alone."""
 
-    def led(self, task: Task) -> contextlib.AbstractContextManager[None]:
+    def dispatch(self, task: Task) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def check(self) -> None:
         return
 
-    def blame(self, error: BaseException) -> BaseException:
+    def diagnose(self, error: BaseException) -> BaseException:
         return error
 
     def close(self) -> None:
@@ -200,7 +200,7 @@ class ModelRunner:
         push_to: a runner into whose pool prefill steps push the blocks that they hand over; of the same spec.
         pipeline: how decode steps use SM partitions, None for plain decode.
         ranks: those that compute the model together; every one of them makes its runner at the same time.
-        followers: on the first rank, the others.
+        workers: on the first rank, the others.
 
     Raises:
         GreenContextError: the SMs can be split, but not as `pipeline` has it.
@@ -219,11 +219,11 @@ class ModelRunner:
         push_to: ModelRunner | None = None,
         pipeline: PipelineOptions | None = None,
         ranks: Ranks | None = None,
-        followers: Followers | None = None,
+        workers: WorkerGroup | None = None,
     ) -> None:
         self.spec = spec
         self._ranks = OneRank() if ranks is None else ranks
-        self._followers = NoFollowers() if followers is None else followers
+        self._workers = NoWorkers() if workers is None else workers
         self._push_pool = None if push_to is None else push_to.kv_pool
         self.device = device
         self.clock: DeviceClock | None = None
@@ -237,7 +237,9 @@ class ModelRunner:
         self._logits: torch.Tensor | None = None
         with self._on(self.stream):
             self.model = self._load_model(weights_of)
-            self._ranks.least(0)  # none waits in a collective, which must end in time, for one that loads longer
+            self._ranks.all_reduce_min(
+                0
+            )  # none waits in a collective, which must end in time, for one that loads longer
             self.decode_paths = DecodePaths(self, pipeline) if is_decode_runner else None
             self.num_kv_blocks = self._num_kv_blocks()
             # One block more than there are to give out: what pads a step is written to it.
@@ -261,7 +263,7 @@ class ModelRunner:
             began = None if self.clock is None else self.clock.record_moment()
             task = self._prefill_task(step) if isinstance(step, PrefillStep) else self._decode_task(step)
             positions = None if isinstance(step, PrefillStep) else step.positions
-            with self._followers.led(task):
+            with self._workers.dispatch(task):
                 return StepHandle(self.device, self.run(task, positions), began)
 
     def run(self, task: Task, positions: np.ndarray | None = None) -> SampledTokens | None:
@@ -280,7 +282,7 @@ class ModelRunner:
         assert output is not None, "a step that is padded to some requests samples for them"
         return output
 
-    def forget_decode_rows(self) -> None:
+    def forget_device_batch(self) -> None:
         """What a decode step that could not be launched has left of the batch on the device is not used again."""
         if self.decode_rows is not None:
             self.decode_rows.forget()
@@ -312,7 +314,7 @@ class ModelRunner:
         graphs = self._prefill_graphs
         size = step.num_tokens if graphs is None else graphs.size_for(step.num_tokens)
         sampling = None if step.is_plain or not last else sampling_arrays(last, self.spec.model_config.vocab_size)
-        return PrefillTask(self.prefill_buffers.numbers_of(step, size), size, len(last), sampling)
+        return PrefillTask(self.prefill_buffers.pack(step, size), size, len(last), sampling)
 
     def _decode_task(self, step: DecodeStep) -> DecodeTask:
         assert self.decode_rows is not None, f"{self.device} was made for prefill, it cannot run a decode step"
@@ -381,7 +383,7 @@ class ModelRunner:
             HandoffError: the method or a block is unknown; nothing was copied.
         """
         if method not in COPY_METHODS:
-            raise HandoffError(f"method={shown(method)} is not one of {', '.join(COPY_METHODS)}")
+            raise HandoffError(f"method={short_repr(method)} is not one of {', '.join(COPY_METHODS)}")
         for block, goal in pairs:
             if not (0 <= block < self.num_kv_blocks and 0 <= goal < other.num_kv_blocks):
                 raise HandoffError(
@@ -438,22 +440,22 @@ class ModelRunner:
             while stream is not None and not stream.query():
                 if time.monotonic() > deadline_s:
                     late = DeviceError(f"{self.device} is lost: its work has not ended within {step_timeout_s=}")
-                    raise self._followers.blame(late)
-                self._followers.check()
+                    raise self._workers.diagnose(late)
+                self._workers.check()
                 time.sleep(0)
-        self._followers.check()  # what waited for one that is gone was ended
+        self._workers.check()  # what waited for one that is gone was ended
 
-    def check_followers(self) -> None:
+    def check_workers(self) -> None:
         """Raises WorkerError if another rank is gone."""
-        self._followers.check()
+        self._workers.check()
 
-    def blame(self, error: DeviceError) -> BaseException:
+    def diagnose(self, error: DeviceError) -> BaseException:
         """What it means that this device is late: with other ranks, that one of them is."""
-        return self._followers.blame(error)
+        return self._workers.diagnose(error)
 
-    def close_followers(self) -> None:
+    def close_workers(self) -> None:
         """Ends the other ranks."""
-        self._followers.close()
+        self._workers.close()
 
     def close(self) -> None:
         """Gives weights and pool back, which nothing may be using; the runner is of no use afterwards."""
@@ -550,14 +552,14 @@ class ModelRunner:
             return self.decode_paths.get_statistics()
 
     def take_lane_times(self) -> None:
-        """Of decode steps that have ended: for metrics, and a trace."""
+        """Takes in lane times of decode steps that have ended, for metrics and the trace."""
         if self.decode_paths is not None:
             with self._on(self.stream):
                 self.decode_paths.take_times()
 
     def print_pipeline_statistics(self) -> None:
         """The same as a table."""
-        print("\n".join(lines(self.get_pipeline_statistics())))  # noqa: T201 - what it is for
+        print("\n".join(lines(self.get_pipeline_statistics(), str(self.device))))  # noqa: T201 - what it is for
 
     def _make_prefill_buffers(self, max_step_tokens: int) -> PrefillBuffers:
         # The KV of a step's tokens is in the pool.
@@ -574,11 +576,13 @@ class ModelRunner:
             pushes=self._push_pool is not None,
         )
 
-    def _make_decode_rows(self) -> DecodeRows:
+    def _make_decode_rows(self) -> DeviceDecodeBatch:
         # A decoding request has a block to itself, the one it writes to.
         most_rows = min(self.spec.max_num_seqs, self.num_kv_blocks)
         backend = self.spec.attention.backend
-        return DecodeRows(self.device, backend, most_rows, self.spec.max_model_len, self.block_size, self.num_kv_blocks)
+        return DeviceDecodeBatch(
+            self.device, backend, most_rows, self.spec.max_model_len, self.block_size, self.num_kv_blocks
+        )
 
     @property
     def uses_graphs(self) -> bool:
@@ -661,7 +665,7 @@ class ModelRunner:
                 f"a KV pool of {num_blocks} blocks and a spare one takes {needed / GIB:.2f} GiB, but {where} leaves "
                 f"{max(available, 0) / GIB:.2f} GiB for it; {remedy}"
             )
-        num_blocks = self._ranks.least(num_blocks)
+        num_blocks = self._ranks.all_reduce_min(num_blocks)
         gib = (num_blocks + 1) * self.spec.block_bytes / GIB
         logger.info("%s: KV pool of %d blocks of %d tokens, %.2f GiB", self.device, num_blocks, self.block_size, gib)
         return num_blocks

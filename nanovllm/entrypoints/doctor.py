@@ -28,7 +28,7 @@ from nanovllm.version import __version__
 OK, WARNING, MISSING, FAILED = "ok", "warning", "missing", "failed"
 GIB = 1024**3
 NVLINK_BYTES_PER_S = 200e9
-"""Between what PCIe 5 and what NVLink 4 copy at."""
+"""Bytes per second between those of PCIe 5 and of NVLink 4."""
 PACKAGES = {
     "torch": "pip install torch",
     "transformers": "pip install transformers",
