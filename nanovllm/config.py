@@ -59,13 +59,14 @@ class EngineConfig:
         device: `auto` (a GPU if there is one), `cuda`, `cuda:N` or `cpu`.
         dtype: `auto` (the checkpoint's on a GPU, float32 on a CPU), `float32`, `float16` or `bfloat16`.
         load_format: `auto` and `safetensors` read the checkpoint's weights; `dummy` makes random ones.
-        attention_backend: `auto`, `torch`, `triton` or `flash_attn`.
+        attention_backend: `torch`, `triton`, `flash_attn`, or `auto`: `triton` on a GPU if it can serve there, else
+            `torch`.
         enable_prefix_caching: share the KV blocks of equal prompt beginnings.
-        seed: where requests without a seed of their own get theirs from; also of `dummy` weights.
+        seed: requests without a seed of their own derive theirs from it, and `dummy` weights are drawn with it.
         step_timeout_s: seconds after which a step that has not ended is taken for a lost GPU: all requests end with a
             `DeviceError`.
         enable_two_gpu_pd: prefill on one GPU and decode on another; with `device="cpu"`, on two logical CPU devices.
-        prefill_device_id, decode_device_id: which ones.
+        prefill_device_id, decode_device_id: two different GPUs, by torch's ids (after `CUDA_VISIBLE_DEVICES`).
         kv_handoff: how KV crosses: `copy` (torch's copies, after each prefill step), `push` (the same by one kernel,
             over peer access), `direct` (each layer's KV within the step, while the layer attends), or `auto`, which
             takes `direct` where there is peer access.
@@ -76,15 +77,17 @@ class EngineConfig:
             wait in the queue.
         itl_target_ms: a request waits in the queue while a decode step with it would take longer, as predicted from
             the steps before; None for no such limit.
-        enable_decode_pipeline: run attention and GEMMs of decode steps side by side on two SM partitions.
+        enable_decode_pipeline: run attention and GEMMs of decode steps side by side on two SM partitions of the decode
+            card; needs `enable_two_gpu_pd=True`.
         decode_pipeline: `static` (the given split for every step), `auto` (whichever of the pipeline and plain decode
-            measured faster for the batch) or `disabled` (plain decode); None takes `static` if SM counts are given,
-            else `auto`.
-        decode_attention_sm, decode_ffn_sm: SMs of the two partitions; None for what measured best.
-        decode_micro_batches: parts of a batch that take turns on the partitions.
+            measured faster for the batch) or `disabled` (plain decode, whatever the other pipeline options say);
+            None takes `static` if SM counts are given, else `auto`.
+        decode_attention_sm, decode_ffn_sm: SMs of the two partitions; None for what measured best, or, where the other
+            one is given, for the SMs that it leaves.
+        decode_micro_batches: parts of a batch that take turns on the partitions, 2 to 8.
         decode_pipeline_profiling: time the partitions for `decode_runner.get_pipeline_statistics()`.
-        trace: a file, written by `close()`, of what ran where and when, for ui.perfetto.dev; None for none.
-        revision: branch, tag or commit of a model on the hub; None for its main branch. A local folder has none.
+        trace: a file to which `close()` writes what ran where and when, for ui.perfetto.dev; None for none.
+        revision: branch, tag or commit of a model on the hub; None for its main branch. Refused for a local folder.
 
     Raises:
         ConfigError: a value is of the wrong type, out of range or contradicts another.

@@ -228,7 +228,7 @@ def check_handoff(on_gpus: bool, prefill_device_id: int, decode_device_id: int) 
     found = f"{blocks} blocks between two {'GPUs' if on_gpus else 'logical CPU devices'}, checksums equal"
     if not is_right:
         found = f"answered {answer['text']!r}, {answer['error']}"
-    yield Finding("handoff", OK if is_right else FAILED, found, "" if is_right else "see docs/two_gpu.md")
+    yield Finding("handoff", OK if is_right else FAILED, found, "" if is_right else "see docs/how-to/two_gpus.md")
 
 
 def _missing(check: str, found: str, next_step: str) -> Iterator[Finding]:
