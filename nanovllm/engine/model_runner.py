@@ -92,9 +92,8 @@ class ModelRunner:
         self._logits: torch.Tensor | None = None
         with self._on(self.stream):
             self.model = self._load_model(weights_of)
-            self._ranks.all_reduce_min(
-                0
-            )  # none waits in a collective, which must end in time, for one that loads longer
+            # None waits in a collective, which must end in time, for one that loads longer.
+            self._ranks.all_reduce_min(0)
             self.decode_paths = DecodePaths(self, pipeline) if is_decode_runner else None
             self.num_kv_blocks = self._num_kv_blocks()
             # One block more than there are to give out: what pads a step is written to it.
