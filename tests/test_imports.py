@@ -18,6 +18,7 @@ WITHOUT_TORCH = [
     "block_manager",
     "callers",
     "observability.metrics",
+    "observability.step_report",
     "observability.trace",
     *(f"scheduling.{path.stem}" for path in sorted((PACKAGE / "engine" / "scheduling").glob("*.py"))),
 ]

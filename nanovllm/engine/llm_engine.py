@@ -23,6 +23,7 @@ from nanovllm.engine.callers import Call, Inbox, Turns
 from nanovllm.engine.in_flight import Handoff, InFlight
 from nanovllm.engine.model_runner import ModelRunner, SampledOnHost, StepHandle
 from nanovllm.engine.observability.observer import MOST_TIMELINES, Observer
+from nanovllm.engine.observability.step_report import StepListener, StepListeners
 from nanovllm.engine.observability.trace import Tracer
 from nanovllm.engine.requests import Prompt
 from nanovllm.engine.scheduler import PrefillStep, Step
@@ -113,6 +114,7 @@ class LLMEngine:
         self.scheduler = parts.scheduler
         self._observer = Observer(parts, tracer, verifies_handoffs=self.config.verify_kv_handoff)
         self.counters = self._observer.counters
+        self._step_listeners = StepListeners()
         self._intake = parts.intake
         self._request_ids = itertools.count()
         self._turns = Turns()
@@ -241,6 +243,28 @@ class LLMEngine:
         """
         self._check_open()
         return self._observer.metrics()
+
+    def add_step_listener(self, listener: StepListener) -> None:
+        """Has `listener` called with a `StepReport` for every step from now on, soon after it has ended.
+
+        That is in the thread of whichever call runs the loop, between two of its turns. An exception of the listener
+        comes out of that call (`step`, `generate`, ...) and harms no other request. From within, `add_request`, `abort`
+        and `close` may be called.
+
+        Raises:
+            ConfigError: it is not callable.
+            EngineClosedError: the engine was closed.
+        """
+        self._check_open()
+        self._step_listeners.add(listener)
+
+    def remove_step_listener(self, listener: StepListener) -> None:
+        """Undoes one `add_step_listener`.
+
+        Raises:
+            ConfigError: it is not a step listener of this engine.
+        """
+        self._step_listeners.remove(listener)
 
     def close(self) -> None:
         """Ends everything, waits for the devices, writes the trace, gives memory back. A second call does nothing.
@@ -434,15 +458,16 @@ class LLMEngine:
     # The loop
 
     def _advance(self) -> None:
-        """One turn: launch what can be launched, else wait; then collect what has ended."""
+        """One turn: launch what can be launched, else wait; then collect what has ended, and tell of it."""
         self._make_whole_after(self._run_turn)
+        self._step_listeners.tell()
 
     def _run_turn(self) -> None:
         self._take_in_posts()
         if self._launch_steps():
             self._progressed()
         else:
-            self._wait()
+            self._step_listeners.time_wait(self._wait)
         self._collect_steps()
         self._collect_handoffs()
         self._check_steps_end()
@@ -677,6 +702,7 @@ class LLMEngine:
         self._in_flight.remove(work)
         self._last_end_s[work.runner] = time.perf_counter()
         self._observer.step_ended(work)
+        self._step_listeners.step_ended(work, self._last_end_s[work.runner])
         self._progressed()
         if isinstance(work.step, PrefillStep):
             self._prefill_ended(work.step, sampled)
