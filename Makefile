@@ -21,6 +21,8 @@ check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/python tools/check_prose.py
+	$(VENV)/bin/python tools/check_prose.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("--model", default=DEMO_MODEL_PATH, help="folder of a Qwen3 checkpoint")
     parser.add_argument("--prefill-device-id", type=int, default=0)
     parser.add_argument("--decode-device-id", type=int, default=1)
-    parser.add_argument("--kv-handoff", default="auto", choices=["auto", "copy", "push"])
+    parser.add_argument("--kv-handoff", default="auto", choices=["auto", "copy", "push", "direct"])
     args = parser.parse_args()
 
     num_gpus = torch.cuda.device_count()

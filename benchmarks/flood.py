@@ -59,7 +59,7 @@ def run(llm: LLM, requests: list[Request], running: set[int], dues_s: list[float
             if output.finished:
                 running.discard(output.request_id)
                 num_ended += 1
-        most_backlog = max(most_backlog, inside.num_under_way(llm))
+        most_backlog = max(most_backlog, inside.num_in_backlog(llm))
     after = llm.metrics()
     gaps = [gap for times_s in token_times.values() for gap in gaps_of(times_s)]
     steps = after["decode_steps"] - before["decode_steps"]

@@ -17,7 +17,8 @@ from lib.loads import full_length, random_prompt, vocab_size_of
 from lib.meters import BusyMeter, HandoffMeter, seconds_between
 from lib.report import report
 from nanovllm import LLM
-from nanovllm.engine.model_runner import COPY_METHODS, ModelRunner
+from nanovllm.engine.execution.kv_copy import COPY_METHODS
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import BlockPair
 from nanovllm.utils.device import peer_access
 

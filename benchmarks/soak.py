@@ -27,7 +27,8 @@ from lib.loads import random_prompt, settle, vocab_size_of
 from lib.meters import memory_mib
 from lib.report import report
 from nanovllm import LLM, RequestOutput, SamplingParams
-from nanovllm.engine.model_runner import ModelRunner, StepHandle
+from nanovllm.engine.execution.step_handle import StepHandle
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import BlockPair, Step
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut
 from nanovllm.utils.device import Event

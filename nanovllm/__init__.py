@@ -1,6 +1,6 @@
 """nanovllm: a small, readable LLM inference engine."""
 
-from nanovllm.engine.observability.step_report import StepReport
+from nanovllm.engine.step_listeners import StepReport
 from nanovllm.errors import (
     BackendUnavailableError,
     ConfigError,

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from nanovllm.errors import ConfigError, shown
+from nanovllm.errors import ConfigError, short_repr
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
@@ -59,13 +59,14 @@ class EngineConfig:
         device: `auto` (a GPU if there is one), `cuda`, `cuda:N` or `cpu`.
         dtype: `auto` (the checkpoint's on a GPU, float32 on a CPU), `float32`, `float16` or `bfloat16`.
         load_format: `auto` and `safetensors` read the checkpoint's weights; `dummy` makes random ones.
-        attention_backend: `auto`, `torch`, `triton` or `flash_attn`.
+        attention_backend: `torch`, `triton`, `flash_attn`, or `auto`: `triton` on a GPU if it can serve there, else
+            `torch`.
         enable_prefix_caching: share the KV blocks of equal prompt beginnings.
-        seed: where requests without a seed of their own get theirs from; also of `dummy` weights.
+        seed: requests without a seed of their own derive theirs from it, and `dummy` weights are drawn with it.
         step_timeout_s: seconds after which a step that has not ended is taken for a lost GPU: all requests end with a
             `DeviceError`.
         enable_two_gpu_pd: prefill on one GPU and decode on another; with `device="cpu"`, on two logical CPU devices.
-        prefill_device_id, decode_device_id: which ones.
+        prefill_device_id, decode_device_id: two different GPUs, by torch's ids (after `CUDA_VISIBLE_DEVICES`).
         kv_handoff: how KV crosses: `copy` (torch's copies, after each prefill step), `push` (the same by one kernel,
             over peer access), `direct` (each layer's KV within the step, while the layer attends), or `auto`, which
             takes `direct` where there is peer access.
@@ -76,15 +77,17 @@ class EngineConfig:
             wait in the queue.
         itl_target_ms: a request waits in the queue while a decode step with it would take longer, as predicted from
             the steps before; None for no such limit.
-        enable_decode_pipeline: run attention and GEMMs of decode steps side by side on two SM partitions.
+        enable_decode_pipeline: run attention and GEMMs of decode steps side by side on two SM partitions of the decode
+            card; needs `enable_two_gpu_pd=True`.
         decode_pipeline: `static` (the given split for every step), `auto` (whichever of the pipeline and plain decode
-            measured faster for the batch) or `disabled` (plain decode); None takes `static` if SM counts are given,
-            else `auto`.
-        decode_attention_sm, decode_ffn_sm: SMs of the two partitions; None for what measured best.
-        decode_micro_batches: parts of a batch that take turns on the partitions.
+            measured faster for the batch) or `disabled` (plain decode, whatever the other pipeline options say);
+            None takes `static` if SM counts are given, else `auto`.
+        decode_attention_sm, decode_ffn_sm: SMs of the two partitions; None for what measured best, or, where the other
+            one is given, for the SMs that it leaves.
+        decode_micro_batches: parts of a batch that take turns on the partitions, 2 to 8.
         decode_pipeline_profiling: time the partitions for `decode_runner.get_pipeline_statistics()`.
-        trace: a file, written by `close()`, of what ran where and when, for ui.perfetto.dev; None for none.
-        revision: branch, tag or commit of a model on the hub; None for its main branch. A local folder has none.
+        trace: a file to which `close()` writes what ran where and when, for ui.perfetto.dev; None for none.
+        revision: branch, tag or commit of a model on the hub; None for its main branch. Refused for a local folder.
 
     Raises:
         ConfigError: a value is of the wrong type, out of range or contradicts another.
@@ -139,7 +142,7 @@ class EngineConfig:
             )
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:
-            raise ConfigError(f"gpu_memory_utilization={shown(share)} is not a number above 0 and at most 1")
+            raise ConfigError(f"gpu_memory_utilization={short_repr(share)} is not a number above 0 and at most 1")
         _check_positive("tensor_parallel_size", self.tensor_parallel_size)
         if self.tensor_parallel_size > 1 and self.enable_two_gpu_pd:
             raise ConfigError(
@@ -147,7 +150,7 @@ class EngineConfig:
                 "leave one of them out"
             )
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,9})?", self.device):
-            raise ConfigError(f"device={shown(self.device)} is not one of 'auto', 'cuda', 'cuda:N', 'cpu'")
+            raise ConfigError(f"device={short_repr(self.device)} is not one of 'auto', 'cuda', 'cuda:N', 'cpu'")
         if ":" in self.device and self.tensor_parallel_size > 1:
             raise ConfigError(
                 f"device={self.device!r} names one GPU, tensor_parallel_size={self.tensor_parallel_size} uses the "
@@ -159,12 +162,14 @@ class EngineConfig:
         _check_bool("enforce_eager", self.enforce_eager)
         _check_bool("enable_prefix_caching", self.enable_prefix_caching)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed={shown(self.seed)} is not an integer from 0 to 2**63 - 1")
+            raise ConfigError(f"seed={short_repr(self.seed)} is not an integer from 0 to 2**63 - 1")
         _check_seconds("step_timeout_s", self.step_timeout_s)
         if self.trace is not None and not isinstance(self.trace, (str, os.PathLike)):
-            raise ConfigError(f"trace={shown(self.trace)} is not the path of a file to write; pass one, or None")
+            raise ConfigError(f"trace={short_repr(self.trace)} is not the path of a file to write; pass one, or None")
         if self.revision is not None and (not isinstance(self.revision, str) or not self.revision):
-            raise ConfigError(f"revision={shown(self.revision)} is not a branch, tag or commit of a model on the hub")
+            raise ConfigError(
+                f"revision={short_repr(self.revision)} is not a branch, tag or commit of a model on the hub"
+            )
         self._check_two_gpu_options()
         self._check_pipeline_options()
 
@@ -186,7 +191,7 @@ class EngineConfig:
                 _check_positive(name, getattr(self, name))
         micro_batches = self.decode_micro_batches
         if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or not 2 <= micro_batches <= 8:
-            raise ConfigError(f"decode_micro_batches={shown(micro_batches)} is not an integer from 2 to 8")
+            raise ConfigError(f"decode_micro_batches={short_repr(micro_batches)} is not an integer from 2 to 8")
         if self.enable_decode_pipeline and not self.enable_two_gpu_pd:
             raise ConfigError(
                 "enable_decode_pipeline=True needs enable_two_gpu_pd=True: it splits the SMs of a decode card"
@@ -200,7 +205,7 @@ class EngineConfig:
         for name in ("prefill_device_id", "decode_device_id"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1000:
-                raise ConfigError(f"{name}={shown(value)} is not a device id (0, 1, ...)")
+                raise ConfigError(f"{name}={short_repr(value)} is not a device id (0, 1, ...)")
         _check_seconds("handoff_timeout_s", self.handoff_timeout_s)
         if self.itl_target_ms is not None:
             _check_seconds("itl_target_ms", self.itl_target_ms, "milliseconds")
@@ -239,22 +244,22 @@ class EngineConfig:
 
 def _check_positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name}={shown(value)} is not a positive integer")
+        raise ConfigError(f"{name}={short_repr(value)} is not a positive integer")
 
 
 def _check_seconds(name: str, value: object, unit: str = "seconds") -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0.0 < value <= sys.float_info.max:  # type: ignore[operator] # it is one
-        raise ConfigError(f"{name}={shown(value)} is not a positive number of {unit}")
+        raise ConfigError(f"{name}={short_repr(value)} is not a positive number of {unit}")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{name}={shown(value)} is not one of {', '.join(map(repr, choices))}{hint}")
+        raise ConfigError(f"{name}={short_repr(value)} is not one of {', '.join(map(repr, choices))}{hint}")
 
 
 def _check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise ConfigError(f"{name}={shown(value)} is not a bool; pass True or False")
+        raise ConfigError(f"{name}={short_repr(value)} is not a bool; pass True or False")

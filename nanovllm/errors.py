@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """`repr` for a message: cut where it is long, and of any integer (Python refuses to write out huge ones)."""
     try:
         text = repr(value)

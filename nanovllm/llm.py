@@ -13,7 +13,7 @@ from nanovllm.engine.callers import Call, Inbox
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.requests import Prompt
 from nanovllm.engine.text.chat import ChatTemplate
-from nanovllm.errors import RequestError, shown
+from nanovllm.errors import RequestError, short_repr
 from nanovllm.outputs import RequestOutput, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 
@@ -127,7 +127,7 @@ class LLM(LLMEngine):
         is_one = isinstance(messages, (list, tuple)) and bool(messages) and isinstance(messages[0], dict)
         conversations = [messages] if is_one else messages
         if not isinstance(conversations, (list, tuple)):
-            raise RequestError(f"messages={shown(messages)} is not a list of messages or a list of such lists")
+            raise RequestError(f"messages={short_repr(messages)} is not a list of messages or a list of such lists")
         prompts = []
         for index, conversation in enumerate(conversations):
             try:
@@ -184,7 +184,7 @@ class LLM(LLMEngine):
                 for token_ids, params in requests:
                     new = self._new_request(token_ids, params, inbox, streamed=False)
                     answers[new.seq.request_id] = _Answer(token_ids, params.logprobs is not None)
-                    self._arrived.append(new)
+                    self._mailbox.arrived.append(new)
                 self._run(call, inbox, answers, progress)
         finally:
             self._abandon(inbox)

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanovllm.errors import RequestError, shown
+from nanovllm.errors import RequestError, short_repr
 
 MAX_INTEGER = 2**63 - 1
 MAX_LOGPROBS = 20
@@ -65,7 +65,7 @@ class SamplingParams:
         if self.logprobs is not None:
             self._set_integer("logprobs", 0, MAX_LOGPROBS, f"None or 0 to {MAX_LOGPROBS}")
         if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos={shown(self.ignore_eos)} is not a bool; pass True or False")
+            raise RequestError(f"ignore_eos={short_repr(self.ignore_eos)} is not a bool; pass True or False")
         object.__setattr__(self, "stop", _checked_stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _checked_stop_token_ids(self.stop_token_ids))
 
@@ -77,9 +77,9 @@ class SamplingParams:
         except TypeError:
             number = None
         if number is None or isinstance(value, bool):
-            raise RequestError(f"{name}={shown(value)} is not an integer; it must be {allowed}")
+            raise RequestError(f"{name}={short_repr(value)} is not an integer; it must be {allowed}")
         if number < low or (high is not None and number > high):
-            raise RequestError(f"{name}={shown(value)} is out of range; it must be {allowed}")
+            raise RequestError(f"{name}={short_repr(value)} is out of range; it must be {allowed}")
         object.__setattr__(self, name, number)
 
     @property
@@ -99,20 +99,20 @@ class SamplingParams:
 
 def _check_number(name: str, value: object, low: float, high: float, allowed: str, *, open_low: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise RequestError(f"{name}={shown(value)} is not a number; it must be {allowed}")
+        raise RequestError(f"{name}={short_repr(value)} is not a number; it must be {allowed}")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     below = number <= low if open_low else number < low
     if not math.isfinite(number) or below or number > high:
-        raise RequestError(f"{name}={shown(value)} is out of range; it must be {allowed}")
+        raise RequestError(f"{name}={short_repr(value)} is out of range; it must be {allowed}")
 
 
 def _checked_stop_strings(stop: object) -> tuple[str, ...]:
     strings = () if stop is None else (stop,) if isinstance(stop, str) else stop
     if not isinstance(strings, (list, tuple)) or not all(isinstance(text, str) and text for text in strings):
-        raise RequestError(f"stop={shown(stop)} is not a non-empty string or a list of them")
+        raise RequestError(f"stop={short_repr(stop)} is not a non-empty string or a list of them")
     return tuple(strings)
 
 
@@ -121,5 +121,5 @@ def _checked_stop_token_ids(token_ids: object) -> tuple[int, ...]:
     if not isinstance(listed, (list, tuple)) or not all(
         isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in listed
     ):
-        raise RequestError(f"stop_token_ids={shown(token_ids)} is not a list of token ids (integers, 0 or more)")
+        raise RequestError(f"stop_token_ids={short_repr(token_ids)} is not a list of token ids (integers, 0 or more)")
     return tuple(listed)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanovllm.kernels import SLOT_NUMBERS, AttentionBackend, AttentionMetadata, SlotNumber, torch_reference
+from nanovllm.kernels import NUM_ROW_FIELDS, AttentionMetadata, Kernels, RowField, torch_reference
 
 # (query length, context length) of each request: decode, whole prompts, chunks behind a cached prefix, odd borders.
 DECODE = [(1, 1), (1, 15), (1, 16), (1, 17), (1, 700), (1, 63)]
@@ -24,7 +24,7 @@ class Case:
     kv_cache: torch.Tensor
     metadata: AttentionMetadata
 
-    def store(self, backend: AttentionBackend, kv_cache: torch.Tensor) -> torch.Tensor:
+    def store(self, backend: Kernels, kv_cache: torch.Tensor) -> torch.Tensor:
         """The query heads; keys and values go to `kv_cache`."""
         slots = self.metadata.slot_mapping
         return backend.norm_rotate_store(self.qkv, *self.weights, 1e-6, self.positions, *self.tables, kv_cache, slots)
@@ -85,7 +85,7 @@ def make_case(
     return Case(qkv, weights, positions, (angles.cos(), angles.sin()), pool[:, 1], metadata)
 
 
-def relative_error(backend: AttentionBackend, case: Case) -> float:
+def relative_error(backend: Kernels, case: Case) -> float:
     """Stores and attends with `backend`; ||out - ref|| / ||ref|| against the reference, which stores for itself."""
     expected_cache = case.kv_cache.clone()
     reference = torch_reference.Backend()
@@ -105,7 +105,7 @@ def relative_error(backend: AttentionBackend, case: Case) -> float:
     return ((output - expected).norm() / expected.norm()).item()
 
 
-def check_fused(backend: AttentionBackend, *, device: str, dtype: torch.dtype, size: int) -> None:
+def check_fused(backend: Kernels, *, device: str, dtype: torch.dtype, size: int) -> None:
     """Norm, gate and sampler of `backend` against the reference."""
     reference = torch_reference.Backend()
     generator = torch.Generator().manual_seed(size)
@@ -160,16 +160,16 @@ def check_fused(backend: AttentionBackend, *, device: str, dtype: torch.dtype, s
         assert torch.equal(scores.isfinite(), ~is_bad)
 
 
-def check_rows(backend: AttentionBackend, *, device: str) -> None:
+def check_rows(backend: Kernels, *, device: str) -> None:
     """Several steps of a decode batch with spare rows, by `backend` and by the reference."""
     reference, block_size, num_slots = torch_reference.Backend(), 16, 41
     generator = torch.Generator().manual_seed(0)
     slots = torch.cat((torch.randperm(num_slots - 1, generator=generator)[:20], torch.full((3,), num_slots - 1)))
-    numbers = torch.randint(3000, (SLOT_NUMBERS, num_slots), generator=generator)
-    numbers[SlotNumber.SEED] += 2**40
+    numbers = torch.randint(3000, (NUM_ROW_FIELDS, num_slots), generator=generator)
+    numbers[RowField.SEED] += 2**40
     tables = torch.randint(10**6, (num_slots, 200), generator=generator, dtype=torch.int32)
     slots, numbers, tables = slots.to(device), numbers.to(device), tables.to(device)
-    numbers[SlotNumber.POSITION, -1] = 0
+    numbers[RowField.POSITION, -1] = 0
     temperatures = torch.rand(num_slots, generator=generator).to(device)
     expected_numbers = numbers.clone()
     for step in range(18):
@@ -187,10 +187,10 @@ def check_rows(backend: AttentionBackend, *, device: str) -> None:
         reference.advance_rows(slots, row_numbers, tokens, expected_numbers, num_slots - 1)
         # The spare row's index is its own.
         assert torch.equal(numbers[:, :-1], expected_numbers[:, :-1])
-        assert numbers[SlotNumber.POSITION, -1] == 0
+        assert numbers[RowField.POSITION, -1] == 0
 
 
-def check_steps(backend: AttentionBackend, *, device: str, dtype: torch.dtype, block_size: int, seed: int) -> None:
+def check_steps(backend: Kernels, *, device: str, dtype: torch.dtype, block_size: int, seed: int) -> None:
     """Chunks of prompts and decode steps in random order, padded as in graphs, in a pool that begins as NaN.
 
     What a step leaves behind in a block's unused places must not reach the answers of later ones.

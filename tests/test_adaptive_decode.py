@@ -10,7 +10,7 @@ from nanovllm import ConfigError, GreenContextError, SamplingParams
 from nanovllm.engine.execution import decode_paths
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.pipeline_scheduler import MicroBatch
-from nanovllm.engine.scheduling import outage
+from nanovllm.engine.scheduling import circuit_breaker
 from nanovllm.engine.scheduling.calibration import Measured
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut
 from nanovllm.engine.scheduling.rebalancer import Rebalancer
@@ -98,8 +98,8 @@ def test_a_pipeline_that_breaks_is_left_out_and_comes_back(
     checkpoint, arranged_by_length, monkeypatch, caplog, num_failures
 ):
     """Its steps fail in the middle of a layer, after some KV was stored."""
-    monkeypatch.setattr(outage, "FIRST_PAUSE_S", 0.0)
-    monkeypatch.setattr(outage, "LONGEST_PAUSE_S", 0.0)
+    monkeypatch.setattr(circuit_breaker, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(circuit_breaker, "LONGEST_PAUSE_S", 0.0)
     attend, calls = MicroBatch._attend, itertools.count()
 
     def failing(micro_batch, layer, kv_cache, num_sms):

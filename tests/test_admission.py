@@ -460,7 +460,7 @@ def test_a_gap_with_a_prefill_in_it_is_not_observed(tiny_path, monkeypatch, betw
         assert llm._launch_decode()
         if between:
             retried = llm.add_request([2] * 30, SamplingParams(temperature=0, max_tokens=2))
-            llm._sequences[retried].failures = 1
+            llm._requests.sequences[retried].failures = 1
             assert llm._launch_prefill(llm.decode_runner)
         assert llm._launch_decode()
         llm._collect_steps()

@@ -711,10 +711,10 @@ def test_step_streams_and_generate_together_lose_nothing(llm, checkpoint):
 
 @pytest.mark.parametrize("with_another", [False, True])
 @pytest.mark.parametrize("call", [1, 2, 3, 5])
-@pytest.mark.parametrize("method", ["launch", "_append"])
+@pytest.mark.parametrize("method", ["launch", "append"])
 def test_ctrl_c(llm, checkpoint, monkeypatch, method, call, with_another):
     another = llm.add_request([9, 8, 7], GREEDY) if with_another else None
-    owner = llm.decode_runner if method == "launch" else llm
+    owner = llm.decode_runner if method == "launch" else llm._requests
     original, num_calls = getattr(owner, method), 0
 
     def interrupted(*args):

@@ -17,7 +17,7 @@ import pytest
 
 from nanovllm import LLM, RequestOutput, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
-from nanovllm.engine.model_runner import StepHandle
+from nanovllm.engine.execution.step_handle import StepHandle
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SMALL_POOLS = ("--num-kvcache-blocks", "500")  # 32 MiB of the demo model

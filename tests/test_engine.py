@@ -14,8 +14,9 @@ import torch
 
 from nanovllm import LLM, OutOfKVCacheError, RequestOutput, SamplingParams
 from nanovllm.engine import model_runner, scheduler
+from nanovllm.engine.execution import step_handle
 from nanovllm.engine.execution.cuda_graph import token_buckets
-from nanovllm.engine.model_runner import StepHandle
+from nanovllm.engine.execution.step_handle import StepHandle
 from nanovllm.engine.scheduler import PrefillStep
 from nanovllm.engine.scheduling.decode_batch import DecodeStep
 from tests import tiny
@@ -126,7 +127,7 @@ def test_steps_are_launched_ahead_and_no_token_shows_after_a_stop_token(checkpoi
     def counting(step):
         nonlocal most_in_flight
         handle = launch(step)
-        most_in_flight = max(most_in_flight, llm._num_in_flight(llm.decode_runner, DecodeStep) + 1)
+        most_in_flight = max(most_in_flight, llm._steps.count(llm.decode_runner, DecodeStep) + 1)
         return handle
 
     llm.decode_runner.launch = counting
@@ -137,8 +138,8 @@ def test_steps_are_launched_ahead_and_no_token_shows_after_a_stop_token(checkpoi
         stop = tokens.index(tokens[9]) + 1
         assert tokens_of(outputs[request_id]) == tokens[:stop]
         assert outputs[request_id][-1].finish_reason == "stop"
-    assert llm.scheduler.decode_pool.num_held_blocks == 0 or llm._in_flight
-    while llm._in_flight:
+    assert llm.scheduler.decode_pool.num_held_blocks == 0 or llm._steps
+    while llm._steps:
         llm.step()
     assert llm.scheduler.decode_pool.num_held_blocks == 0
 
@@ -319,7 +320,7 @@ def test_a_prompt_that_fills_the_pool_ends_even_if_it_is_preempted_at_its_first_
     with LLM(path, device="cpu", num_kvcache_blocks=3) as llm:
         request_id = llm.add_request(prompt, GREEDY)
         llm.step()
-        seq = llm._sequences[request_id]
+        seq = llm._requests.sequences[request_id]
         llm.scheduler.preempt(seq)
         outputs = drain(llm)[request_id]
         assert outputs[-1].finish_reason == "error"
@@ -351,14 +352,14 @@ def test_a_launch_that_fails_after_its_forward_pass_changes_no_token(checkpoint,
     """Its rows on the device are a token further than the host's; the halves must not begin from there."""
     path, reference = checkpoint("gqa2")
     prompts = tiny.random_prompts(5, seed=33)
-    copy, calls = model_runner._to_host, itertools.count(1)
+    copy, calls = step_handle._to_host, itertools.count(1)
 
     def failing(*arguments):
         if next(calls) in (moment, moment + 1):
             raise RuntimeError("injected")
         return copy(*arguments)
 
-    monkeypatch.setattr(model_runner, "_to_host", failing)
+    monkeypatch.setattr(step_handle, "_to_host", failing)
     with LLM(path, device="cpu") as llm:
         ids = [llm.add_request(prompt, GREEDY) for prompt in prompts]
         outputs = drain(llm, steps_overlap=True)
@@ -426,7 +427,7 @@ def test_an_interrupt_at_any_line_of_the_engine_changes_no_token(checkpoint, two
                 for output in llm.step():
                     outputs[output.request_id].append(output)
             llm.scheduler.check_integrity()
-        while llm._in_flight or llm._handoffs:
+        while llm._steps or llm._handoffs:
             llm.step()
         assert llm.scheduler.decode_pool.num_held_blocks == llm.scheduler.prefill_pool.num_held_blocks == 0
     for place, (request_id, answer) in enumerate(zip(ids, expected, strict=True)):
@@ -452,7 +453,11 @@ class InterruptedAtLine:
 
     def trace(self, frame, event, argument):
         # What `step` has in its hands when it is interrupted is lost, as it would be in its caller's.
-        if "nanovllm/engine/" not in frame.f_code.co_filename or frame.f_code.co_name in ("_recover", "step"):
+        if "nanovllm/engine/" not in frame.f_code.co_filename or frame.f_code.co_name in (
+            "_start_over",
+            "mend",
+            "step",
+        ):
             return None
         if event == "line":
             self.num_lines -= 1
@@ -464,7 +469,7 @@ class InterruptedAtLine:
 
 @pytest.mark.parametrize("moment", range(1, 12, 2))
 @pytest.mark.parametrize("two_devices", [False, True])
-@pytest.mark.parametrize("where", ["launch", "collect", "schedule_prefill", "send", "_append"])
+@pytest.mark.parametrize("where", ["launch", "collect", "schedule_prefill", "send", "append"])
 def test_an_interrupt_anywhere_loses_no_request_and_changes_no_token(checkpoint, where, two_devices, moment):
     path, reference = checkpoint("gqa2")
     prompts = tiny.random_prompts(4, seed=28, longest=50, shared=20)
@@ -476,7 +481,7 @@ def test_an_interrupt_anywhere_loses_no_request_and_changes_no_token(checkpoint,
             "collect": StepHandle,
             "schedule_prefill": llm.scheduler,
             "send": llm.kv_transfer,
-            "_append": llm,
+            "append": llm._requests,
         }[where]
         original, calls = getattr(holder, where), [0]
 
@@ -503,6 +508,6 @@ def test_an_interrupt_anywhere_loses_no_request_and_changes_no_token(checkpoint,
             assert tokens_of(outputs[request_id]) == tiny.reference_tokens(reference, prompt, 20)
         again = llm.generate(prompts, GREEDY, use_tqdm=False)
         assert [answer["token_ids"] for answer in again] == [tiny.reference_tokens(reference, p, 20) for p in prompts]
-        while llm._in_flight or llm._handoffs:
+        while llm._steps or llm._handoffs:
             llm.step()
         assert llm.scheduler.decode_pool.num_held_blocks == llm.scheduler.prefill_pool.num_held_blocks == 0

@@ -18,9 +18,28 @@ WITHOUT_TORCH = [
     "block_manager",
     "callers",
     "observability.metrics",
-    "observability.step_report",
+    "step_listeners",
     "observability.trace",
     *(f"scheduling.{path.stem}" for path in sorted((PACKAGE / "engine" / "scheduling").glob("*.py"))),
+]
+
+
+# Within engine/, a module imports those of its own line and of lines above, never below; so there is no circle.
+ENGINE_LAYERS = [
+    {"scheduling.timeline", "block_manager"},
+    {"sequence", "callers", "text"},
+    {"scheduling"},
+    {"scheduler"},
+    {"observability"},
+    {"green_manager"},
+    {"pipeline_scheduler"},
+    {"execution"},
+    {"model_runner"},
+    {"distributed", "in_flight", "requests"},
+    {"observer", "mailbox", "step_listeners"},
+    {"output_processor", "handoffs", "builder"},
+    {"recovery"},
+    {"llm_engine"},
 ]
 
 
@@ -86,3 +105,40 @@ def test_runs_without_optional_packages(tiny_path):
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
     assert run.stdout.startswith("[")
+
+
+def engine_layer(module: str) -> int:
+    """The line of a module of engine/, or of the folder that it is in."""
+    for depth in (2, 1):
+        name = ".".join(module.split(".")[:depth])
+        for layer, names in enumerate(ENGINE_LAYERS):
+            if name in names:
+                return layer
+    raise AssertionError(f"engine/{module} has no place among the layers; give it one")
+
+
+ENGINE = PACKAGE / "engine"
+
+
+@pytest.mark.parametrize("path", sorted(ENGINE.rglob("*.py")), ids=lambda path: str(path.relative_to(ENGINE)))
+def test_imports_within_the_engine_go_one_way(path):
+    own = ".".join(path.relative_to(ENGINE).with_suffix("").parts)
+    if own.endswith("__init__"):
+        assert imported_modules(path) == set(), "a folder imports nothing"
+        return
+    known = {".".join(other.relative_to(ENGINE).with_suffix("").parts) for other in ENGINE.rglob("*.py")}
+    imported = {name.removeprefix("nanovllm.engine.") for name in imported_modules(path)} & known
+    for target in imported:
+        assert engine_layer(target) <= engine_layer(own), f"engine/{own} imports engine/{target}, which is above it"
+
+
+def test_there_is_no_circle_within_the_engine():
+    known = {".".join(path.relative_to(ENGINE).with_suffix("").parts): path for path in ENGINE.rglob("*.py")}
+    imports = {
+        own: {name.removeprefix("nanovllm.engine.") for name in imported_modules(path)} & known.keys()
+        for own, path in known.items()
+    }
+    while imports:
+        leaves = {own for own, targets in imports.items() if not targets & imports.keys()}
+        assert leaves, f"these import each other: {', '.join(sorted(imports))}"
+        imports = {own: targets for own, targets in imports.items() if own not in leaves}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nanovllm import LLM, EngineClosedError, SamplingParams, UnknownRequestError
-from nanovllm.engine.observability import observer
+from nanovllm.engine import observer
 from nanovllm.engine.observability.metrics import Histogram, TokenTimes
 from nanovllm.entrypoints.prometheus import Collector
 from tests import tiny

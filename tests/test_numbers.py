@@ -56,7 +56,7 @@ def test_a_request_whose_logits_are_nan_ends_with_an_error(checkpoint, tiny_copy
         (again,) = llm.generate([bad_prompt], params, use_tqdm=False)
         assert isinstance(again["error"], NonFiniteLogitsError)
         assert llm.metrics()["prefix_cache_hit_tokens"] == hits
-        while llm._in_flight or llm._handoffs:
+        while llm._steps or llm._handoffs:
             llm.step()
         llm.scheduler.check_integrity()
         assert llm.scheduler.decode_pool.num_held_blocks == llm.scheduler.prefill_pool.num_held_blocks == 0

@@ -207,8 +207,8 @@ def test_statistics_are_printed_as_documented():
     counters.fallbacks["capture failed"] += 1
     lanes = LaneTimes(attention_s=0.002, ffn_s=0.003, overlap_s=0.001, total_s=0.004)
     result = statistics(counters, [Arrangement((48, 84), Cut.GEMMS)], lanes, sequential_s=0.0044)
-    assert lines(result) == [
-        "[M2 Pipeline Statistics - GPU1 Decode Card]",
+    assert lines(result, "cuda:3") == [
+        "[M2 Pipeline Statistics - decode card cuda:3] (attention beside FFN on two SM partitions)",
         "  Total tokens:         12",
         "  Avg attention time:   2.000 ms",
         "  Avg FFN time:         3.000 ms",
@@ -222,6 +222,6 @@ def test_statistics_are_printed_as_documented():
         "  Sequential time:      4.400 ms",
         "  Fallbacks:            1 x capture failed",
     ]
-    unmeasured = lines(statistics(counters, [], None, sequential_s=None))
+    unmeasured = lines(statistics(counters, [], None, sequential_s=None), "cuda:3")
     assert "  Avg total time:       not measured" in unmeasured
     assert "  Sequential time:      not measured" in unmeasured

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm.engine.scheduling import outage
+from nanovllm.engine.scheduling import circuit_breaker
 from nanovllm.engine.scheduling.calibration import (
     Calibration,
     Measured,
@@ -16,7 +16,7 @@ from nanovllm.engine.scheduling.calibration import (
     keep_calibration,
     load_calibration,
 )
-from nanovllm.engine.scheduling.outage import Outage
+from nanovllm.engine.scheduling.circuit_breaker import CircuitBreaker
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut
 from nanovllm.engine.scheduling.rebalancer import FIRST_TRIALS, TRIAL_EVERY, Rebalancer, StepTimes
 
@@ -128,26 +128,26 @@ def test_a_machine_without_a_home_measures_each_time(monkeypatch, caplog):
 
 
 def test_an_outage_ends_with_a_trial_that_works():
-    path = Outage()
-    assert path.may_try(0.0)
+    path = CircuitBreaker()
+    assert path.allows_trial(0.0)
     assert path.failed(1.0)
     assert not path.failed(2.0), "what was begun before tells nothing new"
-    assert not path.may_try(1.0 + outage.FIRST_PAUSE_S / 2)
-    assert path.may_try(1.0 + outage.FIRST_PAUSE_S)
-    path.trial_begins(1.0 + outage.FIRST_PAUSE_S)
-    assert not path.may_try(1.5 + outage.FIRST_PAUSE_S), "one trial at a time"
+    assert not path.allows_trial(1.0 + circuit_breaker.FIRST_PAUSE_S / 2)
+    assert path.allows_trial(1.0 + circuit_breaker.FIRST_PAUSE_S)
+    path.begin_trial(1.0 + circuit_breaker.FIRST_PAUSE_S)
+    assert not path.allows_trial(1.5 + circuit_breaker.FIRST_PAUSE_S), "one trial at a time"
     assert not path.failed(20.0), "it was out already"
-    assert not path.may_try(20.0 + 1.5 * outage.FIRST_PAUSE_S), "the second pause is twice as long"
-    assert path.may_try(20.0 + 2 * outage.FIRST_PAUSE_S)
+    assert not path.allows_trial(20.0 + 1.5 * circuit_breaker.FIRST_PAUSE_S), "the second pause is twice as long"
+    assert path.allows_trial(20.0 + 2 * circuit_breaker.FIRST_PAUSE_S)
     assert path.worked()
     assert not path.worked()
-    assert path.may_try(20.0)
+    assert path.allows_trial(20.0)
     assert path.failed(100.0)
-    assert path.may_try(100.0 + outage.FIRST_PAUSE_S), "pauses begin anew"
+    assert path.allows_trial(100.0 + circuit_breaker.FIRST_PAUSE_S), "pauses begin anew"
 
 
 def test_an_outage_tolerates_failures_between_successes():
-    card = Outage(num_tolerated=2)
+    card = CircuitBreaker(num_tolerated=2)
     for _ in range(3):
         assert not card.failed(0.0)
         assert not card.failed(0.0)
@@ -246,7 +246,7 @@ def test_what_fails_is_left_out_and_comes_back():
     assert rebalancer.choose(512, 1000.0, now=1.5) == FEW
     assert rebalancer.failed(FEW, now=2.0)
     assert rebalancer.choose(512, 1000.0, now=2.5) is None
-    assert rebalancer.choose(512, 1000.0, now=1.0 + outage.FIRST_PAUSE_S) == MANY
+    assert rebalancer.choose(512, 1000.0, now=1.0 + circuit_breaker.FIRST_PAUSE_S) == MANY
     assert rebalancer.worked(MANY)
 
 
@@ -258,7 +258,7 @@ def test_what_is_always_to_be_chosen_is_unless_it_fails():
         rebalancer.observe(4, 30.0, FEW, StepTimes(1.0))
     rebalancer.failed(FEW, now=0.0)
     assert rebalancer.choose(4, 30.0, now=1.0) is None
-    assert rebalancer.choose(4, 30.0, now=outage.FIRST_PAUSE_S) == FEW
+    assert rebalancer.choose(4, 30.0, now=circuit_breaker.FIRST_PAUSE_S) == FEW
 
 
 def test_batches_that_were_not_calibrated_are_plain():

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from nanovllm import LLM, ConfigError, EngineBusyError, EngineClosedError, SamplingParams, StepReport
-from nanovllm.engine.model_runner import StepHandle
+from nanovllm.engine.execution.step_handle import StepHandle
 from tests import tiny
 from tests.test_engine import drain
 

@@ -206,7 +206,7 @@ def test_greedy_tokens_equal_transformers(even, name, size, mode):
     with LLM(even[name], device="cpu", tensor_parallel_size=size, **MODES[mode]) as llm:
         answers = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
         again = llm.generate(prompts[4:], SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
-        while llm._in_flight:
+        while llm._steps:
             llm.step()
         llm.scheduler.check_integrity()
         assert llm.scheduler.decode_pool.num_held_blocks == 0
@@ -253,7 +253,7 @@ def test_aborts_change_no_other_token(even):
 def test_only_what_changes_crosses(even):
     with LLM(even["biased"], device="cpu", tensor_parallel_size=2) as llm:
         sent = []
-        for pipe in llm.decode_runner._followers._pipes:
+        for pipe in llm.decode_runner._workers._pipes:
             send = pipe.send
             pipe.send = lambda task, send=send: (sent.append(task), send(task))[1]
         llm.generate(prompts_for(3, seed=7), SamplingParams(temperature=0, max_tokens=30), use_tqdm=False)
@@ -295,7 +295,7 @@ def test_a_worker_that_is_gone_ends_all_requests_by_name(even, how):
 
 
 def check_all_end_without_a_worker(llm, how):
-    (process,) = llm.decode_runner._followers._processes
+    (process,) = llm.decode_runner._workers._processes
     for prompt in prompts_for(6, seed=9):
         llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=400))
     for _ in range(5):
@@ -382,7 +382,7 @@ def test_no_interrupt_or_exit_within_a_step_is_lost(even, raised):
 def test_what_a_lost_rank_leaves_of_a_step_is_given_to_nobody(even):
     """On GPUs what waits for a rank that is gone is ended, and the step looks as if it had been computed."""
     with LLM(even["biased"], device="cpu", tensor_parallel_size=2) as llm:
-        (process,) = llm.decode_runner._followers._processes
+        (process,) = llm.decode_runner._workers._processes
         llm.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
         while llm._launch_steps():
             pass
@@ -397,7 +397,7 @@ def test_what_a_lost_rank_leaves_of_a_step_is_given_to_nobody(even):
 @uses_workers
 def test_of_many_workers_the_one_that_failed_first_is_told_of(even):
     with LLM(even["biased"], device="cpu", tensor_parallel_size=4, step_timeout_s=5.0) as llm:
-        workers = llm.decode_runner._followers
+        workers = llm.decode_runner._workers
         for rank, no_task in ((3, "none"), (1, 1.5), (2, 2)):
             workers._pipes[rank - 1].send(no_task)
             time.sleep(0.5)
@@ -415,7 +415,7 @@ def test_a_worker_that_hangs_while_it_starts_is_told_of(monkeypatch, start_metho
     monkeypatch.setattr(tensor_parallel, "START_TIMEOUT_S", float(timeout_s))
     workers = Workers(2, hang, lambda rank: Device("cpu", rank), 60.0)
     with pytest.raises(RuntimeError, match="a rank is gone"):
-        workers.ranks.least(0)
+        workers.ranks.all_reduce_min(0)
     with pytest.raises(WorkerError, match=f"not all ranks have started within {timeout_s} s"):
         workers.check()
     workers.abandon()
@@ -426,7 +426,7 @@ def test_a_worker_that_hangs_while_it_starts_is_told_of(monkeypatch, start_metho
 def test_what_fails_in_a_worker_is_told_with_its_traceback(even):
     with LLM(even["biased"], device="cpu", tensor_parallel_size=2, step_timeout_s=3.0) as llm:
         llm.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=5))
-        for pipe in llm.decode_runner._followers._pipes:
+        for pipe in llm.decode_runner._workers._pipes:
             pipe.send("what is no task")
         outputs = drain(llm)
     (error,) = {str(of_it[-1].error) for of_it in outputs.values()}
@@ -510,7 +510,7 @@ from nanovllm import LLM, SamplingParams
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     llm = LLM(sys.argv[1], tensor_parallel_size=2, **json.loads(sys.argv[3]))
-    (process,) = llm.decode_runner._followers._processes
+    (process,) = llm.decode_runner._workers._processes
     print(process.pid, flush=True)
     llm.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=400))
     try:

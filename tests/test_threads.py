@@ -31,13 +31,13 @@ def make(path, two_devices, **options):
 def at_rest(llm):
     """Runs what is in flight to its end and checks that nothing is held."""
     for _ in range(2000):
-        if llm.is_finished() and not (llm._in_flight or llm._handoffs):
+        if llm.is_finished() and not (llm._steps or llm._handoffs):
             break
         llm.step()
     assert llm.is_finished()
     llm.scheduler.check_integrity()
     assert llm.scheduler.decode_pool.num_held_blocks == llm.scheduler.prefill_pool.num_held_blocks == 0
-    assert {**llm._sequences, **llm._texts, **llm._inboxes} == {}
+    assert {**llm._requests.sequences, **llm._requests._texts, **llm._requests._inboxes} == {}
 
 
 class Workers:

@@ -15,7 +15,8 @@ import pytest
 
 from nanovllm import LLM, ConfigError, EngineClosedError, SamplingParams
 from nanovllm.config import EngineConfig
-from nanovllm.engine.model_runner import ModelRunner, StepHandle
+from nanovllm.engine.execution.step_handle import StepHandle
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.observability import trace
 from nanovllm.engine.observability.trace import Tracer
 from nanovllm.utils import device as devices
@@ -241,7 +242,7 @@ def test_it_is_written_when_the_engine_ends_by_an_exception(tiny_path, tmp_path)
             for _ in range(6):
                 llm.step()
             llm._launch_steps()
-            assert llm._in_flight
+            assert llm._steps
             num_steps.append(llm.counters.decode_steps)
             raise ZeroDivisionError
 

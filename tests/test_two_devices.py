@@ -20,8 +20,8 @@ from nanovllm import (
 )
 from nanovllm.engine.execution import decode_paths, kv_transfer
 from nanovllm.engine.execution.kv_transfer import resolve_handoff
+from nanovllm.engine.execution.step_handle import StepHandle
 from nanovllm.engine.green_manager import GreenManager
-from nanovllm.engine.model_runner import StepHandle
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.scheduler import PrefillStep
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut
@@ -63,7 +63,7 @@ def two_devices(path: str, lazy: bool = True, **options) -> LLM:
 
 def assert_whole(llm: LLM) -> None:
     """Once the steps that were queued behind the last tokens have ended, nobody holds a block."""
-    while llm._in_flight:
+    while llm._steps:
         llm.step()
     llm.scheduler.check_integrity()
     assert llm.scheduler.prefill_pool.num_held_blocks == 0
@@ -266,7 +266,7 @@ def test_a_backlog_of_handoffs_holds_prefill_back(checkpoint, limit):
         for _ in range(40):
             llm._launch_steps()
             llm._collect_steps()
-        statuses = [llm._sequences[request_id].status for request_id in ids]
+        statuses = [llm._requests.sequences[request_id].status for request_id in ids]
         assert statuses.count(SequenceStatus.HANDING_OFF) == limit
         assert statuses.count(SequenceStatus.WAITING) == len(prompts) - limit
         faulty.unstall()
@@ -393,7 +393,7 @@ def test_prefill_steps_are_launched_ahead(checkpoint, kv_handoff):
         def watched_launch():
             nonlocal most
             launched = launch()
-            most = max(most, llm._num_in_flight(llm.prefill_runner, PrefillStep))
+            most = max(most, llm._steps.count(llm.prefill_runner, PrefillStep))
             return launched
 
         llm._launch_steps = watched_launch
@@ -531,7 +531,7 @@ def test_direct_writes_no_block_that_the_decode_device_has(checkpoint):
         ids = llm.add_request([*prompt, 5], SamplingParams(temperature=0, max_tokens=2))
         table: list[int] = []
         while not llm.is_finished():
-            seq = llm._sequences[ids]
+            seq = llm._requests.sequences[ids]
             table = list(seq.lease.decode_table) if seq.lease else table
             llm.step()
         changed = (llm.decode_runner.kv_pool != before).flatten(1).any(dim=1).nonzero().flatten().tolist()
@@ -550,7 +550,7 @@ def test_pipeline_statistics(checkpoint, capsys):
         llm.decode_runner.print_pipeline_statistics()
     assert result["total_tokens"] == sum(len(answer["token_ids"]) - 1 for answer in answers)
     assert result["avg_total_ms"] >= result["avg_attention_ms"] > 0
-    assert "[M2 Pipeline Statistics - GPU1 Decode Card]" in capsys.readouterr().out
+    assert "[M2 Pipeline Statistics - decode card cpu:1]" in capsys.readouterr().out
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 24)
     with two_devices(path, lazy=False, enable_decode_pipeline=True, decode_pipeline="disabled") as llm:

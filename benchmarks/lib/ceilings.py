@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from nanovllm.engine.model_runner import RunnerSpec
+from nanovllm.engine.execution.runner_spec import RunnerSpec
 from nanovllm.models.qwen3 import Qwen3Config
 
 

@@ -28,12 +28,12 @@ def make_steps(paths: DecodePaths, sizes: Sequence[int], arrangement: Arrangemen
     return paths._make_steps(list(sizes), arrangement)
 
 
-def num_under_way(llm: LLM) -> int:
+def num_in_backlog(llm: LLM) -> int:
     """Requests between the beginning of their prefill and the arrival of their KV: `handoff_backlog` of the metrics.
 
     These count all requests, thousands in a flood, which would take a part of every turn that is timed.
     """
-    return len(llm.scheduler._under_way)
+    return len(llm.scheduler._prefill_backlog)
 
 
 def peer_sums(ranks: ProcessRanks) -> PeerAllReduce | None:

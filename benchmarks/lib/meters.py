@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from nanovllm import LLM, StepReport
-from nanovllm.engine.model_runner import ModelRunner, StepHandle
+from nanovllm.engine.execution.step_handle import StepHandle
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import BlockPair, Step
-from nanovllm.engine.scheduling.decode_batch import DecodeBatch, DecodeStep
+from nanovllm.engine.scheduling.decode_batch import DecodeStep, HostDecodeBatch
 from nanovllm.utils.device import Event, wait_event
 
 
@@ -84,7 +85,7 @@ class BusyMeter:
     def __init__(self, runner: ModelRunner) -> None:
         self._stream, self._launch = runner.stream, runner.launch
         self.spans: list[Span] = []
-        self._last_batch: DecodeBatch | None = None
+        self._last_batch: HostDecodeBatch | None = None
         runner.launch = self._timed_launch  # type: ignore[method-assign]
 
     def take(self) -> tuple[float, float]:
@@ -106,7 +107,7 @@ class BusyMeter:
         self.spans.append(Span(start, moment(self._stream), decodes_on, late_s))
         return handle
 
-    def _goes_on(self, batch: DecodeBatch) -> bool:
+    def _goes_on(self, batch: HostDecodeBatch) -> bool:
         last, self._last_batch = self._last_batch, batch
         return last is not None and (batch is last or not set(last.leases).isdisjoint(batch.leases))
 

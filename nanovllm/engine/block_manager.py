@@ -1,4 +1,4 @@
-"""Who holds which block of one KV pool, and which blocks hold KV that others may share.
+"""Tracks who holds which block of one KV pool, and which blocks hold KV that others may share.
 
 Knows nothing about tensors or devices: each pool has a manager of its own.
 """
@@ -9,8 +9,19 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import Protocol
 
-from nanovllm.engine.sequence import Sequence
+
+class HashedTokens(Protocol):
+    """A request's tokens, and the hashes by which equal beginnings are found."""
+
+    token_ids: list[int]
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def block_hash(self, index: int, block_size: int) -> int:
+        """64-bit hash of full block `index` and all tokens before it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ class BlockManager:
         """Blocks that `num_tokens` tokens fill, the last one perhaps in part."""
         return -(-num_tokens // self.block_size)
 
-    def match_prefix(self, seq: Sequence, max_tokens: int) -> list[int]:
+    def match_prefix(self, seq: HashedTokens, max_tokens: int) -> list[int]:
         """Blocks that already hold the KV of the first full blocks of `seq`, covering at most `max_tokens` tokens."""
         matched: list[int] = []
         if not self.enable_prefix_caching:
@@ -95,7 +106,7 @@ class BlockManager:
                 if block not in self._contents:
                     self._free.move_to_end(block, last=False)
 
-    def cache(self, seq: Sequence, table: SequenceOf[int], start: int, end: int) -> None:
+    def cache(self, seq: HashedTokens, table: SequenceOf[int], start: int, end: int) -> None:
         """Makes the full blocks of `seq` that cover tokens [start, end) shareable; their KV must be in the pool."""
         if not self.enable_prefix_caching:
             return
@@ -130,5 +141,5 @@ class BlockManager:
         self._holders[block] = 1
         return block
 
-    def _tokens_of(self, seq: Sequence, index: int) -> tuple[int, ...]:
+    def _tokens_of(self, seq: HashedTokens, index: int) -> tuple[int, ...]:
         return tuple(seq.token_ids[index * self.block_size : (index + 1) * self.block_size])

@@ -20,18 +20,22 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.distributed.tensor_parallel import Workers
 from nanovllm.engine.execution.decode_paths import PipelineOptions
 from nanovllm.engine.execution.kv_transfer import KVTransfer, NoTransfer, PeerTransfer, resolve_handoff
-from nanovllm.engine.model_runner import Followers, ModelRunner, RunnerSpec
+from nanovllm.engine.execution.runner_spec import RunnerSpec
+from nanovllm.engine.execution.worker_group import WorkerGroup
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.observability.trace import Tracer
+from nanovllm.engine.observer import Observer
 from nanovllm.engine.requests import RequestIntake
 from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
 from nanovllm.engine.scheduling.admission import AdmissionPolicy
 from nanovllm.engine.text.tokenizer import end_of_sequence_ids, load_tokenizer, warn_of_generation_settings
-from nanovllm.errors import ConfigError, ModelLoadError, NanoVLLMError, shown
+from nanovllm.errors import ConfigError, ModelLoadError, NanoVLLMError, short_repr
 from nanovllm.kernels import BackendRequirements, resolve_backend, torch_reference
 from nanovllm.layers.ranks import Ranks
 from nanovllm.models import resolve_model
 from nanovllm.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 from nanovllm.utils.checkpoint import checkpoint_folder, read_json
-from nanovllm.utils.device import Device, resolve_device, resolve_device_pair
+from nanovllm.utils.device import Device, DeviceClock, resolve_device, resolve_device_pair
 from nanovllm.utils.loader import differ
 
 logger = logging.getLogger(__name__)
@@ -50,6 +54,7 @@ class EngineParts:
     kv_transfer: KVTransfer
     scheduler: Scheduler
     intake: RequestIntake
+    observer: Observer
 
 
 def build_engine(config: EngineConfig) -> EngineParts:
@@ -62,6 +67,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
         OutOfKVCacheError: a KV pool does not fit.
         WorkerError: one of several ranks did not start.
     """
+    tracer = None if config.trace is None else Tracer(config.trace)
     folder = checkpoint_folder(config.model, config.revision)
     hf_config = read_json(folder, "config.json") or {}
     devices = resolve_devices(config)
@@ -72,9 +78,9 @@ def build_engine(config: EngineConfig) -> EngineParts:
     with ONE_AT_A_TIME:
         prefill_runner, decode_runner, kv_transfer = build_runners(config, spec, devices)
     try:
-        return _parts(config, prefill_runner, decode_runner, kv_transfer, tokenizer, eos_ids)
+        return _parts(config, prefill_runner, decode_runner, kv_transfer, tokenizer, eos_ids, tracer)
     except BaseException:
-        decode_runner.close_followers()
+        decode_runner.close_workers()
         raise
 
 
@@ -85,6 +91,7 @@ def _parts(
     kv_transfer: KVTransfer,
     tokenizer: PreTrainedTokenizerBase | None,
     eos_ids: frozenset[int],
+    tracer: Tracer | None,
 ) -> EngineParts:
     spec = decode_runner.spec
     scheduler = build_scheduler(config, prefill_runner, decode_runner)
@@ -99,7 +106,20 @@ def _parts(
         eos_ids=eos_ids,
         seed=config.seed,
     )
-    return EngineParts(tokenizer, prefill_runner, decode_runner, kv_transfer, scheduler, intake)
+    if tracer is not None:
+        for runner in {prefill_runner, decode_runner}:
+            runner.clock = DeviceClock(runner.device)
+        if decode_runner.decode_paths is not None:
+            decode_runner.decode_paths.tracer = tracer
+    observer = Observer(
+        scheduler,
+        prefill_runner,
+        decode_runner,
+        kv_transfer.name,
+        tracer,
+        verifies_handoffs=config.verify_kv_handoff,
+    )
+    return EngineParts(tokenizer, prefill_runner, decode_runner, kv_transfer, scheduler, intake, observer)
 
 
 def resolved_options(
@@ -221,12 +241,12 @@ def resolve_dtype(option: str, hf_config: dict[str, Any], device: Device) -> tor
     named = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
     if not isinstance(named, str) or not isinstance(getattr(torch, named, None), torch.dtype):
         raise ModelLoadError(
-            f"config.json: dtype={shown(named)} is no type of torch; write float32, float16 or bfloat16"
+            f"config.json: dtype={short_repr(named)} is no type of torch; write float32, float16 or bfloat16"
         )
     name = option if option != "auto" else named if device.is_cuda else "float32"
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if not isinstance(name, str) or name not in dtypes:
-        raise ModelLoadError(f"config.json: dtype={shown(name)} is not one of {', '.join(dtypes)}; pass dtype=...")
+        raise ModelLoadError(f"config.json: dtype={short_repr(name)} is not one of {', '.join(dtypes)}; pass dtype=...")
     return dtypes[name]
 
 
@@ -302,7 +322,7 @@ def build_ranks(config: EngineConfig, spec: RunnerSpec, device: Device) -> Model
     except BaseException as error:
         failure = error
         if isinstance(error, Exception) and not isinstance(error, NanoVLLMError):
-            failure = workers.blame(error)
+            failure = workers.diagnose(error)
         traceback.clear_frames(error.__traceback__)  # they hold graphs
         workers.abandon()
         if failure is error:
@@ -315,7 +335,7 @@ def _device_of(first: Device, rank: int) -> Device:
 
 
 def _rank_runner(
-    spec: RunnerSpec, max_step_tokens: int, first: Device, ranks: Ranks, followers: Followers | None = None
+    spec: RunnerSpec, max_step_tokens: int, first: Device, ranks: Ranks, workers: WorkerGroup | None = None
 ) -> ModelRunner:
     return ModelRunner(
         spec,
@@ -323,7 +343,7 @@ def _rank_runner(
         is_decode_runner=True,
         max_step_tokens=max_step_tokens,
         ranks=ranks,
-        followers=followers,
+        workers=workers,
     )
 
 

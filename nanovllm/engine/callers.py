@@ -110,7 +110,7 @@ class Inbox:
 
 
 class Turns:
-    """Who runs the loop: the call that has the turn; no other one has it meanwhile."""
+    """Decides which call runs the loop: the one that has the turn; no other has it meanwhile."""
 
     def __init__(self) -> None:
         # Reentrant, since a signal handler may use the engine while its thread is in here.

@@ -16,7 +16,7 @@ from nanovllm.utils.device import Device
 logger = logging.getLogger(__name__)
 
 DEFAULT_ATTENTION_SM = 32
-"""Of all SMs, where no split is given."""
+"""SMs of the attention lane where no split is given."""
 
 
 @dataclass(frozen=True)

@@ -9,34 +9,30 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from nanovllm.engine.execution.cuda_graph import StepGraphs, StepOutput, token_buckets
 from nanovllm.engine.execution.decode_paths import DecodePaths, PipelineOptions
-from nanovllm.engine.execution.decode_rows import DecodeRows, RowChanges
-from nanovllm.engine.execution.model_inputs import ModelInputs, SamplingArrays, block_list, sampling_arrays
+from nanovllm.engine.execution.device_decode_batch import DeviceDecodeBatch
+from nanovllm.engine.execution.kv_copy import COPY_METHODS, checksum_layers
+from nanovllm.engine.execution.model_inputs import ModelInputs, SamplingArrays, largest_step, sampling_arrays
 from nanovllm.engine.execution.prefill_buffers import PrefillBuffers
+from nanovllm.engine.execution.runner_spec import RunnerSpec
+from nanovllm.engine.execution.step_handle import StepHandle
+from nanovllm.engine.execution.tasks import DecodeTask, PrefillTask, Task
+from nanovllm.engine.execution.worker_group import NoWorkers, WorkerGroup
 from nanovllm.engine.observability.pipeline_statistics import lines
 from nanovllm.engine.scheduler import MOST_PREFILL_REQUESTS, BlockPair, PrefillStep, Step
 from nanovllm.engine.scheduling.decode_batch import DecodeStep
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement
-from nanovllm.errors import (
-    DeviceError,
-    HandoffError,
-    ModelLoadError,
-    OutOfKVCacheError,
-    shown,
-)
-from nanovllm.kernels import AttentionMetadata, ResolvedBackend
+from nanovllm.errors import DeviceError, HandoffError, ModelLoadError, OutOfKVCacheError, short_repr
+from nanovllm.kernels import AttentionMetadata
 from nanovllm.layers.ranks import OneRank, Ranks
-from nanovllm.layers.sampler import SampledTokens, SamplingInputs, sample
-from nanovllm.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
-from nanovllm.outputs import TokenLogprobs
+from nanovllm.layers.sampler import SampledTokens, sample
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.utils.checkpoint import first_names
 from nanovllm.utils.device import Device, DeviceClock, Event, Moment, enable_peer_access, wait_event
 from nanovllm.utils.loader import fill_randomly, load_weights
@@ -45,147 +41,6 @@ logger = logging.getLogger(__name__)
 
 GIB = 1024**3
 CPU_POOL_BYTES = 512 * 1024**2
-
-
-@dataclass(frozen=True)
-class RunnerSpec:
-    """What runners of one engine have in common."""
-
-    folder: Path
-    model_class: type[Qwen3ForCausalLM]
-    model_config: Qwen3Config
-    attention: ResolvedBackend
-    dtype: torch.dtype
-    load_format: str
-    seed: int
-    max_model_len: int
-    max_num_seqs: int
-    gpu_memory_utilization: float
-    num_kvcache_blocks: int | None
-    enforce_eager: bool
-    step_timeout_s: float
-    num_ranks: int = 1
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Of each rank."""
-        return self.model_config.num_key_value_heads // self.num_ranks
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one KV block on one rank, all layers."""
-        config, tokens = self.model_config, self.attention.block_size
-        per_layer = 2 * self.num_kv_heads * tokens * config.head_dim
-        return config.num_hidden_layers * per_layer * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class SampledOnHost:
-    """[B] int64 token ids; where some request asked for them, B log-probabilities."""
-
-    token_ids: np.ndarray
-    logprobs: list[TokenLogprobs] | None = None
-
-    def logprobs_of(self, row: int) -> TokenLogprobs | None:
-        return None if self.logprobs is None else self.logprobs[row]
-
-
-class StepHandle:
-    """A launched step. `collect` waits for it and gives what it sampled, a row for every request that samples.
-
-    Its time on the device is known if it `began` at a moment.
-    """
-
-    def __init__(self, device: Device, sampled: SampledTokens | None, began: Moment | None = None) -> None:
-        self._device = device
-        self._host = None if sampled is None else _to_host(sampled, device)
-        self._began, self._ended = began, None if began is None else began.clock.record_moment()
-        self.event: Event = device.record_event()
-
-    def is_done(self) -> bool:
-        return self.event.query()
-
-    def wait(self) -> None:
-        self.event.synchronize()
-
-    def collect(self) -> SampledOnHost:
-        """Once: the pinned memory is given back."""
-        self.wait()
-        if self._host is None:
-            return SampledOnHost(np.empty(0, dtype=np.int64))
-        # Torch asks the current device when it frees pinned memory; that of this step works, others may be lost.
-        with self._device.current():
-            sampled, self._host = _on_host(self._host), None
-        return sampled
-
-    def moments(self) -> tuple[float, float] | None:
-        """When it began and ended on the device, in seconds of `time.perf_counter()`; waits for it."""
-        if self._began is None or self._ended is None:
-            return None
-        return self._began.seconds(), self._ended.seconds()
-
-
-@dataclass(frozen=True)
-class PrefillTask:
-    """A rank's share of a prefill step: what its `PrefillBuffers` take, and how many requests sample."""
-
-    numbers: np.ndarray
-    size: int
-    num_sampled: int
-    sampling: SamplingArrays | None
-    """Where it takes more than each request's temperature, seed and index."""
-
-
-@dataclass(frozen=True)
-class DecodeTask:
-    """A rank's share of a decode step: what it changes of the rows, and how many of them it runs."""
-
-    changes: RowChanges
-    num_rows: int
-    sampling: SamplingArrays | None
-
-
-Task = PrefillTask | DecodeTask
-
-
-class Followers(Protocol):
-    """The other ranks, which do what this one does."""
-
-    def led(self, task: Task) -> contextlib.AbstractContextManager[None]:
-        """Tells them of a task, which is run within: all do it, or none of them is of use any more.
-
-        Raises:
-            WorkerError: they are not.
-        """
-
-    def check(self) -> None:
-        """Asks whether all are there.
-
-        Raises:
-            WorkerError: one is not.
-        """
-
-    def blame(self, error: BaseException) -> BaseException:
-        """What an error of this rank means, such as that another is gone."""
-
-    def close(self) -> None:
-        """Ends them."""
-
-
-class NoFollowers:
-    """Of a model that one rank computes."""
-
-    def led(self, task: Task) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def check(self) -> None:
-        return
-
-    def blame(self, error: BaseException) -> BaseException:
-        return error
-
-    def close(self) -> None:
-        return
 
 
 class ModelRunner:
@@ -200,7 +55,7 @@ class ModelRunner:
         push_to: a runner into whose pool prefill steps push the blocks that they hand over; of the same spec.
         pipeline: how decode steps use SM partitions, None for plain decode.
         ranks: those that compute the model together; every one of them makes its runner at the same time.
-        followers: on the first rank, the others.
+        workers: on the first rank, the others.
 
     Raises:
         GreenContextError: the SMs can be split, but not as `pipeline` has it.
@@ -219,11 +74,11 @@ class ModelRunner:
         push_to: ModelRunner | None = None,
         pipeline: PipelineOptions | None = None,
         ranks: Ranks | None = None,
-        followers: Followers | None = None,
+        workers: WorkerGroup | None = None,
     ) -> None:
         self.spec = spec
         self._ranks = OneRank() if ranks is None else ranks
-        self._followers = NoFollowers() if followers is None else followers
+        self._workers = NoWorkers() if workers is None else workers
         self._push_pool = None if push_to is None else push_to.kv_pool
         self.device = device
         self.clock: DeviceClock | None = None
@@ -237,7 +92,9 @@ class ModelRunner:
         self._logits: torch.Tensor | None = None
         with self._on(self.stream):
             self.model = self._load_model(weights_of)
-            self._ranks.least(0)  # none waits in a collective, which must end in time, for one that loads longer
+            self._ranks.all_reduce_min(
+                0
+            )  # none waits in a collective, which must end in time, for one that loads longer
             self.decode_paths = DecodePaths(self, pipeline) if is_decode_runner else None
             self.num_kv_blocks = self._num_kv_blocks()
             # One block more than there are to give out: what pads a step is written to it.
@@ -261,7 +118,7 @@ class ModelRunner:
             began = None if self.clock is None else self.clock.record_moment()
             task = self._prefill_task(step) if isinstance(step, PrefillStep) else self._decode_task(step)
             positions = None if isinstance(step, PrefillStep) else step.positions
-            with self._followers.led(task):
+            with self._workers.dispatch(task):
                 return StepHandle(self.device, self.run(task, positions), began)
 
     def run(self, task: Task, positions: np.ndarray | None = None) -> SampledTokens | None:
@@ -280,7 +137,7 @@ class ModelRunner:
         assert output is not None, "a step that is padded to some requests samples for them"
         return output
 
-    def forget_decode_rows(self) -> None:
+    def forget_device_batch(self) -> None:
         """What a decode step that could not be launched has left of the batch on the device is not used again."""
         if self.decode_rows is not None:
             self.decode_rows.forget()
@@ -312,7 +169,7 @@ class ModelRunner:
         graphs = self._prefill_graphs
         size = step.num_tokens if graphs is None else graphs.size_for(step.num_tokens)
         sampling = None if step.is_plain or not last else sampling_arrays(last, self.spec.model_config.vocab_size)
-        return PrefillTask(self.prefill_buffers.numbers_of(step, size), size, len(last), sampling)
+        return PrefillTask(self.prefill_buffers.pack(step, size), size, len(last), sampling)
 
     def _decode_task(self, step: DecodeStep) -> DecodeTask:
         assert self.decode_rows is not None, f"{self.device} was made for prefill, it cannot run a decode step"
@@ -381,7 +238,7 @@ class ModelRunner:
             HandoffError: the method or a block is unknown; nothing was copied.
         """
         if method not in COPY_METHODS:
-            raise HandoffError(f"method={shown(method)} is not one of {', '.join(COPY_METHODS)}")
+            raise HandoffError(f"method={short_repr(method)} is not one of {', '.join(COPY_METHODS)}")
         for block, goal in pairs:
             if not (0 <= block < self.num_kv_blocks and 0 <= goal < other.num_kv_blocks):
                 raise HandoffError(
@@ -423,7 +280,7 @@ class ModelRunner:
         """
         with self._on(self.copy_stream):
             wait_event(self.copy_stream, after)
-            return torch.stack([_checksum_layers(self.kv_pool[block]) for block in blocks]).cpu()
+            return torch.stack([checksum_layers(self.kv_pool[block]) for block in blocks]).cpu()
 
     def synchronize(self, *, copies: bool = True) -> None:
         """Waits for all steps, and copies, that were launched here.
@@ -438,22 +295,22 @@ class ModelRunner:
             while stream is not None and not stream.query():
                 if time.monotonic() > deadline_s:
                     late = DeviceError(f"{self.device} is lost: its work has not ended within {step_timeout_s=}")
-                    raise self._followers.blame(late)
-                self._followers.check()
+                    raise self._workers.diagnose(late)
+                self._workers.check()
                 time.sleep(0)
-        self._followers.check()  # what waited for one that is gone was ended
+        self._workers.check()  # what waited for one that is gone was ended
 
-    def check_followers(self) -> None:
+    def check_workers(self) -> None:
         """Raises WorkerError if another rank is gone."""
-        self._followers.check()
+        self._workers.check()
 
-    def blame(self, error: DeviceError) -> BaseException:
+    def diagnose(self, error: DeviceError) -> BaseException:
         """What it means that this device is late: with other ranks, that one of them is."""
-        return self._followers.blame(error)
+        return self._workers.diagnose(error)
 
-    def close_followers(self) -> None:
+    def close_workers(self) -> None:
         """Ends the other ranks."""
-        self._followers.close()
+        self._workers.close()
 
     def close(self) -> None:
         """Gives weights and pool back, which nothing may be using; the runner is of no use afterwards."""
@@ -550,14 +407,14 @@ class ModelRunner:
             return self.decode_paths.get_statistics()
 
     def take_lane_times(self) -> None:
-        """Of decode steps that have ended: for metrics, and a trace."""
+        """Takes in lane times of decode steps that have ended, for metrics and the trace."""
         if self.decode_paths is not None:
             with self._on(self.stream):
                 self.decode_paths.take_times()
 
     def print_pipeline_statistics(self) -> None:
         """The same as a table."""
-        print("\n".join(lines(self.get_pipeline_statistics())))  # noqa: T201 - what it is for
+        print("\n".join(lines(self.get_pipeline_statistics(), str(self.device))))  # noqa: T201 - what it is for
 
     def _make_prefill_buffers(self, max_step_tokens: int) -> PrefillBuffers:
         # The KV of a step's tokens is in the pool.
@@ -574,11 +431,13 @@ class ModelRunner:
             pushes=self._push_pool is not None,
         )
 
-    def _make_decode_rows(self) -> DecodeRows:
+    def _make_decode_rows(self) -> DeviceDecodeBatch:
         # A decoding request has a block to itself, the one it writes to.
         most_rows = min(self.spec.max_num_seqs, self.num_kv_blocks)
         backend = self.spec.attention.backend
-        return DecodeRows(self.device, backend, most_rows, self.spec.max_model_len, self.block_size, self.num_kv_blocks)
+        return DeviceDecodeBatch(
+            self.device, backend, most_rows, self.spec.max_model_len, self.block_size, self.num_kv_blocks
+        )
 
     @property
     def uses_graphs(self) -> bool:
@@ -661,7 +520,7 @@ class ModelRunner:
                 f"a KV pool of {num_blocks} blocks and a spare one takes {needed / GIB:.2f} GiB, but {where} leaves "
                 f"{max(available, 0) / GIB:.2f} GiB for it; {remedy}"
             )
-        num_blocks = self._ranks.least(num_blocks)
+        num_blocks = self._ranks.all_reduce_min(num_blocks)
         gib = (num_blocks + 1) * self.spec.block_bytes / GIB
         logger.info("%s: KV pool of %d blocks of %d tokens, %.2f GiB", self.device, num_blocks, self.block_size, gib)
         return num_blocks
@@ -671,7 +530,16 @@ class ModelRunner:
         torch.cuda.reset_peak_memory_stats(self.device.index)
         before = torch.cuda.memory_allocated(self.device.index)
         try:
-            self._run(self._largest_step(), pool=self._make_pool(1))
+            most_rows = max(self.spec.max_num_seqs if self.is_decode_runner else 1, MOST_PREFILL_REQUESTS)
+            largest = largest_step(
+                self.device.torch_device,
+                num_tokens=self.max_step_tokens,
+                num_rows=min(most_rows, self.max_step_tokens),
+                block_size=self.block_size,
+                max_model_len=self.spec.max_model_len,
+                vocab_size=self.spec.model_config.vocab_size,
+            )
+            self._run(largest, pool=self._make_pool(1))
         except torch.OutOfMemoryError as error:
             raise OutOfKVCacheError(
                 f"{self.device} has no room for a step of {self.max_step_tokens} tokens ({error}); "
@@ -684,98 +552,6 @@ class ModelRunner:
         free, total = self.device.memory_info()
         return int(total * self.spec.gpu_memory_utilization) - (total - free) - workspace
 
-    def _largest_step(self) -> ModelInputs:
-        """A prefill step of most tokens and most sampled rows, all of them reading and writing block 0."""
-        device, spec = self.device.torch_device, self.spec
-        most_rows = max(spec.max_num_seqs if self.is_decode_runner else 1, MOST_PREFILL_REQUESTS)
-        num_rows = min(most_rows, self.max_step_tokens)
-        lengths = torch.full((num_rows,), self.max_step_tokens // num_rows, dtype=torch.int32, device="cpu")
-        lengths[0] += self.max_step_tokens - int(lengths.sum())
-        positions = torch.cat([torch.arange(n, device="cpu") for n in lengths.tolist()]) % spec.max_model_len
-        longest = int(lengths.max())
-        metadata = AttentionMetadata(
-            slot_mapping=(positions % self.block_size).to(device),
-            block_tables=torch.zeros(num_rows, -(-longest // self.block_size), dtype=torch.int32, device=device),
-            context_lens=lengths.to(device),
-            query_starts=torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).to(device),
-            max_query_len=longest,
-            max_context_len=longest,
-        )
-        sampling = SamplingInputs(
-            temperatures=torch.ones(num_rows, dtype=torch.float32, device=device),
-            seeds=torch.arange(num_rows, device=device),
-            output_indices=torch.zeros(num_rows, dtype=torch.int64, device=device),
-            filters=(
-                torch.full((num_rows,), spec.model_config.vocab_size, device=device),
-                torch.full((num_rows,), 0.9, dtype=torch.float32, device=device),
-                torch.zeros(num_rows, dtype=torch.float32, device=device),
-            ),
-            num_logprobs=1,
-        )
-        tokens = torch.zeros(len(positions), dtype=torch.int64, device=device)
-        rows = metadata.query_starts[1:].long() - 1
-        return ModelInputs(tokens, positions.to(device), metadata, rows, sampling)
-
-
-def _copy_blocks(source: ModelRunner, target: ModelRunner, pairs: SequenceOf[BlockPair]) -> None:
-    # Across GPUs torch copies on the source's current stream and makes both current streams wait on each other.
-    for block, goal in pairs:
-        target.kv_pool[goal].copy_(source.kv_pool[block], non_blocking=True)
-
-
-def _push_blocks(source: ModelRunner, target: ModelRunner, pairs: SequenceOf[BlockPair]) -> None:
-    # It needs triton, which a machine without GPUs may lack.
-    from nanovllm.kernels.triton_transfer import NUM_PROGRAMS, push_blocks
-
-    enable_peer_access(source.device, target.device)
-    push_blocks(source.kv_pool, target.kv_pool, source.device.tensor(block_list(pairs)), NUM_PROGRAMS)
-
-
-def _stage_blocks(source: ModelRunner, target: ModelRunner, pairs: SequenceOf[BlockPair]) -> None:
-    for block, goal in pairs:
-        block_of_source = source.kv_pool[block]
-        host = torch.empty(block_of_source.shape, dtype=block_of_source.dtype, device="cpu", pin_memory=True)
-        host.copy_(block_of_source, non_blocking=True)
-        staged = source.record_copy_event()
-        with target._on(target.copy_stream):
-            wait_event(target.copy_stream, staged)
-            target.kv_pool[goal].copy_(host, non_blocking=True)
-
-
-COPY_METHODS = {"copy": _copy_blocks, "push": _push_blocks, "staged": _stage_blocks}
-
-
-def _checksum_layers(block: torch.Tensor) -> torch.Tensor:
-    """[num_layers] int64 of one block: its words, each times an odd number of its own, summed modulo 2^64."""
-    words = block.flatten(1).view(torch.int16).long()
-    return (words * torch.arange(1, 2 * words.shape[1], 2, device=words.device)).sum(dim=1)
-
 
 def _host_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _to_host(sampled: SampledTokens, device: Device) -> SampledTokens:
-    def copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return tensor if tensor is None or not device.is_cuda else tensor.to("cpu", non_blocking=True)  # pinned
-
-    token_ids = copy(sampled.token_ids)
-    assert token_ids is not None, "a step that samples has tokens"
-    return SampledTokens(token_ids, copy(sampled.logprobs), copy(sampled.top_token_ids), copy(sampled.top_logprobs))
-
-
-def _on_host(sampled: SampledTokens) -> SampledOnHost:
-    token_ids = sampled.token_ids.numpy().copy()
-    if sampled.logprobs is None or sampled.top_token_ids is None or sampled.top_logprobs is None:
-        return SampledOnHost(token_ids)
-    columns = zip(
-        token_ids.tolist(),
-        sampled.logprobs.tolist(),
-        sampled.top_token_ids.tolist(),
-        sampled.top_logprobs.tolist(),
-        strict=True,
-    )
-    logprobs = [
-        TokenLogprobs(token, logprob, dict(zip(top_ids, top, strict=True))) for token, logprob, top_ids, top in columns
-    ]
-    return SampledOnHost(token_ids, logprobs)

@@ -1,4 +1,4 @@
-"""Runs the layers of a decode step as a plan says: on two lanes at a time, or one after another.
+"""Executes a plan: the layers of a decode step on two lanes at a time, or one after another.
 
 Embedding, output head and sampling are not part of the plan.
 """
@@ -31,7 +31,7 @@ class MicroBatch:
     heads: torch.Tensor | None = None
     """Query, key and value heads after `project_qkv`, query heads after `store_kv`, attended ones after `attend`."""
     kept: dict[Lane, list[torch.Tensor]] = field(default_factory=lambda: {lane: [] for lane in Lane})
-    """By the lane that made them, tensors that the other lane may still read."""
+    """Tensors that the other lane may still read, by the lane that made them."""
 
     def run(
         self, step: PlanStep, layers: Sequence[Qwen3DecoderLayer], kv_pool: torch.Tensor, num_sms: int | None

@@ -15,7 +15,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.text.request_text import NoText, RequestText, StreamedText, Vocabulary, WholeText
 from nanovllm.engine.text.token_bound import TokenBound
 from nanovllm.engine.text.tokenizer import check_text
-from nanovllm.errors import RequestError, shown
+from nanovllm.errors import RequestError, short_repr
 from nanovllm.sampling_params import SamplingParams
 
 Prompt = str | SequenceOf[int]
@@ -64,10 +64,12 @@ class RequestIntake:
         if params is None:
             return SamplingParams()
         if not isinstance(params, SamplingParams):
-            raise RequestError(f"sampling_params={shown(params)} is not a SamplingParams")
+            raise RequestError(f"sampling_params={short_repr(params)} is not a SamplingParams")
         for token_id in params.stop_token_ids or ():
             if token_id >= self.vocab_size:
-                raise RequestError(f"stop_token_ids has {shown(token_id)}; the vocabulary has {self.vocab_size} tokens")
+                raise RequestError(
+                    f"stop_token_ids has {short_repr(token_id)}; the vocabulary has {self.vocab_size} tokens"
+                )
         if params.logprobs is not None and params.logprobs > self.vocab_size:
             raise RequestError(f"logprobs={params.logprobs} is above the vocabulary's {self.vocab_size} tokens")
         if params.stop and self.tokenizer is None:
@@ -97,7 +99,7 @@ class RequestIntake:
         for token in (min(token_ids), max(token_ids)):
             if not 0 <= token < self.vocab_size:
                 raise RequestError(
-                    f"the prompt has token id {shown(token)}; the vocabulary has ids 0 to {self.vocab_size - 1}"
+                    f"the prompt has token id {short_repr(token)}; the vocabulary has ids 0 to {self.vocab_size - 1}"
                 )
         if len(token_ids) >= self.max_model_len:
             raise RequestError(
@@ -158,5 +160,5 @@ def _integer(token: object) -> int:
     except TypeError:
         number = None
     if number is None or isinstance(token, bool):
-        raise RequestError(f"the prompt has {shown(token)}, which is not a token id (an integer)")
+        raise RequestError(f"the prompt has {short_repr(token)}, which is not a token id (an integer)")
     return number

@@ -1,4 +1,4 @@
-"""Which tokens of which requests run next, and who gives up blocks. Decides only: no torch, no devices.
+"""Chooses the next step; queues and preempts requests; accounts for KV blocks. Decides only: no torch, no devices.
 
 A request waits, gets a lease (its blocks in the decode pool, and blocks to prefill into), is prefilled in chunks,
 handed off and decoded. On one device the two pools are one object, and the blocks to prefill into are the leased ones.
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduling.admission import LOOK_AHEAD_STEPS, AdmissionPolicy
-from nanovllm.engine.scheduling.decode_batch import DecodeBatch, DecodeRow, DecodeStep
-from nanovllm.engine.scheduling.outage import Outage
+from nanovllm.engine.scheduling.circuit_breaker import CircuitBreaker
+from nanovllm.engine.scheduling.decode_batch import DecodeRow, DecodeStep, HostDecodeBatch
 from nanovllm.engine.sequence import Lease, Sequence, SequenceStatus
 from nanovllm.errors import OutOfKVCacheError
 from nanovllm.outputs import FinishReason
@@ -25,17 +25,17 @@ from nanovllm.outputs import FinishReason
 logger = logging.getLogger(__name__)
 
 GROW_AHEAD_TOKENS = 16
-"""When a request needs a block, those that will within so many tokens get theirs with it, if blocks abound: the device
-then hears of new blocks once in several steps."""
+"""When a request needs a block, others that will need one within this many tokens get theirs too, if blocks abound: the
+device is then told of new blocks once in several steps."""
 
 MOST_PREFILL_REQUESTS = 32
-"""Requests in a prefill step: the device keeps room for so many, and pads every step to it."""
+"""Most requests in a prefill step: the device keeps room for this many, and pads every step to it."""
 ENOUGH_PREFILL_TOKENS = 4096
-"""Where somebody awaits the first token, the requests after the first get what it leaves of so many tokens: the device
-is as fast with them as with more, and the first request of a step waits for the last."""
+"""If any request of a prefill step is streamed, the step is capped at this many tokens: larger steps are no faster, and
+the first prompt would wait for the last."""
 
 MOST_FAILURES_IN_A_ROW = 2
-"""Of requests on a prefill device of its own: more are not the requests' fault."""
+"""Failures in a row on a separate prefill device that may be the requests' own fault; more are the device's."""
 
 BlockPair = tuple[int, int]
 """A block of the prefill pool and the block of the decode pool that its KV goes to."""
@@ -114,8 +114,8 @@ class Scheduler:
         self.num_queried_tokens = 0
         """Tokens of requests that got a lease, and were looked up in the prefix cache of where they are prefilled."""
         self.num_hit_tokens = 0
-        self.prefill_outage = Outage(MOST_FAILURES_IN_A_ROW)
-        """Of a prefill device of its own. While it is out, requests are prefilled on the decode device."""
+        self.prefill_breaker = CircuitBreaker(MOST_FAILURES_IN_A_ROW)
+        """Guards a separate prefill device. While it is open, requests are prefilled on the decode device."""
         self._clear()
 
     def _clear(self) -> None:
@@ -123,17 +123,17 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._prefilling: list[Sequence] = []
-        self._under_way: set[Sequence] = set()
-        """Between the beginning of their prefill and the arrival of their KV."""
-        self._batch = DecodeBatch.of((), self.decode_pool.block_size)
+        self._prefill_backlog: set[Sequence] = set()
+        """Requests between the start of their prefill and the arrival of their KV."""
+        self._batch = HostDecodeBatch.of((), self.decode_pool.block_size)
         self._batch_has_ended_leases = False
         self._joining: list[DecodeRow] = []
         """Requests that decode and are not in the batch: new ones, and those that wait for a block."""
         self._decode_steps: list[DecodeStep] = []
-        """In flight. They count themselves on a lease (`in_flight`) only once it has ended."""
-        self._closing: list[Lease] = []
+        """Decode steps in flight. They are counted on a lease (`in_flight`) only once it has ended."""
+        self._draining_leases: list[Lease] = []
         """Leases that nobody wants any more and that work in flight still touches."""
-        self._blocks_are_promised = False
+        self._blocks_reserved = False
         """Whether a decoding request waits for the blocks of such a lease: no new lease may take them first."""
         self._prefilled: list[Sequence] = []
         self._failed: list[Sequence] = []
@@ -169,8 +169,8 @@ class Scheduler:
 
     def fail(self, seq: Sequence, error: Exception) -> None:
         """Something went wrong for this request alone: the first time it is recomputed, on the decode device."""
-        if seq in self._under_way and seq.lease is not None and self._is_apart(seq.lease):
-            self.prefill_outage.failed(time.monotonic())
+        if seq in self._prefill_backlog and seq.lease is not None and self._prefills_remotely(seq.lease):
+            self.prefill_breaker.failed(time.monotonic())
         seq.failures += 1
         if seq.failures == 1:
             self.preempt(seq)
@@ -195,7 +195,7 @@ class Scheduler:
     @property
     def num_leases(self) -> int:
         """Those that requests hold, and those that they have given up and work in flight still touches."""
-        return len(self._running) + len(self._closing)
+        return len(self._running) + len(self._draining_leases)
 
     @property
     def predicted_itl_s(self) -> float | None:
@@ -238,8 +238,8 @@ class Scheduler:
         counts = seq.lease is lease
         if counts:
             lease.prefill_pool.cache(seq, lease.prefill_table, chunk.start, chunk.end)
-            if self._is_apart(lease) and chunk.is_last and not chunk.handoff:
-                self.prefill_outage.worked()
+            if self._prefills_remotely(lease) and chunk.is_last and not chunk.handoff:
+                self.prefill_breaker.worked()
             if chunk.is_last:
                 seq.status = SequenceStatus.HANDING_OFF
                 seq.timeline.mark("handoff")
@@ -251,7 +251,7 @@ class Scheduler:
 
     def blocks_arrived(self, lease: Lease) -> None:
         """A handoff of blocks of the lease has ended well."""
-        self.prefill_outage.worked()
+        self.prefill_breaker.worked()
         self.release(lease)
 
     def get_prefilled_sequences(self) -> list[Sequence]:
@@ -274,7 +274,7 @@ class Scheduler:
         lease.prefill_pool.free(lease.prefill_table)
         lease.prefill_table = []
         seq.status = SequenceStatus.DECODING
-        self._under_way.remove(seq)
+        self._prefill_backlog.remove(seq)
         seq.timeline.mark("decode queue")
         self._joining.append(DecodeRow(seq, lease, seq.num_tokens - 1))
 
@@ -286,7 +286,7 @@ class Scheduler:
         Where the pool runs out, the youngest request is preempted. While blocks that were given up are still touched
         by work in flight, a request that needs one sits this step out.
         """
-        self._blocks_are_promised = False
+        self._blocks_reserved = False
         grown = self._update_batch()
         if not self._batch:
             return None
@@ -346,8 +346,8 @@ class Scheduler:
         """Such work has ended."""
         assert lease.in_flight > 0, "no work is in flight on this lease"
         lease.in_flight -= 1
-        if lease.in_flight == 0 and lease in self._closing:
-            self._closing.remove(lease)
+        if lease.in_flight == 0 and lease in self._draining_leases:
+            self._draining_leases.remove(lease)
             self._free(lease)
 
     def start_over(self, unfinished: SequenceOf[Sequence], stuck: SequenceOf[Lease]) -> None:
@@ -363,21 +363,21 @@ class Scheduler:
             lease.ended = True
         self._clear()
         self._waiting = sorted(unfinished, key=_request_id)
-        self._closing = list(dict.fromkeys(stuck))
-        for lease in self._closing:
+        self._draining_leases = list(dict.fromkeys(stuck))
+        for lease in self._draining_leases:
             lease.in_flight = stuck.count(lease)
-        for pool, tables in self._tables_of(self._closing):
+        for pool, tables in self._tables_of(self._draining_leases):
             pool.reset(tables)
 
     def check_integrity(self) -> None:
         """Asserts that every block of both pools is accounted for."""
-        leases = [*self._closing, *(seq.lease for seq in self._running if seq.lease is not None)]
+        leases = [*self._draining_leases, *(seq.lease for seq in self._running if seq.lease is not None)]
         for pool, tables in self._tables_of(leases):
             pool.check_integrity(tables)
         for seq in self._running:
             assert seq.lease is not None, f"request {seq.request_id} is {seq.status} without a lease"
         under_way = {seq for seq in self._running if seq.status is not SequenceStatus.DECODING}
-        assert self._under_way == under_way, "who is under way and who is counted as such differ"
+        assert self._prefill_backlog == under_way, "who is under way and who is counted as such differ"
         for seq in self._waiting:
             assert seq.lease is None, f"waiting request {seq.request_id} holds a lease"
             assert seq.status is SequenceStatus.WAITING, f"request {seq.request_id} waits but is {seq.status}"
@@ -394,10 +394,10 @@ class Scheduler:
 
     def _prefill_pool_of(self, seq: Sequence) -> BlockManager:
         outgrown = self.prefill_pool.blocks_for(seq.num_tokens) > self.prefill_pool.num_blocks
-        is_out = self.prefill_outage.is_out and not self.prefill_outage.may_try(time.monotonic())
+        is_out = self.prefill_breaker.is_out and not self.prefill_breaker.allows_trial(time.monotonic())
         return self.decode_pool if seq.failures or outgrown or is_out else self.prefill_pool
 
-    def _is_apart(self, lease: Lease) -> bool:
+    def _prefills_remotely(self, lease: Lease) -> bool:
         """Whether its request is prefilled on a device of its own."""
         return lease.prefill_pool is not self.decode_pool
 
@@ -425,31 +425,31 @@ class Scheduler:
                 self._waiting.remove(seq)
                 self._running.append(seq)
                 self._prefilling.append(seq)
-                self._under_way.add(seq)
+                self._prefill_backlog.add(seq)
                 num_tokens_ahead += _num_tokens_ahead_of(seq)
                 yield seq
             else:
                 return
 
     def _may_admit(self, seq: Sequence, num_tokens_ahead: int) -> bool:
-        num_leases = len(self._running) + sum(not lease.stuck for lease in self._closing)
+        num_leases = len(self._running) + sum(not lease.stuck for lease in self._draining_leases)
         if num_leases >= self.limits.max_num_seqs:
             seq.timeline.mark(f"waits for a lease (max_num_seqs={self.limits.max_num_seqs} are held)")
             return False
-        if self._blocks_are_promised:
+        if self._blocks_reserved:
             seq.timeline.mark("waits for a lease (a decoding request needs the next free blocks)")
             return False
         if self._prefill_pool_of(seq) is self.decode_pool:
             return True
         num_tokens = num_tokens_ahead + _num_tokens_ahead_of(seq)
-        reason = self.admission.reason_to_wait(len(self._under_way), len(self._running) + 1, num_tokens)
+        reason = self.admission.reason_to_wait(len(self._prefill_backlog), len(self._running) + 1, num_tokens)
         if reason is not None:
             seq.timeline.mark(f"waits for a lease ({reason})")
         return reason is None
 
     def _num_tokens_ahead(self) -> int:
-        """Of the contexts of all that decode or are under way, LOOK_AHEAD_STEPS from now."""
-        others = [*self._under_way, *(row.seq for row in self._joining)]
+        """Context tokens, LOOK_AHEAD_STEPS from now, of all requests that decode or are being prefilled."""
+        others = [*self._prefill_backlog, *(row.seq for row in self._joining)]
         return self._batch.num_tokens_ahead(LOOK_AHEAD_STEPS) + sum(map(_num_tokens_ahead_of, others))
 
     def _admit(self, seq: Sequence, pool: BlockManager) -> bool:
@@ -474,8 +474,8 @@ class Scheduler:
         else:
             prefill_table = pool.take(hit, num_prefilled)
         seq.lease = Lease(decode_table, prefill_table, pool, num_handed_off_blocks=len(cached))
-        if self.prefill_outage.is_out and not into_decode_pool:
-            self.prefill_outage.trial_begins(time.monotonic())
+        if self.prefill_breaker.is_out and not into_decode_pool:
+            self.prefill_breaker.begin_trial(time.monotonic())
         seq.num_prefilled_tokens = len(hit) * pool.block_size
         self.num_queried_tokens += seq.num_tokens
         self.num_hit_tokens += seq.num_prefilled_tokens
@@ -555,7 +555,7 @@ class Scheduler:
         if joined:
             for row in joined:
                 row.seq.timeline.mark("decodes")
-            self._batch = self._batch.joined_by(DecodeBatch.of(joined, self.decode_pool.block_size))
+            self._batch = self._batch.joined_by(HostDecodeBatch.of(joined, self.decode_pool.block_size))
         return grown if self._batch is batch else []
 
     def _grow(self, row: DecodeRow) -> bool:
@@ -570,8 +570,8 @@ class Scheduler:
                 return False
             if self.decode_pool.can_take((), 1):
                 lease.decode_table += self.decode_pool.take((), 1)
-            elif any(not closing.stuck for closing in self._closing):
-                self._blocks_are_promised = True
+            elif any(not closing.stuck for closing in self._draining_leases):
+                self._blocks_reserved = True
                 return False
             else:
                 youngest = max(self._running, key=_request_id)
@@ -604,7 +604,7 @@ class Scheduler:
     def _end_lease(self, seq: Sequence) -> None:
         lease, seq.lease = seq.lease, None
         seq.num_prefilled_tokens = 0
-        self._under_way.discard(seq)
+        self._prefill_backlog.discard(seq)
         if lease is None:
             return
         lease.ended = True
@@ -616,7 +616,7 @@ class Scheduler:
         if lease in self._batch.leases:
             self._batch_has_ended_leases = True
         if lease.in_flight:
-            self._closing.append(lease)
+            self._draining_leases.append(lease)
         else:
             self._free(lease)
 

@@ -5,21 +5,18 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING
 
 import xxhash
 
+from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduling.timeline import Timeline
 from nanovllm.outputs import FinishReason, RequestOutput, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 
-if TYPE_CHECKING:
-    from nanovllm.engine.block_manager import BlockManager
-
 
 class SequenceStatus(Enum):
     WAITING = auto()
-    """In the queue, holding no blocks."""
+    """Waits in the queue and holds no blocks."""
     PREFILLING = auto()
     """Holds a lease and prefill blocks; some of its tokens are not yet computed."""
     HANDING_OFF = auto()
@@ -78,7 +75,7 @@ class Sequence:
     """Tokens whose KV is in the prefill pool, or will be once the steps in flight have ended."""
     failures: int = 0
 
-    num_shown_tokens: int = field(init=False)
+    num_emitted_tokens: int = field(init=False)
     """Tokens that are known outside: the prompt and what was given out."""
     output: RequestOutput | None = None
     """What is being given out."""
@@ -89,13 +86,13 @@ class Sequence:
     finished_s: float | None = None
 
     first_plain_position: int = field(init=False)
-    """From this position of the token fed on, sampling takes no more than temperature, seed and index."""
+    """Position of the token fed from which on sampling needs temperature, seed and index alone."""
     _block_hashes: list[int] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         self.timeline = Timeline(self.arrival_s)
         self.token_ids = list(self.prompt_token_ids)
-        self.num_shown_tokens = len(self.token_ids)
+        self.num_emitted_tokens = len(self.token_ids)
         params = self.params
         needs_more = params.needs_filter or params.logprobs is not None
         # Whatever min_tokens is beyond that, the request ends by length before.

@@ -28,7 +28,7 @@ from nanovllm.version import __version__
 OK, WARNING, MISSING, FAILED = "ok", "warning", "missing", "failed"
 GIB = 1024**3
 NVLINK_BYTES_PER_S = 200e9
-"""Between what PCIe 5 and what NVLink 4 copy at."""
+"""Bytes per second between those of PCIe 5 and of NVLink 4."""
 PACKAGES = {
     "torch": "pip install torch",
     "transformers": "pip install transformers",
@@ -228,7 +228,7 @@ def check_handoff(on_gpus: bool, prefill_device_id: int, decode_device_id: int) 
     found = f"{blocks} blocks between two {'GPUs' if on_gpus else 'logical CPU devices'}, checksums equal"
     if not is_right:
         found = f"answered {answer['text']!r}, {answer['error']}"
-    yield Finding("handoff", OK if is_right else FAILED, found, "" if is_right else "see docs/two_gpu.md")
+    yield Finding("handoff", OK if is_right else FAILED, found, "" if is_right else "see docs/how-to/two_gpus.md")
 
 
 def _missing(check: str, found: str, next_step: str) -> Iterator[Finding]:

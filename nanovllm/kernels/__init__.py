@@ -17,8 +17,8 @@ import torch
 from nanovllm.errors import BackendUnavailableError
 
 
-class SlotNumber(IntEnum):
-    """What the device keeps of a decoding request, in rows of a [SLOT_NUMBERS, num_slots] int64 tensor."""
+class RowField(IntEnum):
+    """What the device keeps of a decoding request, in rows of a [NUM_ROW_FIELDS, num_slots] int64 tensor."""
 
     LAST_TOKEN = 0
     POSITION = 1
@@ -26,7 +26,7 @@ class SlotNumber(IntEnum):
     OUTPUT_INDEX = 3
 
 
-SLOT_NUMBERS = len(SlotNumber)
+NUM_ROW_FIELDS = len(RowField)
 
 NO_FINITE_TOKEN = -1
 """Sampled where logits are not finite: the host ends the request, the device goes on with some token until then."""
@@ -44,8 +44,8 @@ class AttentionMetadata:
         query_starts: [B + 1] int32, where each request's tokens begin in T.
         max_query_len: most tokens that one request has in this step.
         max_context_len: the largest of `context_lens`, or a bound of it.
-        plan: what the backend's `plan` says of the step, None to have it asked for by each layer. It is made from the
-            other attributes as they are, and by kernels before the one that `attend` follows: not right before it.
+        plan: the result of the backend's `plan` for this step, None to have each layer compute it. It is computed from
+            the other fields. Its kernel must not be the immediate predecessor of `attend` (overlapped launch).
         num_sms: how many SMs to spread decode attention over, None for all of the GPU.
         after_store: called by each layer in turn with its view of the pool, once the step's KV is stored there and
             before it is attended to; None for nothing to do.
@@ -67,7 +67,7 @@ class AttentionMetadata:
         return self.max_query_len == 1
 
 
-class AttentionBackend(Protocol):
+class Kernels(Protocol):
     """One way to store and attend to paged KV.
 
     `kv_cache` is one layer's view of the pool, [num_blocks, 2, num_kv_heads, block_size, head_dim]: keys at 0,
@@ -178,13 +178,13 @@ class AttentionBackend(Protocol):
 
         Args:
             slots: [B] int64.
-            numbers: [SLOT_NUMBERS, num_slots] int64.
+            numbers: [NUM_ROW_FIELDS, num_slots] int64.
             temperatures: [num_slots] float32.
             block_tables: [num_slots, max_blocks] int32.
             block_size: tokens of a block.
 
         Returns:
-            Numbers [SLOT_NUMBERS, B], temperatures [B] and block tables [B, max_blocks] of the slots (what lies beyond
+            Fields [NUM_ROW_FIELDS, B], temperatures [B] and block tables [B, max_blocks] of the slots (what lies beyond
             the context may be anything), slot mapping [B] int64 and context lengths [B] int32, as in
             `AttentionMetadata`.
         """
@@ -215,7 +215,7 @@ class BackendRequirements:
 
 @dataclass(frozen=True)
 class ResolvedBackend:
-    backend: AttentionBackend
+    backend: Kernels
     block_size: int
     reason: str
 

@@ -1,11 +1,11 @@
 // The sum of every rank's numbers, on each rank (sm_90). Every rank writes its numbers into the memory of all others
 // ("inboxes") and adds up what it finds in its own, in the order of ranks, so that all of them get the same bits.
-// A labelled packet of 16 bytes is 8 bytes of numbers, each half beside the number of the sum that it is of: who reads
-// it sees whether it is there, and nobody waits for a fence (the "LL" protocol of NCCL). Compiled at run time by
-// cuda_all_reduce.py, which defines
+// The LL protocol, as NCCL calls it: a packet of 16 bytes carries 8 bytes of numbers, and beside each 4-byte word a
+// sequence flag, so the receiver detects arrival without a fence. Compiled at run time by cuda_all_reduce.py, which
+// defines
 //   RANKS, RANK   how many there are, and which one this is
 //   THREADS       of a thread block
-//   PIECES        that a thread adds up where there are no labels
+//   PIECES        that a thread adds up where there are no flags
 //   MOST_BLOCKS   for which there is room in an inbox
 //   KIND          of the numbers: 0 float32, 1 float16, 2 bfloat16
 
@@ -84,7 +84,7 @@ __device__ uint4 rounded_piece(const Sums& sums) {
     return make_uint4(rounded(sums, 0), rounded(sums, 1), rounded(sums, 2), rounded(sums, 3));
 }
 
-// An inbox has a part for labelled packets, [2][RANKS][MOST_BLOCKS][2][THREADS], one for pieces without labels,
+// An inbox has a part for LL packets, [2][RANKS][MOST_BLOCKS][2][THREADS], one for pieces without flags,
 // [2][RANKS][MOST_BLOCKS][PIECES][THREADS], and what thread blocks of other ranks have come to, [RANKS][MOST_BLOCKS].
 // A thread block counts its sums, of both kernels, and has places of its own, one half for odd rounds and one for even
 // ones: when a rank is at one round, all others have ended the one before the last, so nothing is overwritten that is
@@ -99,7 +99,7 @@ __device__ u64 place_of(u32 round, int rank, int pieces) {
 
 // `x`, whose place the sums take, has `num_pieces` of 16 bytes; a thread adds up one of them.
 extern "C" __global__ void __launch_bounds__(THREADS)
-all_reduce_labelled(uint4* x, uint4* const* inboxes, u32* rounds, const volatile u32* given_up, int num_pieces) {
+all_reduce_ll(uint4* x, uint4* const* inboxes, u32* rounds, const volatile u32* given_up, int num_pieces) {
     const int place = blockIdx.x * THREADS + threadIdx.x;
     uint4* inbox[RANKS];
 #pragma unroll

@@ -20,11 +20,11 @@ NUM_THREADS = 256
 MOST_BLOCKS = 256
 PIECE_BYTES = 16
 NUM_PIECES = 4
-"""That a thread adds up where numbers cross without labels."""
-MOST_LABELLED_BYTES = 2**19
+"""Pieces that a thread adds up where numbers cross without flags."""
+MOST_LL_BYTES = 2**19
 MOST_BYTES_SENT = NUM_THREADS * MOST_BLOCKS * NUM_PIECES * PIECE_BYTES
-"""To all other ranks together; of more, sums are NCCL's to make, which sends each number once."""
-LABELLED, PLAIN = "all_reduce_labelled", "all_reduce_plain"
+"""Most bytes sent to all other ranks together; larger sums are left to NCCL, which sends each number once."""
+LL, PLAIN = "all_reduce_ll", "all_reduce_plain"
 NOTHING = "-"
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -52,7 +52,7 @@ class PeerAllReduce:
         self._inbox: PeerMemory | None = None
         handle, failure = NOTHING, NOTHING
         try:
-            _kernel(LABELLED, size, rank, torch.bfloat16, self._device)
+            _kernel(LL, size, rank, torch.bfloat16, self._device)
             bytes_of_block = 2 * NUM_THREADS * (2 + NUM_PIECES) * PIECE_BYTES + 4
             self._inbox = PeerMemory(size * MOST_BLOCKS * bytes_of_block)
             handle = self._inbox.handle
@@ -73,13 +73,13 @@ class PeerAllReduce:
             raise BackendUnavailableError("; ".join(sorted(failures)))
 
     def can_serve(self, x: torch.Tensor) -> bool:
-        """Whether `add_up` is for this contiguous tensor."""
+        """Whether `all_reduce` is for this contiguous tensor."""
         is_small = (self._size - 1) * x.nbytes <= MOST_BYTES_SENT
         return is_small and x.dtype in KINDS and x.nbytes % PIECE_BYTES == x.data_ptr() % PIECE_BYTES == 0
 
-    def add_up(self, x: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' tensors, in the place of this one; every rank gets the same bits."""
-        name, at_a_time = (LABELLED, 1) if x.nbytes <= MOST_LABELLED_BYTES else (PLAIN, NUM_PIECES)
+        name, at_a_time = (LL, 1) if x.nbytes <= MOST_LL_BYTES else (PLAIN, NUM_PIECES)
         num_pieces = x.nbytes // PIECE_BYTES
         num_blocks = -(-num_pieces // (NUM_THREADS * at_a_time))
         kernel = _kernel(name, self._size, self._rank, x.dtype, self._device)

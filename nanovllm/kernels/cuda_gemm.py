@@ -28,9 +28,9 @@ FEWEST_TOKENS = 128
 """With fewer, half of each tile would be computed for nothing."""
 NUM_THREADS = 384
 SHARED_BYTES = 227 * 1024 - 256
-"""Of an SM, less what the kernel's barriers take."""
+"""Shared memory of an SM in bytes, less what the kernel's barriers take."""
 OTHER_BYTES = 1024 + 8 * 16 * 144
-"""To align tiles, and for outputs on their way."""
+"""Bytes of shared memory for aligning tiles and for outputs on their way."""
 
 
 def can_serve(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -109,7 +109,7 @@ def tile_width(num_weights: int, at_a_time: int, step: int) -> int:
 
 
 def _boxes(cluster: int) -> int:
-    """In how many boxes the weights of a tile are fetched, as the kernel has it."""
+    """Number of boxes in which the weights of a tile are fetched; the kernel computes the same."""
     return max(cluster, 2)
 
 
@@ -121,7 +121,7 @@ def _kernel(width: int, cluster: int, is_gated: bool, dtype: torch.dtype, device
 
 
 def num_stages(width: int) -> int:
-    """As many tiles on their way as there is shared memory for, with what aligning them may take."""
+    """Number of tiles on their way that fit into shared memory, with what aligning them may take."""
     return (SHARED_BYTES - OTHER_BYTES) // _stage_bytes(width)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from nanovllm.kernels import NO_FINITE_TOKEN, AttentionMetadata, BackendRequirements, SlotNumber
+from nanovllm.kernels import NO_FINITE_TOKEN, AttentionMetadata, BackendRequirements, RowField
 
 DEFAULT_BLOCK_SIZE = 16
 
@@ -117,7 +117,7 @@ class Backend:
         block_size: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         row_numbers, tables = numbers[:, slots], block_tables[slots]
-        positions = row_numbers[SlotNumber.POSITION]
+        positions = row_numbers[RowField.POSITION]
         blocks = tables.gather(1, (positions // block_size).unsqueeze(1)).squeeze(1)
         slot_mapping = blocks.long() * block_size + positions % block_size
         return row_numbers, temperatures[slots], tables, slot_mapping, (positions + 1).int()
@@ -130,10 +130,10 @@ class Backend:
         numbers: torch.Tensor,
         spare_slot: int,
     ) -> None:
-        numbers[SlotNumber.LAST_TOKEN, slots] = token_ids.clamp(min=0)
-        numbers[SlotNumber.POSITION, slots] = row_numbers[SlotNumber.POSITION] + 1
-        numbers[SlotNumber.OUTPUT_INDEX, slots] = row_numbers[SlotNumber.OUTPUT_INDEX] + 1
-        numbers[SlotNumber.POSITION, spare_slot] = 0
+        numbers[RowField.LAST_TOKEN, slots] = token_ids.clamp(min=0)
+        numbers[RowField.POSITION, slots] = row_numbers[RowField.POSITION] + 1
+        numbers[RowField.OUTPUT_INDEX, slots] = row_numbers[RowField.OUTPUT_INDEX] + 1
+        numbers[RowField.POSITION, spare_slot] = 0
 
 
 def store_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:

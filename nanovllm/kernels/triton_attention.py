@@ -25,11 +25,11 @@ DECODE_TILE = 16
 """Tokens of a tile of the decode kernel: many programs fit on an SM, and each has a tile to wait for."""
 FEW_REQUESTS = 8
 FEW_REQUESTS_TILE = 32
-"""Of fewer requests than that: an SM has few programs then, and larger tiles take fewer turns."""
+"""Below this many requests an SM has few programs, and larger tiles take fewer turns."""
 DECODE_STAGES = 3
 """One more than the tiles on their way to a program."""
 CHUNK_TOKENS = 1024
-"""Of a chunk in which loading well outweighs getting started."""
+"""Tokens of a chunk in which loading well outweighs getting started."""
 PROGRAMS_PER_SM = 2
 """With shorter chunks than that, decode attention makes this many: enough to keep an SM's memory requests coming."""
 MOST_PROGRAMS_PER_SM = 16

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels import SLOT_NUMBERS, SlotNumber
+from nanovllm.kernels import NUM_ROW_FIELDS, RowField
 from nanovllm.kernels.triton_overlap import begin, overlap
 
 TILE_BLOCKS = 128
@@ -21,7 +21,7 @@ def gather_rows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The rows of these slots, with where their tokens go; of the block tables as much as is in use."""
     num_rows, max_blocks = len(slots), block_tables.shape[1]
-    row_numbers = numbers.new_empty(SLOT_NUMBERS, num_rows)
+    row_numbers = numbers.new_empty(NUM_ROW_FIELDS, num_rows)
     row_temperatures = temperatures.new_empty(num_rows)
     row_tables = block_tables.new_empty(num_rows, max_blocks)
     slot_mapping = numbers.new_empty(num_rows)
@@ -38,8 +38,8 @@ def gather_rows(
         context_lens,
         numbers.shape[1],
         max_blocks,
-        NUM_NUMBERS=SLOT_NUMBERS,
-        POSITION=SlotNumber.POSITION.value,
+        NUM_NUMBERS=NUM_ROW_FIELDS,
+        POSITION=RowField.POSITION.value,
         BLOCK_SIZE=block_size,
         TILE=TILE_BLOCKS,
         num_warps=1,
@@ -64,9 +64,9 @@ def advance_rows(
         num_rows,
         numbers.shape[1],
         spare_slot,
-        LAST_TOKEN=SlotNumber.LAST_TOKEN.value,
-        POSITION=SlotNumber.POSITION.value,
-        OUTPUT_INDEX=SlotNumber.OUTPUT_INDEX.value,
+        LAST_TOKEN=RowField.LAST_TOKEN.value,
+        POSITION=RowField.POSITION.value,
+        OUTPUT_INDEX=RowField.OUTPUT_INDEX.value,
         TILE=TILE_ROWS,
         **overlap(slots.device),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nanovllm.kernels import AttentionBackend, AttentionMetadata
+from nanovllm.kernels import AttentionMetadata, Kernels
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 
 
@@ -17,7 +17,7 @@ class PagedAttention(nn.Module):
         head_dim: int,
         eps: float,
         rotary: RotaryEmbedding,
-        backend: AttentionBackend,
+        backend: Kernels,
         *,
         dtype: torch.dtype,
         device: torch.device,

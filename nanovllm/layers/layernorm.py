@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nanovllm.kernels import AttentionBackend
+from nanovllm.kernels import Kernels
 
 
 class RMSNorm(nn.Module):
     """The norm of `x + residual` over the last dimension of [T, size], and the sum, which is the next residual."""
 
-    def __init__(
-        self, size: int, eps: float, backend: AttentionBackend, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, size: int, eps: float, backend: Kernels, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.eps = eps
         self.backend = backend

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from nanovllm.kernels import AttentionBackend
+from nanovllm.kernels import Kernels
 from nanovllm.layers.layernorm import RMSNorm
 
 
@@ -22,7 +22,7 @@ class Linear(nn.Module):
         self,
         in_features: int,
         out_features: Sequence[int],
-        backend: AttentionBackend,
+        backend: Kernels,
         *,
         bias: bool,
         dtype: torch.dtype,

@@ -21,7 +21,7 @@ class Ranks(Protocol):
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """[N, n] on each rank -> [N, size * n] on all, side by side by rank."""
 
-    def least(self, number: int) -> int:
+    def all_reduce_min(self, number: int) -> int:
         """The smallest of all ranks' numbers; however long it takes until all are here."""
 
     def close(self) -> None:
@@ -40,7 +40,7 @@ class OneRank:
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
-    def least(self, number: int) -> int:
+    def all_reduce_min(self, number: int) -> int:
         return number
 
     def close(self) -> None:
@@ -56,7 +56,7 @@ class Part:
     size: int
 
     def whole_shape(self, shape: torch.Size) -> torch.Size:
-        """Of the tensor of which `shape` is a part's."""
+        """The shape of the whole tensor of which `shape` is a part's."""
         return torch.Size(n * self.size if dim == self.dim else n for dim, n in enumerate(shape))
 
     def index(self, whole_shape: Sequence[int]) -> tuple[slice, ...]:

@@ -1,4 +1,4 @@
-"""From logits to tokens: greedy, temperature, top-k, top-p, min-p, log-probabilities.
+"""Samples tokens from logits: greedy, temperature, top-k, top-p, min-p, log-probabilities.
 
 Sampling is the Gumbel-max trick: the largest of logits plus Gumbel noise is distributed as their softmax.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanovllm.kernels import AttentionBackend
+from nanovllm.kernels import Kernels
 from nanovllm.layers.ranks import Ranks
 
 SORTED_ROWS = 64
@@ -49,7 +49,7 @@ class SampledTokens:
     top_logprobs: torch.Tensor | None = None
 
 
-def sample(logits: torch.Tensor, inputs: SamplingInputs, backend: AttentionBackend, ranks: Ranks) -> SampledTokens:
+def sample(logits: torch.Tensor, inputs: SamplingInputs, backend: Kernels, ranks: Ranks) -> SampledTokens:
     """One token for each row of logits of any float type, of which `logits` is this rank's [B, vocab_size / ranks]."""
     if inputs.filters is None and inputs.banned is None and inputs.num_logprobs is None:
         arguments = (inputs.temperatures, inputs.seeds, inputs.output_indices, ranks.rank * logits.shape[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanovllm.errors import ModelLoadError, shown
+from nanovllm.errors import ModelLoadError, short_repr
 from nanovllm.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
 MODEL_CLASSES: dict[str, type[Qwen3ForCausalLM]] = {
@@ -27,10 +27,10 @@ def resolve_model(config: dict[str, Any]) -> tuple[type[Qwen3ForCausalLM], Qwen3
             # This is what transformers goes by.
             if not isinstance(model_type, str) or MODEL_TYPES.get(model_type) is not MODEL_CLASSES[name]:
                 raise ModelLoadError(
-                    f"model_type={shown(model_type)} with architectures={shown(architectures)} is not supported; "
-                    f"supported: {', '.join(MODEL_TYPES)}"
+                    f"model_type={short_repr(model_type)} with architectures={short_repr(architectures)} is not "
+                    f"supported; supported: {', '.join(MODEL_TYPES)}"
                 )
             return MODEL_CLASSES[name], Qwen3Config.from_dict(config)
     raise ModelLoadError(
-        f"architectures={shown(architectures)} is not supported; supported: {', '.join(MODEL_CLASSES)}"
+        f"architectures={short_repr(architectures)} is not supported; supported: {', '.join(MODEL_CLASSES)}"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from nanovllm.errors import ModelLoadError, shown
+from nanovllm.errors import ModelLoadError, short_repr
 from nanovllm.layers.rotary_embedding import ROPE_TYPES, RopeConfig
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def positive(config: dict[str, Any], name: str, default: int | None = None) -> i
     """
     value = config.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-        raise ModelLoadError(f"config.json: {name}={shown(value)} is not a positive integer")
+        raise ModelLoadError(f"config.json: {name}={short_repr(value)} is not a positive integer")
     return value
 
 
@@ -50,7 +50,7 @@ def number(config: dict[str, Any], name: str, default: float | None = None) -> f
     """
     value = config.get(name, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1e300:
-        raise ModelLoadError(f"config.json: {name}={shown(value)} is not a positive number")
+        raise ModelLoadError(f"config.json: {name}={short_repr(value)} is not a positive number")
     return float(value)
 
 
@@ -71,7 +71,7 @@ def flag(config: dict[str, Any], name: str, *, default: bool = False) -> bool:
     """
     value = config.get(name, default)
     if not isinstance(value, bool):
-        raise ModelLoadError(f"config.json: {name}={shown(value)} is not true or false")
+        raise ModelLoadError(f"config.json: {name}={short_repr(value)} is not true or false")
     return value
 
 
@@ -83,22 +83,23 @@ def refuse_unsupported(config: dict[str, Any]) -> None:
     """
     if config.get("quantization_config") is not None:
         raise ModelLoadError(
-            f"quantization_config={shown(config['quantization_config'])} is not supported; "
+            f"quantization_config={short_repr(config['quantization_config'])} is not supported; "
             "pass a checkpoint in float32, float16 or bfloat16"
         )
     if config.get("per_layer_config"):
         raise ModelLoadError(
-            f"per_layer_config={shown(config['per_layer_config'])} is not supported; only layers that are all alike are"
+            f"per_layer_config={short_repr(config['per_layer_config'])} is not supported; only layers that are all "
+            "alike are"
         )
     if config.get("transformers_weights") is not None:
         raise ModelLoadError(
-            f"transformers_weights={shown(config['transformers_weights'])} is not supported; rename that file to "
+            f"transformers_weights={short_repr(config['transformers_weights'])} is not supported; rename that file to "
             "model.safetensors and take the field out"
         )
     if flag(config, "use_sliding_window"):
         raise ModelLoadError("use_sliding_window=true is not supported; only full attention is")
     if config.get("hidden_act", "silu") != "silu":
-        raise ModelLoadError(f"hidden_act={shown(config['hidden_act'])} is not supported; only 'silu' is")
+        raise ModelLoadError(f"hidden_act={short_repr(config['hidden_act'])} is not supported; only 'silu' is")
 
 
 def check_layer_types(config: dict[str, Any], num_layers: int) -> None:
@@ -111,11 +112,11 @@ def check_layer_types(config: dict[str, Any], num_layers: int) -> None:
     if layer_types is None:
         return
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        raise ModelLoadError(f"layer_types={shown(layer_types)} is not supported; only 'full_attention' is")
+        raise ModelLoadError(f"layer_types={short_repr(layer_types)} is not supported; only 'full_attention' is")
     if len(layer_types) != num_layers:
         raise ModelLoadError(
-            f"config.json: layer_types={shown(layer_types)} are {len(layer_types)}, num_hidden_layers={num_layers}; "
-            "leave layer_types out, or give one for each layer"
+            f"config.json: layer_types={short_repr(layer_types)} are {len(layer_types)}, "
+            f"num_hidden_layers={num_layers}; leave layer_types out, or give one for each layer"
         )
 
 
@@ -128,7 +129,7 @@ def rope_config(config: dict[str, Any], head_dim: int, max_positions: int) -> Ro
     rope = _rope_fields(config)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
-        raise ModelLoadError(f"rope type {shown(rope_type)} is not supported; supported: {', '.join(ROPE_TYPES)}")
+        raise ModelLoadError(f"rope type {short_repr(rope_type)} is not supported; supported: {', '.join(ROPE_TYPES)}")
     _warn_of_unused(rope, rope_type)
     theta = number(rope, "rope_theta")
     if theta <= 1.0:
@@ -136,7 +137,7 @@ def rope_config(config: dict[str, Any], head_dim: int, max_positions: int) -> Ro
     if rope_type == "default":
         return RopeConfig(head_dim, theta)
     if "factor" not in rope:
-        raise ModelLoadError(f"rope type {rope_type!r} needs a 'factor'; the config has {shown(rope)}")
+        raise ModelLoadError(f"rope type {rope_type!r} needs a 'factor'; the config has {short_repr(rope)}")
     factor = number(rope, "factor")
     if rope_type == "linear":
         return RopeConfig(head_dim, theta, "linear", factor)
@@ -161,13 +162,13 @@ def _rope_fields(config: dict[str, Any]) -> dict[str, Any]:
     """`rope_parameters`, or `rope_scaling`, which takes their place, with the `rope_theta` that may be beside."""
     for name in ("rope_scaling", "rope_parameters"):
         if config.get(name) and not isinstance(config[name], dict):
-            raise ModelLoadError(f"config.json: {name}={shown(config[name])} is not an object")
+            raise ModelLoadError(f"config.json: {name}={short_repr(config[name])} is not an object")
     scaling, parameters = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
     rope = {"rope_theta": config.get("rope_theta", DEFAULT_ROPE_THETA), **(scaling or parameters)}
     if scaling and "rope_theta" in parameters and parameters["rope_theta"] != rope["rope_theta"]:
         raise ModelLoadError(
             f"config.json: rope_scaling takes the place of rope_parameters, whose "
-            f"rope_theta={shown(parameters['rope_theta'])} is then rope_theta={shown(rope['rope_theta'])}; "
+            f"rope_theta={short_repr(parameters['rope_theta'])} is then rope_theta={short_repr(rope['rope_theta'])}; "
             "put what rope_scaling says into rope_parameters, or the right rope_theta into rope_scaling"
         )
     by_layer_type = [name for name, value in rope.items() if isinstance(value, dict)]
@@ -178,13 +179,13 @@ def _rope_fields(config: dict[str, Any]) -> dict[str, Any]:
         )
     for fields in (config, rope):
         if fields.get("partial_rotary_factor", 1.0) != 1.0:
-            factor = shown(fields["partial_rotary_factor"])
+            factor = short_repr(fields["partial_rotary_factor"])
             raise ModelLoadError(f"partial_rotary_factor={factor} is not supported; only 1.0 is")
     return rope
 
 
 def _warn_of_unused(rope: dict[str, Any], rope_type: str) -> None:
     used = {"rope_type", "type", "rope_theta", "partial_rotary_factor"} | ROPE_FIELDS[rope_type]
-    unused = [f"{name}={shown(value)}" for name, value in rope.items() if name not in used]
+    unused = [f"{name}={short_repr(value)}" for name, value in rope.items() if name not in used]
     if unused:
         logger.warning("config.json: rope type %r has no %s", rope_type, ", ".join(unused))

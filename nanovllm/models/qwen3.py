@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from nanovllm.errors import ModelLoadError
-from nanovllm.kernels import AttentionBackend, AttentionMetadata
+from nanovllm.kernels import AttentionMetadata, Kernels
 from nanovllm.layers.attention import PagedAttention
 from nanovllm.layers.embed_head import TokenEmbedding
 from nanovllm.layers.layernorm import RMSNorm
@@ -94,7 +94,7 @@ class Qwen3DecoderLayer(nn.Module):
         self,
         config: Qwen3Config,
         rotary: RotaryEmbedding,
-        backend: AttentionBackend,
+        backend: Kernels,
         ranks: Ranks,
         *,
         dtype: torch.dtype,
@@ -188,7 +188,7 @@ class Qwen3DecoderLayer(nn.Module):
         }
 
     def part_dims(self) -> dict[str, int]:
-        """Of which dimension of these tensors a rank has its part; of the others each has all."""
+        """Sharding dimension by tensor; tensors that are not listed are replicated."""
         of_outputs = {**self.qkv_proj.parts(QKV_NAMES), **self.gate_up_proj.parts(GATE_UP_NAMES)}
         return {**dict.fromkeys(of_outputs, 0), "self_attn.o_proj.weight": 1, "mlp.down_proj.weight": 1}
 
@@ -199,7 +199,7 @@ class Qwen3Model(nn.Module):
     def __init__(
         self,
         config: Qwen3Config,
-        backend: AttentionBackend,
+        backend: Kernels,
         max_positions: int,
         ranks: Ranks,
         *,
@@ -265,7 +265,7 @@ class Qwen3ForCausalLM(nn.Module):
     def __init__(
         self,
         config: Qwen3Config,
-        backend: AttentionBackend,
+        backend: Kernels,
         max_positions: int,
         *,
         dtype: torch.dtype,
@@ -337,7 +337,7 @@ class Qwen3ForCausalLM(nn.Module):
         return views
 
     def checkpoint_parts(self) -> dict[str, Part]:
-        """Of the tensors that several ranks share, the part that each view takes."""
+        """The part of each sharded tensor that this rank takes, by name; empty for one rank."""
         if self.ranks.size == 1:
             return {}
         dims = {"model.embed_tokens.weight": 0, "lm_head.weight": 0}

@@ -17,7 +17,7 @@ import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # its documentation has it
 
-from nanovllm.errors import ConfigError, ModelLoadError, shown
+from nanovllm.errors import ConfigError, ModelLoadError, short_repr
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +50,12 @@ def checkpoint_folder(model: str, revision: str | None = None, *, with_weights: 
         ModelLoadError: it is neither a folder nor to be had from the hub, or has no config.
     """
     if not isinstance(model, str) or not model:
-        raise ModelLoadError(f"model={shown(model)} is not a path; {BOTH_WAYS}")
+        raise ModelLoadError(f"model={short_repr(model)} is not a path; {BOTH_WAYS}")
     try:
         folder = Path(model).expanduser()
         exists = folder.exists()
     except (OSError, RuntimeError, ValueError) as error:
-        raise ModelLoadError(f"model path {shown(model)} is not usable ({error}); {BOTH_WAYS}") from error
+        raise ModelLoadError(f"model path {short_repr(model)} is not usable ({error}); {BOTH_WAYS}") from error
     if exists and revision is not None:
         raise ConfigError(
             f"revision={revision!r} given, but model {model!r} is a local folder, which has no revisions; "
@@ -67,7 +67,7 @@ def checkpoint_folder(model: str, revision: str | None = None, *, with_weights: 
                 f"model path {model!r} links to {os.readlink(folder)}, which is not there; {BOTH_WAYS}"
             )
         if not _may_be_on_hub(model):
-            raise ModelLoadError(f"model path {shown(model)} does not exist; {BOTH_WAYS}")
+            raise ModelLoadError(f"model path {short_repr(model)} does not exist; {BOTH_WAYS}")
         folder = _hub_folder(model, revision, DOWNLOADED if with_weights else CONFIG_FILES)
     if not folder.is_dir():
         raise ModelLoadError(f"model path {model!r} is a file; pass the folder that holds config.json and the weights")

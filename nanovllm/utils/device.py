@@ -38,7 +38,7 @@ MOST_S_FROM_BASE = 1.0
 NUM_BASE_TRIES = 3
 
 
-def never_free(*objects: object) -> None:
+def leak_until_exit(*objects: object) -> None:
     """Keeps objects until the process is gone, past the interpreter's end.
 
     Freeing pinned memory on a lost GPU ends the process: torch raises in a destructor.
@@ -210,7 +210,7 @@ class Moment:
     _when: torch.cuda.Event | float
 
     def seconds(self) -> float:
-        """Of `time.perf_counter()`; waits for it."""
+        """The moment in seconds of `time.perf_counter()`; waits for it."""
         return self._when if isinstance(self._when, float) else self.clock.seconds_of(self._when)
 
 
@@ -222,7 +222,7 @@ def peer_access(source: Device, target: Device) -> bool:
 
 
 def driver_version() -> str | None:
-    """Of NVIDIA's kernel module, such as `580.159.03`; None where there is none."""
+    """Version of NVIDIA's kernel module, such as `580.159.03`; None where there is none."""
     try:
         about = Path("/proc/driver/nvidia/version").read_text()
     except OSError:

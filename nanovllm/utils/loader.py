@@ -20,7 +20,7 @@ WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PREFIX = "model."
 """What a causal language model puts before the names of its base model; either may have been saved."""
 RECOMPUTED = "rotary_emb.inv_freq"
-"""In the name of a buffer that older checkpoints hold and that config.json says as well."""
+"""Name of a buffer that older checkpoints hold, although config.json implies it."""
 COMPARED_BYTES = 64 * 1024**2
 
 

@@ -14,7 +14,7 @@ import torch
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.execution import decode_paths
 from nanovllm.engine.execution.cuda_graph import StepGraphs
-from nanovllm.engine.scheduling import outage
+from nanovllm.engine.scheduling import circuit_breaker
 from nanovllm.engine.scheduling.calibration import Measured
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut
 from nanovllm.engine.scheduling.rebalancer import Rebalancer
@@ -103,7 +103,7 @@ def test_the_split_follows_the_contexts(tiny_on_disk, arranged_by_length):
 
 @pytest.mark.two_gpu
 def test_lanes_that_break_are_left_out_and_come_back(tiny_on_disk, arranged_by_length, monkeypatch):
-    monkeypatch.setattr(outage, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(circuit_breaker, "FIRST_PAUSE_S", 0.001)
     path, reference = tiny_on_disk
     prompts = [prompt[:20] for prompt in tiny.random_prompts(10, seed=10, longest=60)]
     replay, calls = StepGraphs.replay, [0]

@@ -151,14 +151,14 @@ def check_sums(folder: str, rank: int, size: int) -> None:
             inputs = [(torch.randn(size, device="cuda", generator=random) * 9).to(dtype) for size in sizes]
             sums = [torch.empty_like(x) for x in inputs]
 
-            def add_up(inputs=inputs, sums=sums):
+            def all_reduce(inputs=inputs, sums=sums):
                 for x, total in zip(inputs, sums, strict=True):
                     total.copy_(ranks.all_reduce(x.clone()))
 
-            add_up()
+            all_reduce()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-                add_up()
+                all_reduce()
             for _ in range(20):
                 for x in inputs:
                     x.copy_((torch.randn(len(x), device="cuda", generator=random) * 9).to(dtype))
@@ -196,7 +196,7 @@ def check_sums_of_peers(folder: str, rank: int, size: int) -> None:
                 for x in inputs:
                     expected += x
                 assert peers.can_serve(inputs[rank])
-                assert torch.equal(peers.add_up(inputs[rank]), expected.to(dtype)), (dtype, numel)
+                assert torch.equal(peers.all_reduce(inputs[rank]), expected.to(dtype)), (dtype, numel)
     exchange("done")
     os._exit(0)
 
@@ -237,11 +237,11 @@ def start_and_add_up(device_of: Callable[[int], Device]) -> None:
     try:
         for _ in range(20):
             workers.ranks.all_reduce(torch.ones(4096, device="cuda"))
-            workers.ranks.least(3)
+            workers.ranks.all_reduce_min(3)
             workers.check()
             time.sleep(0.1)
     except Exception as error:  # as when an engine is built
-        raise workers.blame(error) from error
+        raise workers.diagnose(error) from error
     finally:
         workers.abandon()
 

@@ -29,10 +29,11 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import AllgatherOptions
 
-from nanovllm.engine.model_runner import ModelRunner, Task
+from nanovllm.engine.execution.tasks import Task
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.errors import BackendUnavailableError, WorkerError
 from nanovllm.kernels.cuda_all_reduce import PeerAllReduce
-from nanovllm.utils.device import Device, never_free
+from nanovllm.utils.device import Device, leak_until_exit
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ START_TIMEOUT_S = 600.0
 """For all ranks to load their weights and capture their graphs."""
 CLOSE_TIMEOUT_S = 5.0
 LAST_WORDS_S = 3.0
-"""So long a worker that has failed takes to say why."""
+"""How long a failed worker may take to say why it failed."""
 
 NCCL_ENVIRONMENT = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
@@ -110,7 +111,7 @@ class ProcessRanks:
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         x, group = x.contiguous(), self._live_group()
         if self._peers is not None and self._peers.can_serve(x):
-            return self._peers.add_up(x)
+            return self._peers.all_reduce(x)
         _wait(group.allreduce([x], self._sums))
         return x
 
@@ -120,7 +121,7 @@ class ProcessRanks:
         _wait(self._live_group()._allgather_base(parts, x.contiguous(), self._gathers))
         return parts.view(self.size, num_rows, width).transpose(0, 1).reshape(num_rows, -1)
 
-    def least(self, number: int) -> int:
+    def all_reduce_min(self, number: int) -> int:
         return min(map(int, self._exchange(str(number))))
 
     def abort(self) -> None:
@@ -142,7 +143,7 @@ class ProcessRanks:
         if self._aborting is not None:
             self._aborting.join(CLOSE_TIMEOUT_S)
             if self._aborting.is_alive():
-                never_free(self._group)  # its destructor would wait, too
+                leak_until_exit(self._group)  # its destructor would wait, too
         if self._peers is not None:
             self._peers.close()
         self._group = self._peers = None
@@ -215,7 +216,7 @@ class Workers:
         self._start_timer.cancel()
 
     @contextlib.contextmanager
-    def led(self, task: Task) -> Iterator[None]:
+    def dispatch(self, task: Task) -> Iterator[None]:
         """Tells the workers of a task, which is run within."""
         self.check()
         with _without_interrupts():
@@ -225,7 +226,7 @@ class Workers:
                 yield
             # Some rank did what others did not: from here on they would answer each other's questions.
             except Exception as error:
-                raise self.blame(error) from error
+                raise self.diagnose(error) from error
             except BaseException as error:
                 self._failure = self._failure or f"a step of rank 0 was broken off by {type(error).__name__}"
                 raise
@@ -244,7 +245,7 @@ class Workers:
         if self._failure is not None:
             raise WorkerError(self._failure)
 
-    def blame(self, error: BaseException) -> WorkerError:
+    def diagnose(self, error: BaseException) -> WorkerError:
         """What an error of this rank means: often that another one is gone, which it may say within a moment."""
         deadline_s = time.monotonic() + LAST_WORDS_S
         while time.monotonic() < deadline_s:
@@ -305,7 +306,7 @@ class Workers:
             self.check()
             thread.join(0.01)
         for error in failed:
-            raise self.blame(error) from error
+            raise self.diagnose(error) from error
         assert self._ranks is not None, "it has not failed"
         return self._ranks
 
@@ -378,7 +379,7 @@ def _leave_if_orphaned(folder: str, wait_s: float | None) -> None:
 
 
 def _is_gone(pipe: Any, process: Any) -> bool:
-    """Or is about to be: a worker that runs says nothing."""
+    """Whether a worker has ended, or is about to: one that runs says nothing."""
     return pipe.poll() or process.exitcode is not None
 
 

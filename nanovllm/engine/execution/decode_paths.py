@@ -16,12 +16,13 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from nanovllm.engine.execution.cuda_graph import EagerSteps, StepGraphs, StepOutput, batch_buckets, bucket_for
+from nanovllm.engine.execution.device_decode_batch import DeviceDecodeBatch
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.observability.pipeline_statistics import (
     Anchor,
@@ -37,11 +38,9 @@ from nanovllm.engine.scheduling.calibration import Calibration, Measured, keep_c
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut, Split
 from nanovllm.engine.scheduling.rebalancer import Rebalancer, StepTimes
 from nanovllm.errors import BackendUnavailableError, ConfigError, GreenContextError
-from nanovllm.utils.device import Stopwatch, driver_version
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.utils.device import Device, DeviceClock, Stopwatch, driver_version
 from nanovllm.version import __version__
-
-if TYPE_CHECKING:
-    from nanovllm.engine.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ CALIBRATED_CUTS = (Cut.GEMMS, Cut.REST)
 """What the decode pipeline is timed for. Smaller batches it has never been worth."""
 NUM_TIMED_STEPS = 4
 HEATING_S = 0.4
-"""So long a GPU's clocks take to come down to what its power allows."""
+"""Seconds that a GPU's clocks take to come down to what its power allows."""
 DECIDE_EVERY = 8
 """Steps between two decisions; the first of them is timed."""
 
@@ -87,6 +86,24 @@ class _TimedStep:
     anchor: Anchor | None
 
 
+class DecodeCore(Protocol):
+    """What decode steps are made of, on one device; see `ModelRunner`."""
+
+    device: Device
+    model: Qwen3ForCausalLM
+    clock: DeviceClock | None
+    decode_rows: DeviceDecodeBatch | None
+    graph_pool: Any
+    spec: Any
+
+    @property
+    def uses_graphs(self) -> bool: ...
+
+    def run_decode_core(self, size: int, arrangement: Arrangement | None = None) -> StepOutput: ...
+
+    def synchronize(self, *, copies: bool = True) -> None: ...
+
+
 class DecodePaths:
     """The ways in which a runner's decode steps can run.
 
@@ -100,7 +117,7 @@ class DecodePaths:
         GreenContextError: the SMs can be split, but not as `options` has it.
     """
 
-    def __init__(self, runner: ModelRunner, options: PipelineOptions | None) -> None:
+    def __init__(self, runner: DecodeCore, options: PipelineOptions | None) -> None:
         self._runner = runner
         self._options = options
         self._profiles = options is not None and options.profiling
@@ -114,7 +131,7 @@ class DecodePaths:
         self.sizes: list[int] = []
         self.steps: dict[Arrangement | None, StepGraphs | EagerSteps] = {}
         self.lane_times: LaneTimes | None = None
-        """Of the last step on lanes that was timed."""
+        """Lane times of the last step on lanes that was timed."""
         self._mean_times = MeanLaneTimes()
         self._mean_context = 0.0
         self._num_contexts = 0
@@ -277,7 +294,7 @@ class DecodePaths:
             logger.warning("%s: %s works again", self.device, arrangement)
 
     def take_times(self) -> None:
-        """Of the steps that have ended; waits for none."""
+        """Takes in times of the steps that have ended; waits for none."""
         rebalancer = self.rebalancer
         while rebalancer is not None and self._timed and self._timed[0].stopwatch.is_done():
             step = self._timed.popleft()
@@ -441,7 +458,7 @@ class DecodePaths:
         return calibration
 
     def _about(self, arrangements: list[Arrangement], batches: list[int], contexts: list[int]) -> dict[str, Any]:
-        """What a calibration is of: with any other it would be another."""
+        """Cache key: a calibration is valid only for this GPU, driver, model and set of options."""
         spec, pipeline = self._runner.spec, self.pipeline
         assert pipeline is not None, "there is a pipeline to be timed"
         gpu = torch.cuda.get_device_name(self.device.index) if self.device.is_cuda else "cpu"

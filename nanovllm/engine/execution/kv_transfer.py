@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence as SequenceOf
-from typing import Protocol
+from typing import Any, Protocol
 
-from nanovllm.engine.model_runner import ModelRunner
+import torch
+
 from nanovllm.engine.scheduler import BlockPair
 from nanovllm.errors import ConfigError, HandoffError
 from nanovllm.utils.device import Device, Event, Moment, peer_access
 
 logger = logging.getLogger(__name__)
+
+
+class PoolOwner(Protocol):
+    """What a transfer needs of a runner: copies between its pool and another's; see `ModelRunner`."""
+
+    def sync_kv_cache_to(
+        self, other: Any, pairs: SequenceOf[BlockPair], *, method: str = "copy", after: Event | None = None
+    ) -> Event: ...
+
+    def record_copy_moment(self, after: Event | None = None) -> Moment | None: ...
+
+    def wait_for(self, event: Event) -> None: ...
+
+    def checksum_blocks(self, blocks: SequenceOf[int], after: Event) -> torch.Tensor: ...
 
 
 class TransferHandle(Protocol):
@@ -53,7 +68,7 @@ class NoTransfer:
 
 
 class PeerTransfer:
-    """From one runner's pool to another's, by `ModelRunner.sync_kv_cache_to`.
+    """Carries blocks from one runner's pool to another's, by `ModelRunner.sync_kv_cache_to`.
 
     Args:
         source, target: the runners.
@@ -62,7 +77,7 @@ class PeerTransfer:
         verify: compare checksums of every layer of every block, on both sides, once it has arrived.
     """
 
-    def __init__(self, source: ModelRunner, target: ModelRunner, method: str, *, verify: bool) -> None:
+    def __init__(self, source: PoolOwner, target: PoolOwner, method: str, *, verify: bool) -> None:
         self.name = method
         self._source, self._target, self._verify = source, target, verify
         if method == "push":  # the first one compiles the kernel
@@ -82,8 +97,8 @@ class PeerTransfer:
 class _PeerHandle:
     def __init__(
         self,
-        source: ModelRunner,
-        target: ModelRunner,
+        source: PoolOwner,
+        target: PoolOwner,
         to_verify: SequenceOf[BlockPair],
         arrived: Event,
         began: Moment | None = None,

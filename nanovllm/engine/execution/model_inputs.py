@@ -98,3 +98,35 @@ def _banned_tokens(rows: SequenceOf[tuple[Sequence, int]]) -> tuple[np.ndarray, 
         return None
     places, tokens = np.array(pairs, dtype=np.int64).T.copy()
     return places, tokens
+
+
+def largest_step(
+    device: torch.device, *, num_tokens: int, num_rows: int, block_size: int, max_model_len: int, vocab_size: int
+) -> ModelInputs:
+    """A prefill step of so many tokens and sampled rows, all of them reading and writing block 0: to measure memory."""
+    lengths = torch.full((num_rows,), num_tokens // num_rows, dtype=torch.int32, device="cpu")
+    lengths[0] += num_tokens - int(lengths.sum())
+    positions = torch.cat([torch.arange(n, device="cpu") for n in lengths.tolist()]) % max_model_len
+    longest = int(lengths.max())
+    metadata = AttentionMetadata(
+        slot_mapping=(positions % block_size).to(device),
+        block_tables=torch.zeros(num_rows, -(-longest // block_size), dtype=torch.int32, device=device),
+        context_lens=lengths.to(device),
+        query_starts=torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).to(device),
+        max_query_len=longest,
+        max_context_len=longest,
+    )
+    sampling = SamplingInputs(
+        temperatures=torch.ones(num_rows, dtype=torch.float32, device=device),
+        seeds=torch.arange(num_rows, device=device),
+        output_indices=torch.zeros(num_rows, dtype=torch.int64, device=device),
+        filters=(
+            torch.full((num_rows,), vocab_size, device=device),
+            torch.full((num_rows,), 0.9, dtype=torch.float32, device=device),
+            torch.zeros(num_rows, dtype=torch.float32, device=device),
+        ),
+        num_logprobs=1,
+    )
+    token_ids = torch.zeros(len(positions), dtype=torch.int64, device=device)
+    rows = metadata.query_starts[1:].long() - 1
+    return ModelInputs(token_ids, positions.to(device), metadata, rows, sampling)

@@ -12,9 +12,10 @@ from nanovllm.layers.sampler import SamplingInputs
 from nanovllm.utils.device import Device
 
 NUM_TOKEN_COLUMNS = 3
-"""Of each token: its id, position and slot."""
+"""Numbers sent for each token: its id, position and slot."""
 NUM_REQUEST_COLUMNS = 6
-"""Of each request: context length, end in the step, sampled row, seed, output index, temperature; then its blocks."""
+"""Numbers sent for each request: context length, end in the step, sampled row, seed, output index, temperature; its
+blocks follow."""
 
 
 class PrefillBuffers:
@@ -49,7 +50,7 @@ class PrefillBuffers:
         size = self._num_request_numbers + NUM_TOKEN_COLUMNS * max_num_tokens + most_pushed_numbers
         self._numbers = torch.zeros(size, dtype=torch.int64, device=device.torch_device)
 
-    def numbers_of(self, step: PrefillStep, size: int) -> np.ndarray:
+    def pack(self, step: PrefillStep, size: int) -> np.ndarray:
         """What the device is to be told of a step, padded to `size` tokens: [N] int64."""
         num_numbers = self._num_request_numbers + NUM_TOKEN_COLUMNS * size
         pushed = block_list([pair for chunk in step.rows for pair in chunk.handoff] if self._pushes else [])
@@ -81,7 +82,7 @@ class PrefillBuffers:
         return numbers
 
     def send(self, numbers: np.ndarray) -> None:
-        """What `numbers_of` says, here or on another rank: one copy."""
+        """What `pack` says, here or on another rank: one copy."""
         self._numbers[: len(numbers)].copy_(self.device.tensor(numbers))
 
     def gather(self, size: int, num_sampled: int) -> ModelInputs:

@@ -11,9 +11,9 @@ import numpy as np
 from nanovllm.engine.sequence import Sequence
 
 TOKEN_BOUNDS_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
-"""Of times between tokens, and from one to another end of a handoff."""
+"""Histogram bounds of times between tokens, and of handoffs."""
 REQUEST_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-"""Of times to a request's first token, and to its end."""
+"""Histogram bounds of times to a request's first token, and to its end."""
 
 
 class Histogram:

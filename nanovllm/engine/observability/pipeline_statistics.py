@@ -70,7 +70,7 @@ class LaneClock:
         self._every_layer = every_layer
         self._place_of: dict[int, int] = {}
         self.last: LaneMoments | None = None
-        """Of the last run."""
+        """Moments of the last run."""
 
     def begin(self, plan: Sequence[PlanStep], num_layers: int) -> None:
         """A run of the plan is launched now."""
@@ -176,8 +176,8 @@ def statistics(
     return result
 
 
-def lines(result: dict[str, Any]) -> list[str]:
-    """`statistics` as a table to print."""
+def lines(result: dict[str, Any], device: str) -> list[str]:
+    """`statistics` of the decode card `device` as a table to print."""
     rows = [("Total tokens", str(result["total_tokens"]))]
     measured = "avg_total_ms" in result
     for title, name in (("attention", "attention"), ("FFN", "ffn"), ("total", "total")):
@@ -196,4 +196,5 @@ def lines(result: dict[str, Any]) -> list[str]:
     rows.append(("Sequential time", "not measured" if sequential_ms is None else f"{sequential_ms:.3f} ms"))
     reasons = ", ".join(f"{number} x {reason}" for reason, number in result["fallbacks"].items())
     rows.append(("Fallbacks", reasons or "none"))
-    return ["[M2 Pipeline Statistics - GPU1 Decode Card]", *(f"  {name + ':':<22}{value}" for name, value in rows)]
+    header = f"[M2 Pipeline Statistics - decode card {device}] (attention beside FFN on two SM partitions)"
+    return [header, *(f"  {name + ':':<22}{value}" for name, value in rows)]

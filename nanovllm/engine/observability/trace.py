@@ -20,14 +20,14 @@ from nanovllm.engine.scheduler import PrefillStep, Step
 from nanovllm.engine.scheduling.decode_batch import DecodeStep
 from nanovllm.engine.scheduling.timeline import Span
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import ConfigError, shown
+from nanovllm.errors import ConfigError, short_repr
 
 logger = logging.getLogger(__name__)
 
 MOST_EVENTS = 1_000_000
-"""That a trace holds; what happens later is not in it. They take up to 700 bytes each until they are written."""
+"""Events that a trace holds; later ones are left out. Each takes up to 700 bytes until the trace is written."""
 MOST_REQUEST_IDS = 32
-"""That a span names."""
+"""Requests that a span names."""
 
 Moments = tuple[float, float]
 """Begin and end in seconds of `time.perf_counter()`."""
@@ -210,16 +210,18 @@ def _writable(path: str | os.PathLike[str]) -> Path:
     try:
         resolved = Path(path).resolve()
         if not resolved.parent.is_dir():
-            raise ConfigError(f"trace={shown(str(path))}: there is no folder {resolved.parent}; make it, or {advice}")
+            raise ConfigError(
+                f"trace={short_repr(str(path))}: there is no folder {resolved.parent}; make it, or {advice}"
+            )
         if resolved.exists() and not resolved.is_file():
-            raise ConfigError(f"trace={shown(str(path))} is there and is not a file; {advice}")
+            raise ConfigError(f"trace={short_repr(str(path))} is there and is not a file; {advice}")
         if resolved.exists() and not os.access(resolved, os.W_OK):
-            raise ConfigError(f"trace={shown(str(path))} is a file that may not be written to; {advice}")
+            raise ConfigError(f"trace={short_repr(str(path))} is a file that may not be written to; {advice}")
         draft = _draft_of(resolved)
         draft.touch()
         draft.unlink()
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"trace={shown(str(path))} cannot be written ({error}); {advice}") from error
+        raise ConfigError(f"trace={short_repr(str(path))} cannot be written ({error}); {advice}") from error
     return resolved

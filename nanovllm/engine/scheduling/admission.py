@@ -114,7 +114,7 @@ class AdmissionPolicy:
         self._last = size
 
     def expected_s(self, num_rows: int, num_tokens: int) -> float | None:
-        """As `predict`, by what was fitted last: another thread may ask."""
+        """Predicts as `predict` does, with the last fitted coefficients: safe to call from another thread."""
         if self._coefficients is None or self._last is None:
             return None
         a, b, c = self._coefficients
@@ -124,6 +124,11 @@ class AdmissionPolicy:
         return (a + b * num_rows + c * num_tokens) * near.seconds / (a + b * near.rows + c * near.tokens)
 
     def _fit(self) -> None:
+        """Ridge regression of seconds on (1, rows, tokens) by size, weighted by age.
+
+        Minimises sum_i w_i (s_i - x_i . c)^2 + BELIEF ||P c||^2, where P says that a step without rows or tokens takes
+        about as long as ROWS_LIKE_WEIGHTS rows, or TOKENS_LIKE_WEIGHTS tokens, add to it.
+        """
         oldest = self._num_steps - OLDEST_STEPS
         self._sizes = {key: size for key, size in self._sizes.items() if size.last_step > oldest}
         sizes = list(self._sizes.values())
@@ -142,7 +147,7 @@ class AdmissionPolicy:
 
 
 def _non_negative_solution(gram: np.ndarray, moments: np.ndarray) -> np.ndarray:
-    """Of a regular system of normal equations; a coefficient that would be negative is left out."""
+    """Solves a regular system of normal equations; a coefficient that would be negative is left out."""
     kept = list(range(len(moments)))
     solution = np.zeros(len(moments))
     while kept:

@@ -37,7 +37,7 @@ class DecodeRow(NamedTuple):
 
 
 @dataclass(eq=False)
-class DecodeBatch:
+class HostDecodeBatch:
     """Requests that decode together, step after step, until one joins or leaves: then there is another batch.
 
     Attributes:
@@ -46,7 +46,7 @@ class DecodeBatch:
         capacities: [B] int64, tokens that the leased blocks hold; grows with them.
         last_positions: [B] int64, each request's `last_fed_position`.
         first_plain_positions: [B] int64, from where on a step needs no more parameters than the device has.
-        is_watched: [B] bool, whether every token is looked at: it is streamed, may end by a stop string, has
+        checks_every_token: [B] bool, whether every token is looked at: it is streamed, may end by a stop string, has
             log-probabilities, or more stop tokens than `stop_ids` holds.
         stop_ids: [B, MOST_STOP_IDS] int64, tokens that end the request, padded with NO_TOKEN.
         token_time_places: [B] int64, where the times of the requests' last tokens are kept.
@@ -58,12 +58,12 @@ class DecodeBatch:
     capacities: np.ndarray
     last_positions: np.ndarray
     first_plain_positions: np.ndarray
-    is_watched: np.ndarray
+    checks_every_token: np.ndarray
     stop_ids: np.ndarray
     token_time_places: np.ndarray
 
     @classmethod
-    def of(cls, rows: SequenceOf[DecodeRow], block_size: int) -> DecodeBatch:
+    def of(cls, rows: SequenceOf[DecodeRow], block_size: int) -> HostDecodeBatch:
         seqs = [row.seq for row in rows]
         stop_ids = np.full((len(rows), MOST_STOP_IDS), NO_TOKEN, dtype=np.int64)
         for place, seq in enumerate(seqs):
@@ -76,7 +76,7 @@ class DecodeBatch:
             capacities=_integers(len(row.lease.decode_table) * block_size for row in rows),
             last_positions=_integers(seq.last_fed_position for seq in seqs),
             first_plain_positions=_integers(seq.first_plain_position for seq in seqs),
-            is_watched=np.array([_is_watched(seq) for seq in seqs], dtype=bool),
+            checks_every_token=np.array([_checks_every_token(seq) for seq in seqs], dtype=bool),
             stop_ids=stop_ids,
             token_time_places=_integers(seq.token_time_place or 0 for seq in seqs),
         )
@@ -102,15 +102,17 @@ class DecodeBatch:
         """Tokens of all contexts so many steps after the next one; one that would have ended counts as at its end."""
         return int(np.minimum(self.positions + num_steps, self.last_positions).sum()) + len(self)
 
-    def select(self, places: SequenceOf[int]) -> DecodeBatch:
+    def select(self, places: SequenceOf[int]) -> HostDecodeBatch:
         """The batch of these rows."""
         chosen = np.array(places, dtype=np.int64)
         arrays = (array[chosen] for array in self._arrays())
-        return DecodeBatch([self.seqs[place] for place in places], [self.leases[place] for place in places], *arrays)
+        return HostDecodeBatch(
+            [self.seqs[place] for place in places], [self.leases[place] for place in places], *arrays
+        )
 
-    def joined_by(self, other: DecodeBatch) -> DecodeBatch:
+    def joined_by(self, other: HostDecodeBatch) -> HostDecodeBatch:
         arrays = (np.concatenate(pair) for pair in zip(self._arrays(), other._arrays(), strict=True))
-        return DecodeBatch(self.seqs + other.seqs, self.leases + other.leases, *arrays)
+        return HostDecodeBatch(self.seqs + other.seqs, self.leases + other.leases, *arrays)
 
     def _arrays(self) -> tuple[np.ndarray, ...]:
         return (
@@ -118,7 +120,7 @@ class DecodeBatch:
             self.capacities,
             self.last_positions,
             self.first_plain_positions,
-            self.is_watched,
+            self.checks_every_token,
             self.stop_ids,
             self.token_time_places,
         )
@@ -135,7 +137,7 @@ class DecodeStep:
         ended_leases: leases of the batch that were given up since the step was launched; it still touches their blocks.
     """
 
-    batch: DecodeBatch
+    batch: HostDecodeBatch
     positions: np.ndarray
     grown: list[int] = field(default_factory=list)
     ended_leases: list[Lease] = field(default_factory=list)
@@ -153,7 +155,7 @@ class DecodeStep:
 
     @property
     def num_tokens(self) -> int:
-        """Of all contexts, the token fed included."""
+        """Sum of all context lengths, the token fed included."""
         return int(self.positions.sum()) + len(self.batch)
 
     @property
@@ -161,7 +163,7 @@ class DecodeStep:
         """Whether sampling takes no more than each request's temperature, seed and index."""
         return not (self.positions < self.batch.first_plain_positions).any()
 
-    def notable(self, token_ids: np.ndarray, block_size: int) -> np.ndarray:
+    def needs_host_check(self, token_ids: np.ndarray, block_size: int) -> np.ndarray:
         """[B] bool: whether a row's sampled token, of [B] int64, may be more than one more to keep.
 
         It ends the request, completes a block's KV, is none (negative), or is looked at as every token of its request.
@@ -170,7 +172,7 @@ class DecodeStep:
         is_end = (self.positions >= batch.last_positions) | (batch.stop_ids == token_ids[:, None]).any(axis=1)
         is_end |= token_ids < 0
         completes_block = (self.positions + 1) % block_size == 0
-        return np.asarray(is_end | completes_block | batch.is_watched)
+        return np.asarray(is_end | completes_block | batch.checks_every_token)
 
     def _part(self, places: list[int]) -> DecodeStep:
         batch = self.batch.select(places)
@@ -182,5 +184,5 @@ def _integers(values: Iterable[int]) -> np.ndarray:
     return np.fromiter(values, dtype=np.int64)
 
 
-def _is_watched(seq: Sequence) -> bool:
+def _checks_every_token(seq: Sequence) -> bool:
     return seq.is_streamed or seq.params.logprobs is not None or len(seq.stop_token_ids) > MOST_STOP_IDS

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nanovllm.engine.scheduling.calibration import MARGIN, Calibration
-from nanovllm.engine.scheduling.outage import Outage
+from nanovllm.engine.scheduling.circuit_breaker import CircuitBreaker
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement
 
 TRIAL_EVERY = 16
@@ -20,7 +20,7 @@ MOST_TRIAL_LOSS = 0.1
 MOST_FIRST_LOSS = 0.15
 """The same for what was not yet seen FIRST_TRIALS times: a calibration may be wrong, and such trials end."""
 WEIGHT = 1 / 8
-"""At the least, of a step that was timed in the mean of those before it."""
+"""Smallest weight of a newly timed step in the running mean of the steps before it."""
 BALANCED = 0.05
 """Lanes that are busy for as long, but for so much, tell nothing about the split."""
 
@@ -71,7 +71,7 @@ class Rebalancer:
         self.always = always
         self.current: Arrangement | None = None
         self._ready = ready
-        self._outages: defaultdict[Arrangement, Outage] = defaultdict(Outage)
+        self._outages: defaultdict[Arrangement, CircuitBreaker] = defaultdict(CircuitBreaker)
         self._seen: dict[tuple[int, Arrangement | None], _Seen] = {}
         self._drift = 1.0
         """Mean ratio of all steps: what to expect of those that were not seen."""
@@ -88,7 +88,7 @@ class Rebalancer:
         Args:
             now: seconds, on any clock.
         """
-        usable = [one for one in self._ready.get(batch, ()) if self._outages[one].may_try(now)]
+        usable = [one for one in self._ready.get(batch, ()) if self._outages[one].allows_trial(now)]
         if self.always is not None:
             self.current = self.always if self.always in usable else None
             return self.current

@@ -40,7 +40,7 @@ class Timeline:
             self._marks.append((time.perf_counter(), what))
 
     def spans(self) -> Iterator[Span]:
-        """In the order in which they began."""
+        """Phases in the order in which they began."""
         marks = list(self._marks)  # none of a request that the loop has not taken in yet
         for (moment, what), following in itertools.zip_longest(marks, marks[1:]):
             yield Span(what, moment - self.arrival_s, None if following is None else following[0] - self.arrival_s)

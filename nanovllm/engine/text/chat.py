@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from nanovllm.errors import RequestError, shown
+from nanovllm.errors import RequestError, short_repr
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def _checked_kwargs(kwargs: Any) -> dict[str, Any]:
     if kwargs is None:
         return {}
     if not isinstance(kwargs, dict) or not all(isinstance(name, str) for name in kwargs):
-        raise RequestError(f"chat_template_kwargs={shown(kwargs)} is not a dict with names for keys")
+        raise RequestError(f"chat_template_kwargs={short_repr(kwargs)} is not a dict with names for keys")
     for name in kwargs:
         if name in ARGUMENTS_OF_CHAT:
             raise RequestError(f"chat_template_kwargs has {name!r}, which is an argument of chat(); pass it there")
@@ -113,17 +113,17 @@ def _checked_tools(tools: Any) -> list[Any] | None:
     if tools is None:
         return None
     if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, dict) or callable(tool) for tool in tools):
-        raise RequestError(f"tools={shown(tools)} is not a list of JSON schemas (dicts) or documented functions")
+        raise RequestError(f"tools={short_repr(tools)} is not a list of JSON schemas (dicts) or documented functions")
     return list(tools) or None
 
 
 def _checked_ending(add_generation_prompt: Any, continue_final_message: Any) -> dict[str, bool]:
     if not isinstance(continue_final_message, bool):
-        raise RequestError(f"continue_final_message={shown(continue_final_message)} is not a bool")
+        raise RequestError(f"continue_final_message={short_repr(continue_final_message)} is not a bool")
     if add_generation_prompt is None:
         add_generation_prompt = not continue_final_message
     if not isinstance(add_generation_prompt, bool):
-        raise RequestError(f"add_generation_prompt={shown(add_generation_prompt)} is not a bool or None")
+        raise RequestError(f"add_generation_prompt={short_repr(add_generation_prompt)} is not a bool or None")
     if add_generation_prompt and continue_final_message:
         raise RequestError(
             "add_generation_prompt=True begins a message and continue_final_message=True goes on with the last one; "
@@ -141,7 +141,9 @@ def _checked_messages(messages: Any) -> list[dict[str, Any]]:
         for message in messages
     )
     if not well_formed or not messages:
-        raise RequestError(f"messages={shown(messages)} is not a non-empty list of dicts with 'role' and 'content'")
+        raise RequestError(
+            f"messages={short_repr(messages)} is not a non-empty list of dicts with 'role' and 'content'"
+        )
     return [{**message, "content": _checked_content(index, message)} for index, message in enumerate(messages)]
 
 
@@ -150,16 +152,20 @@ def _checked_content(index: int, message: dict[str, Any]) -> str | list[dict[str
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, (list, tuple)):
-        raise RequestError(f"{_named(index, message)}: content={shown(content)} is not a text, a list of parts or None")
+        raise RequestError(
+            f"{_named(index, message)}: content={short_repr(content)} is not a text, a list of parts or None"
+        )
     parts = [_part(part) if isinstance(part, str) else part for part in content]
     for place, part in enumerate(parts):
         where = f"{_named(index, message)}: part {place}"
         if not isinstance(part, dict) or "type" not in part:
-            raise RequestError(f"{where} is {shown(part)}; pass a dict with 'type' and 'text'")
+            raise RequestError(f"{where} is {short_repr(part)}; pass a dict with 'type' and 'text'")
         if part["type"] != "text":
-            raise RequestError(f"{where} is of type {shown(part['type'])}; only parts of type 'text' can be served")
+            raise RequestError(
+                f"{where} is of type {short_repr(part['type'])}; only parts of type 'text' can be served"
+            )
         if not isinstance(part.get("text"), str):
-            raise RequestError(f"{where} has text={shown(part.get('text'))}, which is not a text")
+            raise RequestError(f"{where} has text={short_repr(part.get('text'))}, which is not a text")
     return parts
 
 
@@ -191,4 +197,4 @@ def _part(text: str) -> dict[str, Any]:
 
 
 def _named(index: int, message: dict[str, Any]) -> str:
-    return f"message {index} (role {shown(message['role'])})"
+    return f"message {index} (role {short_repr(message['role'])})"

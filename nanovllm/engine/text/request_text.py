@@ -34,7 +34,7 @@ class RequestText(Protocol):
     def add(self, token_ids: list[int], *, may_stop: bool) -> str: ...
 
     def add_stop_token(self, token_id: int) -> str:
-        """As `add`, of the token that ends the request: no part of the text, but perhaps of a stop string."""
+        """Takes the token that ends the request: no part of the text, but perhaps of a stop string."""
 
     def finish(self, token_ids: list[int]) -> str:
         """What is left to show when no more tokens come, `token_ids` being all there were."""

@@ -32,7 +32,7 @@ class _Beginning:
         self.width = width
         """Its characters without marks."""
         self.longer: dict[str, _Beginning | None] = {}
-        """By one more character, as far as was looked."""
+        """Beginnings that are one character longer, as far as they have been looked up."""
         self.shorter: _Beginning | None = None
         """The longest of the other beginnings that this one ends with; None of the empty one."""
         self.found: int | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from nanovllm.errors import ModelLoadError, RequestError, shown
+from nanovllm.errors import ModelLoadError, RequestError, short_repr
 from nanovllm.utils.checkpoint import TOKENIZER_FILES, find_file, read_json
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def end_of_sequence_ids(
     listed = (config if generation is None else generation).get("eos_token_id")
     ids = [] if listed is None else listed if isinstance(listed, list) else [listed]
     if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
-        raise ModelLoadError(f"eos_token_id={shown(listed)} in {folder} is not a token id or a list of them")
+        raise ModelLoadError(f"eos_token_id={short_repr(listed)} in {folder} is not a token id or a list of them")
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         ids = [*ids, tokenizer.eos_token_id]
     return frozenset(token for token in ids if token < vocab_size)
@@ -89,7 +89,7 @@ def warn_of_generation_settings(folder: Path) -> None:
     """Logs what generation_config.json asks for in vain: `SamplingParams` alone say how tokens are chosen."""
     asked = read_json(folder, "generation_config.json") or {}
     unfollowed = [
-        f"{name}={shown(asked[name])}"
+        f"{name}={short_repr(asked[name])}"
         for name, neutral in NEUTRAL_SETTINGS.items()
         if name in asked and asked[name] is not None and asked[name] != neutral
     ]

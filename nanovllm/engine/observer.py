@@ -10,20 +10,18 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
 
-from nanovllm.engine.builder import EngineParts
 from nanovllm.engine.in_flight import Handoff, InFlight
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.observability.metrics import Metrics
 from nanovllm.engine.observability.trace import Moments, Tracer
-from nanovllm.engine.scheduler import BlockPair, PrefillStep
+from nanovllm.engine.scheduler import BlockPair, PrefillStep, Scheduler
 from nanovllm.engine.scheduling.timeline import Timeline
 from nanovllm.engine.sequence import Sequence, SequenceStatus
-from nanovllm.utils.device import DeviceClock
 
 logger = logging.getLogger(__name__)
 
 MOST_TIMELINES = 1000
-"""Of requests that have ended: enough to ask what just happened."""
+"""How many timelines of ended requests are kept: enough to ask what just happened."""
 
 
 @dataclass
@@ -42,28 +40,34 @@ class Observer:
     """Is told of what the engine does, and tells of it when asked.
 
     Args:
-        parts: the engine's.
-        tracer: what to write a trace with; None for none, and then nothing is timed on the devices.
+        scheduler: whose state is told of.
+        prefill_runner, decode_runner: one object twice on one device.
+        handoff_name: how KV crosses.
+        tracer: what to write a trace with; None for none.
         verifies_handoffs: whether blocks that arrive are compared with those that left.
     """
 
-    def __init__(self, parts: EngineParts, tracer: Tracer | None, *, verifies_handoffs: bool) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        prefill_runner: ModelRunner,
+        decode_runner: ModelRunner,
+        handoff_name: str,
+        tracer: Tracer | None,
+        *,
+        verifies_handoffs: bool,
+    ) -> None:
         self.counters = Counters()
         self.times = Metrics()
         self._timelines: OrderedDict[int, Timeline] = OrderedDict()
         self._tracer = tracer
-        self._prefill_runner, self._decode_runner = parts.prefill_runner, parts.decode_runner
-        self._scheduler = parts.scheduler
-        self._handoff_name = parts.kv_transfer.name
+        self._prefill_runner, self._decode_runner = prefill_runner, decode_runner
+        self._scheduler = scheduler
+        self._handoff_name = handoff_name
         self._verifies_handoffs = verifies_handoffs
         self._fallbacks: Counter[str] = Counter()
         self._num_recoveries = 0
         self._prefill_is_out = False
-        if tracer is not None:
-            for runner in {self._prefill_runner, self._decode_runner}:
-                runner.clock = DeviceClock(runner.device)
-            if self._decode_runner.decode_paths is not None:
-                self._decode_runner.decode_paths.tracer = tracer
 
     # What happens
 
@@ -123,9 +127,9 @@ class Observer:
         if self._tracer is not None:
             self._tracer.add_request(seq)
 
-    def look_at_outage(self) -> None:
+    def log_prefill_health(self) -> None:
         """Says, once, that the prefill device is left out, or works again."""
-        was_out, self._prefill_is_out = self._prefill_is_out, self._scheduler.prefill_outage.is_out
+        was_out, self._prefill_is_out = self._prefill_is_out, self._scheduler.prefill_breaker.is_out
         device = self._prefill_runner.device
         if self._prefill_is_out and not was_out:
             self._fallbacks["prefill device left out"] += 1
@@ -146,7 +150,7 @@ class Observer:
     # What is asked
 
     def timeline(self, request_id: int) -> Timeline | None:
-        """Of one of the last MOST_TIMELINES requests that ended."""
+        """The timeline of one of the last MOST_TIMELINES requests that ended, None for others."""
         return self._timelines.get(request_id)
 
     def metrics(self) -> dict[str, Any]:

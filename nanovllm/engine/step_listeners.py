@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from nanovllm.engine.scheduler import PrefillStep
-from nanovllm.errors import ConfigError, shown
+from nanovllm.errors import ConfigError, short_repr
 
 if TYPE_CHECKING:
     from nanovllm.engine.in_flight import InFlight
@@ -53,14 +53,16 @@ class StepListeners:
 
     def add(self, listener: StepListener) -> None:
         if not callable(listener):
-            raise ConfigError(f"step listener {shown(listener)} is not callable; pass a function of a StepReport")
+            raise ConfigError(f"step listener {short_repr(listener)} is not callable; pass a function of a StepReport")
         if not self._listeners:
             self._waited_s = 0.0
         self._listeners.append(listener)
 
     def remove(self, listener: StepListener) -> None:
         if listener not in self._listeners:
-            raise ConfigError(f"step listener {shown(listener)} is not one of this engine's; pass one that was added")
+            raise ConfigError(
+                f"step listener {short_repr(listener)} is not one of this engine's; pass one that was added"
+            )
         self._listeners.remove(listener)
 
     def time_wait(self, wait: Callable[[], None]) -> None:
@@ -72,11 +74,11 @@ class StepListeners:
         wait()
         self._waited_s += time.perf_counter() - started_s
 
-    def step_ended(self, work: InFlight, ended_s: float) -> None:
+    def step_ended(self, work: InFlight) -> None:
         """Notes a step before its tokens are taken in, which may end requests of the next one."""
         if not self._listeners:
             return
-        step, device = work.step, str(work.runner.device)
+        step, device, ended_s = work.step, str(work.runner.device), time.perf_counter()
         waited_s, self._waited_s = self._waited_s, 0.0
         if isinstance(step, PrefillStep):
             report = StepReport("prefill", device, len(step.rows), step.num_tokens, work.launched_s, ended_s, waited_s)

@@ -6,7 +6,7 @@ FIRST_PAUSE_S = 10.0
 LONGEST_PAUSE_S = 640.0
 
 
-class Outage:
+class CircuitBreaker:
     """Whether something may be used that can fail; times are of one clock, in seconds.
 
     After `num_tolerated` failures in a row the next one puts it out of use. After a pause, which doubles with every
@@ -21,10 +21,10 @@ class Outage:
         self._is_trying = False
         self.is_out = False
 
-    def may_try(self, now: float) -> bool:
+    def allows_trial(self, now: float) -> bool:
         return not self.is_out or now >= self._next_trial_s
 
-    def trial_begins(self, now: float) -> None:
+    def begin_trial(self, now: float) -> None:
         """What may take a while, and need not end: the next trial waits for a pause."""
         self._is_trying = True
         self._next_trial_s = now + self._pause_s

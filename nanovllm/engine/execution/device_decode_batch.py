@@ -14,11 +14,11 @@ import torch
 
 from nanovllm.engine.scheduling.decode_batch import DecodeRow, DecodeStep
 from nanovllm.engine.sequence import Lease
-from nanovllm.kernels import SLOT_NUMBERS, AttentionBackend, AttentionMetadata, SlotNumber
+from nanovllm.kernels import NUM_ROW_FIELDS, AttentionMetadata, Kernels, RowField
 from nanovllm.layers.sampler import SamplingInputs
 from nanovllm.utils.device import Device
 
-NUM_SCALARS = 1 + SLOT_NUMBERS
+NUM_SCALARS = 1 + NUM_ROW_FIELDS
 """Columns before the block table in an uploaded row: slot, then the slot's numbers."""
 
 
@@ -28,17 +28,17 @@ class DecodeInputs:
 
     slots: torch.Tensor
     numbers: torch.Tensor
-    """[SLOT_NUMBERS, B]: those of the slots."""
+    """[NUM_ROW_FIELDS, B]: those of the slots."""
     metadata: AttentionMetadata
     sampling: SamplingInputs
 
     @property
     def input_ids(self) -> torch.Tensor:
-        return self.numbers[SlotNumber.LAST_TOKEN]
+        return self.numbers[RowField.LAST_TOKEN]
 
     @property
     def positions(self) -> torch.Tensor:
-        return self.numbers[SlotNumber.POSITION]
+        return self.numbers[RowField.POSITION]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class RowChanges:
     order: np.ndarray | None = None
 
 
-class DecodeRows:
+class DeviceDecodeBatch:
     """Slots for `max_num_rows` requests and a spare one, which pads a batch to a bucket.
 
     A request keeps its slot for as long as its lease lasts. The spare slot's tokens go to block `spare_block`.
@@ -67,7 +67,7 @@ class DecodeRows:
     def __init__(
         self,
         device: Device,
-        backend: AttentionBackend,
+        backend: Kernels,
         max_num_rows: int,
         max_model_len: int,
         block_size: int,
@@ -82,7 +82,7 @@ class DecodeRows:
         self._spare_block = spare_block
         num_slots, where = max_num_rows + 1, device.torch_device
         max_blocks = -(-max_model_len // block_size)
-        self._numbers = torch.zeros(SLOT_NUMBERS, num_slots, dtype=torch.int64, device=where)
+        self._numbers = torch.zeros(NUM_ROW_FIELDS, num_slots, dtype=torch.int64, device=where)
         self._temperatures = torch.zeros(num_slots, dtype=torch.float32, device=where)
         self._block_tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=where)
         self._block_tables[self.spare_slot] = spare_block
@@ -135,7 +135,7 @@ class DecodeRows:
         self.forget()
         where = self._block_tables.device
         self._order[:size] = torch.arange(size, device=where)
-        self._numbers[SlotNumber.POSITION, :size] = context - 1
+        self._numbers[RowField.POSITION, :size] = context - 1
         self._block_tables[:size] = torch.randint(self._spare_block, self._block_tables[:size].shape, device=where)
 
     def gather(self, size: int) -> DecodeInputs:
@@ -152,7 +152,7 @@ class DecodeRows:
             max_query_len=1,
             max_context_len=self.max_model_len,
         )
-        sampling = SamplingInputs(temperatures, numbers[SlotNumber.SEED], numbers[SlotNumber.OUTPUT_INDEX])
+        sampling = SamplingInputs(temperatures, numbers[RowField.SEED], numbers[RowField.OUTPUT_INDEX])
         return DecodeInputs(slots, numbers, metadata, sampling)
 
     def advance(self, inputs: DecodeInputs, token_ids: torch.Tensor) -> None:
@@ -161,7 +161,7 @@ class DecodeRows:
 
     def correct(self, token_ids: torch.Tensor) -> None:
         """The first rows of the batch have sampled these, [N] int64, instead of what `advance` was told."""
-        self._numbers[SlotNumber.LAST_TOKEN].index_copy_(0, self._order[: len(token_ids)], token_ids.clamp(min=0))
+        self._numbers[RowField.LAST_TOKEN].index_copy_(0, self._order[: len(token_ids)], token_ids.clamp(min=0))
 
     def _joined(self, joined: list[DecodeRow]) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Gives each a slot; what fills it."""

@@ -1,0 +1,84 @@
+"""A launched step, and what it sampled once it has been collected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nanovllm.layers.sampler import SampledTokens
+from nanovllm.outputs import TokenLogprobs
+from nanovllm.utils.device import Device, Event, Moment
+
+
+@dataclass(frozen=True)
+class SampledOnHost:
+    """[B] int64 token ids; where some request asked for them, B log-probabilities."""
+
+    token_ids: np.ndarray
+    logprobs: list[TokenLogprobs] | None = None
+
+    def logprobs_of(self, row: int) -> TokenLogprobs | None:
+        return None if self.logprobs is None else self.logprobs[row]
+
+
+class StepHandle:
+    """A launched step. `collect` waits for it and gives what it sampled, a row for every request that samples.
+
+    Its time on the device is known if it `began` at a moment.
+    """
+
+    def __init__(self, device: Device, sampled: SampledTokens | None, began: Moment | None = None) -> None:
+        self._device = device
+        self._host = None if sampled is None else _to_host(sampled, device)
+        self._began, self._ended = began, None if began is None else began.clock.record_moment()
+        self.event: Event = device.record_event()
+
+    def is_done(self) -> bool:
+        return self.event.query()
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+    def collect(self) -> SampledOnHost:
+        """Once: the pinned memory is given back."""
+        self.wait()
+        if self._host is None:
+            return SampledOnHost(np.empty(0, dtype=np.int64))
+        # Torch asks the current device when it frees pinned memory; that of this step works, others may be lost.
+        with self._device.current():
+            sampled, self._host = _on_host(self._host), None
+        return sampled
+
+    def moments(self) -> tuple[float, float] | None:
+        """When it began and ended on the device, in seconds of `time.perf_counter()`; waits for it."""
+        if self._began is None or self._ended is None:
+            return None
+        return self._began.seconds(), self._ended.seconds()
+
+
+def _to_host(sampled: SampledTokens, device: Device) -> SampledTokens:
+    def copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return tensor if tensor is None or not device.is_cuda else tensor.to("cpu", non_blocking=True)  # pinned
+
+    token_ids = copy(sampled.token_ids)
+    assert token_ids is not None, "a step that samples has tokens"
+    return SampledTokens(token_ids, copy(sampled.logprobs), copy(sampled.top_token_ids), copy(sampled.top_logprobs))
+
+
+def _on_host(sampled: SampledTokens) -> SampledOnHost:
+    token_ids = sampled.token_ids.numpy().copy()
+    if sampled.logprobs is None or sampled.top_token_ids is None or sampled.top_logprobs is None:
+        return SampledOnHost(token_ids)
+    columns = zip(
+        token_ids.tolist(),
+        sampled.logprobs.tolist(),
+        sampled.top_token_ids.tolist(),
+        sampled.top_logprobs.tolist(),
+        strict=True,
+    )
+    logprobs = [
+        TokenLogprobs(token, logprob, dict(zip(top_ids, top, strict=True))) for token, logprob, top_ids, top in columns
+    ]
+    return SampledOnHost(token_ids, logprobs)

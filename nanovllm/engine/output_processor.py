@@ -1,0 +1,218 @@
+"""What requests have said: turns tokens into text, finds stops, and gives outputs to whoever waits for them.
+
+The one writer of a request's tokens, text and what was emitted of it. Knows nothing of devices.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from nanovllm.engine.callers import Inbox
+from nanovllm.engine.mailbox import NewRequest
+from nanovllm.engine.observer import Observer
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.text.request_text import NoText, RequestText
+from nanovllm.errors import NonFiniteLogitsError
+from nanovllm.outputs import FinishReason, RequestOutput, TokenLogprobs
+
+logger = logging.getLogger(__name__)
+
+
+class OutputProcessor:
+    """The requests that the engine has taken in, until their last output is emitted.
+
+    Args:
+        scheduler: is told of new tokens and of requests that end.
+        observer: is told of requests whose last output is emitted.
+
+    Attributes:
+        sequences: the requests by id, oldest first.
+    """
+
+    def __init__(self, scheduler: Scheduler, observer: Observer) -> None:
+        self.sequences: dict[int, Sequence] = {}
+        self._scheduler = scheduler
+        self._observer = observer
+        self._texts: dict[int, RequestText] = {}
+        self._inboxes: dict[int, Inbox] = {}
+
+    def add(self, new: NewRequest) -> None:
+        """Lists a request; a second time changes nothing."""
+        request_id = new.seq.request_id
+        self._texts[request_id], self._inboxes[request_id] = new.text, new.inbox
+        new.inbox.request_ids.add(request_id)
+        self.sequences[request_id] = new.seq
+
+    def unfinished(self) -> list[Sequence]:
+        return [seq for seq in self.sequences.values() if not seq.is_finished]
+
+    def clear(self) -> None:
+        """Forgets all requests: the engine is closed."""
+        for kept in (self.sequences, self._texts, self._inboxes):
+            kept.clear()
+
+    # Tokens
+
+    def append(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> None:
+        """Gives a request its next token and ends it if that was the last.
+
+        Args:
+            seq: the request.
+            token_id: negative where the logits were not finite: then the request ends with an error.
+            logprobs: of this token, None if nobody in its step asked for any.
+        """
+        if token_id < 0:
+            self._end_without_token(seq)
+            return
+        seq.token_ids.append(token_id)
+        if logprobs is not None and seq.params.logprobs is not None:
+            seq.logprobs.append(logprobs.first(seq.params.logprobs))
+        self._scheduler.token_appended(seq)
+        if seq.first_token_s is None:
+            seq.first_token_s = time.perf_counter()
+        is_stop_token = token_id in seq.stop_token_ids
+        text = self._texts[seq.request_id]
+        may_stop = seq.num_output_tokens >= seq.params.min_tokens
+        try:
+            delta = text.add_stop_token(token_id) if is_stop_token else text.add([token_id], may_stop=may_stop)
+        except Exception as error:  # noqa: BLE001 - whatever a tokenizer raises ends one request, not the engine
+            self._text_failed(seq, error)
+            return
+        if is_stop_token or text.stopped:
+            self.finish(seq, "stop", delta)
+        elif len(seq.token_ids) >= seq.max_num_tokens:
+            self.finish(seq, "length", delta)
+        elif seq.is_streamed:
+            self.emit(seq, delta)
+
+    def finish(self, seq: Sequence, reason: FinishReason, text_delta: str = "") -> None:
+        """Ends a request in whatever state it is and emits its last output."""
+        self._scheduler.finish(seq, reason)
+        self.emit(seq, text_delta)
+
+    def _end_without_token(self, seq: Sequence) -> None:
+        """Ends a request whose logits are not finite. It is not tried again: nobody else shares KV that may be bad."""
+        error = NonFiniteLogitsError(
+            f"request {seq.request_id}: the logits of output token {seq.num_output_tokens} are NaN or infinite; "
+            "check the checkpoint, or try another dtype (float16 overflows where bfloat16 and float32 do not)"
+        )
+        logger.warning("%s", error)
+        self._scheduler.forget_cached_blocks(seq)
+        self._scheduler.finish(seq, "error", error)
+        self.emit(seq)
+
+    def _text_failed(self, seq: Sequence, error: Exception) -> None:
+        logger.warning("the text of request %d failed (%s); giving up", seq.request_id, error)
+        self._texts[seq.request_id] = NoText()
+        self._scheduler.finish(seq, "error", error)
+        self.emit(seq)
+
+    # Outputs
+
+    def emit(self, seq: Sequence, text_delta: str = "") -> None:
+        """Emits the tokens that were not emitted before; the last output has the rest of the text."""
+        if seq.is_finished:
+            is_first_time, seq.finished_s = seq.finished_s is None, time.perf_counter()
+            try:
+                text_delta += self._texts[seq.request_id].finish(seq.text_token_ids)
+            except Exception as error:  # noqa: BLE001 - as above
+                logger.warning("the text of request %d failed (%s); giving up", seq.request_id, error)
+                seq.finish_reason, seq.error = "error", error
+                seq.timeline.mark(f"ended: error, {error}")
+            if is_first_time:
+                self._observer.request_ended(seq)
+        new_token_ids = seq.token_ids[seq.num_emitted_tokens :]
+        new_logprobs = None
+        if new_token_ids and seq.params.logprobs is not None:
+            new_logprobs = seq.logprobs[seq.num_emitted_tokens - seq.num_prompt_tokens :]
+        output = RequestOutput(
+            request_id=seq.request_id,
+            new_token_ids=new_token_ids,
+            text=text_delta,
+            finished=seq.is_finished,
+            finish_reason=seq.finish_reason,
+            error=seq.error,
+            new_logprobs=new_logprobs,
+            ttft_s=None if seq.first_token_s is None else seq.first_token_s - seq.arrival_s,
+            latency_s=None if seq.finished_s is None else seq.finished_s - seq.arrival_s,
+        )
+        # In this order, so that `mend` can tell what an interrupt left undone.
+        seq.output = output
+        self._inboxes[seq.request_id].put(output)
+        self._mark_emitted(seq)
+
+    def _mark_emitted(self, seq: Sequence) -> None:
+        seq.num_emitted_tokens = len(seq.token_ids)
+        if seq.is_finished:
+            self._texts.pop(seq.request_id, None)
+            inbox = self._inboxes.get(seq.request_id)
+            if inbox is not None:
+                inbox.request_ids.discard(seq.request_id)
+            self._inboxes.pop(seq.request_id, None)
+            self.sequences.pop(seq.request_id, None)  # last, so that `mend` finds what is left
+        seq.output = None
+
+    # Requests that nobody waits for any more
+
+    def abort_unknown(self, seq: Sequence) -> None:
+        """Aborts a request whose id nobody was given, and tells nobody."""
+        self._inboxes[seq.request_id] = Inbox()
+        self.finish(seq, "abort")
+
+    def abort_all_of(self, inbox: Inbox) -> None:
+        """Aborts the requests whose outputs go there."""
+        for request_id in sorted(inbox.request_ids):
+            seq = self.sequences.get(request_id)
+            if seq is not None and not seq.is_finished:
+                self.finish(seq, "abort")
+
+    def abort_abandoned(self) -> None:
+        """Aborts the requests of calls that are over."""
+        for inbox in set(self._inboxes.values()):
+            if inbox.is_abandoned:
+                self.abort_all_of(inbox)
+
+    # After an interrupt
+
+    def mend(self) -> None:
+        """Makes good what an interrupt broke off; all requests that have not ended are waiting.
+
+        A streamed request that was just being given a token is aborted, since a piece of its text may be lost.
+        """
+        for seq in list(self.sequences.values()):
+            if self._was_emitted(seq):
+                continue
+            is_half_emitted = seq.is_streamed and seq.num_emitted_tokens != seq.num_tokens
+            if not seq.is_finished and (is_half_emitted or (seq.num_output_tokens and not seq.is_streamed)):
+                # Its last token may be half taken in. Unless it is aborted, that is sampled again, and is the same.
+                seq.token_ids.pop()
+                del seq.logprobs[seq.num_output_tokens :]
+            if seq.is_finished or is_half_emitted:
+                self._end_interrupted(seq)
+
+    def fail_all(self, error: Exception) -> None:
+        """Ends all requests, which are waiting, with this error."""
+        for seq in self.unfinished():
+            self._scheduler.finish(seq, "error", error)
+        for seq in list(self.sequences.values()):
+            if not self._was_emitted(seq):
+                self.emit(seq)
+
+    def _end_interrupted(self, seq: Sequence) -> None:
+        if seq.is_streamed:
+            self._texts[seq.request_id] = NoText()
+        if not seq.is_finished:
+            self._scheduler.finish(seq, "abort")
+        elif seq.is_streamed and seq.error is None:
+            seq.finish_reason = "abort"
+        self.emit(seq)
+
+    def _was_emitted(self, seq: Sequence) -> bool:
+        """Whether what was being emitted of a request has reached its inbox; then that is noted."""
+        output, inbox = seq.output, self._inboxes.get(seq.request_id)
+        if inbox is not None and (output is None or not inbox.has_got(output)):
+            return False
+        self._mark_emitted(seq)
+        return True

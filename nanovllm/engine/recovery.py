@@ -1,0 +1,136 @@
+"""What is left when a turn of the loop was broken off, by an interrupt or an error that is no request's own.
+
+Nothing but the requests and their tokens is trusted then: all wait to be recomputed, or end if a device is lost.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from nanovllm.engine.handoffs import Handoffs
+from nanovllm.engine.in_flight import StepsInFlight
+from nanovllm.engine.mailbox import Mailbox
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.observer import Observer
+from nanovllm.engine.output_processor import OutputProcessor
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.errors import DeviceError, EngineClosedError, WorkerError
+from nanovllm.utils.device import leak_until_exit
+
+logger = logging.getLogger(__name__)
+
+
+class Recovery:
+    """Keeps an engine's state whole. Everything here may be interrupted, and is then done once more.
+
+    Args:
+        prefill_runner, decode_runner: one object twice on one device.
+        scheduler, steps, handoffs, requests, mailbox: the state.
+        observer: is told of work that nobody will collect.
+
+    Attributes:
+        device_error: why nothing runs any more; None as long as the devices work.
+    """
+
+    def __init__(
+        self,
+        prefill_runner: ModelRunner,
+        decode_runner: ModelRunner,
+        scheduler: Scheduler,
+        steps: StepsInFlight,
+        handoffs: Handoffs,
+        requests: OutputProcessor,
+        mailbox: Mailbox,
+        observer: Observer,
+    ) -> None:
+        self.device_error: DeviceError | WorkerError | None = None
+        self._runners = list(dict.fromkeys((prefill_runner, decode_runner)))
+        self._scheduler = scheduler
+        self._steps = steps
+        self._handoffs = handoffs
+        self._requests = requests
+        self._mailbox = mailbox
+        self._observer = observer
+        self._is_whole = True
+        """Whether the last turn ran to its end, or what broke it off has been mended."""
+
+    def guard(self, work: Callable[[], None]) -> None:
+        """Does what changes the state of requests; if that is broken off, mends it, and all end if a device is lost."""
+        try:
+            self._mend()
+            self._is_whole = False
+            work()
+            self._is_whole = True
+        except EngineClosedError:
+            raise  # `close` needs nothing mended
+        except BaseException as error:
+            lost = self.lost_device(error)
+            if lost is not None:
+                self.end_all(lost)
+                return
+            try:
+                self._mend()
+            except (DeviceError, WorkerError) as lost_meanwhile:
+                self.end_all(lost_meanwhile)
+            raise
+
+    def lost_device(self, error: BaseException) -> DeviceError | WorkerError | None:
+        """What an error of work on the devices means if one of them will never run anything again."""
+        if isinstance(error, (DeviceError, WorkerError)):
+            return error
+        if not isinstance(error, Exception):
+            return None
+        for runner in self._runners:
+            reason = runner.device.lost_reason()
+            if reason is not None:
+                return DeviceError(f"{runner.device} is lost: {reason}")
+        return None
+
+    def raise_if_lost(self, error: Exception) -> None:
+        """Raises DeviceError or WorkerError if an error means that nothing will run any more."""
+        lost = self.lost_device(error)
+        if lost is not None:
+            raise lost from error
+
+    def end_all(self, error: DeviceError | WorkerError) -> None:
+        """Ends every request with this error: nothing will run any more."""
+        self._is_whole = False
+        logger.error("%s; all requests end", error)
+        self.give_up_devices(error)
+        self._take_in_arrived()
+        self._scheduler.start_over(self._requests.unfinished(), ())
+        self._requests.fail_all(error)
+        self._is_whole = True
+
+    def give_up_devices(self, error: DeviceError | WorkerError) -> None:
+        """Leaves what is on the devices, and under way there, to the end of the process."""
+        self.device_error = error
+        leak_until_exit(*self._runners, self._steps.drop(), self._handoffs, self._handoffs.drop())
+
+    def _mend(self) -> None:
+        if self._is_whole:
+            return
+        if self.device_error is None:
+            self._start_over()
+        else:
+            self.end_all(self.device_error)
+
+    def _start_over(self) -> None:
+        """Waits for the devices and has all requests recomputed."""
+        is_stuck = self._handoffs.is_stuck
+        for runner in self._runners:
+            runner.synchronize(copies=not is_stuck)
+            runner.forget_device_batch()
+        self._observer.dropped(self._steps, [] if is_stuck else self._handoffs.under_way)
+        stuck = self._handoffs.forget()
+        self._steps.drop()
+        self._take_in_arrived()
+        self._scheduler.start_over(self._requests.unfinished(), stuck)
+        self._requests.mend()
+        self._is_whole = True
+
+    def _take_in_arrived(self) -> None:
+        while self._mailbox.arrived:
+            self._requests.add(self._mailbox.arrived[0])
+            self._mailbox.arrived.popleft()
