@@ -5,7 +5,6 @@ A CUDA graph of as many sums as a decode step of 36 layers asks for, replayed on
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import tempfile
@@ -13,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import median_ms, report
 
+from lib import inside
+from lib.arguments import new_parser
+from lib.ceilings import median_ms
+from lib.report import report
 from nanovllm.engine.distributed.tensor_parallel import ProcessRanks
 from nanovllm.utils.device import Device
 
@@ -23,10 +25,9 @@ TIMEOUT_S = 60.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--kib", type=int, nargs="+", default=[8, 64, 256, 512, 1024, 2048, 4096, 16384])
-    parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
     if not 2 <= args.ranks <= torch.cuda.device_count():
         parser.error(f"--ranks {args.ranks} is not from 2 to the {torch.cuda.device_count()} GPUs that torch sees")
@@ -54,15 +55,14 @@ def measure(folder: str, rank: int, size: int, kibs: list[int]) -> list[dict[str
     with torch.cuda.stream(torch.cuda.Stream()):
         ranks = ProcessRanks(folder, rank, size, Device("cuda", rank), TIMEOUT_S)
         ranks.connect()
-        peers, rows = ranks._peers, []
+        peers, rows = inside.peer_sums(ranks), []
         if peers is None:
             raise SystemExit("these GPUs cannot write into each other's memory")
         for kib in kibs:
             x = torch.zeros(kib * 512, dtype=torch.bfloat16, device="cuda")
             by_peers = replay_us(ranks, x) if peers.can_serve(x) else None
-            ranks._peers = None
-            rows.append({"kib": kib, "peers_us": by_peers, "nccl_us": replay_us(ranks, x)})
-            ranks._peers = peers
+            with inside.by_nccl(ranks):
+                rows.append({"kib": kib, "peers_us": by_peers, "nccl_us": replay_us(ranks, x)})
         torch.cuda.synchronize()
     Path(folder, f"done {rank}").touch()
     while not all(Path(folder, f"done {other}").exists() for other in range(size)):

@@ -2,50 +2,59 @@
 
 The step time is that between the ends of two steps of a full batch; the floor is the time in which the measured
 streaming bandwidth, of as many GPUs as there are ranks, reads the weights and the batch's KV once. The host time is
-that of one turn of the engine's loop with nothing arriving, waiting not counted: for requests of `generate`, and for
-streamed ones, which take an output object per token.
+what the engine's loop does for a step with nothing arriving: the time between steps less that in which the loop only
+waited for the device, both as a step listener is told of them (`DecodeTimer`). It is measured for requests of
+`generate`, and for streamed ones, by `step()`, which take an output object per token.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
+import contextlib
 
-import torch
-from common import SHAPES, report, write_shape
-from streaming import streaming_bandwidth
+from lib.arguments import add_shape, add_tensor_parallel, model_options, new_parser
+from lib.ceilings import kv_bytes_per_token, weight_bytes
+from lib.loads import full_length, settle
+from lib.meters import DecodeTimer, Enough
+from lib.report import report
+from lib.streaming import streaming_bandwidth
+from nanovllm import LLM
 
-from nanovllm import LLM, SamplingParams
+MOST_TOKENS = 1000
+"""Tokens of each request, which has to last until enough steps of a full batch were timed."""
+MOST_STEPS = MOST_TOKENS // 2
+MOST_TURNS = 100_000
+"""Turns of the loop, in which that many tokens come with any batch."""
+NUM_UNTIMED = 10
+"""Steps of `--steps` that are not timed: some, until the clock starts."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-shape", choices=SHAPES, default="qwen3-0.6b")
+    parser = new_parser(__doc__)
+    add_shape(parser, "qwen3-0.6b")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64, 256])
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--tensor-parallel-size", type=int, default=1)
-    parser.add_argument("--output", help="file for the JSON line")
+    add_tensor_parallel(parser)
     args = parser.parse_args()
+    if not NUM_UNTIMED < args.steps <= MOST_STEPS:
+        parser.error(f"--steps {args.steps} is not above {NUM_UNTIMED} and at most {MOST_STEPS}")
 
     num_ranks = args.tensor_parallel_size
     bandwidth = num_ranks * streaming_bandwidth()
     rows = []
     with LLM(
-        write_shape(args.model_shape),
-        load_format="dummy",
+        **model_options(args),
         enable_prefix_caching=False,
         tensor_parallel_size=num_ranks,
     ) as llm:
         spec = llm.decode_runner.spec
-        kv_bytes_per_token = num_ranks * spec.block_bytes / spec.attention.block_size
-        weight_bytes = spec.model_config.num_parameters * spec.dtype.itemsize
         print(f"{'batch':>6} {'context':>8} {'step ms':>8} {'floor ms':>9} {'host us':>8} {'streamed':>9}")
         for context in args.contexts:
             for batch in args.batches:
                 step_ms, host_us = measure(llm, batch, context, args.steps, streamed=False)
                 _, streamed_us = measure(llm, batch, context, args.steps, streamed=True)
-                floor_ms = (weight_bytes + batch * context * kv_bytes_per_token) / bandwidth * 1e3
+                kv_bytes = batch * context * num_ranks * kv_bytes_per_token(spec)
+                floor_ms = (weight_bytes(spec) + kv_bytes) / bandwidth * 1e3
                 print(f"{batch:6} {context:8} {step_ms:8.3f} {floor_ms:9.3f} {host_us:8.0f} {streamed_us:9.0f}")
                 row = {"batch": batch, "context": context, "step_ms": step_ms, "floor_ms": floor_ms}
                 rows.append({**row, "host_us": host_us, "host_streamed_us": streamed_us})
@@ -58,34 +67,24 @@ def main() -> None:
 
 def measure(llm: LLM, batch: int, context: int, num_steps: int, *, streamed: bool) -> tuple[float, float]:
     """Milliseconds between the ends of two decode steps, and microseconds of host work per step."""
-    params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=1000)
-    prompts = ([1 + i % 1000] * (context - num_steps // 2) for i in range(batch))
-    ids = [llm._submit(prompt, params, llm._inbox, streamed=streamed) for prompt in prompts]
-    while len(llm.scheduler._batch) < batch:
-        llm.step()
-    for _ in range(5):
-        llm.step()
-    torch.cuda.synchronize()
-    steps_before, waited = llm.counters.decode_steps, 0.0
-    wait = llm._wait
-
-    def timed_wait() -> None:
-        nonlocal waited
-        before = time.perf_counter()
-        wait()
-        waited += time.perf_counter() - before
-
-    llm._wait = timed_wait  # type: ignore[method-assign] # what is left of a turn is the host's own work
-    started = time.perf_counter()
-    while llm.counters.decode_steps - steps_before < num_steps - 10:
-        llm.step()
-    seconds, steps = time.perf_counter() - started, llm.counters.decode_steps - steps_before
-    llm._wait = wait  # type: ignore[method-assign]
-    for request_id in ids:
+    params = full_length(MOST_TOKENS, temperature=0.6)
+    prompts = [[1 + i % 1000] * (context - num_steps // 2) for i in range(batch)]
+    timer = DecodeTimer(llm, batch, num_steps - NUM_UNTIMED)
+    llm.add_step_listener(timer)
+    request_ids = [llm.add_request(prompt, params) for prompt in prompts] if streamed else []
+    with contextlib.suppress(Enough):
+        if streamed:
+            for _ in range(MOST_TURNS):
+                llm.step()
+        else:
+            llm.generate(prompts, params, use_tqdm=False)
+        raise AssertionError("the requests have ended before so many steps of a full batch")
+    llm.remove_step_listener(timer)
+    for request_id in request_ids:
         llm.abort(request_id)
-    while not llm.is_finished():
-        llm.step()
-    return seconds / steps * 1e3, (seconds - waited) / steps * 1e6
+    settle(llm)
+    host_s = timer.seconds - timer.waited_s
+    return timer.seconds / timer.num_steps * 1e3, host_s / timer.num_steps * 1e6
 
 
 if __name__ == "__main__":

@@ -18,8 +18,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from common import SHAPES, model_options, report, sm_split
 
+from lib import inside
+from lib.arguments import add_device, add_model, add_pool, model_options, new_parser, sm_split
+from lib.ceilings import head_parameters, kv_bytes_per_token, weight_bytes
+from lib.report import report
 from nanovllm.config import EngineConfig
 from nanovllm.engine.builder import runner_spec
 from nanovllm.engine.execution.cuda_graph import EagerSteps, StepGraphs, StepOutput
@@ -42,7 +45,7 @@ STEPS_AHEAD = 2
 
 def make_runner(args: argparse.Namespace) -> ModelRunner:
     """A decode runner that chooses for itself, its KV random."""
-    options = model_options(args.model, args.model_shape)
+    options = model_options(args)
     folder = checkpoint_folder(options.pop("model"))
     longest = max(*args.contexts, args.grow[2] if args.grow else 0) + 2 * NUM_REPLAYS
     most_requests = max(*args.batches, args.grow[0] if args.grow else 0)
@@ -57,7 +60,7 @@ def make_runner(args: argparse.Namespace) -> ModelRunner:
     spec = runner_spec(config, folder, read_json(folder, "config.json") or {}, device)
     pipeline = PipelineOptions(adaptive=True)
     runner = ModelRunner(spec, device, is_decode_runner=True, max_step_tokens=64, pipeline=pipeline)
-    with runner._on(runner.stream):
+    with inside.on_stream(runner):
         runner.kv_pool.normal_()
     return runner
 
@@ -85,7 +88,7 @@ def time_in_turns(
 ) -> dict[Any, float]:
     """Seconds per step by each way, which take turns, in another order each time; the mean of the turns."""
     times = dict.fromkeys(ways, 0.0)
-    with runner._on(runner.stream):
+    with inside.on_stream(runner):
         for turn in range(NUM_TURNS):
             names = list(ways)
             for name in names[turn:] + names[:turn]:
@@ -115,9 +118,9 @@ def time_growing(
 ) -> dict[str, float]:
     """Seconds in which a batch's contexts grow: by `auto`, plain, and by each arrangement; the best of two rounds."""
     batch, first, last = grow
-    with runner._on(runner.stream):
+    with inside.on_stream(runner):
         steps: dict[Any, StepGraphs | EagerSteps]
-        steps = {str(one or "plain"): paths._make_steps([batch], one) for one in (None, *arrangements)}
+        steps = {str(one or "plain"): inside.make_steps(paths, [batch], one) for one in (None, *arrangements)}
         runs = {"auto": auto_of(paths, batch), **replays_of(steps, batch)}
         times: dict[str, float] = {}
         time_turn(runner, batch, first, auto_of(paths, batch))  # to warm up
@@ -145,10 +148,10 @@ def best_arrangements(rows: list[dict[str, Any]], batch: int) -> list[Arrangemen
 
 def bound_s(runner: ModelRunner, batch: int, context: int, bandwidth: float, num_micro_batches: int) -> float:
     """KV read once, layers' weights once per micro-batch, the output head once."""
-    config = runner.spec.model_config
-    kv_bytes = batch * context * runner.spec.block_bytes / runner.block_size
-    head_bytes = config.vocab_size * config.hidden_size * runner.spec.dtype.itemsize
-    layer_bytes = config.num_parameters * runner.spec.dtype.itemsize - head_bytes
+    spec = runner.spec
+    kv_bytes = batch * context * kv_bytes_per_token(spec)
+    head_bytes = head_parameters(spec.model_config) * spec.dtype.itemsize
+    layer_bytes = weight_bytes(spec) - head_bytes
     return float((kv_bytes + head_bytes + num_micro_batches * layer_bytes) / bandwidth)
 
 
@@ -167,16 +170,16 @@ def sweep(runner: ModelRunner, args: argparse.Namespace, bandwidth: float) -> li
             continue
         ways = [*itertools.product(args.micro_batches, splits, args.cuts)]
         steps: dict[Any, StepGraphs | EagerSteps] = {}
-        with runner._on(runner.stream):
-            steps["plain"] = paths._make_steps([batch], None)
+        with inside.on_stream(runner):
+            steps["plain"] = inside.make_steps(paths, [batch], None)
             for parts, split, cut in ways:
                 paths.pipeline.num_micro_batches = parts
-                steps[parts, split, cut] = paths._make_steps([batch], Arrangement(split, cut))
+                steps[parts, split, cut] = inside.make_steps(paths, [batch], Arrangement(split, cut))
             paths.pipeline.num_micro_batches = default_parts
         times = time_in_turns(runner, batch, context, {"auto": auto_of(paths, batch), **replays_of(steps, batch)})
         points = []
         for way in ways:
-            with runner._on(runner.stream):
+            with inside.on_stream(runner):
                 lanes = lanes_of(steps[way].replay(batch))
             point = {"split": way[1], "cut": way[2].name, "parts": way[0], "s": times[way]}
             points.append({**point, "attention_s": lanes.attention_s, "ffn_s": lanes.ffn_s})
@@ -196,9 +199,8 @@ def sweep(runner: ModelRunner, args: argparse.Namespace, bandwidth: float) -> li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-shape", choices=SHAPES, default="qwen3-8b", help="random weights of this shape")
-    parser.add_argument("--model", help="folder of a checkpoint instead of random weights")
+    parser = new_parser(__doc__)
+    add_model(parser, "qwen3-8b")
     parser.add_argument("--batches", type=int, nargs="+", default=[256, 512, 768, 1024])
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 384, 512, 1024])
     parser.add_argument("--splits", type=sm_split, nargs="+", default=[(28, 104), (32, 100), (36, 96), (64, 68)])
@@ -212,16 +214,15 @@ def main() -> None:
         metavar=("BATCH", "FROM", "TO"),
         help="also a batch of those swept whose contexts grow",
     )
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--num-kvcache-blocks", type=int, help="as many as there is room for, if not given")
-    parser.add_argument("--output", help="file for the JSON line")
+    add_device(parser)
+    add_pool(parser)
     args = parser.parse_args()
     if args.grow and args.grow[0] not in args.batches:
         parser.error(f"--grow is of a batch that is swept, which {args.grow[0]} is not; add it to --batches")
     runner = make_runner(args)
     bandwidth = 1e10
     if runner.device.is_cuda:
-        from streaming import streaming_bandwidth  # needs triton
+        from lib.streaming import streaming_bandwidth  # needs triton
 
         bandwidth = streaming_bandwidth()
     rows = sweep(runner, args, bandwidth)

@@ -9,7 +9,6 @@ backlog, bounded by `--max-handoff-backlog`), and preemptions. What the flood le
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import math
 import random
@@ -17,9 +16,11 @@ import time
 from collections import defaultdict
 from typing import Any
 
-from common import SHAPES, mode_options, model_options, parse_pd_args, report
-from online_load import quantiles_ms
-
+from lib import inside
+from lib.arguments import add_mode, add_model, engine_options, new_parser, parse_args
+from lib.loads import full_length, gaps_of, settle, vocab_size_of
+from lib.meters import freeze_garbage
+from lib.report import quantiles_ms, report
 from nanovllm import LLM, SamplingParams
 
 SETTLING_S = 2.0
@@ -31,12 +32,12 @@ Request = tuple[list[int], SamplingParams]
 
 
 def make_requests(num_requests: int, vocab_size: int, args: argparse.Namespace, rng: random.Random) -> list[Request]:
-    """Of random lengths; made before anything is measured, since that takes longer than to serve them."""
+    """Requests of random lengths, made before anything is measured, since that takes longer than to serve them."""
     requests = []
     for _ in range(num_requests):
         prompt = rng.choices(range(vocab_size), k=rng.randint(args.input // 2, 3 * args.input // 2))
         num_output = rng.randint(args.num_output // 2, 3 * args.num_output // 2)
-        requests.append((prompt, SamplingParams(temperature=0.7, ignore_eos=True, max_tokens=num_output)))
+        requests.append((prompt, full_length(num_output)))
     return requests
 
 
@@ -58,9 +59,9 @@ def run(llm: LLM, requests: list[Request], running: set[int], dues_s: list[float
             if output.finished:
                 running.discard(output.request_id)
                 num_ended += 1
-        most_backlog = max(most_backlog, len(llm.scheduler._prefill_backlog))
+        most_backlog = max(most_backlog, inside.num_in_backlog(llm))
     after = llm.metrics()
-    gaps = [later - earlier for times in token_times.values() for earlier, later in itertools.pairwise(times)]
+    gaps = [gap for times_s in token_times.values() for gap in gaps_of(times_s)]
     steps = after["decode_steps"] - before["decode_steps"]
     return {
         "arrived_per_s": num_arrived / args.seconds,
@@ -74,10 +75,9 @@ def run(llm: LLM, requests: list[Request], running: set[int], dues_s: list[float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mode", choices=["single", "pd"], default="pd")
-    parser.add_argument("--model-shape", choices=SHAPES, default="qwen3-8b", help="random weights of this shape")
-    parser.add_argument("--model", help="folder of a checkpoint to serve instead of random weights")
+    parser = new_parser(__doc__)
+    add_mode(parser, "pd")
+    add_model(parser, "qwen3-8b")
     parser.add_argument("--batch", type=int, default=128, help="requests that may hold blocks")
     parser.add_argument("--input", type=int, default=512, help="mean prompt tokens")
     parser.add_argument("--num-output", type=int, default=128, help="mean output tokens")
@@ -86,43 +86,37 @@ def main() -> None:
     parser.add_argument("--max-handoff-backlog", type=int, help="of mode pd, 32 if not given")
     parser.add_argument("--itl-target-ms", type=float, help="of mode pd")
     parser.add_argument("--seed", type=int, default=0)
-    args = parse_pd_args(parser)
+    args = parse_args(parser)
     if args.mode != "pd" and (args.max_handoff_backlog, args.itl_target_ms) != (None, None):
         parser.error("--max-handoff-backlog and --itl-target-ms are of mode pd")
     if not (args.times > 0 and 0 < args.seconds < math.inf and args.input > 1 and args.num_output > 1):
         parser.error("--times and --seconds must be above 0, --input and --num-output above 1")
 
-    options = mode_options(args)
+    options = engine_options(args)
     if args.mode == "pd":
         backlog = 32 if args.max_handoff_backlog is None else args.max_handoff_backlog
         options |= {"max_handoff_backlog": backlog, "itl_target_ms": args.itl_target_ms}
     with LLM(
-        **model_options(args.model, args.model_shape),
-        device=args.device,
         max_num_seqs=args.batch,
         max_model_len=2 * (args.input + args.num_output),
         enable_prefix_caching=False,
         **options,
     ) as llm:
-        rng, vocab_size = random.Random(args.seed), llm.decode_runner.spec.model_config.vocab_size
+        rng, vocab_size = random.Random(args.seed), vocab_size_of(llm)
         running: set[int] = set()
         requests = make_requests(MOST_STEADY_PER_S * math.ceil(args.seconds), vocab_size, args, rng)
         settling = argparse.Namespace(**{**vars(args), "seconds": SETTLING_S})
         run(llm, requests, running, None, settling)
-        gc.collect()
-        gc.freeze()
+        freeze_garbage()
         steady = run(llm, requests, running, None, args)
         rate = args.times * max(steady["ended_per_s"], 1.0)
         dues_s = list(itertools.accumulate(rng.expovariate(rate) for _ in range(math.ceil(1.2 * rate * args.seconds))))
         requests = make_requests(len(dues_s), vocab_size, args, rng)
-        # As a server would once it is ready: collecting what lives for ever takes tens of milliseconds each time.
-        gc.collect()
-        gc.freeze()
+        freeze_garbage()
         flood = run(llm, requests, running, dues_s, args)
         for request_id in running:
             llm.abort(request_id)
-        while not llm.is_finished() or llm._steps or llm._handoffs:
-            llm.step()
+        settle(llm)
         llm.scheduler.check_integrity()
     titles = ("arrived/s", "ended/s", "ITL p50", "p99", "max", "decode", "backlog", "preempted")
     print(" " * 10 + "".join(f"{title:>10}" for title in titles))

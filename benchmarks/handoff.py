@@ -7,16 +7,16 @@ of its last chunk the KV was there: the exposed handoff, by the events that end 
 
 from __future__ import annotations
 
-import argparse
 import random
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from common import SHAPES, model_options, report
-from meters import BusyMeter, HandoffMeter, seconds_between
-
-from nanovllm import LLM, SamplingParams
+from lib.arguments import add_device, add_model, add_pool, model_options, new_parser
+from lib.loads import full_length, random_prompt, vocab_size_of
+from lib.meters import BusyMeter, HandoffMeter, seconds_between
+from lib.report import report
+from nanovllm import LLM
 from nanovllm.engine.execution.kv_copy import COPY_METHODS
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import BlockPair
@@ -68,7 +68,7 @@ def measure_copies(llm: LLM, sizes: Sequence[int]) -> list[dict[str, Any]]:
 def measure_exposure(llm: LLM, prompt_lens: Sequence[int]) -> list[dict[str, Any]]:
     """Prompts one by one, each length nine times; medians."""
     prefills, meter, rng = BusyMeter(llm.prefill_runner), HandoffMeter(llm), random.Random(1)
-    vocab_size = llm.decode_runner.spec.model_config.vocab_size
+    vocab_size = vocab_size_of(llm)
     rows = []
     method = llm.kv_transfer.name
     print(f"{'method':<8}{'prompt':>8}{'prefill us':>12}{'exposed us':>12}{'sends':>7}{'host us per send':>18}")
@@ -77,8 +77,7 @@ def measure_exposure(llm: LLM, prompt_lens: Sequence[int]) -> list[dict[str, Any
         for _ in range(9):
             meter.take()
             prefills.take()
-            prompt = [rng.randrange(vocab_size) for _ in range(prompt_len)]
-            llm.generate([prompt], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
+            llm.generate([random_prompt(rng, vocab_size, prompt_len)], full_length(2), use_tqdm=False)
             exposed.append(seconds_between(prefills.spans[-1].end, meter.sent))
             prefill.append(seconds_between(prefills.spans[0].start, prefills.spans[-1].end))
             host_s += meter.host_s
@@ -94,24 +93,20 @@ def measure_exposure(llm: LLM, prompt_lens: Sequence[int]) -> list[dict[str, Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-shape", choices=SHAPES, default="qwen3-8b", help="random weights of this shape")
-    parser.add_argument("--model", help="folder of a checkpoint to serve instead of random weights")
+    parser = new_parser(__doc__)
+    add_model(parser, "qwen3-8b")
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 4, 16, 64, 128, 512])
     parser.add_argument("--prompt-lens", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--max-num-batched-tokens", type=int, default=16384, help="of a prefill step")
     parser.add_argument("--kv-handoff", nargs="+", default=["auto"], help="of the served prompts, one after another")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument(
-        "--num-kvcache-blocks", type=int, help="of each device; as many as there is room for, if not given"
-    )
-    parser.add_argument("--output", help="file for the JSON line")
+    add_device(parser)
+    add_pool(parser)
     args = parser.parse_args()
     copies: list[dict[str, Any]] = []
     exposure: list[dict[str, Any]] = []
     for method in args.kv_handoff:
         with LLM(
-            **model_options(args.model, args.model_shape),
+            **model_options(args),
             device=args.device,
             enable_two_gpu_pd=True,
             kv_handoff=method,

@@ -9,21 +9,20 @@ the middle third over the mean of the others: contexts grow by as much before it
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import random
 import time
 from typing import Any
 
-from common import SHAPES, mode_options, model_options, parse_pd_args, report
-from meters import BusyMeter
-from online_load import quantiles_ms
-
-from nanovllm import LLM, RequestOutput, SamplingParams
+from lib.arguments import add_mode, add_model, engine_options, new_parser, parse_args
+from lib.loads import full_length, random_prompt, vocab_size_of
+from lib.meters import BusyMeter, freeze_garbage
+from lib.report import quantiles_ms, report
+from nanovllm import LLM, RequestOutput
 
 MOST_WAITING_PROMPTS = 4
 MOST_FIRST_TOKENS = 1024
-"""Of a steady request, until all of them decode; they are not counted."""
+"""Tokens of a steady request until all of them decode; they are not counted."""
 
 
 class Flood:
@@ -31,7 +30,7 @@ class Flood:
 
     def __init__(self, llm: LLM, prompts: list[list[int]]) -> None:
         self._llm, self._prompts = llm, itertools.cycle(prompts)
-        self._params = SamplingParams(temperature=0.7, max_tokens=2, ignore_eos=True)
+        self._params = full_length(2)
         self._waiting: set[int] = set()
 
     def top_up(self) -> None:
@@ -45,11 +44,6 @@ class Flood:
     def end(self) -> None:
         for request_id in self._waiting:
             self._llm.abort(request_id)
-
-
-def random_prompt(rng: random.Random, llm: LLM, length: int) -> list[int]:
-    vocab_size = llm.decode_runner.spec.model_config.vocab_size
-    return [rng.randrange(vocab_size) for _ in range(length)]
 
 
 def decode(llm: LLM, steady: set[int], num_steps: int, flood: Flood, *, floods: bool) -> list[float]:
@@ -67,6 +61,7 @@ def decode(llm: LLM, steady: set[int], num_steps: int, flood: Flood, *, floods: 
             if output.request_id not in steady:
                 flood.take(output)
                 continue
+            assert not output.finished, "a steady request has ended before the last third"
             if output.request_id in last_token_s:
                 gaps.append(now_s - last_token_s[output.request_id])
             last_token_s[output.request_id] = now_s
@@ -74,17 +69,16 @@ def decode(llm: LLM, steady: set[int], num_steps: int, flood: Flood, *, floods: 
 
 
 def measure(llm: LLM, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Of each third: gaps, and what the devices did meanwhile."""
-    rng = random.Random(0)
-    params = SamplingParams(temperature=0.7, max_tokens=4 * args.num_tokens + MOST_FIRST_TOKENS, ignore_eos=True)
-    flood = Flood(llm, [random_prompt(rng, llm, args.prompt_len) for _ in range(16)])
-    steady = {llm.add_request(random_prompt(rng, llm, args.context), params) for _ in range(args.num_decoding)}
+    """Gaps in each third, and what the devices did meanwhile."""
+    rng, vocab_size = random.Random(0), vocab_size_of(llm)
+    params = full_length(4 * args.num_tokens + MOST_FIRST_TOKENS)
+    flood = Flood(llm, [random_prompt(rng, vocab_size, args.prompt_len) for _ in range(16)])
+    steady = {llm.add_request(random_prompt(rng, vocab_size, args.context), params) for _ in range(args.num_decoding)}
     meters = {runner: BusyMeter(runner) for runner in dict.fromkeys((llm.prefill_runner, llm.decode_runner))}
     not_begun = set(steady)
     while not_begun:
         not_begun -= {output.request_id for output in llm.step()}
-    gc.collect()
-    gc.freeze()
+    freeze_garbage()
     thirds = []
     for floods in (False, True, False):
         for meter in meters.values():
@@ -106,26 +100,22 @@ def measure(llm: LLM, args: argparse.Namespace) -> list[dict[str, Any]]:
         )
         flood.end()
         decode(llm, steady, args.num_tokens // 4, flood, floods=False)  # until nothing of it is in flight
-    assert steady == llm._requests.sequences.keys(), "a steady request has ended before the last third"
     return thirds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mode", choices=["single", "pd"], default="pd")
-    parser.add_argument("--model-shape", choices=SHAPES, default="qwen3-8b", help="random weights of this shape")
-    parser.add_argument("--model", help="folder of a checkpoint to serve instead of random weights")
+    parser = new_parser(__doc__)
+    add_mode(parser, "pd")
+    add_model(parser, "qwen3-8b")
     parser.add_argument("--num-decoding", type=int, default=60)
     parser.add_argument("--context", type=int, default=1024, help="prompt tokens of the steady requests")
     parser.add_argument("--num-tokens", type=int, default=200, help="of each steady request in each third")
     parser.add_argument("--prompt-len", type=int, default=5000, help="of the prompts that arrive")
-    args = parse_pd_args(parser)
+    args = parse_args(parser)
     with LLM(
-        **model_options(args.model, args.model_shape),
-        device=args.device,
+        **engine_options(args),
         max_model_len=max(args.prompt_len, args.context + 4 * args.num_tokens + MOST_FIRST_TOKENS) + 64,
         enable_prefix_caching=False,
-        **mode_options(args),
     ) as llm:
         thirds = measure(llm, args)
     before, flooded, after = (third["itl_ms"] for third in thirds)

@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
-from common import gemm_rate, median_ms, report
-from streaming import streaming_bandwidth
 
-from nanovllm.kernels import AttentionMetadata
+from lib.arguments import new_parser
+from lib.ceilings import gemm_rate, median_ms
+from lib.report import report
+from lib.streaming import streaming_bandwidth
+from lib.tensors import decode_problem, random_normal
 from nanovllm.kernels.triton_attention import Backend
-
-
-def decode_problem(
-    context_lens: list[int], num_heads: int, num_kv_heads: int, block_size: int
-) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:
-    """Query, one layer's pool and metadata of a decode step in random blocks; head dim 128, bfloat16."""
-    counts = [-(-length // block_size) for length in context_lens]
-    blocks = torch.randperm(sum(counts), dtype=torch.int32)
-    tables = torch.zeros(len(counts), max(counts), dtype=torch.int32)
-    first = 0
-    for row, count in enumerate(counts):
-        tables[row, :count] = blocks[first : first + count]
-        first += count
-    pool = torch.randn(first, 2, num_kv_heads, block_size, 128, dtype=torch.bfloat16, device="cuda")
-    query = torch.randn(len(counts), num_heads, 128, dtype=torch.bfloat16, device="cuda")
-    metadata = AttentionMetadata(
-        slot_mapping=torch.zeros(len(counts), dtype=torch.int64, device="cuda"),
-        block_tables=tables.cuda(),
-        context_lens=torch.tensor(context_lens, dtype=torch.int32, device="cuda"),
-        query_starts=torch.arange(len(counts) + 1, dtype=torch.int32, device="cuda"),
-        max_query_len=1,
-        max_context_len=max(context_lens),
-    )
-    return query, pool, metadata
 
 
 @dataclass
@@ -60,10 +37,6 @@ def time_us(*calls: Callable[[], object]) -> float:
         for call in calls:
             call()
     return median_ms(graph.replay) * 1e3 / len(calls)
-
-
-def random_normal(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.bfloat16, device="cuda")
 
 
 def measure_decode(backend: Backend, block_size: int) -> Iterator[Measured]:
@@ -135,9 +108,8 @@ def measure_rest(backend: Backend, block_size: int) -> Iterator[Measured]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = new_parser(__doc__)
     parser.add_argument("--block-size", type=int, default=64)
-    parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
     torch.manual_seed(0)
     backend, bandwidth, rate = Backend(), streaming_bandwidth(), gemm_rate()

@@ -6,15 +6,15 @@ Beside each other both run for longer than is measured. The bandwidth is that of
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from common import SHAPES, report, sm_split
-from kernels import decode_problem, random_normal
 from torch.nn import functional
 
+from lib.arguments import SHAPES, add_shape, new_parser, sm_split
+from lib.report import report
+from lib.tensors import decode_problem, random_normal
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.kernels import cuda_gemm
 from nanovllm.kernels.triton_attention import Backend
@@ -22,7 +22,7 @@ from nanovllm.kernels.triton_stamps import stamp
 from nanovllm.utils.device import Device
 
 NUM_COPIES = 4
-"""Of all data, used in turn: more than the caches hold."""
+"""Copies of all data, used in turn: more than the caches hold."""
 BESIDE_MS = 20
 Work = Callable[[int], object]
 
@@ -94,13 +94,12 @@ def measure_us(*works: tuple[torch.cuda.Stream, Work], alone_us: Sequence[float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-shape", choices=SHAPES, default="qwen3-8b", help="whose layer")
+    parser = new_parser(__doc__)
+    add_shape(parser, "qwen3-8b")  # whose layer
     parser.add_argument("--batch", type=int, default=512, help="requests in each half")
     parser.add_argument("--context", type=int, default=512)
     splits = [(28, 104), (32, 100), (40, 92), (48, 84), (64, 68)]
     parser.add_argument("--splits", type=sm_split, nargs="+", default=splits)
-    parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a GPU")

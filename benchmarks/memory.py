@@ -7,30 +7,13 @@ become resident only as they are first written, which looks like growth.
 
 from __future__ import annotations
 
-import argparse
-import gc
-import os
 import random
-from pathlib import Path
 
-from common import SHAPES, model_options, report
-
+from lib.arguments import add_device, add_model, model_options, new_parser
+from lib.loads import random_prompt, vocab_size_of
+from lib.meters import memory_mib
+from lib.report import report
 from nanovllm import LLM, SamplingParams
-
-MIB = 2**20
-
-
-def memory_mib(llm: LLM) -> dict[str, float]:
-    """MiB that the process has resident, and that are in use on its GPU, if it has one."""
-    gc.collect()
-    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
-    used = {"process": resident_pages * os.sysconf("SC_PAGE_SIZE") / MIB}
-    device = llm.decode_runner.device
-    if device.is_cuda:
-        free, total = device.memory_info()
-        used["device"] = (total - free) / MIB
-        used["device_total"] = total / MIB
-    return used
 
 
 def serve(llm: LLM, num_requests: int, rng: random.Random, vocab_size: int) -> None:
@@ -39,7 +22,7 @@ def serve(llm: LLM, num_requests: int, rng: random.Random, vocab_size: int) -> N
     running: set[int] = set()
     while num_added < num_requests or running:
         while num_added < num_requests and len(running) < 256:
-            prompt = [rng.randrange(vocab_size) for _ in range(rng.randint(1, 64))]
+            prompt = random_prompt(rng, vocab_size, rng.randint(1, 64))
             params = SamplingParams(max_tokens=rng.randint(1, 32), temperature=rng.choice([0.0, 0.8]))
             running.add(llm.add_request(prompt, params))
             num_added += 1
@@ -49,22 +32,20 @@ def serve(llm: LLM, num_requests: int, rng: random.Random, vocab_size: int) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-shape", choices=SHAPES, default="qwen3-0.6b", help="random weights of this shape")
-    parser.add_argument("--model", help="folder of a checkpoint to serve instead of random weights")
+    parser = new_parser(__doc__)
+    add_model(parser, "qwen3-0.6b")
     parser.add_argument("--num-requests", type=int, default=10_000)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--output", help="file for the JSON line")
+    add_device(parser)
     args = parser.parse_args()
 
     rng = random.Random(0)
     with LLM(
-        **model_options(args.model, args.model_shape),
+        **model_options(args),
         device=args.device,
         gpu_memory_utilization=args.gpu_memory_utilization,
     ) as llm:
-        vocab_size = llm.decode_runner.spec.model_config.vocab_size
+        vocab_size = vocab_size_of(llm)
         ready = memory_mib(llm)
         serve(llm, args.num_requests // 10, rng, vocab_size)
         early = memory_mib(llm)

@@ -11,15 +11,15 @@ import contextlib
 import random
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from common import SHAPES, mode_options, model_options, parse_pd_args, report
-
-from nanovllm import LLM, SamplingParams
+from lib.arguments import add_mode, add_model, engine_options, new_parser, parse_args
+from lib.loads import full_length, generate_timed, random_prompt
+from lib.report import report
+from nanovllm import LLM
 from nanovllm.engine.observability.metrics import Metrics
 from nanovllm.engine.scheduling.timeline import Timeline
 
@@ -46,35 +46,27 @@ def run(way: str, args: argparse.Namespace, options: dict[str, Any], folder: str
     rng = random.Random(0)
     lengths = [(rng.randint(100, 1024), rng.randint(100, 1024)) for _ in range(args.num_requests)]
     longest = args.max_model_len // 2
-    prompts = [[rng.randrange(1000) for _ in range(min(num_input, longest))] for num_input, _ in lengths]
-    params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=min(longest, n)) for _, n in lengths]
+    prompts = [random_prompt(rng, 1000, min(num_input, longest)) for num_input, _ in lengths]
+    params = [full_length(min(longest, num_output), temperature=0.6) for _, num_output in lengths]
     trace = Path(folder) / "trace.json" if way == "metrics and trace" else None
     with contextlib.ExitStack() as stack:
         if way == "nothing":
             stack.enter_context(blind())
         llm = stack.enter_context(LLM(**options, trace=trace))
-        llm.generate([[1] * 32] * 8, SamplingParams(ignore_eos=True, max_tokens=20), use_tqdm=False)
-        started = time.perf_counter()
-        answers = llm.generate(prompts, params, use_tqdm=False)
-        return sum(len(answer["token_ids"]) for answer in answers) / (time.perf_counter() - started)
+        generate_timed(llm, [[1] * 32] * 8, full_length(20))  # to warm up
+        num_tokens, seconds = generate_timed(llm, prompts, params)
+        return num_tokens / seconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mode", choices=["single", "pd"], default="single")
-    parser.add_argument("--model-shape", choices=SHAPES, default="qwen3-0.6b", help="random weights of this shape")
-    parser.add_argument("--model", help="folder of a checkpoint to serve instead of random weights")
+    parser = new_parser(__doc__)
+    add_mode(parser, "single")
+    add_model(parser, "qwen3-0.6b")
     parser.add_argument("--num-requests", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=4096, help="longer requests are cut to it")
     parser.add_argument("--rounds", type=int, default=3)
-    args = parse_pd_args(parser)
-    options = {
-        **model_options(args.model, args.model_shape),
-        "device": args.device,
-        "max_model_len": args.max_model_len,
-        "enable_prefix_caching": False,
-        **mode_options(args),
-    }
+    args = parse_args(parser)
+    options = {**engine_options(args), "max_model_len": args.max_model_len, "enable_prefix_caching": False}
     measured: dict[str, list[float]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         run(WAYS[0], args, options, folder)

@@ -6,47 +6,39 @@ Counted are the FLOPs of all linear layers for every token, of the output head o
 
 from __future__ import annotations
 
-import argparse
-import time
-
-from common import SHAPES, gemm_rate, report, write_shape
-
-from nanovllm import LLM, SamplingParams
+from lib.arguments import add_shape, model_options, new_parser
+from lib.ceilings import gemm_rate, linear_flops
+from lib.loads import full_length, generate_timed
+from lib.report import report
+from nanovllm import LLM
 from nanovllm.models.qwen3 import Qwen3Config
 
 
 def prefill_flops(config: Qwen3Config, prompt_len: int) -> float:
     """Floating-point operations of one prompt's prefill."""
-    head = config.vocab_size * config.hidden_size
-    in_layers = config.num_parameters - head
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * prompt_len**2 / 2
-    return 2 * in_layers * prompt_len + 2 * head + attention
+    return linear_flops(config, prompt_len, 1) + attention
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-shape", choices=SHAPES, default="qwen3-8b")
+    parser = new_parser(__doc__)
+    add_shape(parser, "qwen3-8b")
     parser.add_argument("--prompt-len", type=int, default=8192)
     parser.add_argument("--num-prompts", type=int, default=8)
     parser.add_argument("--max-num-batched-tokens", type=int, default=16384)
-    parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
 
     rate = gemm_rate()
     with LLM(
-        write_shape(args.model_shape),
-        load_format="dummy",
+        **model_options(args),
         max_model_len=args.prompt_len + 16,
         max_num_batched_tokens=args.max_num_batched_tokens,
         enable_prefix_caching=False,
     ) as llm:
         config = llm.prefill_runner.spec.model_config
-        one_token = SamplingParams(max_tokens=1, ignore_eos=True)
         prompts = [[(7 * i + j) % 10_000 for j in range(args.prompt_len)] for i in range(args.num_prompts)]
-        llm.generate(prompts[:1], one_token, use_tqdm=False)
-        started = time.perf_counter()
-        llm.generate(prompts, one_token, use_tqdm=False)
-        seconds = time.perf_counter() - started
+        generate_timed(llm, prompts[:1], full_length(1))  # to warm up
+        _, seconds = generate_timed(llm, prompts, full_length(1))
     tokens_per_s = args.num_prompts * args.prompt_len / seconds
     achieved = args.num_prompts * prefill_flops(config, args.prompt_len) / seconds
     print(f"{args.model_shape}, {args.num_prompts} prompts of {args.prompt_len} tokens: {tokens_per_s:.0f} tok/s")

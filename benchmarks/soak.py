@@ -21,9 +21,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common import SHAPES, mode_options, model_options, parse_pd_args, report
-from memory import memory_mib
-
+from lib import inside
+from lib.arguments import add_mode, add_model, engine_options, new_parser, parse_args
+from lib.loads import random_prompt, settle, vocab_size_of
+from lib.meters import memory_mib
+from lib.report import report
 from nanovllm import LLM, RequestOutput, SamplingParams
 from nanovllm.engine.execution.step_handle import StepHandle
 from nanovllm.engine.model_runner import ModelRunner
@@ -112,7 +114,7 @@ class Faults:
 
         def faulty_send(pairs: Sequence[BlockPair], after: Event) -> Any:
             blocks = {block for block, _ in pairs}
-            for seq in self._llm.scheduler._running:
+            for seq in self._llm.scheduler.unfinished():
                 plan = self.plans.get(seq.request_id)
                 if plan and plan.handoff_faults and seq.lease and blocks.intersection(seq.lease.prefill_table):
                     plan.handoff_faults -= 1
@@ -128,11 +130,11 @@ class Faults:
         paths, runner = self._paths, self._llm.decode_runner
         assert paths.pipeline is not None, "what has a rebalancer has lanes"
         num_sms = paths.pipeline.green_manager.num_sms
-        with runner._on(runner.stream):
+        with inside.on_stream(runner):
             for split in ((32, num_sms - 32), (48, num_sms - 48)) if num_sms else ((1, 3), (2, 2)):
                 arrangement = Arrangement(split, Cut.GEMMS)
                 if arrangement not in paths.steps:
-                    paths.steps[arrangement] = paths._make_steps(paths.sizes, arrangement)
+                    paths.steps[arrangement] = inside.make_steps(paths, paths.sizes, arrangement)
             runner.decode_rows.forget()  # type: ignore[union-attr]
         for path, steps in paths.steps.items():
             if path is not None:
@@ -170,7 +172,7 @@ def random_request(rng: random.Random, vocab_size: int, longest: int, beginnings
     """A prompt and parameters of any kind; one in three prompts begins like others."""
     beginning = rng.choice(beginnings) if rng.random() < 0.3 else []
     num_input = min(int(rng.lognormvariate(4.5, 1.2)) + 1, longest // 2)
-    prompt = (beginning + [rng.randrange(vocab_size) for _ in range(num_input)])[: longest // 2]
+    prompt = (beginning + random_prompt(rng, vocab_size, num_input))[: longest // 2]
     params = SamplingParams(
         temperature=rng.choice([0.0, 0.6, 1.0]),
         top_p=rng.choice([1.0, 1.0, 0.9]),
@@ -184,9 +186,9 @@ def random_request(rng: random.Random, vocab_size: int, longest: int, beginnings
 
 def soak(llm: LLM, faults: Faults, num_requests: int, args: argparse.Namespace, rng: random.Random) -> dict[str, Any]:
     """Serves them all; counts by outcome, and what went otherwise than planned."""
-    vocab_size = llm.decode_runner.spec.model_config.vocab_size
+    vocab_size = vocab_size_of(llm)
     longest = llm.decode_runner.spec.max_model_len
-    beginnings = [[rng.randrange(vocab_size) for _ in range(longest // 4)] for _ in range(5)]
+    beginnings = [random_prompt(rng, vocab_size, longest // 4) for _ in range(5)]
     running: dict[int, Plan] = {}
     requests: dict[int, tuple[list[int], SamplingParams]] = {}
     tokens: collections.defaultdict[int, list[int]] = collections.defaultdict(list)
@@ -256,12 +258,9 @@ def _complaints(output: RequestOutput, outcome: str, plan: Plan) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--mode", choices=["single", "pd"], default="pd", help="one device, or prefill and decode apart"
-    )
-    parser.add_argument("--model-shape", choices=SHAPES, default="qwen3-0.6b", help="random weights of this shape")
-    parser.add_argument("--model", help="folder of a checkpoint to serve instead of random weights")
+    parser = new_parser(__doc__)
+    add_mode(parser, "pd")
+    add_model(parser, "qwen3-0.6b")
     parser.add_argument("--num-requests", type=int, default=10_000)
     parser.add_argument("--concurrency", type=int, default=256)
     parser.add_argument("--abort-share", type=float, default=0.05)
@@ -273,7 +272,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
-    args = parse_pd_args(parser)
+    args = parse_args(parser)
     if args.chaos_share is not None and args.mode != "pd":
         parser.error(f"--chaos-share is of mode pd, not of {args.mode}: the one device cannot do without itself")
     chaos_share = 0.01 if args.chaos_share is None else args.chaos_share
@@ -281,11 +280,9 @@ def main() -> None:
     logging.getLogger("nanovllm").setLevel(logging.ERROR)  # it warns of every fault
     rng = random.Random(args.seed)
     with LLM(
-        **model_options(args.model, args.model_shape),
-        device=args.device,
+        **engine_options(args),
         dtype=args.dtype,
         max_model_len=args.max_model_len,
-        **mode_options(args),
     ) as llm:
         faults = Faults(llm, chaos_share, rng)
         started = time.perf_counter()
@@ -293,8 +290,7 @@ def main() -> None:
         early = memory_mib(llm)
         counts = soak(llm, faults, args.num_requests - args.num_requests // 10, args, rng)
         seconds = time.perf_counter() - started
-        while llm._steps or llm._handoffs:  # steps and copies of requests that have ended
-            llm.step()
+        settle(llm)
         late = memory_mib(llm)
         llm.scheduler.check_integrity()
         held = {

@@ -7,7 +7,6 @@ has just written the weights, so they come from its cache.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -17,9 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import SHAPES, report, write_shape
 from safetensors.torch import save_file
 
+from lib.arguments import add_device, add_shape, new_parser, write_shape
+from lib.report import report
 from nanovllm import LLM
 from nanovllm.demo import DEMO_MODEL_PATH
 
@@ -57,10 +57,9 @@ def time_process(folder: str, device: str, kernel_cache: str | None) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-shape", choices=SHAPES, default="qwen3-0.6b")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--output", help="file for the JSON line")
+    parser = new_parser(__doc__)
+    add_shape(parser, "qwen3-0.6b")
+    add_device(parser)
     args = parser.parse_args()
 
     folder = write_checkpoint(args.model_shape)

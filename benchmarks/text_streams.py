@@ -5,14 +5,13 @@ Needs no GPU. The tokenizer is the bundled model's, or that of `--model`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
 from typing import Any
 
-from common import report
-
+from lib.arguments import new_parser
+from lib.report import report
 from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine.text.request_text import StreamedText, Vocabulary
 from nanovllm.engine.text.tokenizer import load_tokenizer
@@ -57,10 +56,9 @@ def us_per_token(vocabulary: Vocabulary, token_ids: list[int], stop: tuple[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--model", default=DEMO_MODEL_PATH, help="folder of a checkpoint with a tokenizer")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", help="file for the JSON line")
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: at least one")

@@ -1,5 +1,6 @@
 """nanovllm: a small, readable LLM inference engine."""
 
+from nanovllm.engine.step_listeners import StepReport
 from nanovllm.errors import (
     BackendUnavailableError,
     ConfigError,
@@ -39,6 +40,7 @@ __all__ = [
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "StepReport",
     "TokenLogprobs",
     "UnknownRequestError",
     "WorkerError",

@@ -1,49 +1,71 @@
-"""What the online benchmark counts, and that it runs without a GPU."""
+"""What the benchmarks count, what a trace becomes, and that those that serve run without a GPU."""
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 import os
 import random
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from nanovllm import RequestOutput, SamplingParams
+from nanovllm import LLM, RequestOutput, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.engine.execution.step_handle import StepHandle
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SMALL_POOLS = ("--num-kvcache-blocks", "500")  # 32 MiB of the demo model
 
 
-@pytest.fixture
-def online_load(monkeypatch):
+@pytest.fixture(autouse=True)
+def benchmarks_importable(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.fixture
+def online_load():
     import online_load
 
     return online_load
 
 
-def test_lengths_of_workloads(online_load):
+@pytest.fixture
+def traces():
+    from lib import traces
+
+    return traces
+
+
+@pytest.fixture
+def loads():
+    from lib import loads
+
+    return loads
+
+
+def test_lengths_of_workloads(loads):
     rng = random.Random(0)
-    draw_input, draw_output = online_load.WORKLOADS["chat"]
+    draw_input, draw_output = loads.WORKLOADS["chat"]
     assert statistics.mean(draw_input(rng) for _ in range(20_000)) == pytest.approx(450, rel=0.03)
     assert statistics.mean(draw_output(rng) for _ in range(20_000)) == pytest.approx(200, rel=0.03)
-    load = online_load.make_load("rag", rate=5.0, duration_s=200.0, vocab_size=99, longest=4096, seed=1)
+    load = loads.make_load("rag", rate=5.0, duration_s=200.0, vocab_size=99, longest=4096, seed=1)
     assert len(load) == pytest.approx(1000, rel=0.1)
     assert [request.due_s for request in load] == sorted(request.due_s for request in load)
     assert all(len(request.prompt) + request.params.max_tokens <= 4096 for request in load)
     assert max(map(max, (request.prompt for request in load))) == 98
 
 
-def test_latencies_count_from_the_moment_a_request_was_due(online_load):
+def test_latencies_count_from_the_moment_a_request_was_due(online_load, loads):
     params = SamplingParams()
-    quick = online_load.Request(1.0, [1, 2], params, token_times_s=[1.5, 1.7, 2.5])
-    late = online_load.Request(2.0, [1], params, token_times_s=[6.0])
-    failed = online_load.Request(4.0, [1], params, error=ValueError("injected"))
+    quick = loads.Request(1.0, [1, 2], params, token_times_s=[1.5, 1.7, 2.5])
+    late = loads.Request(2.0, [1], params, token_times_s=[6.0])
+    failed = loads.Request(4.0, [1], params, error=ValueError("injected"))
     summary = online_load.summarize([quick, late, failed], ttft_limit_s=0.6, itl_limit_s=0.9)
     assert (summary["num_requests"], summary["num_failed"]) == (3, 1)
     assert (summary["input_tokens"], summary["output_tokens"], summary["seconds"]) == (4, 4, 6.0)
@@ -58,12 +80,94 @@ def test_latencies_count_from_the_moment_a_request_was_due(online_load):
     assert not failed.is_good(100.0, 100.0)
 
 
-def test_a_trace_is_cut_and_ordered(online_load, tmp_path):
-    rows = [(9_000, 5, 3), (4_000, 50, 100), (4_500, 7, 2), (90_000, 1, 1)]
-    lines = [json.dumps({"timestamp": t, "input_length": i, "output_length": o, "hash_ids": []}) for t, i, o in rows]
-    (tmp_path / "trace.jsonl").write_text("\n".join(lines) + "\n")
-    load = online_load.read_trace(str(tmp_path / "trace.jsonl"), 10.0, vocab_size=99, longest=60, seed=0)
-    assert [(r.due_s, len(r.prompt), r.params.max_tokens) for r in load] == [(0.0, 30, 30), (0.5, 7, 2), (5.0, 5, 3)]
+def write_trace(path: Path, rows) -> str:
+    names = ("timestamp", "input_length", "output_length", "hash_ids")
+    path.write_text("\n".join(json.dumps(dict(zip(names, row, strict=False))) for row in rows) + "\n")
+    return str(path)
+
+
+def test_a_trace_is_ordered_and_what_does_not_fit_is_counted(traces, tmp_path):
+    rows = [(9_000, 5, 3), (4_000, 50, 100), (4_500, 7, 2), (5_000, 60, 1), (5_000, 59, 1), (90_000, 1, 1)]
+    path = write_trace(tmp_path / "trace.jsonl", [(*row, []) for row in rows])
+    trace = traces.read_trace(path, longest=60, duration_s=10.0)
+    load = trace.requests(vocab_size=99, seed=0)
+    served = [(0.0, 50, 10), (0.5, 7, 2), (1.0, 59, 1), (5.0, 5, 3)]
+    assert [(r.due_s, len(r.prompt), r.params.max_tokens) for r in load] == served
+    assert (trace.num_left_out, trace.num_cut, trace.has_hash_ids) == (1, 1, False)
+    assert max(map(max, (request.prompt for request in load))) < 99
+    # Twice as fast, twice as much comes in the same time.
+    fast = traces.read_trace(path, longest=60, duration_s=50.0, speed=2.0)
+    assert [row.due_s for row in fast.rows] == [0.0, 0.25, 0.5, 2.5, 43.0]
+    with pytest.raises(ValueError, match="of 6 requests in 100 s none leaves room in 1 tokens"):
+        traces.read_trace(path, longest=1, duration_s=100.0)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("nonsense", "line 2: Expecting value"),
+        ("[1]", "not an object with the numbers"),
+        ('{"timestamp": 1, "input_length": 3}', "not an object with the numbers"),
+        ('{"timestamp": 1, "input_length": 0, "output_length": 1}', "must be at least 1"),
+        (
+            '{"timestamp": 1, "input_length": 513, "output_length": 1, "hash_ids": [4]}',
+            "1 hash_ids, but 513 tokens take 2",
+        ),
+    ],
+)
+def test_a_line_that_is_no_request_is_named(traces, tmp_path, line, complaint):
+    path = Path(write_trace(tmp_path / "trace.jsonl", [(0, 5, 3)]))
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(ValueError, match=complaint):
+        traces.read_trace(str(path), longest=60)
+
+
+SHARED = [(0, 1100, 2, [7, 8, 9]), (1, 700, 2, [7, 8]), (2, 1100, 2, [7, 8, 10]), (3, 600, 2, [8, 7])]
+SHARED += [(4, 520, 2, [7, 11]), (5, 400, 2, [7]), (6, 1100, 2, [7, 8, 9]), (7, 30_000, 2, list(range(59)))]
+SHARED_TOKENS = [0, 700, 1024, 0, 512, 400, 1100]
+"""Tokens at its beginning that each prompt shares with one before it."""
+
+
+def num_alike(prompt: list[int], other: list[int]) -> int:
+    """Tokens at the beginning of both."""
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, other, strict=False))))
+
+
+def test_hash_ids_stand_for_the_same_tokens_in_every_prompt(traces, tmp_path):
+    path = write_trace(tmp_path / "trace.jsonl", SHARED)
+    trace = traces.read_trace(path, longest=2048)
+    prompts = [request.prompt for request in trace.requests(vocab_size=1536, seed=0)]
+    assert [len(prompt) for prompt in prompts] == [1100, 700, 1100, 600, 520, 400, 1100]
+    again = [request.prompt for request in traces.read_trace(path, longest=2048).requests(vocab_size=1536, seed=1)]
+    assert prompts == again
+    assert prompts[3][:512] == prompts[0][512:1024]
+    for place, shared in enumerate(SHARED_TOKENS):
+        assert max((num_alike(prompts[place], earlier) for earlier in prompts[:place]), default=0) == shared
+
+
+@pytest.mark.parametrize("mode", ["single", "pd"])
+def test_the_prefix_cache_hits_where_hash_ids_repeat(mode, tmp_path):
+    """One request at a time, so that what the cache holds for one is known: all full blocks of those before it."""
+    trace = write_trace(tmp_path / "trace.jsonl", SHARED)
+    options = ("--mode", mode, "--max-model-len", "2048", "--max-num-seqs", "1", "--speed", "0.5")
+    run = run_on_cpu("online_load.py", "--trace", trace, *options, "--num-kvcache-blocks", "1000")
+    assert run.returncode == 0, run.stderr
+    (load,) = json.loads(run.stdout.splitlines()[-1])["loads"]
+    assert (load["num_requests"], load["num_failed"], load["output_tokens"]) == (7, 0, 14)
+    # At least one token of each prompt is computed.
+    lengths = [row[1] for row in SHARED[:-1]]
+    hits = [min(n, length - 1) // 16 * 16 for n, length in zip(SHARED_TOKENS, lengths, strict=True)]
+    found = {"queried_tokens": sum(lengths), "hit_tokens": sum(hits), "hit_rate": sum(hits) / sum(lengths)}
+    assert load["prefix_cache"] == found
+    assert load["trace"] == {"num_left_out": 1, "num_cut": 0}
+    assert "1 prompts left out and 0 answers cut" in run.stdout
+    assert f"{sum(hits)} of {sum(lengths)} tokens" in run.stdout
+
+
+def test_a_speed_without_a_trace_is_refused():
+    run = run_on_cpu("online_load.py", "--speed", "2")
+    assert run.returncode == 2
+    assert "--speed is of a trace" in run.stderr
 
 
 @pytest.mark.parametrize("mode", ["single", "pd", pytest.param("dp2", marks=pytest.mark.slow)])
@@ -89,8 +193,7 @@ def test_it_runs_on_a_cpu_and_ends_with_a_line_of_json(mode):
 
 
 @pytest.fixture
-def soak(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def soak():
     import soak
 
     return soak
@@ -209,3 +312,38 @@ def test_ways_to_decode_take_turns_on_a_cpu():
         assert row["auto"]["chosen"] == "plain"
         assert all(0 < point["attention_s"] < point["s"] * 2 for point in row["points"])
     assert {"auto", "plain"} < result["grown_s"].keys()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_decode_steps_are_timed_by_a_listener(streamed):
+    import decode_latency
+
+    with LLM(str(DEMO_MODEL_PATH), device="cpu", enable_prefix_caching=False) as llm:
+        step_ms, host_us = decode_latency.measure(llm, batch=3, context=40, num_steps=16, streamed=streamed)
+        # On a CPU, which runs a step while it is launched, the loop never waits.
+        assert host_us == pytest.approx(step_ms * 1e3)
+        assert llm.metrics()["decode_steps"] >= 9
+        assert llm.is_finished()
+        llm.scheduler.check_integrity()
+
+
+def test_waiting_is_not_host_work(monkeypatch):
+    import decode_latency
+
+    ends_s = {}
+    late = lambda handle: time.perf_counter() > ends_s.setdefault(handle, time.perf_counter() + 0.02)  # noqa: E731
+    monkeypatch.setattr(StepHandle, "is_done", late)
+    with LLM(str(DEMO_MODEL_PATH), device="cpu", enable_prefix_caching=False) as llm:
+        step_ms, host_us = decode_latency.measure(llm, batch=3, context=40, num_steps=16, streamed=False)
+    assert step_ms - host_us / 1e3 > 5
+
+
+def test_every_benchmark_says_what_it_takes(monkeypatch, capsys):
+    """All but plots.py, which takes nothing; a parser with two options of a name would fail."""
+    names = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != "plots")
+    assert len(names) == 16
+    for name in names:
+        monkeypatch.setattr(sys, "argv", [name, "--help"])
+        with pytest.raises(SystemExit, match="0"):
+            importlib.import_module(name).main()
+        assert "--output" in capsys.readouterr().out

@@ -18,6 +18,7 @@ WITHOUT_TORCH = [
     "block_manager",
     "callers",
     "observability.metrics",
+    "step_listeners",
     "observability.trace",
     *(f"scheduling.{path.stem}" for path in sorted((PACKAGE / "engine" / "scheduling").glob("*.py"))),
 ]
@@ -35,7 +36,7 @@ ENGINE_LAYERS = [
     {"execution"},
     {"model_runner"},
     {"distributed", "in_flight", "requests"},
-    {"observer", "mailbox"},
+    {"observer", "mailbox", "step_listeners"},
     {"output_processor", "handoffs", "builder"},
     {"recovery"},
     {"llm_engine"},

@@ -32,6 +32,7 @@ from nanovllm.engine.scheduler import PrefillStep, Step
 from nanovllm.engine.scheduling.decode_batch import DecodeStep
 from nanovllm.engine.scheduling.timeline import Timeline
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.step_listeners import StepListener, StepListeners
 from nanovllm.errors import DeviceError, EngineClosedError, UnknownRequestError, short_repr
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -85,6 +86,7 @@ class LLMEngine:
         self.scheduler = parts.scheduler
         self.counters = parts.observer.counters
         self._observer = parts.observer
+        self._step_listeners = StepListeners()
         self._intake = parts.intake
         self._request_ids = itertools.count()
         self._turns = Turns()
@@ -228,6 +230,28 @@ class LLMEngine:
         self._check_open()
         return self._observer.metrics()
 
+    def add_step_listener(self, listener: StepListener) -> None:
+        """Has `listener` called with a `StepReport` for every step from now on, soon after it has ended.
+
+        That is in the thread of whichever call runs the loop, between two of its turns. An exception of the listener
+        comes out of that call (`step`, `generate`, ...) and harms no other request. From within, `add_request`, `abort`
+        and `close` may be called.
+
+        Raises:
+            ConfigError: it is not callable.
+            EngineClosedError: the engine was closed.
+        """
+        self._check_open()
+        self._step_listeners.add(listener)
+
+    def remove_step_listener(self, listener: StepListener) -> None:
+        """Undoes one `add_step_listener`.
+
+        Raises:
+            ConfigError: it is not a step listener of this engine.
+        """
+        self._step_listeners.remove(listener)
+
     def close(self) -> None:
         """Ends everything, waits for the devices, writes the trace, gives memory back. A second call does nothing.
 
@@ -355,6 +379,7 @@ class LLMEngine:
             return
         try:
             self._recovery.guard(self._run_turn)
+            self._step_listeners.tell()
         finally:
             self._turns.end()
             if self._closed:
@@ -379,7 +404,7 @@ class LLMEngine:
         if self._launch_steps():
             self._progressed()
         else:
-            self._wait()
+            self._step_listeners.time_wait(self._wait)
         self._collect_steps()
         if self._handoffs.collect():
             self._progressed()
@@ -525,6 +550,7 @@ class LLMEngine:
         work.runner.check_workers()  # a step that waited for a rank that is gone was ended, with anything in it
         self._steps.remove(work)
         self._observer.step_ended(work)
+        self._step_listeners.step_ended(work)
         self._progressed()
         if isinstance(work.step, PrefillStep):
             self._prefill_ended(work.step, sampled)

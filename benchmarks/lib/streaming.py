@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from common import median_ms
+
+from lib.ceilings import median_ms
 
 READ_TILE = 8192
 

@@ -1,16 +1,22 @@
-"""What the benchmarks watch in a running engine, from outside: how busy each runner is, and what handoffs move."""
+"""What the benchmarks watch in a running engine, from outside.
+
+How busy each runner is, what handoffs move, how long decode steps take, the memory of the process and of its GPU.
+"""
 
 from __future__ import annotations
 
+import gc
 import itertools
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from nanovllm import LLM
+from nanovllm import LLM, StepReport
 from nanovllm.engine.execution.step_handle import StepHandle
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import BlockPair, Step
@@ -28,11 +34,33 @@ def moment(stream: torch.cuda.Stream | None) -> Any:
 
 
 def seconds_between(start: Any, end: Any) -> float:
-    """Of two moments of one device; waits for the second."""
+    """Seconds between two moments of one device; waits for the second."""
     if isinstance(start, float):
         return float(end - start)
     end.synchronize()
     return float(start.elapsed_time(end)) / 1e3
+
+
+MIB = 2**20
+
+
+def memory_mib(llm: LLM) -> dict[str, float]:
+    """MiB that the process has resident, and that are in use on its GPU, if it has one."""
+    gc.collect()
+    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    used = {"process": resident_pages * os.sysconf("SC_PAGE_SIZE") / MIB}
+    device = llm.decode_runner.device
+    if device.is_cuda:
+        free, total = device.memory_info()
+        used["device"] = (total - free) / MIB
+        used["device_total"] = total / MIB
+    return used
+
+
+def freeze_garbage() -> None:
+    """Lets the collector look no more at what lives now, as a server would once it is ready: tens of ms each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(frozen=True)
@@ -61,7 +89,7 @@ class BusyMeter:
         runner.launch = self._timed_launch  # type: ignore[method-assign]
 
     def take(self) -> tuple[float, float]:
-        """Of the steps since the last call: seconds at work, and idle before decode steps that go on with a request.
+        """Seconds at work since the last call, and idle before decode steps that go on with a request.
 
         Waits for them.
         """
@@ -115,3 +143,50 @@ class HandoffMeter:
         wait_event(self._source.copy_stream, after)  # `direct` sends nothing on it
         self.sent = moment(self._source.copy_stream)
         return handle
+
+
+class Enough(Exception):  # noqa: N818 - not an error: what was to be measured has been
+    """Ends the call that runs the loop."""
+
+
+class DecodeTimer:
+    """A step listener that times decode steps of a full batch and then raises Enough.
+
+    The clock starts after some such steps, once the device has done what was launched, and runs until `num_steps` more
+    were seen to have ended. Those that were launched before it started are among them: one, where the device is slower
+    than the host.
+
+    Args:
+        llm: the engine.
+        batch: requests of a full batch.
+        num_steps: to be timed.
+
+    Attributes:
+        seconds: between the start and the end.
+        waited_s: those of them in which the loop only waited for devices, `StepReport.waited_s`; the rest was its own
+            work, the microsecond of a listener for each step included.
+    """
+
+    NUM_WARM_STEPS = 3
+
+    def __init__(self, llm: LLM, batch: int, num_steps: int) -> None:
+        self.seconds = self.waited_s = 0.0
+        self.num_steps = num_steps
+        self._runner, self._batch = llm.decode_runner, batch
+        self._num_seen = 0
+        self._started_s = 0.0
+
+    def __call__(self, report: StepReport) -> None:
+        if report.kind != "decode" or report.num_requests < self._batch:
+            assert self._num_seen < self.NUM_WARM_STEPS, "nothing else runs while full batches are timed"
+            return
+        self._num_seen += 1
+        num_timed = self._num_seen - self.NUM_WARM_STEPS
+        if num_timed == 0:
+            self._runner.synchronize()
+            self._started_s = time.perf_counter()
+        elif num_timed > 0:
+            self.waited_s += report.waited_s
+        if num_timed == self.num_steps:
+            self.seconds = time.perf_counter() - self._started_s
+            raise Enough

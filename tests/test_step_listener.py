@@ -1,0 +1,148 @@
+"""What step listeners are told, on one device and on two, and what they may do to a call."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import pytest
+
+from nanovllm import LLM, ConfigError, EngineBusyError, EngineClosedError, SamplingParams, StepReport
+from nanovllm.engine.execution.step_handle import StepHandle
+from tests import tiny
+from tests.test_engine import drain
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+MODES = {
+    "one": {"device": "cpu", "max_num_batched_tokens": 24},
+    "two": {"device": "cpu", "max_num_batched_tokens": 24, "enable_two_gpu_pd": True},
+}
+DEVICES = {"one": {"prefill": "cpu:0", "decode": "cpu:0"}, "two": {"prefill": "cpu:0", "decode": "cpu:1"}}
+
+
+@pytest.fixture(params=list(MODES))
+def mode(request):
+    return request.param
+
+
+@pytest.fixture
+def llm(mode, tiny_path):
+    with LLM(tiny_path, **MODES[mode]) as llm:
+        yield llm
+
+
+def test_reports_are_what_the_metrics_count(llm, mode, monkeypatch):
+    """Steps are seen to have ended some polls late, so that one is in flight when a request of it is aborted."""
+    polls: Counter[StepHandle] = Counter()
+
+    def late(handle: StepHandle) -> bool:
+        polls[handle] += 1
+        return polls[handle] > 3
+
+    monkeypatch.setattr(StepHandle, "is_done", late)
+    reports: list[StepReport] = []
+    llm.add_step_listener(reports.append)
+    started_s = time.perf_counter()
+    ids = [llm.add_request(prompt, GREEDY) for prompt in tiny.random_prompts(6, longest=40)]
+    while not any(report.kind == "decode" and report.num_requests == len(ids) for report in reports):
+        llm.step()
+    llm.abort(ids[0])
+    drain(llm)
+    ended_s, metrics = time.perf_counter(), llm.metrics()
+    num_steps = Counter(report.kind for report in reports)
+    assert num_steps == {"prefill": metrics["prefill_steps"], "decode": metrics["decode_steps"]}
+    for kind in num_steps:
+        assert sum(report.num_tokens for report in reports if report.kind == kind) == metrics[f"{kind}_tokens"]
+    assert {report.kind: report.device for report in reports} == DEVICES[mode]
+    assert any(report.num_tokens < report.num_requests for report in reports if report.kind == "decode")
+    assert all(started_s < report.launched_s <= report.ended_s < ended_s for report in reports)
+    assert sum(report.waited_s for report in reports) < ended_s - started_s
+
+
+def test_waiting_is_told_from_work(llm, monkeypatch):
+    """Each step takes 20 ms after its launch, for which there is nothing else to do."""
+    ends_s: dict[StepHandle, float] = {}
+    delayed = lambda handle: time.perf_counter() > ends_s.setdefault(handle, time.perf_counter() + 0.02)  # noqa: E731
+    monkeypatch.setattr(StepHandle, "is_done", delayed)
+    reports: list[StepReport] = []
+    llm.add_step_listener(reports.append)
+    llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)
+    waited_s = sum(report.waited_s for report in reports)
+    # Two steps may be in flight, whose times overlap.
+    assert 0.5 * 0.02 * len(reports) < waited_s < reports[-1].ended_s - reports[0].launched_s + 0.02
+    assert min(report.waited_s for report in reports) >= 0
+
+
+def test_an_exception_ends_the_call_and_nothing_else(llm):
+    """The call of `step` that told the listener; requests go on as if nothing had happened."""
+    prompts = tiny.random_prompts(4, longest=40)
+    expected = [answer["token_ids"] for answer in llm.generate(prompts, GREEDY, use_tqdm=False)]
+    heard: list[StepReport] = []
+
+    def fail(report: StepReport) -> None:
+        heard.append(report)
+        raise ArithmeticError("a listener's own")
+
+    llm.add_step_listener(fail)
+    ids = [llm.add_request(prompt, GREEDY) for prompt in prompts]
+    tokens: dict[int, list[int]] = {request_id: [] for request_id in ids}
+    num_failed = 0
+    while not llm.is_finished() or num_failed < len(heard):
+        try:
+            for output in llm.step():
+                tokens[output.request_id] += output.new_token_ids
+                assert output.error is None
+        except ArithmeticError:
+            num_failed += 1
+    assert list(tokens.values()) == expected
+    assert num_failed == len(heard) > 12
+    with pytest.raises(ArithmeticError):
+        llm.generate(prompts, GREEDY, use_tqdm=False)
+    llm.remove_step_listener(fail)
+    assert [answer["token_ids"] for answer in llm.generate(prompts, GREEDY, use_tqdm=False)] == expected
+    llm.scheduler.check_integrity()
+
+
+def test_a_listener_may_add_and_abort_but_not_wait(llm):
+    """It adds one more request, aborts the first, and finds that it cannot run the loop it is called by."""
+    ids = [llm.add_request([1, 2, 3], GREEDY)]
+    refused: list[EngineBusyError] = []
+
+    def once(report: StepReport) -> None:
+        llm.remove_step_listener(once)
+        ids.append(llm.add_request([4, 5], GREEDY))
+        llm.abort(ids[0])
+        with pytest.raises(EngineBusyError) as error:
+            llm.step()
+        refused.append(error.value)
+
+    llm.add_step_listener(once)
+    ended = {}
+    while not llm.is_finished():
+        ended |= {output.request_id: output.finish_reason for output in llm.step() if output.finished}
+    assert len(refused) == 1
+    assert ended == {ids[0]: "abort", ids[1]: "length"}
+
+
+def test_listeners_come_and_go(llm):
+    """Each is told as often as it was added, from then on until it is removed."""
+    first: list[StepReport] = []
+    second: list[StepReport] = []
+    for listener in (first.append, second.append, second.append):
+        llm.add_step_listener(listener)
+    llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)
+    num_steps = len(first)
+    assert num_steps >= 12
+    assert second[::2] == second[1::2] == first
+    llm.remove_step_listener(first.append)
+    llm.remove_step_listener(second.append)
+    llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)
+    assert len(first) == num_steps
+    assert len(second) > 2 * num_steps
+    with pytest.raises(ConfigError, match="not one of this engine's"):
+        llm.remove_step_listener(first.append)
+    with pytest.raises(ConfigError, match="not callable"):
+        llm.add_step_listener("print")
+    llm.close()
+    with pytest.raises(EngineClosedError):
+        llm.add_step_listener(first.append)
