@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,9 +16,11 @@ from nanovllm.engine.callers import Call, Inbox
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.requests import Prompt
 from nanovllm.engine.text.chat import ChatTemplate
-from nanovllm.errors import RequestError, short_repr
+from nanovllm.errors import EngineBusyError, RequestError, short_repr
 from nanovllm.outputs import RequestOutput, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -178,7 +183,7 @@ class LLM(LLMEngine):
         answers: dict[int, _Answer] = {}
         call = Call()
         inbox = Inbox(call)
-        progress = tqdm(total=len(requests), desc="Generating", disable=not use_tqdm, dynamic_ncols=True)
+        progress = _Progress(len(requests)) if use_tqdm else None
         try:
             with call.on_stack:
                 for token_ids, params in requests:
@@ -188,10 +193,11 @@ class LLM(LLMEngine):
                 self._run(call, inbox, answers, progress)
         finally:
             self._abandon(inbox)
-            progress.close()
+            if progress is not None:
+                progress.close()
         return [answer.as_dict() for answer in answers.values()]
 
-    def _run(self, call: Call, inbox: Inbox, answers: dict[int, _Answer], progress: tqdm[Any]) -> None:
+    def _run(self, call: Call, inbox: Inbox, answers: dict[int, _Answer], progress: _Progress | None) -> None:
         started = time.perf_counter()
         before = replace(self.counters)
         num_open = len(answers)
@@ -202,15 +208,44 @@ class LLM(LLMEngine):
             for output in outputs:
                 answers[output.request_id].add(output)
             num_ended = sum(output.finished for output in outputs)
-            if num_ended:
-                num_open -= num_ended
+            num_open -= num_ended
+            if num_ended and progress is not None:
                 seconds = time.perf_counter() - started
-                progress.set_postfix_str(
+                progress.update(
+                    num_ended,
                     f"prefill {(self.counters.prefill_tokens - before.prefill_tokens) / seconds:.0f} tok/s, "
                     f"decode {(self.counters.decode_tokens - before.decode_tokens) / seconds:.0f} tok/s",
-                    refresh=False,
                 )
-                progress.update(num_ended)
+
+
+class _Progress:
+    """A progress bar. Whatever becomes of it, answers go on, and so do other threads' bars.
+
+    An interrupt may leave a bar's lock held; by default tqdm has one for all bars of a process.
+    """
+
+    def __init__(self, total: int) -> None:
+        bar_class: Any = type("OwnBar", (tqdm,), {"_instances": weakref.WeakSet(), "monitor_interval": 0})
+        bar_class.set_lock(threading.RLock())
+        self._bar: tqdm[Any] | None = None
+        self._try(lambda: setattr(self, "_bar", bar_class(total=total, desc="Generating", dynamic_ncols=True)))
+
+    def update(self, num_ended: int, postfix: str) -> None:
+        bar = self._bar
+        if bar is not None:
+            self._try(lambda: bar.set_postfix_str(postfix, refresh=False))
+            self._try(lambda: bar.update(num_ended))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._try(self._bar.close)
+
+    def _try(self, draw: Callable[[], object]) -> None:
+        try:
+            draw()
+        except Exception as error:  # noqa: BLE001 - of the stream that it writes to: closed, broken or none at all
+            logger.warning("the progress bar is gone: %s: %s", type(error).__name__, error)
+            self._bar = None
 
 
 class _Stream(Iterator[RequestOutput]):
@@ -233,6 +268,8 @@ class _Stream(Iterator[RequestOutput]):
             if output.finished:
                 self.close()
             return output
+        except EngineBusyError:
+            raise  # whoever broke in, the thread below goes on
         except BaseException:
             self.close()
             raise

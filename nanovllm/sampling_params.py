@@ -113,6 +113,11 @@ def _checked_stop_strings(stop: object) -> tuple[str, ...]:
     strings = () if stop is None else (stop,) if isinstance(stop, str) else stop
     if not isinstance(strings, (list, tuple)) or not all(isinstance(text, str) and text for text in strings):
         raise RequestError(f"stop={short_repr(stop)} is not a non-empty string or a list of them")
+    for text in strings:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"stop={short_repr(text)} is not valid Unicode ({error}), so no text has it") from error
     return tuple(strings)
 
 

@@ -1,37 +1,42 @@
 """Calls of an engine's public methods, from any thread, and the outputs on their way to them.
 
-One call at a time runs the loop, for itself and for all others. However a call ends, an interrupt between any two of
-its lines included, it blocks nobody and leaves no request behind that nobody waits for. Knows nothing of requests or
-devices: no torch.
+One call at a time runs the loop, for itself and for all others. However a call ends, even by an interrupt, it blocks
+nobody and leaves no request behind that nobody waits for. There are no locks to wait for: a signal handler may strike
+anywhere, and use the engine. Every change is one operation of the interpreter. Knows nothing of requests or devices.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 import queue
 import threading
+from collections import deque
 
 from nanovllm.errors import EngineBusyError
 from nanovllm.outputs import RequestOutput
 
 MOST_WAIT_S = 0.1
-"""A call that was interrupted between its last turn and its last line wakes nobody: the others look for themselves."""
+"""Longest sleep of a call that waits before it looks around again: one that was interrupted may have woken nobody."""
 
 
 class Call:
     """A call of a public method on its thread's stack, for as long as it is in `with call.on_stack:`.
 
     That is a lock of the interpreter's own, which `with` lets go of however the block ends: Python hears no signal
-    between taking such a lock and the block, nor between the block and letting go.
+    between taking such a lock and the block, nor between the block and letting go. Nobody ever waits for it.
     """
 
     def __init__(self) -> None:
         self.on_stack = threading.Lock()
         self.thread_id = threading.get_ident()
+        self._process_id = os.getpid()
 
     @property
     def is_over(self) -> bool:
-        return not self.on_stack.locked()
+        # A process that was forked has the locks, but not the threads, of its parent.
+        return not self.on_stack.locked() or self._process_id != os.getpid()
 
 
 class Inbox:
@@ -49,12 +54,9 @@ class Inbox:
         self.is_closed = False
         self.request_ids: set[int] = set()
         self._call = call
-        # Reentrant, since a signal handler may use the engine while its thread is in here.
-        self._lock = threading.RLock()
-        self._outputs: list[RequestOutput] = []
-        self._last_taken: list[RequestOutput] = []
+        self._outputs: deque[RequestOutput] = deque()
+        self._last_put: deque[RequestOutput] = deque(maxlen=1)
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._is_listening = False
 
     def __bool__(self) -> bool:
         """Whether there is an output to take."""
@@ -65,77 +67,100 @@ class Inbox:
         return self.is_closed or (self._call is not None and self._call.is_over)
 
     def put(self, output: RequestOutput) -> None:
-        with self._lock:
-            self._outputs.append(output)
-        if self._is_listening:
-            self.ring()
+        """Adds an output; `was_put_last` tells whether that was done, should an interrupt strike here."""
+        # Both in one operation of the interpreter, which an interrupt finds done or not done.
+        deque(map(deque.append, (self._outputs, self._last_put), (output, output)), maxlen=0)
+        self.ring()
 
-    def has_got(self, output: RequestOutput) -> bool:
-        """Whether `output` is here, or was among what was taken last."""
-        with self._lock:
-            return any(one is output for one in [*self._outputs, *self._last_taken])
+    def was_put_last(self, output: RequestOutput) -> bool:
+        """Whether `output` is the last one that was put here, taken since or not."""
+        return bool(self._last_put) and self._last_put[0] is output
 
     def take_all(self, outputs: list[RequestOutput]) -> None:
-        """Moves all outputs into an empty list: one of the caller's, so that it can `put_back` if it is interrupted."""
-        with self._lock:
-            if self._outputs:
-                outputs[:], self._outputs = self._outputs, []
-                self._last_taken = list(outputs)
+        """Moves all outputs to the end of a list, the caller's, so that it can `put_back` if it is interrupted."""
+        with contextlib.suppress(IndexError):  # another thread was faster
+            outputs.extend(itertools.starmap(self._outputs.popleft, itertools.repeat((), len(self._outputs))))
 
     def put_back(self, outputs: list[RequestOutput]) -> None:
         """Undoes `take_all`: the outputs have reached nobody."""
-        with self._lock:
-            self._outputs[:0] = outputs
+        self._outputs.extendleft(reversed(outputs))
 
     def pop(self) -> RequestOutput | None:
         """The oldest output, None if there is none."""
-        with self._lock:
-            if not self._outputs:
-                return None
-            self._last_taken = self._outputs[:1]
-            return self._outputs.pop(0)
+        try:
+            return self._outputs.popleft()
+        except IndexError:
+            return None
 
     def ring(self) -> None:
-        """Wakes the call that waits."""
+        """Wakes a call that waits."""
         if self._bell.empty():
             self._bell.put(None)
 
     def wait(self) -> None:
-        """Until somebody rings, MOST_WAIT_S at most. A ring that came late ends the next wait at once."""
-        self._is_listening = True
+        """Waits until somebody rings, MOST_WAIT_S at most. A ring that came late ends the next wait at once."""
         if not self._outputs:
             with contextlib.suppress(queue.Empty):
                 self._bell.get(timeout=MOST_WAIT_S)
-        self._is_listening = False
+
+
+class _Turn:
+    """One turn of one call at the loop. Turns follow each other as links of a chain."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.has_ended = False
+        self._next: dict[str, _Turn] = {}
+
+    @property
+    def is_over(self) -> bool:
+        return self.has_ended or self.call.is_over
+
+    @property
+    def next(self) -> _Turn | None:
+        return self._next.get("turn")
+
+    def followed_by(self, turn: _Turn) -> _Turn:
+        """The turn after this one, which is `turn` if there was none."""
+        return self._next.setdefault("turn", turn)
 
 
 class Turns:
-    """Decides which call runs the loop: the one that has the turn; no other has it meanwhile."""
+    """Decides which call runs the loop: the one whose turn it is, until it ends the turn or is over."""
 
     def __init__(self) -> None:
-        # Reentrant, since a signal handler may use the engine while its thread is in here.
-        self._guard = threading.RLock()
-        self._holder: Call | None = None
-        self._waiting: dict[Inbox, None] = {}
+        first = _Turn(Call())  # of a call that is not on any stack
+        self._known = first
+        """A turn from which on the chain is followed: the last one, or one before it."""
+        self._waiting: dict[Call, Inbox] = {}
 
     def take(self, call: Call) -> bool:
-        """Gives `call` the turn if nobody has it, or only a call that is over; whether it has it now."""
-        with self._guard:
-            if self._holder is None or self._holder.is_over:
-                self._holder = call
-            return self._holder is call
+        """Begins a turn of `call` if nobody else has the turn; whether it did."""
+        mine = _Turn(call)
+        last = self._last()
+        if not last.is_over or last.followed_by(mine) is not mine:
+            return False
+        self._known = mine
+        return True
 
-    def end(self) -> None:
-        """Gives the turn back."""
-        self._holder = None
+    def end(self, call: Call) -> None:
+        """Ends the turn of `call`, if it has the turn."""
+        last = self._last()
+        if last.call is call:
+            last.has_ended = True
 
     def is_on_this_stack(self) -> bool:
         """Whether a call of this very thread has the turn: this is a signal handler, or the like, that broke in."""
-        holder = self._holder
-        return holder is not None and not holder.is_over and holder.thread_id == threading.get_ident()
+        last = self._last()
+        return not last.is_over and last.call.thread_id == threading.get_ident()
 
-    def wait(self, inbox: Inbox) -> None:
-        """Waits until the inbox has an output, whoever has the turn leaves, or some time has passed.
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a call waits for outputs, or for the turn."""
+        return bool(self._waiting)
+
+    def wait(self, call: Call, inbox: Inbox) -> None:
+        """Waits until somebody wakes this call, MOST_WAIT_S at most.
 
         Raises:
             EngineBusyError: it would wait for itself.
@@ -143,16 +168,22 @@ class Turns:
         if self.is_on_this_stack():
             raise EngineBusyError(
                 "this thread is already within a call of the same engine (this is a signal handler, or a callback); "
-                "from there add_request, abort and close may be called, which do not wait"
+                "from there only methods may be called that do not wait for outputs, such as add_request and abort"
             )
-        self._waiting[inbox] = None
+        self._waiting[call] = inbox
         try:
-            if self._holder is not None:
+            if not self._last().is_over:
                 inbox.wait()
         finally:
-            self._waiting.pop(inbox, None)
+            self._waiting.pop(call, None)
 
     def wake_all(self) -> None:
-        """Lets the calls that wait look around: the turn may be free, or the engine closed."""
-        for inbox in list(self._waiting):
+        """Lets the calls that wait look around: there may be outputs, the turn may be free, or the engine closed."""
+        for inbox in list(self._waiting.values()):
             inbox.ring()
+
+    def _last(self) -> _Turn:
+        turn = self._known
+        while (following := turn.next) is not None:
+            turn = following
+        return turn

@@ -5,11 +5,13 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
+import operator
 import os
 import time
 import traceback
 import weakref
 from collections import deque
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +49,9 @@ DECODE_STEPS_AHEAD = 2
 
 PREFILL_STEPS_AHEAD = 2
 """Prefill steps in flight on a device of their own, for the same reason. Where decode steps wait for them it is one."""
+
+MOST_ARRIVALS_PER_TURN = 256
+"""New requests that a turn takes in: those that come faster wait in the mailbox, and decode steps go on."""
 
 TURNS_PER_SWEEP = 64
 """After so many turns of the loop the engine looks for requests whose callers are gone without a word."""
@@ -133,8 +138,8 @@ class LLMEngine:
         self._handoffs.transfer = transfer
 
     def __del__(self) -> None:
-        # The other ranks are not left behind by an engine that nobody has closed.
-        if not self._is_torn_down and self.config.tensor_parallel_size > 1:
+        # Nobody has closed it, and other ranks would be left behind; or a close was broken off.
+        if not self._is_torn_down and (self._closed or self.config.tensor_parallel_size > 1):
             self.close()
 
     # Requests
@@ -161,10 +166,11 @@ class LLMEngine:
         """
         self._check_open()
         seq = self._find(request_id)
-        if seq is None or seq.is_finished or self._mailbox.is_aborting(seq):
+        if seq is None or seq.is_finished or seq in self._mailbox.aborting:
             raise UnknownRequestError(
                 f"request {short_repr(request_id)} is not known or has ended; abort takes a running one"
             )
+        self._mailbox.aborting.add(seq)
         self._mailbox.aborts.append(Abort(seq, is_known=True))
         self._read_mail()
 
@@ -192,6 +198,7 @@ class LLMEngine:
             with call.on_stack:
                 self._run_or_wait(call, self._inbox)
                 self._inbox.take_all(outputs)
+                self._turns.wake_all()  # nobody may have the turn now
             return outputs
         except BaseException:
             self._inbox.put_back(outputs)
@@ -205,8 +212,9 @@ class LLMEngine:
         """
         seq = self._find(request_id)
         timeline = None if seq is None else seq.timeline
-        if timeline is None and _is_request_id(request_id):
-            timeline = self._observer.timeline(request_id)
+        number = _as_integer(request_id)
+        if timeline is None and number is not None:
+            timeline = self._observer.timeline(number)
         if timeline is None:
             raise UnknownRequestError(
                 f"request {short_repr(request_id)} is not known, or ended before the last {MOST_TIMELINES} that did"
@@ -255,8 +263,8 @@ class LLMEngine:
     def close(self) -> None:
         """Ends everything, waits for the devices, writes the trace, gives memory back. A second call does nothing.
 
-        Calls that other threads are in end with EngineClosedError, at once. From a signal handler that broke into a
-        call of the same engine it returns before that call has ended so, which does the rest.
+        Calls that other threads are in end with EngineClosedError, at once. A signal handler may call this, too: if it
+        broke into a call of this engine that runs the loop, that call ends with EngineClosedError and does the rest.
         """
         self._closed = True
         if self._is_torn_down:
@@ -271,7 +279,7 @@ class LLMEngine:
             try:
                 self._tear_down()
             finally:
-                self._turns.end()
+                self._turns.end(call)
 
     def _tear_down(self) -> None:
         """Closes what the engine is made of; after an interrupt, once more."""
@@ -328,10 +336,11 @@ class LLMEngine:
 
     def _find(self, request_id: int) -> Sequence | None:
         """The unfinished request of this id, None if there is none."""
-        if not _is_request_id(request_id):
+        number = _as_integer(request_id)
+        if number is None:
             return None
         # In this order: the loop lists a request before it takes it out of the mailbox.
-        return self._mailbox.find(request_id) or self._requests.sequences.get(request_id)
+        return self._mailbox.find(number) or self._requests.sequences.get(number)
 
     def _submit(self, token_ids: list[int], params: SamplingParams, inbox: Inbox, *, streamed: bool) -> int:
         """Queues a checked request and has the loop take it in, if nobody runs it."""
@@ -339,6 +348,7 @@ class LLMEngine:
         try:
             self._mailbox.arrived.append(new)
             self._read_mail()
+            self._check_open()
             return new.seq.request_id
         except BaseException:
             self._mailbox.aborts.append(Abort(new.seq, is_known=False))  # its id is lost
@@ -373,28 +383,36 @@ class LLMEngine:
     def _run_or_wait(self, call: Call, inbox: Inbox) -> None:
         """Runs one turn of the loop; waits for something in the inbox if another call has the turn."""
         self._check_open()
-        if not self._turns.take(call):
-            self._turns.wait(inbox)
-            self._check_open()
-            return
-        try:
-            self._recovery.guard(self._run_turn)
-            self._step_listeners.tell()
-        finally:
-            self._turns.end()
-            if self._closed:
-                self.close()  # from within this turn, by a signal handler, it could not be
+        if not self._took_turn(call, self._run_turn, self._step_listeners.tell):
+            self._turns.wait(call, inbox)
         self._check_open()
 
     def _read_mail(self) -> None:
-        """Takes in what calls have posted, unless somebody has the turn, who will."""
-        call = Call()
-        with call.on_stack:
-            if not self._closed and self._turns.take(call):
-                try:
-                    self._recovery.guard(self._take_in_mail)
-                finally:
-                    self._turns.end()
+        """Takes in what calls have posted, unless another call has the turn, or waits and may have it: then that will.
+
+        So calls that post never stand in the way of those that run the loop.
+        """
+        if not self._turns.is_awaited:
+            call = Call()
+            with call.on_stack:
+                self._took_turn(call, self._take_in_mail)
+        if self._turns.is_awaited:
+            self._turns.wake_all()
+
+    def _took_turn(self, call: Call, work: Callable[[], None], then: Callable[[], None] | None = None) -> bool:
+        """Does `work`, and `then` once the state is whole, if nobody else has the turn; whether it did."""
+        if not self._turns.take(call):
+            return False
+        try:
+            if not self._closed:
+                self._recovery.guard(work)
+                if then is not None:
+                    then()
+        finally:
+            self._turns.end(call)
+            if self._closed:
+                self.close()  # a signal handler that broke into this turn could not end it
+        return True
 
     # The loop
 
@@ -416,16 +434,14 @@ class LLMEngine:
     def _take_in_mail(self) -> None:
         """New requests, aborts, and requests that nobody waits for any more."""
         mail = self._mailbox
-        # Those that are there now: what they are about has arrived before.
-        num_aborts, num_inboxes = len(mail.aborts), len(mail.closed_inboxes)
-        while mail.arrived:
-            self._requests.add(mail.arrived[0])
-            self.scheduler.add(mail.arrived[0].seq)
+        for _ in range(min(len(mail.arrived), MOST_ARRIVALS_PER_TURN)):
+            self._take_in(mail.arrived[0])
             mail.arrived.popleft()
-        for _ in range(num_aborts):
+        for _ in range(len(mail.aborts)):
             self._take_in_abort(mail.aborts[0])
+            mail.aborting.discard(mail.aborts[0].seq)
             mail.aborts.popleft()
-        for _ in range(num_inboxes):
+        for _ in range(len(mail.closed_inboxes)):
             self._requests.abort_all_of(mail.closed_inboxes[0])
             mail.closed_inboxes.popleft()
         self._turns_until_sweep -= 1
@@ -433,9 +449,22 @@ class LLMEngine:
             self._turns_until_sweep = TURNS_PER_SWEEP
             self._requests.abort_abandoned()
 
+    def _take_in(self, new: NewRequest) -> None:
+        self._requests.add(new)
+        self.scheduler.add(new.seq)
+        early_abort = self._mailbox.early_aborts.get(new.seq.request_id)
+        if early_abort is not None:
+            self._take_in_abort(early_abort)
+            self._mailbox.early_aborts.pop(new.seq.request_id)
+        elif new.inbox.is_abandoned:
+            self._requests.finish(new.seq, "abort")
+
     def _take_in_abort(self, abort: Abort) -> None:
         seq = abort.seq
-        if seq.request_id in self._requests.sequences and not seq.is_finished:
+        if seq.request_id not in self._requests.sequences:
+            if not seq.is_finished:
+                self._mailbox.early_aborts[seq.request_id] = abort  # it has not been taken in
+        elif not seq.is_finished:
             if abort.is_known:
                 self._requests.finish(seq, "abort")
             else:
@@ -605,5 +634,9 @@ def _close(reference: weakref.ref[LLMEngine]) -> None:
         engine.close()
 
 
-def _is_request_id(given: object) -> bool:
-    return isinstance(given, int) and not isinstance(given, bool)
+def _as_integer(given: object) -> int | None:
+    """A request id of any integer type; None for what is none, bools among it."""
+    try:
+        return None if isinstance(given, bool) else operator.index(given)  # type: ignore[arg-type] # that is the question
+    except TypeError:
+        return None

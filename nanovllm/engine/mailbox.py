@@ -36,15 +36,16 @@ class Mailbox:
     def __init__(self) -> None:
         self.arrived: deque[NewRequest] = deque()
         self.aborts: deque[Abort] = deque()
+        self.aborting: set[Sequence] = set()
+        """Requests that callers have aborted and that are still to be ended."""
+        self.early_aborts: dict[int, Abort] = {}
+        """Aborts, by request id, of requests that have not been taken in yet; kept by the loop."""
         self.closed_inboxes: deque[Inbox] = deque()
 
     def find(self, request_id: int) -> Sequence | None:
         """The request of this id, if it has not been taken in."""
         return next((new.seq for new in list(self.arrived) if new.seq.request_id == request_id), None)
 
-    def is_aborting(self, seq: Sequence) -> bool:
-        return any(abort.seq is seq for abort in list(self.aborts))
-
     def clear(self) -> None:
-        for posts in (self.arrived, self.aborts, self.closed_inboxes):
+        for posts in (self.arrived, self.aborts, self.aborting, self.early_aborts, self.closed_inboxes):
             posts.clear()

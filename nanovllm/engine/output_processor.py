@@ -158,6 +158,7 @@ class OutputProcessor:
 
     def abort_unknown(self, seq: Sequence) -> None:
         """Aborts a request whose id nobody was given, and tells nobody."""
+        self._inboxes[seq.request_id].request_ids.discard(seq.request_id)
         self._inboxes[seq.request_id] = Inbox()
         self.finish(seq, "abort")
 
@@ -181,9 +182,7 @@ class OutputProcessor:
 
         A streamed request that was just being given a token is aborted, since a piece of its text may be lost.
         """
-        for seq in list(self.sequences.values()):
-            if self._was_emitted(seq):
-                continue
+        for seq in self._without_emitted():
             is_half_emitted = seq.is_streamed and seq.num_emitted_tokens != seq.num_tokens
             if not seq.is_finished and (is_half_emitted or (seq.num_output_tokens and not seq.is_streamed)):
                 # Its last token may be half taken in. Unless it is aborted, that is sampled again, and is the same.
@@ -196,9 +195,8 @@ class OutputProcessor:
         """Ends all requests, which are waiting, with this error."""
         for seq in self.unfinished():
             self._scheduler.finish(seq, "error", error)
-        for seq in list(self.sequences.values()):
-            if not self._was_emitted(seq):
-                self.emit(seq)
+        for seq in self._without_emitted():
+            self.emit(seq)
 
     def _end_interrupted(self, seq: Sequence) -> None:
         if seq.is_streamed:
@@ -209,10 +207,16 @@ class OutputProcessor:
             seq.finish_reason = "abort"
         self.emit(seq)
 
+    def _without_emitted(self) -> list[Sequence]:
+        """All requests but the one whose output has reached its inbox without that being noted, which it is now.
+
+        All are asked before anything else is emitted: an inbox remembers only what came last.
+        """
+        return [seq for seq in list(self.sequences.values()) if not self._was_emitted(seq)]
+
     def _was_emitted(self, seq: Sequence) -> bool:
-        """Whether what was being emitted of a request has reached its inbox; then that is noted."""
         output, inbox = seq.output, self._inboxes.get(seq.request_id)
-        if inbox is not None and (output is None or not inbox.has_got(output)):
+        if inbox is not None and (output is None or not inbox.was_put_last(output)):
             return False
         self._mark_emitted(seq)
         return True

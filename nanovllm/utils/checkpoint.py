@@ -119,6 +119,8 @@ def read_json(folder: Path, name: str) -> dict[str, Any] | None:
     except OSError as error:
         raise ModelLoadError(f"{path} cannot be read ({error})") from error
     except (ValueError, RecursionError) as error:
+        if is_lfs_pointer(path):
+            raise ModelLoadError(f"{path} is a pointer of Git LFS, not the file itself; run git lfs pull") from error
         raise ModelLoadError(f"{path} is not valid JSON ({error}); download the checkpoint again") from error
     if not isinstance(value, dict):
         raise ModelLoadError(f"{path} holds a {type(value).__name__}, not an object; download the checkpoint again")
@@ -157,6 +159,12 @@ def weight_files(folder: Path) -> list[Path]:
     raise ModelLoadError(
         f"{folder} has no *.safetensors; load_format='dummy' runs with random weights{_if_partial(folder)}"
     )
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what Git LFS leaves in place of one that was not fetched."""
+    with open(path, "rb") as file:
+        return file.read(24).startswith(b"version https://git-lfs")
 
 
 def first_names(names: list[str]) -> str:

@@ -14,7 +14,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from nanovllm.errors import ModelLoadError
-from nanovllm.utils.checkpoint import first_names, weight_files
+from nanovllm.utils.checkpoint import first_names, is_lfs_pointer, weight_files
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PREFIX = "model."
@@ -151,6 +151,8 @@ def _open(path: Path) -> Iterator[Any]:
     try:
         tensors = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
+        if is_lfs_pointer(path):
+            raise ModelLoadError(f"{path} is a pointer of Git LFS, not the file itself; run git lfs pull") from error
         raise ModelLoadError(
             f"{path} cannot be read ({error}); it is truncated or damaged, download it again"
         ) from error
@@ -179,7 +181,9 @@ def _copy(path: Path, name: str, tensors: Any, target: torch.Tensor, part: Tenso
     except (SafetensorError, OSError) as error:
         raise ModelLoadError(f"{path}: tensor {name!r} cannot be read ({error}); download it again") from error
     if tensor.dtype not in WEIGHT_DTYPES:
-        raise ModelLoadError(f"{path}: tensor {name!r} is {tensor.dtype}; quantized weights are not supported")
+        raise ModelLoadError(
+            f"{path}: tensor {name!r} is {tensor.dtype}; weights are served in a float type of 16 bits or more"
+        )
     target.copy_(tensor)
 
 
