@@ -1,4 +1,4 @@
-"""Who is told of steps that have ended, and what. Knows nothing of requests and their tokens; no torch."""
+"""Tells listeners of steps that have ended. Knows nothing of requests and their tokens; no torch."""
 
 from __future__ import annotations
 

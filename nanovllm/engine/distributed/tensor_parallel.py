@@ -188,6 +188,7 @@ class Workers:
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
         self._ranks: ProcessRanks | None = None
+        self._joining: threading.Thread | None = None
         self._start_timer = threading.Timer(START_TIMEOUT_S, self._give_up_start)
         self._start_timer.daemon = True
         context = multiprocessing.get_context("spawn")
@@ -279,6 +280,10 @@ class Workers:
             self._pipes, self._processes = [], []
             if self._failure is not None and self._ranks is not None:
                 self._ranks.abort()
+            if self._joining is not None:
+                # While the files that it looks at are there: it would wait for them, and come back to an interpreter
+                # that ends, which takes the process with it.
+                self._joining.join(CLOSE_TIMEOUT_S)
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def abandon(self) -> None:
@@ -300,7 +305,7 @@ class Workers:
             except Exception as error:  # noqa: BLE001 - it is raised where it was asked for
                 failed.append(error)
 
-        thread = threading.Thread(target=join, daemon=True)
+        self._joining = thread = threading.Thread(target=join, daemon=True)
         thread.start()
         while thread.is_alive():
             self.check()
