@@ -17,6 +17,7 @@ import pytest
 
 import nanovllm
 from nanovllm import LLM, EngineBusyError, EngineClosedError, RequestOutput, SamplingParams, UnknownRequestError
+from nanovllm.engine import llm_engine
 from nanovllm.engine.callers import Inbox
 from tests import tiny
 
@@ -612,3 +613,25 @@ def test_what_is_put_twice_or_taken_at_once_is_there_once():
     assert sorted(output.request_id for mine in taken for output in mine) == list(range(2000))
     inbox.put_back(outputs[:2])
     assert [inbox.pop(), inbox.pop(), inbox.pop()] == [*outputs[:2], None]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_an_abort_of_a_request_that_waits_in_the_mailbox_is_kept(tiny_path, monkeypatch, interrupted):
+    """Also where the loop is broken off before it has taken the request in."""
+    with make(tiny_path, False) as llm:
+        monkeypatch.setattr(llm_engine, "MOST_ARRIVALS_PER_TURN", 0)
+        request_id = llm.add_request([1, 2, 3], GREEDY)
+        llm.abort(request_id)
+        with pytest.raises(UnknownRequestError):
+            llm.abort(request_id)
+        if interrupted:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(llm, "_launch_steps", lambda: signal.default_int_handler(2, None))
+                llm.step()
+        monkeypatch.undo()
+        outputs = defaultdict(list)
+        settle(llm, outputs)
+        assert [output.finish_reason for output in outputs[request_id]] == ["abort"]
+        assert outputs[request_id][0].new_token_ids == []
+        assert not llm._mailbox.aborting
+        at_rest(llm)

@@ -439,7 +439,6 @@ class LLMEngine:
             mail.arrived.popleft()
         for _ in range(len(mail.aborts)):
             self._take_in_abort(mail.aborts[0])
-            mail.aborting.discard(mail.aborts[0].seq)
             mail.aborts.popleft()
         for _ in range(len(mail.closed_inboxes)):
             self._requests.abort_all_of(mail.closed_inboxes[0])
@@ -461,14 +460,15 @@ class LLMEngine:
 
     def _take_in_abort(self, abort: Abort) -> None:
         seq = abort.seq
-        if seq.request_id not in self._requests.sequences:
-            if not seq.is_finished:
-                self._mailbox.early_aborts[seq.request_id] = abort  # it has not been taken in
-        elif not seq.is_finished:
+        if seq.request_id not in self._requests.sequences and not seq.is_finished:
+            self._mailbox.early_aborts[seq.request_id] = abort  # it has not been taken in
+            return
+        if not seq.is_finished:
             if abort.is_known:
                 self._requests.finish(seq, "abort")
             else:
                 self._requests.abort_unknown(seq)
+        self._mailbox.aborting.discard(seq)
 
     def _check_steps_end(self) -> None:
         """Raises DeviceError if the first step on a device has had its time, WorkerError if a rank is gone."""

@@ -134,3 +134,6 @@ class Recovery:
         while self._mailbox.arrived:
             self._requests.add(self._mailbox.arrived[0])
             self._mailbox.arrived.popleft()
+        # What these are about has been taken in now: the next turn acts on them.
+        self._mailbox.aborts.extend(self._mailbox.early_aborts.values())
+        self._mailbox.early_aborts.clear()
