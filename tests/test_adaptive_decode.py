@@ -48,7 +48,7 @@ def serve_by_length(checkpoint, **options):
     params = SamplingParams(temperature=0, max_tokens=60)
     with two_devices(path, lazy=False, enable_decode_pipeline=True, **options) as llm:
         answers = llm.generate(prompts, params, use_tqdm=False)
-        paths, result = llm.decode_runner.decode_paths, llm.decode_runner.get_pipeline_statistics()
+        paths, result = llm.decode_runner.decode.paths, llm.decode_runner.get_pipeline_statistics()
         metrics = llm.metrics()
         assert_whole(llm)
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -121,7 +121,7 @@ def test_paths_can_be_forced_for_a_soak(checkpoint, arranged_by_length):
     path, reference = checkpoint("gqa2")
     prompts = [prompt[:20] for prompt in tiny.random_prompts(6, seed=8, longest=60)]
     with two_devices(path, lazy=False, enable_decode_pipeline=True) as llm:
-        paths = llm.decode_runner.decode_paths
+        paths = llm.decode_runner.decode.paths
         for prompt in prompts:
             llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=30))
         got, turn = {}, 0

@@ -70,7 +70,7 @@ def test_a_hundred_forced_rebalances_change_no_token_and_leak_nothing(tiny_on_di
     path, reference = tiny_on_disk
     prompts = [prompt[:20] for prompt in tiny.random_prompts(8, seed=8, longest=60)]
     with LLM(path, **TWO_GPUS) as llm:
-        paths = llm.decode_runner.decode_paths
+        paths = llm.decode_runner.decode.paths
         ids = [llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=200)) for prompt in prompts]
         got, turn, free = {request_id: [] for request_id in ids}, 0, []
         while not llm.is_finished():
@@ -116,8 +116,8 @@ def test_lanes_that_break_are_left_out_and_come_back(tiny_on_disk, arranged_by_l
         return replay(graphs, size)
 
     with LLM(path, **TWO_GPUS) as llm:
-        plain = llm.decode_runner.decode_paths.steps[None]
-        llm.prefill_runner._prefill_graphs.replay = lambda size: replay(llm.prefill_runner._prefill_graphs, size)
+        plain = llm.decode_runner.decode.paths.steps[None]
+        llm.prefill_runner.prefill.graphs.replay = lambda size: replay(llm.prefill_runner.prefill.graphs, size)
         monkeypatch.setattr(StepGraphs, "replay", failing)
         answers = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=200), use_tqdm=False)
         metrics = llm.metrics()
@@ -139,7 +139,7 @@ def test_the_second_engine_reads_what_the_first_measured(tiny_on_disk, monkeypat
         started = time.perf_counter()
         with LLM(path, **TWO_GPUS) as llm:
             seconds.append(time.perf_counter() - started)
-            points.append(llm.decode_runner.decode_paths.calibration.points)
+            points.append(llm.decode_runner.decode.paths.calibration.points)
             answers = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
         assert_right([answer["token_ids"] for answer in answers], prompts, reference)
     assert points[0] == points[1]

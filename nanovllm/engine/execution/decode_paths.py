@@ -23,6 +23,7 @@ import torch
 
 from nanovllm.engine.execution.cuda_graph import EagerSteps, StepGraphs, StepOutput, batch_buckets, bucket_for
 from nanovllm.engine.execution.device_decode_batch import DeviceDecodeBatch
+from nanovllm.engine.execution.runner_spec import RunnerSpec
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.observability.pipeline_statistics import (
     Anchor,
@@ -86,22 +87,10 @@ class _TimedStep:
     anchor: Anchor | None
 
 
-class DecodeCore(Protocol):
-    """What decode steps are made of, on one device; see `ModelRunner`."""
+class RunStep(Protocol):
+    """One decode step over the first rows of the batch, on the device alone; see `DecodeExecutor.run_core`."""
 
-    device: Device
-    model: Qwen3ForCausalLM
-    clock: DeviceClock | None
-    decode_rows: DeviceDecodeBatch | None
-    graph_pool: Any
-    spec: Any
-
-    @property
-    def uses_graphs(self) -> bool: ...
-
-    def run_decode_core(self, size: int, arrangement: Arrangement | None = None) -> StepOutput: ...
-
-    def synchronize(self, *, copies: bool = True) -> None: ...
+    def __call__(self, size: int, arrangement: Arrangement | None = None) -> StepOutput: ...
 
 
 class DecodePaths:
@@ -110,18 +99,31 @@ class DecodePaths:
     Made before the runner's KV pool, since lanes take memory; `prepare` makes the rest once there is one.
 
     Args:
-        runner: whose steps.
+        device: where they run.
+        spec: sizes of the model.
+        model: the model.
+        synchronize: waits for all steps that were launched on the device.
         options: how steps use SM partitions, None for plain decode.
 
     Raises:
         GreenContextError: the SMs can be split, but not as `options` has it.
     """
 
-    def __init__(self, runner: DecodeCore, options: PipelineOptions | None) -> None:
-        self._runner = runner
+    def __init__(
+        self,
+        device: Device,
+        spec: RunnerSpec,
+        model: Qwen3ForCausalLM,
+        synchronize: Callable[[], None],
+        options: PipelineOptions | None,
+    ) -> None:
+        self.device = device
+        self._spec = spec
+        self._model = model
+        self._synchronize = synchronize
         self._options = options
         self._profiles = options is not None and options.profiling
-        self.device = runner.device
+        self._uses_graphs = spec.uses_graphs(device)
         self.counters = PipelineCounters()
         self.pipeline: PipelineScheduler | None = None
         if options is not None:
@@ -143,14 +145,21 @@ class DecodePaths:
         self._timed: deque[_TimedStep] = deque()
         self.tracer: Tracer | None = None
         """Is told when lanes were busy in the steps that are timed."""
+        self.clock: DeviceClock | None = None
+        """Tells the tracer when."""
 
-    def prepare(self) -> None:
-        """Measures, or reads what was measured before, and makes all steps that will be needed."""
-        rows = self._runner.decode_rows
-        assert rows is not None, f"{self.device} was made for prefill"
+    def prepare(self, rows: DeviceDecodeBatch, run_step: RunStep, graph_pool: Any) -> None:
+        """Measures, or reads what was measured before, and makes all steps that will be needed.
+
+        Args:
+            rows: the batch that steps run over.
+            run_step: what is run, or captured.
+            graph_pool: memory for the graphs of plain steps; None if there are no graphs.
+        """
+        self._rows, self._run_step, self._graph_pool = rows, run_step, graph_pool
         # Without graphs nothing is padded.
         most_rows = rows.max_num_rows
-        self.sizes = batch_buckets(most_rows) if self._runner.uses_graphs else list(range(1, most_rows + 1))
+        self.sizes = batch_buckets(most_rows) if self._uses_graphs else list(range(1, most_rows + 1))
         if self.pipeline is not None and self._options is not None:
             try:
                 self._prepare_pipeline(self._options)
@@ -160,32 +169,29 @@ class DecodePaths:
                 self._fall_back(str(error))
         self.steps[None] = self._make_steps(self.sizes, None)
 
-    def replay(self, num_rows: int, positions: np.ndarray | None) -> StepOutput:
-        """One decode step of the first rows of the batch, by what is chosen now for their [B] int64 positions.
+    def replay(self, num_rows: int, mean_context: float) -> StepOutput:
+        """One decode step of the first rows of the batch, by what is chosen now for contexts of so many tokens.
 
         If that fails, by what has worked before, in the end plain.
         """
         size = bucket_for(self.sizes, num_rows)
         if self.rebalancer is None:
             return self.steps[None].replay(size)
-        assert positions is not None, "what chooses knows the contexts"
         self._steps_to_decision -= 1
         is_timed = size != self._size or self._steps_to_decision <= 0
         if not is_timed:
             output, arrangement = self._run(size, self._chosen)
         else:
             self.take_times()
-            context = float(positions.mean()) + 1
-            wanted = self._decide(self.rebalancer, size, context)
+            wanted = self._decide(self.rebalancer, size, mean_context)
             stopwatch = Stopwatch(self.device)
-            clock = self._runner.clock
-            anchor = None if clock is None or wanted is None else Anchor(clock, self.device)
+            anchor = None if self.clock is None or wanted is None else Anchor(self.clock, self.device)
             output, arrangement = self._run(size, wanted)
             stopwatch.stop()
             if arrangement == wanted:  # else it has taken the time of what failed, too
                 lanes = output.lane_moments
                 moments = None if lanes is None else lanes.moments.to("cpu", non_blocking=True)
-                self._timed.append(_TimedStep(size, context, arrangement, stopwatch, lanes, moments, anchor))
+                self._timed.append(_TimedStep(size, mean_context, arrangement, stopwatch, lanes, moments, anchor))
         if arrangement is not None:
             self.counters.steps += 1
             self.counters.tokens += num_rows
@@ -217,7 +223,7 @@ class DecodePaths:
         counters, sequential_s = self.counters, None
         if self.rebalancer is not None:
             if self._profiles and self._timed:
-                self._runner.synchronize(copies=False)
+                self._synchronize()
             self.take_times()
             if counters.steps and self._num_contexts:
                 sequential_s = self.calibration.seconds(None, counters.tokens / counters.steps, self._mean_context)
@@ -230,6 +236,7 @@ class DecodePaths:
         self.steps.clear()
         self._timed.clear()
         self._close_pipeline()
+        del self._model, self._rows, self._run_step, self._graph_pool
 
     # While steps run
 
@@ -333,7 +340,7 @@ class DecodePaths:
             self._fall_back(str(error))
             return None
         parts = options.num_micro_batches
-        return PipelineScheduler(self._runner.model, manager, options.profiling, num_micro_batches=parts)
+        return PipelineScheduler(self._model, manager, options.profiling, num_micro_batches=parts)
 
     def _can_split_sms(self) -> bool:
         try:
@@ -365,31 +372,27 @@ class DecodePaths:
         for arrangement in {one for of_size in ready.values() for one in of_size}:
             sizes = [size for size in self.sizes if arrangement in ready[size]]
             self.steps[arrangement] = self._make_steps(sizes, arrangement)
-            if not self._runner.uses_graphs:
+            if not self._uses_graphs:
                 self._try(self.steps[arrangement])
         if always is not None or self.steps:
             self.rebalancer = Rebalancer(self.calibration, ready, always)
 
     def _make_steps(self, sizes: list[int], arrangement: Arrangement | None) -> StepGraphs | EagerSteps:
-        runner = self._runner
-        assert runner.decode_rows is not None, f"{self.device} was made for prefill"
-        step = functools.partial(runner.run_decode_core, arrangement=arrangement)
-        if not runner.uses_graphs:
+        step = functools.partial(self._run_step, arrangement=arrangement)
+        if not self._uses_graphs:
             return EagerSteps(step)
-        runner.decode_rows.pad(runner.decode_rows.max_num_rows)
+        self._rows.pad(self._rows.max_num_rows)
         if arrangement is None:
-            return StepGraphs("decode", step, sizes, runner.graph_pool)
+            return StepGraphs("decode", step, sizes, self._graph_pool)
         # Memory of their own: a capture that fails leaves its pool of no use.
         pool = torch.cuda.graph_pool_handle()
         return StepGraphs(f"decode {arrangement}", step, sizes, pool, warm_all=True)
 
     def _try(self, steps: StepGraphs | EagerSteps) -> None:
         """Runs the largest step once: what cannot run is to be known at the start."""
-        rows = self._runner.decode_rows
-        assert rows is not None, f"{self.device} was made for prefill"
-        rows.pad(rows.max_num_rows)
-        steps.replay(rows.max_num_rows)
-        self._runner.synchronize(copies=False)
+        self._rows.pad(self._rows.max_num_rows)
+        steps.replay(self._rows.max_num_rows)
+        self._synchronize()
 
     def _calibrate(self, options: PipelineOptions) -> Arrangement | None:
         """Times plain decode and the pipeline, arranged in several ways, where there is something to choose or show.
@@ -444,22 +447,22 @@ class DecodePaths:
     def _calibrated(self, arrangements: list[Arrangement], batches: list[int]) -> Calibration:
         """What an engine before this one measured, or what is measured now."""
         # Each of the steps that are timed moves on by a token.
-        longest = self._runner.spec.max_model_len - NUM_TIMED_STEPS
+        longest = self._spec.max_model_len - NUM_TIMED_STEPS
         if longest < 1:
             return Calibration()
         contexts = [context for context in CALIBRATED_CONTEXTS if context <= longest] or [longest]
-        about = self._about(arrangements, batches, contexts)
-        calibration = load_calibration(about)
+        fingerprint = self._fingerprint(arrangements, batches, contexts)
+        calibration = load_calibration(fingerprint)
         if calibration is None:
             calibration = Calibration(self._measured(arrangements, batches, contexts))
-            keep_calibration(about, calibration)
+            keep_calibration(fingerprint, calibration)
         for point in calibration.points:
             logger.info("%s: %s", self.device, point)
         return calibration
 
-    def _about(self, arrangements: list[Arrangement], batches: list[int], contexts: list[int]) -> dict[str, Any]:
+    def _fingerprint(self, arrangements: list[Arrangement], batches: list[int], contexts: list[int]) -> dict[str, Any]:
         """Cache key: a calibration is valid only for this GPU, driver, model and set of options."""
-        spec, pipeline = self._runner.spec, self.pipeline
+        spec, pipeline = self._spec, self.pipeline
         assert pipeline is not None, "there is a pipeline to be timed"
         gpu = torch.cuda.get_device_name(self.device.index) if self.device.is_cuda else "cpu"
         return {
@@ -482,19 +485,17 @@ class DecodePaths:
         }
 
     def _measured(self, arrangements: list[Arrangement], batches: list[int], contexts: list[int]) -> list[Measured]:
-        rows = self._runner.decode_rows
-        assert rows is not None, f"{self.device} was made for prefill"
         paths = {arrangement: self._make_steps(batches, arrangement) for arrangement in (None, *arrangements)}
         self._heat(functools.partial(paths[None].replay, batches[-1]))
         points = []
         for batch, context in itertools.product(batches, contexts):
             seconds = {}
             for arrangement, steps in paths.items():
-                rows.pretend(batch, context)
+                self._rows.pretend(batch, context)
                 seconds[arrangement] = self._time(functools.partial(steps.replay, batch))
             pipelined_s = {arrangement: seconds[arrangement] for arrangement in arrangements}
             points.append(Measured(batch, context, seconds[None], pipelined_s))
-        rows.forget()
+        self._rows.forget()
         return points
 
     def _heat(self, run: Callable[[], object]) -> None:
@@ -502,7 +503,7 @@ class DecodePaths:
         started = time.perf_counter()
         while time.perf_counter() - started < HEATING_S:
             run()
-            self._runner.synchronize(copies=False)
+            self._synchronize()
 
     def _time(self, run: Callable[[], object]) -> float:
         """Seconds of a run; the median of some, back to back."""
@@ -512,5 +513,5 @@ class DecodePaths:
             run()
             stopwatch.stop()
             stopwatches.append(stopwatch)
-        self._runner.synchronize(copies=False)
+        self._synchronize()
         return median(stopwatch.seconds() for stopwatch in stopwatches)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanovllm.engine.scheduling.decode_batch import DecodeRow, DecodeStep
-from nanovllm.engine.sequence import Lease
+from nanovllm.engine.scheduling.decode_batch import DecodeRow, DecodeRows
+from nanovllm.engine.scheduling.lease import Lease
 from nanovllm.kernels import NUM_ROW_FIELDS, AttentionMetadata, Kernels, RowField
 from nanovllm.layers.sampler import SamplingInputs
 from nanovllm.utils.device import Device
@@ -92,14 +92,14 @@ class DeviceDecodeBatch:
         self._slot_of: dict[Lease, int] = {}
         self._num_blocks_sent = [0] * num_slots
 
-    def changes(self, step: DecodeStep) -> RowChanges:
-        """What the device is to be told so that the step's batch is the one to run: new requests, new blocks and, if it
+    def changes(self, rows: DecodeRows) -> RowChanges:
+        """What the device is to be told so that the rows' batch is the one to run: new requests, new blocks and, if it
         changed, who is in it. Whoever cannot tell it calls `forget`."""
-        leases = step.batch.leases
+        leases = rows.batch.leases
         if leases is self._batch_sent:
-            grown = self._grown((self._slot_of[leases[place]], leases[place]) for place in step.grown)
+            grown = self._grown((self._slot_of[leases[place]], leases[place]) for place in rows.grown)
             return RowChanges(grown=grown)
-        joined, temperatures = self._joined([row for row in step.rows if row.lease not in self._slot_of])
+        joined, temperatures = self._joined([row for row in rows if row.lease not in self._slot_of])
         slots = [self._slot_of[lease] for lease in leases]
         grown = self._grown(zip(slots, leases, strict=True))
         order = np.array(slots + [self.spare_slot] * (len(self._order) - len(slots)), dtype=np.int64)
@@ -172,7 +172,7 @@ class DeviceDecodeBatch:
         numbers = np.zeros((len(joined), NUM_SCALARS + self._block_tables.shape[1]), dtype=np.int64)
         temperatures = np.empty(len(joined), dtype=np.float32)
         for place, (slot, row) in enumerate(zip(slots, joined, strict=True)):
-            seq, table = row.seq, row.lease.decode_table
+            seq, table = row.seq, row.lease.decode.blocks
             numbers[place, :NUM_SCALARS] = slot, seq.token_ids[-1], row.position, seq.seed, row.output_index
             numbers[place, NUM_SCALARS : NUM_SCALARS + len(table)] = table
             temperatures[place] = seq.params.float32_temperature
@@ -184,10 +184,10 @@ class DeviceDecodeBatch:
         """The blocks that the leases of these slots got since: [3, N], slot, place in the table, block."""
         sent = self._num_blocks_sent
         grown = [
-            (slot, index, lease.decode_table[index])
+            (slot, index, lease.decode.blocks[index])
             for slot, lease in held
-            if len(lease.decode_table) != sent[slot]
-            for index in range(sent[slot], len(lease.decode_table))
+            if len(lease.decode.blocks) != sent[slot]
+            for index in range(sent[slot], len(lease.decode.blocks))
         ]
         for slot, index, _ in grown:
             sent[slot] = index + 1

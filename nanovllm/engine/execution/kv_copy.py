@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nanovllm.engine.execution.model_inputs import block_list
-from nanovllm.engine.scheduler import BlockPair
+from nanovllm.engine.scheduling.step import BlockPair
 from nanovllm.utils.device import enable_peer_access, wait_event
 
 
@@ -32,7 +32,7 @@ def _stage_blocks(source: Any, target: Any, pairs: SequenceOf[BlockPair]) -> Non
         host = torch.empty(block_of_source.shape, dtype=block_of_source.dtype, device="cpu", pin_memory=True)
         host.copy_(block_of_source, non_blocking=True)
         staged = source.record_copy_event()
-        with target._on(target.copy_stream):
+        with target.on(target.copy_stream):
             wait_event(target.copy_stream, staged)
             target.kv_pool[goal].copy_(host, non_blocking=True)
 

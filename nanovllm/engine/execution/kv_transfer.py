@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from nanovllm.engine.scheduler import BlockPair
+from nanovllm.engine.scheduling.step import BlockPair
 from nanovllm.errors import ConfigError, HandoffError
 from nanovllm.utils.device import Device, Event, Moment, peer_access
 

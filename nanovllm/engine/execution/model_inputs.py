@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanovllm.engine.scheduler import BlockPair
+from nanovllm.engine.scheduling.step import BlockPair
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels import AttentionMetadata
 from nanovllm.layers.sampler import SamplingInputs

@@ -1,4 +1,4 @@
-"""What runners of one engine have in common. Knows nothing of devices."""
+"""What runners of one engine have in common."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from nanovllm.kernels import ResolvedBackend
 from nanovllm.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+from nanovllm.utils.device import Device
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class RunnerSpec:
     enforce_eager: bool
     step_timeout_s: float
     num_ranks: int = 1
+
+    def uses_graphs(self, device: Device) -> bool:
+        """Whether steps run from CUDA graphs there."""
+        return device.is_cuda and self.attention.backend.is_capturable and not self.enforce_eager
 
     @property
     def num_kv_heads(self) -> int:

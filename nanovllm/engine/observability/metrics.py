@@ -86,11 +86,11 @@ class Metrics:
     def got_token(self, seq: Sequence) -> None:
         """A prefill step has given a request its first token, or its next one after it was recomputed."""
         now = time.perf_counter()
-        if seq.token_time_place is None:
-            seq.token_time_place = self._token_times.take(now)
+        if seq.token_time_index is None:
+            seq.token_time_index = self._token_times.take(now)
             self.ttft_s.observe(now - seq.arrival_s)
         else:
-            self.itl_s.observe_all(self._token_times.passed(np.array([seq.token_time_place]), now))
+            self.itl_s.observe_all(self._token_times.passed(np.array([seq.token_time_index]), now))
 
     def got_tokens(self, places: np.ndarray) -> None:
         """A decode step has given a token to each of the requests at these places."""
@@ -101,9 +101,9 @@ class Metrics:
         self.ended[reason] += 1
         now = time.perf_counter()
         self.latency_s.observe(now - seq.arrival_s)
-        if seq.token_time_place is None:
+        if seq.token_time_index is None:
             return
-        last_s, seq.token_time_place = self._token_times.give_back(seq.token_time_place), None
+        last_s, seq.token_time_index = self._token_times.give_back(seq.token_time_index), None
         num_gaps = seq.num_output_tokens - 1
         if num_gaps > 0 and seq.first_token_s is not None:
             self.tpot_s.observe(max(last_s - seq.first_token_s, 0.0) / num_gaps)

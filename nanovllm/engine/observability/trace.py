@@ -16,8 +16,7 @@ from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from nanovllm.engine.scheduler import PrefillStep, Step
-from nanovllm.engine.scheduling.decode_batch import DecodeStep
+from nanovllm.engine.scheduling.step import Step
 from nanovllm.engine.scheduling.timeline import Span
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import ConfigError, short_repr
@@ -85,18 +84,14 @@ class Tracer:
 
     def add_step(self, row: str, step: Step, moments: Moments) -> None:
         """A step that has run."""
-        if isinstance(step, PrefillStep):
-            seqs = [chunk.seq for chunk in step.rows]
-            name, tokens = "prefill {requests} requests, {tokens} tokens", step.num_tokens
-            self.add(row, name, *moments, requests=len(seqs), tokens=tokens, request_ids=_ids(seqs))
-        else:
-            self._add_decode(row, step, moments)
-
-    def _add_decode(self, row: str, step: DecodeStep, moments: Moments) -> None:
-        seqs = step.batch.seqs
-        context = round(int(step.positions.sum()) / len(seqs)) + 1
-        name = "decode {requests} requests, mean context {context}"
-        self.add(row, name, *moments, requests=len(seqs), context=context, request_ids=_ids(seqs))
+        name, args = f"{step.kind} {{requests}} requests", {"requests": step.num_requests}
+        if step.chunks:
+            name += ", {tokens} tokens"
+            args["tokens"] = step.num_prompt_tokens
+        if step.decode:
+            name += ", mean context {context}"
+            args["context"] = round(int(step.decode.positions.sum()) / len(step.decode)) + 1
+        self.add(row, name, *moments, **args, request_ids=_ids(step.seqs))
 
     def add_handoff(
         self, row: str, seqs: SequenceOf[Sequence], num_blocks: int, num_bytes: int, moments: Moments
