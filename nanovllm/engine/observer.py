@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Iterable
-from collections.abc import Sequence as SequenceOf
+from collections import Counter, OrderedDict, abc
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +99,7 @@ class Observer:
                 pairs = [pair for chunk in sent for pair in chunk.handoff]
                 self._trace_copies([chunk.seq for chunk in sent], pairs, moments)
 
-    def handoff_sent(self, seq: Sequence, pairs: SequenceOf[BlockPair]) -> None:
+    def handoff_sent(self, seq: Sequence, pairs: abc.Sequence[BlockPair]) -> None:
         self._log_blocks("sent", seq, pairs)
 
     def handoff_ended(self, handoff: Handoff, *, arrived: bool) -> None:
@@ -114,7 +112,7 @@ class Observer:
             what = "arrived and verified" if self._verifies_handoffs else "arrived"
             self._log_blocks(what, handoff.seq, handoff.pairs)
 
-    def dropped(self, steps: Iterable[InFlight], handoffs: Iterable[Handoff]) -> None:
+    def dropped(self, steps: abc.Iterable[InFlight], handoffs: abc.Iterable[Handoff]) -> None:
         """Steps that have ended, and handoffs that may have, which nobody will collect."""
         for work in steps:
             self.step_ended(work)
@@ -141,7 +139,7 @@ class Observer:
             self._num_recoveries += 1
             logger.warning("%s works again", card)
 
-    def close(self, unfinished: Iterable[Sequence]) -> None:
+    def close(self, unfinished: abc.Iterable[Sequence]) -> None:
         """Writes the trace, these requests with it."""
         if self._tracer is None:
             return
@@ -201,7 +199,7 @@ class Observer:
     def _link(self) -> str:
         return f"{self._placement.prefill_card} to {self._placement.decode_card}"
 
-    def _log_blocks(self, what: str, seq: Sequence, pairs: SequenceOf[BlockPair]) -> None:
+    def _log_blocks(self, what: str, seq: Sequence, pairs: abc.Sequence[BlockPair]) -> None:
         if logger.isEnabledFor(logging.DEBUG):
             num_bytes = len(pairs) * self._block_bytes
             logger.debug("%s: %d blocks (%d bytes) %s", self.about_handoff(seq), len(pairs), num_bytes, what)
@@ -211,7 +209,7 @@ class Observer:
         if moments is not None:
             self._trace_copies([handoff.seq], handoff.pairs, moments)
 
-    def _trace_copies(self, seqs: SequenceOf[Sequence], pairs: SequenceOf[BlockPair], moments: Moments) -> None:
+    def _trace_copies(self, seqs: abc.Sequence[Sequence], pairs: abc.Sequence[BlockPair], moments: Moments) -> None:
         assert self._tracer is not None, "nothing is timed without a tracer"
         num_bytes = len(pairs) * self._block_bytes
         self._tracer.add_handoff(f"handoff {self._link}", seqs, len(pairs), num_bytes, moments)

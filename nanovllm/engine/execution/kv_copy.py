@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+from collections import abc
 from typing import Any
 
 import torch
@@ -12,13 +12,13 @@ from nanovllm.engine.scheduling.step import BlockPair
 from nanovllm.utils.device import enable_peer_access, wait_event
 
 
-def _copy_blocks(source: Any, target: Any, pairs: SequenceOf[BlockPair]) -> None:
+def _copy_blocks(source: Any, target: Any, pairs: abc.Sequence[BlockPair]) -> None:
     # Across GPUs torch copies on the source's current stream and makes both current streams wait on each other.
     for block, goal in pairs:
         target.kv_pool[goal].copy_(source.kv_pool[block], non_blocking=True)
 
 
-def _push_blocks(source: Any, target: Any, pairs: SequenceOf[BlockPair]) -> None:
+def _push_blocks(source: Any, target: Any, pairs: abc.Sequence[BlockPair]) -> None:
     # It needs triton, which a machine without GPUs may lack.
     from nanovllm.kernels.triton_transfer import NUM_PROGRAMS, push_blocks
 
@@ -26,7 +26,7 @@ def _push_blocks(source: Any, target: Any, pairs: SequenceOf[BlockPair]) -> None
     push_blocks(source.kv_pool, target.kv_pool, source.device.tensor(block_list(pairs)), NUM_PROGRAMS)
 
 
-def _stage_blocks(source: Any, target: Any, pairs: SequenceOf[BlockPair]) -> None:
+def _stage_blocks(source: Any, target: Any, pairs: abc.Sequence[BlockPair]) -> None:
     for block, goal in pairs:
         block_of_source = source.kv_pool[block]
         host = torch.empty(block_of_source.shape, dtype=block_of_source.dtype, device="cpu", pin_memory=True)

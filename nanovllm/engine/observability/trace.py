@@ -11,8 +11,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
-from collections.abc import Sequence as SequenceOf
+from collections import abc
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -94,7 +93,7 @@ class Tracer:
         self.add(row, name, *moments, **args, request_ids=_ids(step.seqs))
 
     def add_handoff(
-        self, row: str, seqs: SequenceOf[Sequence], num_blocks: int, num_bytes: int, moments: Moments
+        self, row: str, seqs: abc.Sequence[Sequence], num_blocks: int, num_bytes: int, moments: Moments
     ) -> None:
         """Copies of the KV of one request, or of several whose copies cannot be told apart."""
         whose = f"request {seqs[0].request_id}" if len(seqs) == 1 else f"{len(seqs)} requests"
@@ -145,7 +144,7 @@ class Tracer:
             separator = ",\n"
         file.write("\n]}\n")
 
-    def _as_json(self) -> Iterator[dict[str, Any]]:
+    def _as_json(self) -> abc.Iterator[dict[str, Any]]:
         yield {"ph": "M", "name": "process_name", "tid": 0, "args": {"name": "nanovllm"}}
         rows = {row: number for number, row in enumerate(dict.fromkeys(span.row for span in self._spans), start=1)}
         for row, number in rows.items():
@@ -181,7 +180,7 @@ class Tracer:
         return round((moment_s - self._began_s) * 1e9)
 
 
-def _ids(seqs: SequenceOf[Sequence]) -> tuple[int, ...]:
+def _ids(seqs: abc.Sequence[Sequence]) -> tuple[int, ...]:
     # The garbage collector would go through a list again and again; a tuple of numbers it leaves alone.
     return tuple([seq.request_id for seq in seqs[:MOST_REQUEST_IDS]])
 
