@@ -390,7 +390,7 @@ def test_the_rows_on_the_device_are_those_of_the_host(checkpoint, num_blocks):
             step = steps[-1]
             for place, row in enumerate(step):
                 slot = int(rows._order[place])
-                last_token, position, _, output_index = rows._numbers[:, slot].tolist()
+                last_token, position, _, output_index = rows._fields[:, slot].tolist()
                 assert (position, output_index) == (row.position, row.output_index)
                 table = row.lease.decode.blocks
                 assert rows._block_tables[slot, : len(table)].tolist() == table

@@ -96,8 +96,8 @@ def _banned_tokens(rows: abc.Sequence[tuple[Sequence, int]]) -> tuple[np.ndarray
     ]
     if not pairs:
         return None
-    places, tokens = np.array(pairs, dtype=np.int64).T.copy()
-    return places, tokens
+    banned_rows, tokens = np.array(pairs, dtype=np.int64).T.copy()
+    return banned_rows, tokens
 
 
 def largest_step(

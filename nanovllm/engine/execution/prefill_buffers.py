@@ -67,10 +67,10 @@ class PrefillBuffers:
         for row, chunk in enumerate(chunks):
             seq, table = chunk.seq, np.array(chunk.lease.prefill.blocks, dtype=np.int64)
             first, end = end, end + chunk.end - chunk.start
-            places = np.arange(chunk.start, chunk.end)
+            offsets = np.arange(chunk.start, chunk.end)
             token_ids[first:end] = seq.token_ids[chunk.start : chunk.end]
-            positions[first:end] = places
-            slots[first:end] = table[places // self.block_size] * self.block_size + places % self.block_size
+            positions[first:end] = offsets
+            slots[first:end] = table[offsets // self.block_size] * self.block_size + offsets % self.block_size
             num_blocks = -(-chunk.end // self.block_size)
             tables[row, :num_blocks] = table[:num_blocks]
             context_lens[row], ends[row] = chunk.end, end
