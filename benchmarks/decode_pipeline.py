@@ -24,7 +24,8 @@ from lib.report import report
 from nanovllm.config import EngineConfig
 from nanovllm.engine.builder import runner_spec
 from nanovllm.engine.execution.cuda_graph import EagerSteps, StepGraphs, StepOutput
-from nanovllm.engine.execution.decode_paths import DecodePaths, PipelineOptions
+from nanovllm.engine.execution.decode_paths import DecodePaths
+from nanovllm.engine.execution.runner_spec import PipelineOptions
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.observability.pipeline_statistics import LaneTimes
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut, Split

@@ -18,7 +18,7 @@ from nanovllm import (
     RequestError,
     SamplingParams,
 )
-from nanovllm.engine.execution import decode_paths, kv_transfer
+from nanovllm.engine.execution import decode_calibrator, kv_transfer
 from nanovllm.engine.execution.kv_transfer import resolve_handoff
 from nanovllm.engine.execution.step_handle import StepHandle
 from nanovllm.engine.green_manager import GreenManager
@@ -611,10 +611,16 @@ def test_a_pipeline_that_cannot_run_is_known_at_the_start(checkpoint, monkeypatc
         assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 24)
 
 
+def one_candidate(*calibrator_and_options):
+    return [Arrangement((0, 0), Cut.GEMMS)]
+
+
 def test_auto_of_requests_too_short_to_time_is_plain_decode(checkpoint, monkeypatch):
     path, _ = checkpoint("gqa2")
-    monkeypatch.setattr(decode_paths, "CALIBRATED_BATCHES", (2, 4))
-    monkeypatch.setattr(decode_paths.DecodePaths, "_candidates", lambda *args: [Arrangement((0, 0), Cut.GEMMS)])
+    monkeypatch.setattr(decode_calibrator, "CALIBRATED_BATCHES", (2, 4))
+    monkeypatch.setattr(
+        decode_calibrator.DecodeCalibrator, "_candidates", lambda *args: [Arrangement((0, 0), Cut.GEMMS)]
+    )
     with two_devices(path, lazy=False, enable_decode_pipeline=True, max_model_len=3) as llm:
         assert llm.decode_runner.decode.paths.calibration.points == []
         llm.generate([[1]], SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
@@ -623,11 +629,13 @@ def test_auto_of_requests_too_short_to_time_is_plain_decode(checkpoint, monkeypa
 
 def test_auto_runs_the_pipeline_where_it_measured_faster(checkpoint, monkeypatch):
     path, reference = checkpoint("gqa2")
-    monkeypatch.setattr(decode_paths, "CALIBRATED_BATCHES", (2, 4, 8))
-    monkeypatch.setattr(decode_paths, "CALIBRATED_CONTEXTS", (16, 64))
-    monkeypatch.setattr(decode_paths.DecodePaths, "_candidates", lambda *args: [Arrangement((0, 0), Cut.GEMMS)])
-    monkeypatch.setattr(decode_paths.DecodePaths, "_heat", lambda paths, run: None)
-    monkeypatch.setattr(decode_paths.DecodePaths, "_time", lambda paths, run: timed(run))
+    monkeypatch.setattr(decode_calibrator, "CALIBRATED_BATCHES", (2, 4, 8))
+    monkeypatch.setattr(decode_calibrator, "CALIBRATED_CONTEXTS", (16, 64))
+    monkeypatch.setattr(
+        decode_calibrator.DecodeCalibrator, "_candidates", lambda *args: [Arrangement((0, 0), Cut.GEMMS)]
+    )
+    monkeypatch.setattr(decode_calibrator.DecodeCalibrator, "_heat", lambda paths, run: None)
+    monkeypatch.setattr(decode_calibrator.DecodeCalibrator, "_time", lambda paths, run: timed(run))
 
     def timed(run):
         # As if the pipeline paid for batches of 4 and more.

@@ -18,9 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.distributed.tensor_parallel import Workers
-from nanovllm.engine.execution.decode_paths import PipelineOptions
 from nanovllm.engine.execution.kv_transfer import KVTransfer, NoTransfer, PeerTransfer, resolve_handoff
-from nanovllm.engine.execution.runner_spec import RunnerSpec
+from nanovllm.engine.execution.runner_spec import PipelineOptions, RunnerSpec
 from nanovllm.engine.execution.worker_group import WorkerGroup
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.observability.trace import Tracer

@@ -13,7 +13,7 @@ import torch
 
 from nanovllm.engine.execution.cuda_graph import StepOutput
 from nanovllm.engine.execution.decode_executor import DecodeExecutor, NoDecode
-from nanovllm.engine.execution.decode_paths import DecodePaths, PipelineOptions
+from nanovllm.engine.execution.decode_paths import DecodePaths
 from nanovllm.engine.execution.forward_pass import ForwardPass
 from nanovllm.engine.execution.kv_copy import COPY_METHODS, checksum_layers
 from nanovllm.engine.execution.kv_pool import make_kv_pool, num_kv_blocks
@@ -21,7 +21,7 @@ from nanovllm.engine.execution.layer_push import NoPush, PushToPool
 from nanovllm.engine.execution.load_model import load_model
 from nanovllm.engine.execution.model_inputs import largest_step
 from nanovllm.engine.execution.prefill_executor import PrefillExecutor
-from nanovllm.engine.execution.runner_spec import RunnerSpec
+from nanovllm.engine.execution.runner_spec import PipelineOptions, RunnerSpec
 from nanovllm.engine.execution.step_handle import StepHandle
 from nanovllm.engine.execution.tasks import StepTask
 from nanovllm.engine.execution.worker_group import NoWorkers, WorkerGroup

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.execution import decode_paths
+from nanovllm.engine.execution import decode_calibrator
 from nanovllm.engine.execution.cuda_graph import StepGraphs
 from nanovllm.engine.scheduling import circuit_breaker
 from nanovllm.engine.scheduling.calibration import Measured
@@ -45,8 +45,8 @@ def tiny_on_disk(tmp_path_factory):
 @pytest.fixture
 def arranged_by_length(monkeypatch):
     """As if lanes paid from 8 requests on, split in one way up to 40 tokens, then in another; both are ready."""
-    monkeypatch.setattr(decode_paths, "CALIBRATED_BATCHES", (8, 16))
-    monkeypatch.setattr(decode_paths, "CALIBRATED_CONTEXTS", (8, 40, 72))
+    monkeypatch.setattr(decode_calibrator, "CALIBRATED_BATCHES", (8, 16))
+    monkeypatch.setattr(decode_calibrator, "CALIBRATED_CONTEXTS", (8, 40, 72))
 
     def measured(paths, arrangements, batches, contexts):
         return [
@@ -55,7 +55,7 @@ def arranged_by_length(monkeypatch):
             for context in contexts
         ]
 
-    monkeypatch.setattr(decode_paths.DecodePaths, "_measured", measured)
+    monkeypatch.setattr(decode_calibrator.DecodeCalibrator, "_measured", measured)
     monkeypatch.setattr(Rebalancer, "observe", lambda *args: None)
 
 
@@ -130,7 +130,7 @@ def test_lanes_that_break_are_left_out_and_come_back(tiny_on_disk, arranged_by_l
 @pytest.mark.whole_card
 @pytest.mark.two_gpu
 def test_the_second_engine_reads_what_the_first_measured(tiny_on_disk, monkeypatch, caplog):
-    monkeypatch.setattr(decode_paths, "CALIBRATED_BATCHES", (8, 16))
+    monkeypatch.setattr(decode_calibrator, "CALIBRATED_BATCHES", (8, 16))
     path, reference = tiny_on_disk
     prompts = tiny.random_prompts(20, seed=3, longest=60)
     caplog.set_level("INFO")
