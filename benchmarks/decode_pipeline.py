@@ -155,7 +155,6 @@ def bound_s(runner: ModelRunner, batch: int, context: int, bandwidth: float, num
 def sweep(runner: ModelRunner, args: argparse.Namespace, bandwidth: float) -> list[dict[str, Any]]:
     rows = []
     paths = runner.decode.paths
-    assert paths is not None, "it was made to decode"
     if paths.pipeline is None:
         raise SystemExit(f"no decode pipeline on {runner.device}: {'; '.join(paths.counters.fallbacks)}")
     default_parts = paths.pipeline.num_micro_batches

@@ -52,7 +52,7 @@ def measure_decode(backend: Backend, block_size: int) -> Iterator[Measured]:
             calls = []
             for _ in range(num_copies):
                 query, pool, metadata = decode_problem(lengths, num_heads, 8, block_size)
-                metadata = replace(metadata, plan=backend.plan(metadata, 8))  # made once per step
+                metadata = replace(metadata, work_split=backend.split_work(metadata, 8))  # made once per step
                 calls.append(partial(backend.attend, query, pool, metadata, 0.09))
             moved = sum(lengths) * 2 * 8 * 128 * 2
             yield Measured(f"decode attention, {name}, GQA {num_heads // 8}", time_us(*calls), bytes=moved)

@@ -76,7 +76,6 @@ class Faults:
         self._card_works_at_s = 0.0
         self._due: set[str] = set()
         paths = llm.decode_runner.decode.paths
-        assert paths is not None, "the decode runner decodes"
         self._paths = paths
         if paths.rebalancer is not None:
             self._watch_lanes()

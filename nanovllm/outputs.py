@@ -29,7 +29,7 @@ class RequestOutput:
     Attributes:
         request_id: the id that `add_request` returned.
         new_token_ids: tokens sampled since the last output of this request.
-        text: the new piece of text. It lags the tokens where they end inside a character, or where the text
+        text: the new text. It lags the tokens where they end inside a character, or where the text
             so far may be the beginning of a stop string.
         finished: whether this is the request's last output.
         finish_reason: `stop` (end-of-sequence, stop token or stop string), `length`, `abort`, `error`, or None.

@@ -462,7 +462,7 @@ def test_a_gap_with_a_prefill_in_it_is_not_observed(tiny_path, monkeypatch, betw
         assert launch_decode(llm)
         if between:
             retried = llm.add_request([2] * 30, SamplingParams(temperature=0, max_tokens=2))
-            llm._requests.sequences[retried].failures = 1
+            llm._outputs.sequences[retried].failures = 1
             assert launch_prefill(llm, llm.scheduler.placement.decode_card)
         assert launch_decode(llm)
         llm._loop.collect_steps()

@@ -728,7 +728,7 @@ def test_step_streams_and_generate_together_lose_nothing(llm, checkpoint):
 @pytest.mark.parametrize("method", ["launch", "append"])
 def test_ctrl_c(llm, checkpoint, monkeypatch, method, call, with_another):
     another = llm.add_request([9, 8, 7], GREEDY) if with_another else None
-    owner = llm.decode_runner if method == "launch" else llm._requests
+    owner = llm.decode_runner if method == "launch" else llm._outputs
     original, num_calls = getattr(owner, method), 0
 
     def interrupted(*args):

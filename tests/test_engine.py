@@ -324,7 +324,7 @@ def test_a_prompt_that_fills_the_pool_ends_even_if_it_is_preempted_at_its_first_
     with LLM(path, device="cpu", num_kvcache_blocks=3) as llm:
         request_id = llm.add_request(prompt, GREEDY)
         llm.step()
-        seq = llm._requests.sequences[request_id]
+        seq = llm._outputs.sequences[request_id]
         llm.scheduler.preempt(seq)
         outputs = drain(llm)[request_id]
         assert outputs[-1].finish_reason == "error"
@@ -489,7 +489,7 @@ def test_an_interrupt_anywhere_loses_no_request_and_changes_no_token(checkpoint,
             "collect": StepHandle,
             "schedule_prefill": llm.scheduler,
             "send": llm.kv_transfer,
-            "append": llm._requests,
+            "append": llm._outputs,
         }[where]
         original, calls = getattr(holder, where), [0]
 

@@ -182,6 +182,19 @@ def test_an_error_that_loses_no_device_ends_nothing(tiny_path):
         assert answer["error"] is None
 
 
+def test_a_device_that_fails_and_works_within_a_turn_is_told_of(checkpoint, caplog):
+    """Three handoffs fail and a later one arrives, all collected at once."""
+    path, _ = checkpoint("gqa2")
+    with two_devices(path, lazy=False) as llm:
+        llm.kv_transfer = FaultyTransfer(llm.kv_transfer, "arrive", lambda number: number < 3)
+        llm.generate(tiny.random_prompts(5, seed=3), GREEDY, use_tqdm=False)
+        found = llm.metrics()
+    assert found["fallbacks"]["prefill device left out"] == 1
+    assert found["recoveries"] == 1
+    assert "is left out for a while" in caplog.text
+    assert "works again" in caplog.text
+
+
 def test_decode_failures_leave_the_prefill_device_in(checkpoint):
     path, reference = checkpoint("gqa2")
     prompts, calls = tiny.random_prompts(6, seed=4), [0]

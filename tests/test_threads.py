@@ -46,7 +46,7 @@ def at_rest(llm):
         == llm.scheduler.placement.prefill_card.pool.num_held_blocks
         == 0
     )
-    assert {**llm._requests.sequences, **llm._requests._texts, **llm._requests._inboxes} == {}
+    assert {**llm._outputs.sequences, **llm._outputs._texts, **llm._outputs._inboxes} == {}
 
 
 class Workers:
@@ -595,7 +595,7 @@ def test_a_request_that_comes_while_the_engine_closes_is_refused(tiny_path, monk
     monkeypatch.setattr(llm, "_new_request", slow)
     with pytest.raises(EngineClosedError):
         llm.add_request([1, 2, 3], GREEDY)
-    assert not llm._requests.sequences
+    assert not llm._outputs.sequences
 
 
 def test_what_is_put_twice_or_taken_at_once_is_there_once():

@@ -48,7 +48,7 @@ def kernel_cases(capability: int):
                 for heads in ({}, {"NUM_HEADS": 9, "NUM_KV_HEADS": 3}):
                     constants = {**PREFILL, **heads, **tiles, **common}
                     yield "_prefill_kernel", dtype, constants, {"num_warps": 8 if wide else 4}
-                stages = {"STAGES": 2 if wide else 3, "COMBINED": 4, "IS_PLANNED": True}
+                stages = {"STAGES": 2 if wide else 3, "COMBINED": 4, "HAS_SPLIT": True}
                 for heads in ({}, {"NUM_KV_HEADS": 3, "GROUP": 3}):
                     constants = {**DECODE, **heads, **stages, **common}
                     yield "_decode_kernel", dtype, constants, {"num_warps": 4 if wide else 1}
@@ -70,7 +70,7 @@ def kernel_cases(capability: int):
     yield (
         "_gather_rows_kernel",
         "words",
-        {"NUM_NUMBERS": 4, "POSITION": 1, "BLOCK_SIZE": 64, "TILE": 128},
+        {"NUM_FIELDS": 4, "POSITION": 1, "BLOCK_SIZE": 64, "TILE": 128},
         {"num_warps": 1},
     )
     yield "_advance_rows_kernel", "words", {"LAST_TOKEN": 0, "POSITION": 1, "OUTPUT_INDEX": 3, "TILE": 128}, {}
@@ -96,7 +96,7 @@ INTEGER_POINTERS = {
     "row_numbers": "*i64",
 }
 COUNTS = {"num_inputs", "num_outputs", "words", "size", "num_tokens", "num_tiles"}
-INTEGERS = {"place", "num_requests", "num_sms", "num_rows", "num_slots", "max_blocks", "spare_slot", "first_token"}
+INTEGERS = {"place", "num_requests", "num_sms", "num_rows", "num_stored", "max_blocks", "spare_row", "first_token"}
 FLOAT_POINTERS = {"partial", "log_sums", "cos", "sin", "best", "scores", "temperatures", "row_temperatures"}
 
 

@@ -265,7 +265,7 @@ def test_a_backlog_of_handoffs_holds_prefill_back(checkpoint, limit):
         for _ in range(40):
             llm._loop.launch_steps()
             llm._loop.collect_steps()
-        statuses = [llm._requests.sequences[request_id].status for request_id in ids]
+        statuses = [llm._outputs.sequences[request_id].status for request_id in ids]
         assert statuses.count(SequenceStatus.HANDING_OFF) == limit
         assert statuses.count(SequenceStatus.WAITING) == len(prompts) - limit
         faulty.unstall()
@@ -528,7 +528,7 @@ def test_direct_writes_no_block_that_the_decode_device_has(checkpoint):
         ids = llm.add_request([*prompt, 5], SamplingParams(temperature=0, max_tokens=2))
         table: list[int] = []
         while not llm.is_finished():
-            seq = llm._requests.sequences[ids]
+            seq = llm._outputs.sequences[ids]
             table = list(seq.lease.decode.blocks) if seq.lease else table
             llm.step()
         changed = (llm.decode_runner.kv_pool != before).flatten(1).any(dim=1).nonzero().flatten().tolist()

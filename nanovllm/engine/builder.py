@@ -97,7 +97,8 @@ def _parts(
 ) -> EngineParts:
     spec = decode_runner.spec
     placement = place(config, prefill_runner, decode_runner)
-    runners = Runners({placement.decode_card: decode_runner, placement.prefill_card: prefill_runner})
+    runner_of = {placement.prefill_card: prefill_runner, placement.decode_card: decode_runner}
+    runners = Runners({card: runner_of[card] for card in placement.cards})
     scheduler = build_scheduler(config, placement)
     options = resolved_options(config, prefill_runner, decode_runner, kv_transfer)
     logger.info("resolved options: %s", ", ".join(f"{name}={value}" for name, value in options.items()))

@@ -71,7 +71,8 @@ class Handoffs:
             except Exception as error:  # noqa: BLE001 - a copy that cannot be launched fails its request alone
                 self._runners.raise_if_lost(error)
                 self._scheduler.release(chunk.lease)
-                self._outputs.fail(chunk.seq, HandoffError(f"{self._observer.about_handoff(chunk.seq)}: {error}"))
+                if chunk.seq.lease is chunk.lease:
+                    self._outputs.fail(chunk.seq, HandoffError(f"{self._observer.about_handoff(chunk.seq)}: {error}"))
                 continue
             self.under_way.append(Handoff(chunk.seq, chunk.lease, step, chunk.lease.decode.card, chunk.handoff, handle))
             self._observer.handoff_sent(chunk.seq, chunk.handoff)
@@ -84,18 +85,19 @@ class Handoffs:
                 handoff.deadline_s = handoff.computed_s + self._timeout_s
 
     def collect(self) -> bool:
-        """Takes in what has arrived or failed, and fails what is late; whether there was anything."""
-        has_ended = False
+        """Takes in what has arrived or failed, and fails what is late; whether that moved a request on."""
+        has_progressed = False
         for handoff in list(self.under_way):
             if handoff.handle.is_done():
                 self.under_way.remove(handoff)
                 self._handoff_ended(handoff)
-                has_ended = True
+                has_progressed = True
             elif time.perf_counter() > handoff.deadline_s and not handoff.timed_out:
-                handoff.timed_out = handoff.lease.stuck = has_ended = True
+                handoff.timed_out = handoff.lease.stuck = True
                 if handoff.seq.lease is handoff.lease:
                     self._outputs.fail(handoff.seq, HandoffTimeout(self._timeout_message(handoff)))
-        return has_ended
+                    has_progressed = True
+        return has_progressed
 
     def fail_waiting(self, seq: Sequence) -> None:
         """Ends a request that waits for blocks which a copy without end holds."""

@@ -80,26 +80,26 @@ class LLMEngine:
         self._mailbox = Mailbox()
         self._inbox = Inbox()
         """Outputs of requests of `add_request`, for `step`."""
-        self._requests = OutputProcessor(self.scheduler, self._observer)
+        self._outputs = OutputProcessor(self.scheduler, self._observer)
         self._steps = StepsInFlight()
         self._handoffs = Handoffs(
             parts.kv_transfer,
             self.scheduler,
-            self._requests,
+            self._outputs,
             self._observer,
             self._runners,
             self._steps,
             self.config.handoff_timeout_s,
         )
         self._recovery = Recovery(
-            self._runners, self.scheduler, self._steps, self._handoffs, self._requests, self._mailbox, self._observer
+            self._runners, self.scheduler, self._steps, self._handoffs, self._outputs, self._mailbox, self._observer
         )
         self._loop = Loop(
             self._runners,
             self.scheduler,
             self._steps,
             self._handoffs,
-            self._requests,
+            self._outputs,
             self._mailbox,
             self._observer,
             self._step_listeners,
@@ -163,7 +163,7 @@ class LLMEngine:
             return True
         self._loop.sweep_next_turn()
         self._read_mail()
-        return not (self._inbox or self._mailbox.arrived or self._requests.sequences)
+        return not (self._inbox or self._mailbox.arrived or self._outputs.sequences)
 
     def step(self) -> list[RequestOutput]:
         """Launches what can be launched and returns what has completed since the last call, perhaps nothing.
@@ -269,7 +269,7 @@ class LLMEngine:
         """Closes what the engine is made of; after an interrupt, once more."""
         if self._is_torn_down:
             return
-        unfinished = list(self._requests.sequences.values())
+        unfinished = list(self._outputs.sequences.values())
         try:
             self._close_parts()
         finally:
@@ -284,11 +284,11 @@ class LLMEngine:
             for runner in self._runners:
                 runner.close_workers()
         self._observer.dropped(self._steps.drop(), self._handoffs.drop())
-        self.scheduler.start_over(self._requests.unfinished(), ())  # whatever state an interrupt left
-        for seq in self._requests.unfinished():
+        self.scheduler.start_over(self._outputs.unfinished(), ())  # whatever state an interrupt left
+        for seq in self._outputs.unfinished():
             self.scheduler.finish(seq, "abort")
         self._mailbox.clear()
-        self._requests.clear()
+        self._outputs.clear()
         self._inbox = Inbox()
         # On a lost GPU every call fails, or waits for ever: what it holds goes with the process.
         for runner in self._runners if self._recovery.device_error is None else ():
@@ -312,7 +312,7 @@ class LLMEngine:
         if number is None:
             return None
         # In this order: the loop lists a request before it takes it out of the mailbox.
-        return self._mailbox.find(number) or self._requests.sequences.get(number)
+        return self._mailbox.find(number) or self._outputs.sequences.get(number)
 
     def _submit(self, token_ids: list[int], params: SamplingParams, inbox: Inbox, *, streamed: bool) -> int:
         """Queues a checked request and has the loop take it in, if nobody runs it."""

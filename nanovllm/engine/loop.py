@@ -191,7 +191,7 @@ class Loop:
     def _collect(self, work: InFlight) -> None:
         step, counters = work.step, self._observer.counters
         tokens = work.handle.collect()
-        self._runners[step.card].check_workers()  # a step that waited for a rank that is gone was ended, with anything
+        self._runners[step.card].check_workers()  # what waited for a rank that is gone was ended, with anything in it
         self._steps.remove(work)
         self._observer.step_ended(work)
         self._listeners.step_ended(work)

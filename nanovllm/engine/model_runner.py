@@ -123,18 +123,18 @@ class ModelRunner:
                 decode = self.decode.make_task(step.decode)
             task = StepTask(prefill, decode)
             with self._workers.dispatch(task):
-                after_chunks, after_decode = self._run(task)
-                return StepHandle(self.device, self.stream, after_chunks, after_decode, began)
+                return StepHandle(self.device, self.stream, self._run(task), began)
 
-    def run(self, task: StepTask) -> tuple[SampledTokens | None, SampledTokens | None]:
-        """A rank's share of a step, made by the first rank; what each part samples, which every rank has."""
+    def run(self, task: StepTask) -> None:
+        """A rank's share of a step, made by the first rank. All ranks sample the same tokens, and the first gives them."""
         with self.on(self.stream):
-            return self._run(task)
+            for _ in self._run(task):
+                pass
 
-    def _run(self, task: StepTask) -> tuple[SampledTokens | None, SampledTokens | None]:
-        after_chunks = None if task.prefill is None else self.prefill.run(task.prefill)
-        after_decode = None if task.decode is None else self.decode.run(task.decode)
-        return after_chunks, after_decode
+    def _run(self, task: StepTask) -> abc.Iterator[SampledTokens | None]:
+        """What the chunks and the decode rows sample, on the device: the second may overwrite the first."""
+        yield None if task.prefill is None else self.prefill.run(task.prefill)
+        yield None if task.decode is None else self.decode.run(task.decode)
 
     def run_decode_core(self, size: int, arrangement: Arrangement | None = None) -> StepOutput:
         """One decode step over the first `size` rows of the batch, on the device alone: no host value is read.
@@ -265,7 +265,8 @@ class ModelRunner:
         """Gives weights and pool back, which nothing may be using; the runner is of no use afterwards."""
         with self.on(self.stream):
             self.decode.close()
-            del self.model, self.kv_pool, self.prefill
+            for name in ("model", "kv_pool", "prefill"):  # an interrupt may come between, and `close` once more
+                vars(self).pop(name, None)
             self._ranks.close()
             if self.device.is_cuda:
                 torch.cuda.empty_cache()

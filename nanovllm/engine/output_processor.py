@@ -135,6 +135,7 @@ class OutputProcessor:
         """Something went wrong for this request alone: it is recomputed, or ends if it was before."""
         has_ended = self._scheduler.fail(seq, error)
         logger.warning("request %d failed (%s); %s", seq.request_id, error, "giving up" if has_ended else "retrying")
+        self._observer.log_prefill_health()
         if has_ended:
             self.emit(seq)
 

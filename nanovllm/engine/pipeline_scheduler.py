@@ -169,12 +169,14 @@ class PipelineScheduler:
                 block_tables=metadata.block_tables[rows],
                 context_lens=metadata.context_lens[rows],
                 query_starts=metadata.query_starts[: last - first + 1],
-                plan=None,
+                work_split=None,
                 num_sms=num_sms,
             )
-            plan = self.model.model.layers[0].attention.backend.plan(of_part, self.model.config.num_key_value_heads)
-            planned = dataclasses.replace(of_part, plan=plan)
-            parts.append(MicroBatch(positions[rows], planned, embedded[rows]))
+            split = self.model.model.layers[0].attention.backend.split_work(
+                of_part, self.model.config.num_key_value_heads
+            )
+            of_part = dataclasses.replace(of_part, work_split=split)
+            parts.append(MicroBatch(positions[rows], of_part, embedded[rows]))
         return parts
 
 

@@ -15,7 +15,7 @@ from nanovllm.engine.observer import Observer
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.runners import Runners
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.errors import DeviceError, EngineClosedError, WorkerError
+from nanovllm.errors import DeviceError, WorkerError
 from nanovllm.utils.device import leak_until_exit
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ class Recovery:
 
     Args:
         runners: run the work that is under way.
-        scheduler, steps, handoffs, requests, mailbox: the state.
+        scheduler, steps, handoffs, outputs, mailbox: the state.
         observer: is told of work that nobody will collect.
 
     Attributes:
@@ -39,7 +39,7 @@ class Recovery:
         scheduler: Scheduler,
         steps: StepsInFlight,
         handoffs: Handoffs,
-        requests: OutputProcessor,
+        outputs: OutputProcessor,
         mailbox: Mailbox,
         observer: Observer,
     ) -> None:
@@ -48,7 +48,7 @@ class Recovery:
         self._scheduler = scheduler
         self._steps = steps
         self._handoffs = handoffs
-        self._requests = requests
+        self._outputs = outputs
         self._mailbox = mailbox
         self._observer = observer
         self._is_whole = True
@@ -61,8 +61,6 @@ class Recovery:
             self._is_whole = False
             work()
             self._is_whole = True
-        except EngineClosedError:
-            raise  # `close` needs nothing mended
         except BaseException as error:
             lost = self._runners.lost_device(error)
             if lost is not None:
@@ -93,8 +91,8 @@ class Recovery:
         logger.error("%s; all requests end", error)
         self.give_up_devices(error)
         self._take_in_arrived()
-        self._scheduler.start_over(self._requests.unfinished(), ())
-        self._requests.fail_all(error)
+        self._scheduler.start_over(self._outputs.unfinished(), ())
+        self._outputs.fail_all(error)
         self._is_whole = True
 
     def give_up_devices(self, error: DeviceError | WorkerError) -> None:
@@ -120,13 +118,13 @@ class Recovery:
         stuck = self._handoffs.forget()
         self._steps.drop()
         self._take_in_arrived()
-        self._scheduler.start_over(self._requests.unfinished(), stuck)
-        self._requests.mend()
+        self._scheduler.start_over(self._outputs.unfinished(), stuck)
+        self._outputs.mend()
         self._is_whole = True
 
     def _take_in_arrived(self) -> None:
         while self._mailbox.arrived:
-            self._requests.add(self._mailbox.arrived[0])
+            self._outputs.add(self._mailbox.arrived[0])
             self._mailbox.arrived.popleft()
         # What these are about has been taken in now: the next turn acts on them.
         self._mailbox.aborts.extend(self._mailbox.early_aborts.values())

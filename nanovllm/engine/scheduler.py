@@ -72,8 +72,6 @@ class Scheduler:
         self._decoding = {card: DecodeSet(card) for card in self.cards}
         self._draining_leases: list[Lease] = []
         """Leases that nobody wants any more and that work in flight still touches."""
-        self._blocks_reserved = False
-        """Whether a decoding request waits for the blocks of such a lease: no new lease may take them first."""
         self._prefilled: dict[Sequence, None] = {}
         self._outgrown: list[Sequence] = []
 
@@ -196,7 +194,6 @@ class Scheduler:
         """
         card = self.placement.decode_card if card is None else card
         self._join_arrived()
-        self._blocks_reserved = False
         rows = self._decoding[card].next_rows(self._grow)
         return None if rows is None else Step(card, decode=rows)
 
@@ -360,7 +357,7 @@ class Scheduler:
         if num_leases >= self.limits.max_num_seqs:
             seq.timeline.mark(f"waits for a lease (max_num_seqs={self.limits.max_num_seqs} are held)")
             return False
-        if self._blocks_reserved:
+        if any(decoding.waits_for_blocks for decoding in self._decoding.values()):
             seq.timeline.mark("waits for a lease (a decoding request needs the next free blocks)")
             return False
         if self.placement.prefill_card_of(seq) is self.placement.decode_card_of(seq):
@@ -476,11 +473,12 @@ class Scheduler:
                 return False
             if card.pool.can_take((), 1):
                 allocation.blocks += card.pool.take((), 1)
-            elif any(not lease.stuck for lease in self._draining_leases):
-                self._blocks_reserved = True
+            elif any(lease.holds_on(card) and not lease.stuck for lease in self._draining_leases):
+                self._decoding[card].waits_for_blocks = True
                 return False
             else:
-                youngest = max(self._running, key=_request_id)
+                holders = (other for other in self._running if other.lease is not None and other.lease.holds_on(card))
+                youngest = max(holders, key=_request_id)
                 self.preempt(youngest)
                 if youngest is seq:
                     return False

@@ -44,8 +44,9 @@ class AttentionMetadata:
         query_starts: [B + 1] int32, where each request's tokens begin in T.
         max_query_len: most tokens that one request has in this step.
         max_context_len: the largest of `context_lens`, or a bound of it.
-        plan: the result of the backend's `plan` for this step, None to have each layer compute it. It is computed from
-            the other fields. Its kernel must not be the immediate predecessor of `attend` (overlapped launch).
+        work_split: the result of the backend's `split_work` for this step, None to have each layer compute it. It is
+            computed from the other fields. Its kernel must not be the immediate predecessor of `attend` (overlapped
+            launch).
         num_sms: how many SMs to spread decode attention over, None for all of the GPU.
         after_store: called by each layer in turn with its view of the pool, once the step's KV is stored there and
             before it is attended to; None for nothing to do.
@@ -57,7 +58,7 @@ class AttentionMetadata:
     query_starts: torch.Tensor
     max_query_len: int
     max_context_len: int
-    plan: torch.Tensor | None = None
+    work_split: torch.Tensor | None = None
     num_sms: int | None = None
     after_store: Callable[[torch.Tensor], None] | None = None
 
@@ -107,7 +108,7 @@ class Kernels(Protocol):
             The query heads, [T, num_heads, head_dim].
         """
 
-    def plan(self, metadata: AttentionMetadata, num_kv_heads: int) -> torch.Tensor | None:
+    def split_work(self, metadata: AttentionMetadata, num_kv_heads: int) -> torch.Tensor | None:
         """How `attend` shares out the work of a step, made once for all layers; None if it needs no such thing."""
 
     def attend(
@@ -171,38 +172,38 @@ class Kernels(Protocol):
 
     def gather_rows(
         self,
-        slots: torch.Tensor,
-        numbers: torch.Tensor,
+        indices: torch.Tensor,
+        fields: torch.Tensor,
         temperatures: torch.Tensor,
         block_tables: torch.Tensor,
         block_size: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The rows of a decode step, gathered from the slots of its requests.
+        """The rows of a decode step, gathered by their indices.
 
         Args:
-            slots: [B] int64.
-            numbers: [NUM_ROW_FIELDS, num_slots] int64.
-            temperatures: [num_slots] float32.
-            block_tables: [num_slots, max_blocks] int32.
+            indices: [B] int64.
+            fields: [NUM_ROW_FIELDS, num_stored] int64.
+            temperatures: [num_stored] float32.
+            block_tables: [num_stored, max_blocks] int32.
             block_size: tokens of a block.
 
         Returns:
-            Fields [NUM_ROW_FIELDS, B], temperatures [B] and block tables [B, max_blocks] of the slots (what lies beyond
+            Fields [NUM_ROW_FIELDS, B], temperatures [B] and block tables [B, max_blocks] of the rows (what lies beyond
             the context may be anything), slot mapping [B] int64 and context lengths [B] int32, as in
             `AttentionMetadata`.
         """
 
     def advance_rows(
         self,
-        slots: torch.Tensor,
-        row_numbers: torch.Tensor,
+        indices: torch.Tensor,
+        gathered: torch.Tensor,
         token_ids: torch.Tensor,
-        numbers: torch.Tensor,
-        spare_slot: int,
+        fields: torch.Tensor,
+        spare_row: int,
     ) -> None:
-        """Makes `numbers` what the next step is fed: the sampled [B] int64 tokens (0 for a negative one), a place on.
+        """Makes `fields` what the next step is fed: the sampled [B] int64 tokens (0 for a negative one), a position on.
 
-        The spare slot, which may be there several times, stays at its first place.
+        The spare row, which may be there several times, stays at its first position.
         """
 
 

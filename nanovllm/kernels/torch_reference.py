@@ -44,7 +44,7 @@ class Backend:
         store_kv(key, value, kv_cache, slot_mapping)
         return query
 
-    def plan(self, metadata: AttentionMetadata, num_kv_heads: int) -> None:
+    def split_work(self, metadata: AttentionMetadata, num_kv_heads: int) -> None:
         return None
 
     def attend(
@@ -115,30 +115,30 @@ class Backend:
 
     def gather_rows(
         self,
-        slots: torch.Tensor,
-        numbers: torch.Tensor,
+        indices: torch.Tensor,
+        fields: torch.Tensor,
         temperatures: torch.Tensor,
         block_tables: torch.Tensor,
         block_size: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        row_numbers, tables = numbers[:, slots], block_tables[slots]
-        positions = row_numbers[RowField.POSITION]
+        gathered, tables = fields[:, indices], block_tables[indices]
+        positions = gathered[RowField.POSITION]
         blocks = tables.gather(1, (positions // block_size).unsqueeze(1)).squeeze(1)
         slot_mapping = blocks.long() * block_size + positions % block_size
-        return row_numbers, temperatures[slots], tables, slot_mapping, (positions + 1).int()
+        return gathered, temperatures[indices], tables, slot_mapping, (positions + 1).int()
 
     def advance_rows(
         self,
-        slots: torch.Tensor,
-        row_numbers: torch.Tensor,
+        indices: torch.Tensor,
+        gathered: torch.Tensor,
         token_ids: torch.Tensor,
-        numbers: torch.Tensor,
-        spare_slot: int,
+        fields: torch.Tensor,
+        spare_row: int,
     ) -> None:
-        numbers[RowField.LAST_TOKEN, slots] = token_ids.clamp(min=0)
-        numbers[RowField.POSITION, slots] = row_numbers[RowField.POSITION] + 1
-        numbers[RowField.OUTPUT_INDEX, slots] = row_numbers[RowField.OUTPUT_INDEX] + 1
-        numbers[RowField.POSITION, spare_slot] = 0
+        fields[RowField.LAST_TOKEN, indices] = token_ids.clamp(min=0)
+        fields[RowField.POSITION, indices] = gathered[RowField.POSITION] + 1
+        fields[RowField.OUTPUT_INDEX, indices] = gathered[RowField.OUTPUT_INDEX] + 1
+        fields[RowField.POSITION, spare_row] = 0
 
 
 def store_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:

@@ -64,7 +64,7 @@ class Backend:
     gather_rows = staticmethod(triton_rows.gather_rows)
     advance_rows = staticmethod(triton_rows.advance_rows)
 
-    def plan(self, metadata: AttentionMetadata, num_kv_heads: int) -> torch.Tensor:
+    def split_work(self, metadata: AttentionMetadata, num_kv_heads: int) -> torch.Tensor:
         if metadata.is_decode:
             tile = _decode_tile(len(metadata.context_lens))
             return _share_out(metadata.context_lens, None, tile, num_kv_heads, metadata.num_sms)
@@ -73,9 +73,11 @@ class Backend:
     def attend(
         self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata, scale: float
     ) -> torch.Tensor:
-        plan = self.plan(metadata, kv_cache.shape[2]) if metadata.plan is None else metadata.plan
+        split = metadata.work_split
+        if split is None:
+            split = self.split_work(metadata, kv_cache.shape[2])
         attend = _decode if metadata.is_decode else _prefill
-        return attend(query, kv_cache, metadata, plan, scale)
+        return attend(query, kv_cache, metadata, split, scale)
 
 
 def _share_out(
@@ -85,9 +87,9 @@ def _share_out(
     num_kv_heads: int | None = None,
     num_sms: int | None = None,
 ) -> torch.Tensor:
-    """[B + 1] int32: pieces of work before each request, and of all.
+    """[B + 1] int32: units of work before each request, and of all.
 
-    A piece is a tile of a prompt, or, if `num_kv_heads` is given, a chunk of a KV head's context; then there follow
+    A unit is a tile of a prompt, or, if `num_kv_heads` is given, a chunk of a KV head's context; then there follow
     B * num_kv_heads zeros, in which `attend` counts the chunks that are done, and which it leaves 0. `lengths` are
     starts if `ends` are given.
     """
@@ -192,7 +194,7 @@ def _decode(
         USE_TMA=use_tma,
         STAGES=2 if is_wide else DECODE_STAGES,
         COMBINED=COMBINED_CHUNKS,
-        IS_PLANNED=metadata.plan is not None,
+        HAS_SPLIT=metadata.work_split is not None,
         num_warps=4 if is_wide else 1,
         **overlap(query.device),
     )
@@ -245,24 +247,24 @@ def _share_out_kernel(
     length = tl.load(lengths + requests, mask=there, other=0)
     if ends is not None:
         length = tl.load(ends + requests, mask=there, other=0) - length
-    pieces = tl.cdiv(length, TILE)
+    units = tl.cdiv(length, TILE)
     if NUM_KV_HEADS is not None:
-        num_tiles = tl.sum(pieces, 0) * NUM_KV_HEADS
+        num_tiles = tl.sum(units, 0) * NUM_KV_HEADS
         chunk = tl.minimum(tl.cdiv(num_tiles, PROGRAMS_PER_SM * num_sms), CHUNK_TILES)
         chunk = tl.maximum(chunk, tl.cdiv(num_tiles, MOST_PROGRAMS_PER_SM * num_sms))
-        pieces = tl.cdiv(pieces, chunk)
+        units = tl.cdiv(units, chunk)
         for head in range(NUM_KV_HEADS):
             tl.store(starts + num_requests + 1 + head * num_requests + requests, 0, mask=there)
     tl.store(starts, 0)
-    tl.store(starts + 1 + requests, tl.cumsum(pieces, 0), mask=there)
+    tl.store(starts + 1 + requests, tl.cumsum(units, 0), mask=there)
 
 
 @triton.jit
-def _row_of(piece, starts, num_requests, TIMES: tl.constexpr, PADDED_REQUESTS: tl.constexpr):
-    """The request whose pieces, each counted TIMES times, have this one among them."""
+def _request_of(unit, starts, num_requests, TIMES: tl.constexpr, PADDED_REQUESTS: tl.constexpr):
+    """The request whose units, each counted TIMES times, have this one among them."""
     requests = tl.arange(0, PADDED_REQUESTS)
     firsts = tl.load(starts + requests, mask=requests < num_requests, other=0x7FFFFFFF // TIMES)
-    return tl.sum((firsts * TIMES <= piece).to(tl.int32), 0) - 1
+    return tl.sum((firsts * TIMES <= unit).to(tl.int32), 0) - 1
 
 
 @triton.jit
@@ -332,11 +334,11 @@ def _prefill_kernel(
     tile_m = tl.num_programs(1) - 1 - tl.program_id(1)
     if tile_m >= tl.load(tile_starts + num_requests):
         return
-    row = _row_of(tile_m, tile_starts, num_requests, 1, PADDED_REQUESTS)
-    start = tl.load(query_starts + row)
-    query_len = tl.load(query_starts + row + 1) - start
-    context_len = tl.load(context_lens + row)
-    first = (tile_m - tl.load(tile_starts + row)) * TILE_M
+    request = _request_of(tile_m, tile_starts, num_requests, 1, PADDED_REQUESTS)
+    start = tl.load(query_starts + request)
+    query_len = tl.load(query_starts + request + 1) - start
+    context_len = tl.load(context_lens + request)
+    first = (tile_m - tl.load(tile_starts + request)) * TILE_M
 
     queries = first + tl.arange(0, TILE_M)
     positions = context_len - query_len + queries
@@ -344,7 +346,7 @@ def _prefill_kernel(
     there = (queries < query_len)[:, None]
     offsets = (start + queries).to(tl.int64)[:, None] * query_stride + head * HEAD_DIM + dims[None, :]
     q = tl.load(query + offsets, mask=there, other=0.0)
-    table = block_tables + row * table_stride
+    table = block_tables + request * table_stride
     value_offset = NUM_KV_HEADS * BLOCK_SIZE
     block_rows = (block_stride // HEAD_DIM).to(tl.int32)
 
@@ -413,19 +415,19 @@ def _decode_kernel(
     USE_TMA: tl.constexpr,
     STAGES: tl.constexpr,
     COMBINED: tl.constexpr,
-    IS_PLANNED: tl.constexpr,
+    HAS_SPLIT: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """One program computes a chunk of one KV head's context, the output itself where this is all of the context."""
-    if not IS_PLANNED:
+    if not HAS_SPLIT:
         begin(OVERLAPS)
     program = tl.program_id(0)
     if program >= tl.load(chunk_starts + num_requests) * NUM_KV_HEADS:
         return
-    row = _row_of(program, chunk_starts, num_requests, NUM_KV_HEADS, PADDED_REQUESTS)
-    first_chunk = tl.load(chunk_starts + row)
-    num_chunks = tl.load(chunk_starts + row + 1) - first_chunk
-    context_len = tl.load(context_lens + row)
+    request = _request_of(program, chunk_starts, num_requests, NUM_KV_HEADS, PADDED_REQUESTS)
+    first_chunk = tl.load(chunk_starts + request)
+    num_chunks = tl.load(chunk_starts + request + 1) - first_chunk
+    context_len = tl.load(context_lens + request)
     kv_head = (program - first_chunk * NUM_KV_HEADS) // num_chunks
     chunk = (program - first_chunk * NUM_KV_HEADS) % num_chunks
     num_tiles = tl.cdiv(context_len, TILE)
@@ -435,12 +437,12 @@ def _decode_kernel(
     dims = tl.arange(0, HEAD_DIM)
     there = group < GROUP
     heads = kv_head * GROUP + group
-    offsets = row.to(tl.int64) * query_stride + heads[:, None] * HEAD_DIM + dims[None, :]
-    table = block_tables + row * table_stride
+    offsets = request.to(tl.int64) * query_stride + heads[:, None] * HEAD_DIM + dims[None, :]
+    table = block_tables + request * table_stride
     value_offset = NUM_KV_HEADS * BLOCK_SIZE
     block_rows = (block_stride // HEAD_DIM).to(tl.int32)
     block = tl.load(table + low * TILE // BLOCK_SIZE)
-    if IS_PLANNED:  # at the beginning of the step: only now is something needed of the kernel before
+    if HAS_SPLIT:  # at the beginning of the step: only now is something needed of the kernel before
         begin(OVERLAPS)
     # Keys and values come first in both products, transposed: their tiles fill the tensor cores' 16 rows, while few
     # queries share a KV head, and 8 columns are enough for most.
@@ -471,15 +473,15 @@ def _decode_kernel(
         maximum = new_maximum
 
     result = tl.trans(accumulator / total[None, :])
-    head_places = (row.to(tl.int64) * NUM_KV_HEADS + kv_head) * GROUP + group
+    head_offsets = (request.to(tl.int64) * NUM_KV_HEADS + kv_head) * GROUP + group
     if num_chunks == 1:
-        target = head_places[:, None] * HEAD_DIM + dims[None, :]
+        target = head_offsets[:, None] * HEAD_DIM + dims[None, :]
         tl.store(output + target, result.to(output.dtype.element_ty), mask=there[:, None])
         return
     places = program.to(tl.int64) * GROUP + group
     tl.store(partial + places[:, None] * HEAD_DIM + dims[None, :], result, mask=there[:, None])
     tl.store(log_sums + places, maximum * scale_log2 + tl.log2(total), mask=there)
-    num_done = chunk_starts + num_requests + 1 + row * NUM_KV_HEADS + kv_head
+    num_done = chunk_starts + num_requests + 1 + request * NUM_KV_HEADS + kv_head
     tl.debug_barrier()  # all threads have stored before one of them says so
     if tl.atomic_add(num_done, 1, sem="acq_rel") == num_chunks - 1:
         tl.debug_barrier()
@@ -489,7 +491,7 @@ def _decode_kernel(
             output,
             program - chunk,
             num_chunks,
-            row * NUM_KV_HEADS + kv_head,
+            request * NUM_KV_HEADS + kv_head,
             GROUP,
             HEAD_DIM,
             COMBINED,

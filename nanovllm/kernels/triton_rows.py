@@ -17,75 +17,75 @@ TILE_ROWS = 128
 
 
 def gather_rows(
-    slots: torch.Tensor, numbers: torch.Tensor, temperatures: torch.Tensor, block_tables: torch.Tensor, block_size: int
+    indices: torch.Tensor, fields: torch.Tensor, temperatures: torch.Tensor, block_tables: torch.Tensor, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The rows of these slots, with where their tokens go; of the block tables as much as is in use."""
-    num_rows, max_blocks = len(slots), block_tables.shape[1]
-    row_numbers = numbers.new_empty(NUM_ROW_FIELDS, num_rows)
+    """The rows at these indices, with where their tokens go; of the block tables as much as is in use."""
+    num_rows, max_blocks = len(indices), block_tables.shape[1]
+    gathered = fields.new_empty(NUM_ROW_FIELDS, num_rows)
     row_temperatures = temperatures.new_empty(num_rows)
     row_tables = block_tables.new_empty(num_rows, max_blocks)
-    slot_mapping = numbers.new_empty(num_rows)
+    slot_mapping = fields.new_empty(num_rows)
     context_lens = block_tables.new_empty(num_rows)
     _gather_rows_kernel[(num_rows,)](
-        slots,
-        numbers,
+        indices,
+        fields,
         temperatures,
         block_tables,
-        row_numbers,
+        gathered,
         row_temperatures,
         row_tables,
         slot_mapping,
         context_lens,
-        numbers.shape[1],
+        fields.shape[1],
         max_blocks,
-        NUM_NUMBERS=NUM_ROW_FIELDS,
+        NUM_FIELDS=NUM_ROW_FIELDS,
         POSITION=RowField.POSITION.value,
         BLOCK_SIZE=block_size,
         TILE=TILE_BLOCKS,
         num_warps=1,
-        **overlap(slots.device),
+        **overlap(indices.device),
     )
-    return row_numbers, row_temperatures, row_tables, slot_mapping, context_lens
+    return gathered, row_temperatures, row_tables, slot_mapping, context_lens
 
 
 def advance_rows(
-    slots: torch.Tensor, row_numbers: torch.Tensor, token_ids: torch.Tensor, numbers: torch.Tensor, spare_slot: int
+    indices: torch.Tensor, gathered: torch.Tensor, token_ids: torch.Tensor, fields: torch.Tensor, spare_row: int
 ) -> None:
-    """What the next step is fed: the sampled tokens, 0 for a negative one, a place further.
+    """What the next step is fed: the sampled tokens, 0 for a negative one, a position further.
 
-    The spare slot stays at its first place.
+    The spare row stays at its first position.
     """
-    num_rows = len(slots)
+    num_rows = len(indices)
     _advance_rows_kernel[(triton.cdiv(num_rows, TILE_ROWS),)](
-        slots,
-        row_numbers,
+        indices,
+        gathered,
         token_ids,
-        numbers,
+        fields,
         num_rows,
-        numbers.shape[1],
-        spare_slot,
+        fields.shape[1],
+        spare_row,
         LAST_TOKEN=RowField.LAST_TOKEN.value,
         POSITION=RowField.POSITION.value,
         OUTPUT_INDEX=RowField.OUTPUT_INDEX.value,
         TILE=TILE_ROWS,
-        **overlap(slots.device),
+        **overlap(indices.device),
     )
 
 
 @triton.jit
 def _gather_rows_kernel(
-    slots,
-    numbers,
+    indices,
+    fields,
     temperatures,
     block_tables,
-    row_numbers,
+    gathered,
     row_temperatures,
     row_tables,
     slot_mapping,
     context_lens,
-    num_slots,
+    num_stored,
     max_blocks,
-    NUM_NUMBERS: tl.constexpr,
+    NUM_FIELDS: tl.constexpr,
     POSITION: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
@@ -94,12 +94,12 @@ def _gather_rows_kernel(
     """One program for one row."""
     begin(OVERLAPS)
     row, num_rows = tl.program_id(0), tl.num_programs(0)
-    slot = tl.load(slots + row)
-    position = tl.load(numbers + POSITION * num_slots + slot)
-    for number in tl.static_range(NUM_NUMBERS):
-        tl.store(row_numbers + number * num_rows + row, tl.load(numbers + number * num_slots + slot))
-    tl.store(row_temperatures + row, tl.load(temperatures + slot))
-    table = block_tables + slot * max_blocks
+    index = tl.load(indices + row)
+    position = tl.load(fields + POSITION * num_stored + index)
+    for field in tl.static_range(NUM_FIELDS):
+        tl.store(gathered + field * num_rows + row, tl.load(fields + field * num_stored + index))
+    tl.store(row_temperatures + row, tl.load(temperatures + index))
+    table = block_tables + index * max_blocks
     last = (position // BLOCK_SIZE).to(tl.int32)
     block = tl.load(table + last).to(tl.int64)
     tl.store(slot_mapping + row, block * BLOCK_SIZE + position % BLOCK_SIZE)
@@ -112,13 +112,13 @@ def _gather_rows_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _advance_rows_kernel(
-    slots,
-    row_numbers,
+    indices,
+    gathered,
     token_ids,
-    numbers,
+    fields,
     num_rows,
-    num_slots,
-    spare_slot,
+    num_stored,
+    spare_row,
     LAST_TOKEN: tl.constexpr,
     POSITION: tl.constexpr,
     OUTPUT_INDEX: tl.constexpr,
@@ -128,10 +128,10 @@ def _advance_rows_kernel(
     begin(OVERLAPS)
     rows = tl.program_id(0) * TILE + tl.arange(0, TILE)
     there = rows < num_rows
-    slot = tl.load(slots + rows, mask=there, other=0)
-    position = tl.load(row_numbers + POSITION * num_rows + rows, mask=there, other=0) + 1
-    output_index = tl.load(row_numbers + OUTPUT_INDEX * num_rows + rows, mask=there, other=0) + 1
+    index = tl.load(indices + rows, mask=there, other=0)
+    position = tl.load(gathered + POSITION * num_rows + rows, mask=there, other=0) + 1
+    output_index = tl.load(gathered + OUTPUT_INDEX * num_rows + rows, mask=there, other=0) + 1
     token = tl.load(token_ids + rows, mask=there, other=0)
-    tl.store(numbers + LAST_TOKEN * num_slots + slot, tl.maximum(token, 0), mask=there)
-    tl.store(numbers + POSITION * num_slots + slot, tl.where(slot == spare_slot, 0, position), mask=there)
-    tl.store(numbers + OUTPUT_INDEX * num_slots + slot, output_index, mask=there)
+    tl.store(fields + LAST_TOKEN * num_stored + index, tl.maximum(token, 0), mask=there)
+    tl.store(fields + POSITION * num_stored + index, tl.where(index == spare_row, 0, position), mask=there)
+    tl.store(fields + OUTPUT_INDEX * num_stored + index, output_index, mask=there)

@@ -96,7 +96,7 @@ def test_decode_spread_over_any_number_of_sms(num_sms):
     shape = {"num_heads": 14, "num_kv_heads": 2, "head_dim": 128, "block_size": 64}
     case = make_case(spans, device="cuda", dtype=torch.bfloat16, **shape)
     metadata = replace(case.metadata, num_sms=num_sms)
-    case = replace(case, metadata=replace(metadata, plan=backend.plan(metadata, 2)))
+    case = replace(case, metadata=replace(metadata, work_split=backend.split_work(metadata, 2)))
     for _ in range(2):
         assert relative_error(backend, case) < TOLERANCE[torch.bfloat16]
 

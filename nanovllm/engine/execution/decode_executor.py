@@ -61,7 +61,7 @@ class DecodeExecutor:
         """A token for each row."""
         self.rows.apply(task.changes)
         output = self.paths.replay(task.num_rows, task.mean_context)
-        sampled = self._forward.resample(output, task.num_rows, task.sampling)
+        sampled = self._forward.sampled_tokens(output, task.num_rows, task.sampling)
         if task.sampling is not None:
             self.rows.correct(sampled.token_ids)
         return sampled
@@ -80,7 +80,7 @@ class DecodeExecutor:
             )
             lane_moments = pipeline.clock.last
         else:
-            metadata = self._forward.plan(inputs.metadata)
+            metadata = self._forward.split_work(inputs.metadata)
             hidden = self._forward.model(inputs.input_ids, inputs.positions, self._kv_pool, metadata)
         output = self._forward.sample(hidden, inputs.sampling)
         self.rows.advance(inputs, output.sampled.token_ids)
@@ -97,7 +97,8 @@ class DecodeExecutor:
     def close(self) -> None:
         """Gives all graphs and lanes back; statistics of the paths stay."""
         self.paths.close()
-        del self._forward, self._kv_pool, self.rows
+        for name in ("_forward", "_kv_pool", "rows"):
+            vars(self).pop(name, None)
 
 
 class NoDecode:
@@ -134,4 +135,4 @@ class NoDecode:
     def close(self) -> None: ...
 
     def _refuse(self) -> NoReturn:
-        raise AssertionError(f"{self._device} was made for prefill, it cannot run a decode step")
+        raise AssertionError(f"{self._device} was made for prefill, it does not decode")

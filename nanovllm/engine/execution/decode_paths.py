@@ -208,7 +208,8 @@ class DecodePaths:
         self.steps.clear()
         self._timed.clear()
         self._close_pipeline()
-        del self._model, self._rows, self._run_step, self._graph_pool
+        for name in ("_model", "_rows", "_run_step", "_graph_pool"):
+            vars(self).pop(name, None)
 
     # While steps run
 

@@ -47,7 +47,7 @@ class ForwardPass:
         after_store: Callable[[torch.Tensor], None] | None = None,
     ) -> StepOutput | None:
         """The whole pass; None if no row of it is sampled. `after_store` is called with each layer's KV once stored."""
-        metadata = self.plan(inputs.metadata)
+        metadata = self.split_work(inputs.metadata)
         if after_store is not None:
             metadata = dataclasses.replace(metadata, after_store=after_store)
         hidden = self.model(inputs.input_ids, inputs.positions, kv_pool, metadata)
@@ -55,10 +55,10 @@ class ForwardPass:
             return None
         return self.sample(hidden[inputs.sampled_rows], inputs.sampling)
 
-    def plan(self, metadata: AttentionMetadata) -> AttentionMetadata:
+    def split_work(self, metadata: AttentionMetadata) -> AttentionMetadata:
         """The metadata with the attention kernel's division of work, if it has one."""
-        plan = self.spec.attention.backend.plan(metadata, self.spec.num_kv_heads)
-        return dataclasses.replace(metadata, plan=plan)
+        split = self.spec.attention.backend.split_work(metadata, self.spec.num_kv_heads)
+        return dataclasses.replace(metadata, work_split=split)
 
     def sample(self, hidden: torch.Tensor, sampling: SamplingInputs) -> StepOutput:
         """[B, hidden_size] -> logits, and the tokens sampled from them."""
@@ -66,7 +66,7 @@ class ForwardPass:
         logits = self.model.compute_logits(hidden, out=out)
         return StepOutput(logits, sample(logits, sampling, self.spec.attention.backend, self.ranks))
 
-    def resample(self, output: StepOutput, num_rows: int, sampling: SamplingArrays | None) -> SampledTokens:
+    def sampled_tokens(self, output: StepOutput, num_rows: int, sampling: SamplingArrays | None) -> SampledTokens:
         """The tokens of a step's first rows: those it has sampled, or others by all of their parameters.
 
         Steps sample by temperature, seed and index; where some request filters, wants log-probabilities or may not stop

@@ -66,7 +66,7 @@ class PrefillExecutor:
             output = self._run(task.size, task.num_sampled)
         if output is None or not task.num_sampled:
             return None
-        return self._forward.resample(output, task.num_sampled, task.sampling)
+        return self._forward.sampled_tokens(output, task.num_sampled, task.sampling)
 
     def run_core(self, size: int) -> StepOutput:
         """The buffered step, padded to `size` tokens and to all the requests that there could be."""

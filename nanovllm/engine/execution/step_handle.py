@@ -41,7 +41,8 @@ class StepHandle:
     Args:
         device: where it runs.
         stream: what it runs on, behind the steps launched there before; None on a CPU.
-        after_chunks, after_decode: what each part samples; None if it has nothing to sample.
+        sampled: what the chunks and the decode rows sample, None for nothing. Each is on its way to the host before the
+            next is asked for, which may overwrite it on the device.
         began: when it began; its time on the device is known then.
     """
 
@@ -49,14 +50,12 @@ class StepHandle:
         self,
         device: Device,
         stream: abc.Hashable,
-        after_chunks: SampledTokens | None,
-        after_decode: SampledTokens | None,
+        sampled: abc.Iterable[SampledTokens | None],
         began: Moment | None = None,
     ) -> None:
         self._device = device
         self.stream = stream
-        parts = (after_chunks, after_decode)
-        self._host = [None if sampled is None else _to_host(sampled, device) for sampled in parts]
+        self._host = [None if part is None else _to_host(part, device) for part in sampled]
         self._began, self._ended = began, None if began is None else began.clock.record_moment()
         self.event: Event = device.record_event()
 

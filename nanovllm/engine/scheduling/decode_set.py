@@ -27,6 +27,8 @@ class DecodeSet:
         self._joining: list[DecodeRow] = []
         """Requests that decode and are not in the batch: new ones, and those that wait for a block."""
         self._in_flight: list[DecodeRows] = []
+        self.waits_for_blocks = False
+        """Whether a request waits for blocks of leases that have ended: no new lease may take them first."""
 
     @property
     def leases(self) -> list[Lease]:
@@ -61,6 +63,7 @@ class DecodeSet:
         Returns:
             The rows, in flight from now on; None if there are none.
         """
+        self.waits_for_blocks = False
         grown = self._update_batch(grow)
         if not self._batch:
             return None

@@ -40,6 +40,10 @@ class Lease:
         """One for each card that holds blocks of it."""
         return (self.decode,) if self.prefill is self.decode else (self.prefill, self.decode)
 
+    def holds_on(self, card: Card) -> bool:
+        """Whether it holds blocks of the card's pool."""
+        return self.decode.card is card or self.prefill.card is card
+
     @property
     def crosses(self) -> bool:
         """Whether its prompt's KV is computed on another card than the one that decodes it."""

@@ -26,7 +26,7 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 class RequestText(Protocol):
-    """The text of one request. `add` takes its next tokens and gives the next piece of text."""
+    """The text of one request. `add` takes its next tokens and gives the text that is new."""
 
     stopped: bool
     """Whether a stop string was found; the text ends before it."""
@@ -149,13 +149,13 @@ class _Decoder:
             return ""
         text = self._decoded(kept)
         end = len(text) - text.endswith(UNFINISHED)
-        piece = text[self._num_shown : end]
+        delta = text[self._num_shown : end]
         self._num_shown = max(self._num_shown, end)
         if self._vocabulary.is_free_of_context and end == len(text):
             self._kept, self._num_shown = [], 0
         elif len(kept) > MOST_KEPT:
             self._drop(len(text) - self._num_shown)
-        return piece
+        return delta
 
     def rest(self) -> str:
         """What is left to show, if no more tokens come."""
@@ -244,13 +244,13 @@ class StreamedText:
             finder.reset()
         return self._show()
 
-    def _add_text(self, piece: str) -> None:
-        if not piece:
+    def _add_text(self, delta: str) -> None:
+        if not delta:
             return
-        self._unshown.append(piece)
-        self._num_unshown += len(piece)
+        self._unshown.append(delta)
+        self._num_unshown += len(delta)
         num_exempt, self._num_exempt = self._num_exempt, 0
-        self._look_at(piece[num_exempt:], self._finders)
+        self._look_at(delta[num_exempt:], self._finders)
 
     def _add_special(self, token_id: int) -> None:
         if self._in_written is None:
@@ -260,13 +260,13 @@ class StreamedText:
             self._add_text(self._decoder.flush())
         self._look_at(self._marks[token_id], [self._in_written])
 
-    def _look_at(self, piece: str, finders: list[StopFinder]) -> None:
-        """Looks for stop strings that end in this piece, and cuts the text before the one that began first."""
+    def _look_at(self, delta: str, finders: list[StopFinder]) -> None:
+        """Looks for stop strings that end in this delta, and cuts the text before the one that began first."""
         if not self._may_stop:
             for finder in finders:
                 finder.reset()
             return
-        found = [num for finder in finders if (num := finder.add(piece)) is not None]
+        found = [num for finder in finders if (num := finder.add(delta)) is not None]
         if found and not self.stopped:
             self.stopped = True
             self._num_unshown -= max(found)

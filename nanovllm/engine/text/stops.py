@@ -63,7 +63,7 @@ class StopFinder:
         self._state = self._empty
 
     def add(self, text: str) -> int | None:
-        """Takes the next piece; if stop strings end in it, how many characters came since the first of them began."""
+        """Takes the next delta; if stop strings end in it, how many characters came since the first of them began."""
         state = self._state
         if state is self._empty and not self._first.search(text):
             return None
@@ -77,7 +77,7 @@ class StopFinder:
         return None if first is None else width - first
 
     def would_find(self, text: str) -> bool:
-        """Whether a stop string would end in this piece, if it came next."""
+        """Whether a stop string would end in this delta, if it came next."""
         state = self._state
         found = self.add(text)
         self._state = state
