@@ -11,10 +11,10 @@ from lib.ceilings import gemm_rate, linear_flops
 from lib.loads import full_length, generate_timed
 from lib.report import report
 from nanovllm import LLM
-from nanovllm.models.qwen3 import Qwen3Config
+from nanovllm.models.description import ModelDescription
 
 
-def prefill_flops(config: Qwen3Config, prompt_len: int) -> float:
+def prefill_flops(config: ModelDescription, prompt_len: int) -> float:
     """Floating-point operations of one prompt's prefill."""
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * prompt_len**2 / 2
     return linear_flops(config, prompt_len, 1) + attention

@@ -39,8 +39,10 @@ def write_checkpoint(shape: str) -> str:
     folder = write_shape(shape)
     options = {"load_format": "dummy", "device": "cpu", "dtype": "bfloat16", "num_kvcache_blocks": 1}
     with LLM(folder, **options) as llm:
-        tensors = llm.decode_runner.model.checkpoint_tensors()
-        save_file({name: view.contiguous() for name, view in tensors.items()}, Path(folder) / "model.safetensors")
+        weights = llm.decode_runner.model.checkpoint_tensors()
+        save_file(
+            {name: weight.data.contiguous() for name, weight in weights.items()}, Path(folder) / "model.safetensors"
+        )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(DEMO_MODEL_PATH) / name, folder)
     return folder

@@ -27,7 +27,6 @@ from nanovllm.kernels import AttentionMetadata, torch_reference
 from nanovllm.layers.ranks import OneRank
 from nanovllm.layers.sampler import SamplingInputs, sample
 from nanovllm.models import resolve_model
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.utils.checkpoint import checkpoint_folder, read_json
 from nanovllm.utils.device import Device
 from nanovllm.utils.loader import fill_randomly, load_weights
@@ -62,19 +61,18 @@ def on_ranks(size, run):
 
 
 def make_model(folder, ranks, *, is_dummy=False):
-    _, config = resolve_model(read_json(checkpoint_folder(folder), "config.json"))
-    model = Qwen3ForCausalLM(
+    model_class, config = resolve_model(read_json(checkpoint_folder(folder), "config.json"))
+    model = model_class(
         config, torch_reference.Backend(), 128, dtype=torch.float32, device=torch.device("cpu"), ranks=ranks
     )
     with torch.inference_mode():
         if is_dummy:
-            fill_randomly(model.checkpoint_tensors(), 7, model.checkpoint_parts())
+            fill_randomly(model.checkpoint_tensors(), 7)
         else:
             load_weights(
                 checkpoint_folder(folder),
                 model.checkpoint_tensors(),
                 model.ignored_checkpoint_tensors(),
-                model.checkpoint_parts(),
             )
     return model
 

@@ -190,9 +190,9 @@ def test_nothing_is_shared_between_the_devices(tiny_path):
         assert llm.scheduler.prefill_pool is not llm.scheduler.decode_pool
         assert prefill.kv_pool.data_ptr() != decode.kv_pool.data_ptr()
         theirs = decode.model.checkpoint_tensors()
-        for name, tensor in prefill.model.checkpoint_tensors().items():
-            assert tensor.data_ptr() != theirs[name].data_ptr()
-            assert torch.equal(tensor, theirs[name])
+        for name, weight in prefill.model.checkpoint_tensors().items():
+            assert weight.data.data_ptr() != theirs[name].data.data_ptr()
+            assert torch.equal(weight.data, theirs[name].data)
         assert prefill.model.model.layers[0].attention.rotary is not decode.model.model.layers[0].attention.rotary
         assert prefill.model.model.layers[0].attention.rotary is prefill.model.model.layers[1].attention.rotary
         assert not torch.distributed.is_initialized()

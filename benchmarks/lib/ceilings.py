@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from nanovllm.engine.execution.runner_spec import RunnerSpec
-from nanovllm.models.qwen3 import Qwen3Config
+from nanovllm.models.description import ModelDescription
 
 
 def median_ms(function: Callable[[], object], repeats: int = 20) -> float:
@@ -45,12 +45,12 @@ def kv_bytes_per_token(spec: RunnerSpec) -> float:
     return spec.block_bytes / spec.attention.block_size
 
 
-def head_parameters(config: Qwen3Config) -> int:
+def head_parameters(config: ModelDescription) -> int:
     """Weights of the output head, which is used for fewer tokens than the layers are."""
     return config.vocab_size * config.hidden_size
 
 
-def linear_flops(config: Qwen3Config, num_tokens: int, num_prompts: int) -> int:
+def linear_flops(config: ModelDescription, num_tokens: int, num_prompts: int) -> int:
     """FLOPs to prefill so many tokens of so many prompts: of all linear layers, and of the head once per prompt."""
     head = head_parameters(config)
     return 2 * ((config.num_parameters - head) * num_tokens + head * num_prompts)

@@ -33,7 +33,8 @@ from nanovllm.errors import ConfigError, ModelLoadError, NanoVLLMError, short_re
 from nanovllm.kernels import BackendRequirements, resolve_backend, torch_reference
 from nanovllm.layers.ranks import Ranks
 from nanovllm.models import resolve_model
-from nanovllm.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+from nanovllm.models.decoder import CausalLM
+from nanovllm.models.description import ModelDescription
 from nanovllm.utils.checkpoint import checkpoint_folder, read_json
 from nanovllm.utils.device import Device, DeviceClock, resolve_device, resolve_device_pair
 from nanovllm.utils.loader import differ
@@ -195,7 +196,7 @@ def runner_spec(config: EngineConfig, folder: Path, hf_config: dict[str, Any], d
     )
 
 
-def with_head_of_its_own(folder: Path, model_class: type[Qwen3ForCausalLM], model_config: Qwen3Config) -> Qwen3Config:
+def with_head_of_its_own(folder: Path, model_class: type[CausalLM], model_config: ModelDescription) -> ModelDescription:
     """The config without tied embeddings where the checkpoint has a head that is not its embedding.
 
     Raises:
@@ -228,7 +229,7 @@ def model_memory(model: str, dtype: str = "auto") -> tuple[int, int]:
     model_class, config = resolve_model(hf_config)
     resolved = resolve_dtype(dtype, hf_config, Device("cuda", 0))
     made = model_class(config, torch_reference.Backend(), 1, dtype=resolved, device=torch.device("meta"))
-    weight_bytes = sum(view.nbytes for view in made.checkpoint_tensors().values())
+    weight_bytes = sum(weight.nbytes for weight in made.checkpoint_tensors().values())
     return weight_bytes, 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * resolved.itemsize
 
 
@@ -250,17 +251,29 @@ def resolve_dtype(option: str, hf_config: dict[str, Any], device: Device) -> tor
     return dtypes[name]
 
 
-def resolve_max_model_len(option: int | None, model_config: Qwen3Config) -> int:
-    """The longest request: as asked for, else 4096 or the model's limit.
+def resolve_max_model_len(option: int | None, model_config: ModelDescription) -> int:
+    """The longest request: as asked for, else 4096, the model's limit or its window.
 
     Raises:
-        ConfigError: more than the model's positions.
+        ConfigError: more than the model's positions, or more than its layers attend to.
     """
     rope = model_config.rope
     stretched = int(rope.original_max_positions * rope.factor) if rope.rope_type == "yarn" else 0
     most = max(model_config.max_position_embeddings, stretched)
+    window = model_config.sliding_window
     if option is None:
-        return min(DEFAULT_MAX_MODEL_LEN, most)
+        default = min(DEFAULT_MAX_MODEL_LEN, most)
+        if window is None or window >= default:
+            return default
+        logger.warning(
+            "max_model_len=%d: the model has sliding_window=%d, longer requests are not served", window, window
+        )
+        return window
+    if window is not None and option > window:
+        raise ConfigError(
+            f"max_model_len={option} is above the model's sliding_window={window}, and windows that are used are not "
+            f"supported; pass at most {window}"
+        )
     if option > most:
         raise ConfigError(f"max_model_len={option} is above the model's {most} positions; pass at most that")
     return option
@@ -347,7 +360,7 @@ def _rank_runner(
     )
 
 
-def check_ranks(num_ranks: int, config: Qwen3Config, device: Device) -> None:
+def check_ranks(num_ranks: int, config: ModelDescription, device: Device) -> None:
     """Whether a model can be computed by so many ranks.
 
     Raises:
@@ -356,17 +369,11 @@ def check_ranks(num_ranks: int, config: Qwen3Config, device: Device) -> None:
     num_gpus = torch.cuda.device_count() if device.is_cuda else num_ranks
     if num_ranks > num_gpus:
         raise ConfigError(f"tensor_parallel_size={num_ranks}, but torch sees {num_gpus} GPUs; pass at most that")
-    whole = {
-        "attention heads": config.num_attention_heads,
-        "KV heads": config.num_key_value_heads,
-        "FFN rows": config.intermediate_size,
-        "tokens of the vocabulary": config.vocab_size,
-    }
-    uneven = [f"{number} {what}" for what, number in whole.items() if number % num_ranks]
+    uneven = [f"{number} {what}" for what, number in config.divided.items() if number % num_ranks]
     if uneven:
         raise ConfigError(
             f"tensor_parallel_size={num_ranks} does not divide {', '.join(uneven)}; pass one that divides "
-            f"{math.gcd(*whole.values())}"
+            f"{math.gcd(*config.divided.values())}"
         )
 
 

@@ -32,7 +32,7 @@ from nanovllm.errors import DeviceError, HandoffError, ModelLoadError, OutOfKVCa
 from nanovllm.kernels import AttentionMetadata
 from nanovllm.layers.ranks import OneRank, Ranks
 from nanovllm.layers.sampler import SampledTokens, sample
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.models.decoder import CausalLM
 from nanovllm.utils.checkpoint import first_names
 from nanovllm.utils.device import Device, DeviceClock, Event, Moment, enable_peer_access, wait_event
 from nanovllm.utils.loader import fill_randomly, load_weights
@@ -374,22 +374,21 @@ class ModelRunner:
         with torch.inference_mode(), as_written, self.device.current(), on_stream:
             yield
 
-    def _load_model(self, weights_of: ModelRunner | None) -> Qwen3ForCausalLM:
+    def _load_model(self, weights_of: ModelRunner | None) -> CausalLM:
         spec = self.spec
         self._check_weights_fit()
         model = self._make_model(self.device.torch_device)
         if weights_of is not None:
             theirs = weights_of.model.checkpoint_tensors()
-            for name, view in model.checkpoint_tensors().items():
-                view.copy_(theirs[name])
+            for name, weight in model.checkpoint_tensors().items():
+                weight.copy_from(theirs[name])
         elif spec.load_format == "dummy":
-            fill_randomly(model.checkpoint_tensors(), spec.seed, model.checkpoint_parts())
+            fill_randomly(model.checkpoint_tensors(), spec.seed)
         else:
             unused = load_weights(
                 spec.folder,
                 model.checkpoint_tensors(),
                 model.ignored_checkpoint_tensors(),
-                model.checkpoint_parts(),
                 model.substitute_checkpoint_tensors(),
             )
             if unused and not model.ranks.rank:
@@ -460,7 +459,7 @@ class ModelRunner:
         sizes = token_buckets(self.prefill_buffers.max_num_tokens)
         return StepGraphs("prefill", self.run_prefill_core, sizes, pool), pool
 
-    def _make_model(self, device: torch.device) -> Qwen3ForCausalLM:
+    def _make_model(self, device: torch.device) -> CausalLM:
         spec = self.spec
         return spec.model_class(
             spec.model_config,
@@ -472,8 +471,8 @@ class ModelRunner:
         )
 
     def _check_weights_fit(self) -> None:
-        shapes = self._make_model(torch.device("meta")).checkpoint_tensors()
-        needed = sum(view.nbytes for view in shapes.values())
+        weights = self._make_model(torch.device("meta")).checkpoint_tensors()
+        needed = sum(weight.nbytes for weight in weights.values())
         available = self.device.memory_info()[0] if self.device.is_cuda else _host_memory_bytes()
         if needed > available:
             raise ModelLoadError(

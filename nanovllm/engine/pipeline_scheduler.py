@@ -17,7 +17,7 @@ from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.observability.pipeline_statistics import LaneClock
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut, Lane, PlanStep, check_plan, make_plan
 from nanovllm.kernels import AttentionMetadata
-from nanovllm.models.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
+from nanovllm.models.decoder import CausalLM, DecoderLayer
 
 
 @dataclass
@@ -33,9 +33,7 @@ class MicroBatch:
     kept: dict[Lane, list[torch.Tensor]] = field(default_factory=lambda: {lane: [] for lane in Lane})
     """Tensors that the other lane may still read, by the lane that made them."""
 
-    def run(
-        self, step: PlanStep, layers: Sequence[Qwen3DecoderLayer], kv_pool: torch.Tensor, num_sms: int | None
-    ) -> None:
+    def run(self, step: PlanStep, layers: Sequence[DecoderLayer], kv_pool: torch.Tensor, num_sms: int | None) -> None:
         """The pieces of a step, on the current stream of so many SMs, which waits for what the step waits for."""
         # What this lane made in its last step was read by the step of the other lane that this one waits for: only now
         # may its memory be used again, by what this lane launches next.
@@ -45,24 +43,24 @@ class MicroBatch:
         made = (self.hidden, self.residual, self.heads)
         self.kept[step.lane] += [tensor for tensor in made if tensor is not None]
 
-    def _project_qkv(self, layer: Qwen3DecoderLayer, kv_cache: torch.Tensor, num_sms: int | None) -> None:
+    def _project_qkv(self, layer: DecoderLayer, kv_cache: torch.Tensor, num_sms: int | None) -> None:
         assert self.hidden is not None, "a layer begins with its input"
         self.heads, self.residual = layer.project_qkv(self.hidden, self.residual, num_sms)
         self.hidden = None
 
-    def _store_kv(self, layer: Qwen3DecoderLayer, kv_cache: torch.Tensor, num_sms: int | None) -> None:
+    def _store_kv(self, layer: DecoderLayer, kv_cache: torch.Tensor, num_sms: int | None) -> None:
         assert self.heads is not None, "keys and values follow their projection"
         self.heads = layer.store_kv(self.heads, self.positions, kv_cache, self.metadata)
 
-    def _attend(self, layer: Qwen3DecoderLayer, kv_cache: torch.Tensor, num_sms: int | None) -> None:
+    def _attend(self, layer: DecoderLayer, kv_cache: torch.Tensor, num_sms: int | None) -> None:
         assert self.heads is not None, "attention follows the projection of its heads"
         self.heads = layer.attend(self.heads, kv_cache, self.metadata)
 
-    def _project_out(self, layer: Qwen3DecoderLayer, kv_cache: torch.Tensor, num_sms: int | None) -> None:
+    def _project_out(self, layer: DecoderLayer, kv_cache: torch.Tensor, num_sms: int | None) -> None:
         assert self.heads is not None, "the output projection follows attention"
         self.hidden, self.heads = layer.project_out(self.heads, num_sms), None
 
-    def _feed_forward(self, layer: Qwen3DecoderLayer, kv_cache: torch.Tensor, num_sms: int | None) -> None:
+    def _feed_forward(self, layer: DecoderLayer, kv_cache: torch.Tensor, num_sms: int | None) -> None:
         assert self.hidden is not None, "the FFN follows the attention stage"
         assert self.residual is not None, "a layer that has begun has a residual"
         self.hidden, self.residual = layer.feed_forward(self.hidden, self.residual, num_sms)
@@ -82,7 +80,7 @@ class PipelineScheduler:
 
     def __init__(
         self,
-        model: Qwen3ForCausalLM,
+        model: CausalLM,
         green_manager: GreenManager,
         enable_profiling: bool = False,
         *,

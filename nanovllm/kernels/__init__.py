@@ -81,23 +81,25 @@ class Kernels(Protocol):
     def norm_rotate_store(
         self,
         qkv: torch.Tensor,
-        query_weight: torch.Tensor,
-        key_weight: torch.Tensor,
+        query_weight: torch.Tensor | None,
+        key_weight: torch.Tensor | None,
         eps: float,
         positions: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
+        cos: torch.Tensor | None,
+        sin: torch.Tensor | None,
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> torch.Tensor:
-        """Norms and rotates the query and key heads of `qkv`, and stores keys and values in the pool.
+        """Norms and rotates the query and key heads of `qkv`, or does one of the two or neither, and stores keys and
+        values in the pool.
 
         Args:
             qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim]: query, key and value heads, contiguous.
-            query_weight, key_weight: [head_dim], of the RMSNorm over each head.
+            query_weight, key_weight: [head_dim], of the RMSNorm over each head; None, both, for no norm.
             eps: of the norms.
             positions: [T] int64, rows of the tables.
-            cos, sin: [max_positions, head_dim / 2] float32; pair (i, i + head_dim / 2) is rotated.
+            cos, sin: [max_positions, head_dim / 2] float32; pair (i, i + head_dim / 2) is rotated; None, both, for no
+                rotation.
             kv_cache: the layer's view of the pool.
             slot_mapping: [T] int64, as in `AttentionMetadata`.
 
@@ -138,6 +140,7 @@ class Kernels(Protocol):
         residual: torch.Tensor | None,
         norm: tuple[torch.Tensor, float],
         weight: torch.Tensor,
+        bias: torch.Tensor | None,
         num_sms: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`silu_and_mul` of `norm_linear`, and the sum."""

@@ -24,21 +24,25 @@ class Backend:
     def norm_rotate_store(
         self,
         qkv: torch.Tensor,
-        query_weight: torch.Tensor,
-        key_weight: torch.Tensor,
+        query_weight: torch.Tensor | None,
+        key_weight: torch.Tensor | None,
         eps: float,
         positions: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
+        cos: torch.Tensor | None,
+        sin: torch.Tensor | None,
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> torch.Tensor:
         num_kv_heads, head_dim = kv_cache.shape[2], kv_cache.shape[4]
         heads = qkv.unflatten(-1, (-1, head_dim))
         query, key, value = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
-        cos_rows, sin_rows = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
-        store_kv(_rotate(_rms_norm(key, key_weight, eps), cos_rows, sin_rows), value, kv_cache, slot_mapping)
-        return _rotate(_rms_norm(query, query_weight, eps), cos_rows, sin_rows)
+        if query_weight is not None and key_weight is not None:
+            query, key = _rms_norm(query, query_weight, eps), _rms_norm(key, key_weight, eps)
+        if cos is not None and sin is not None:
+            angles = (cos[positions].unsqueeze(1), sin[positions].unsqueeze(1))
+            query, key = _rotate(query, *angles), _rotate(key, *angles)
+        store_kv(key, value, kv_cache, slot_mapping)
+        return query
 
     def plan(self, metadata: AttentionMetadata, num_kv_heads: int) -> None:
         return None
@@ -77,9 +81,10 @@ class Backend:
         residual: torch.Tensor | None,
         norm: tuple[torch.Tensor, float],
         weight: torch.Tensor,
+        bias: torch.Tensor | None,
         num_sms: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        gate_up, total = self.norm_linear(x, residual, norm, weight, None)
+        gate_up, total = self.norm_linear(x, residual, norm, weight, bias)
         return self.silu_and_mul(gate_up), total
 
     def add_rms_norm(

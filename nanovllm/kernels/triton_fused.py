@@ -58,16 +58,17 @@ def norm_gated_linear(
     residual: torch.Tensor | None,
     norm: tuple[torch.Tensor, float],
     weight: torch.Tensor,
+    bias: torch.Tensor | None,
     num_sms: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """silu(gate) * up of what `norm_linear` gives, gate first, and the sum."""
-    if num_sms is not None and cuda_gemm.can_serve(x, weight):
+    if num_sms is not None and bias is None and cuda_gemm.can_serve(x, weight):
         normed, total = add_rms_norm(x, residual, *norm)
         return cuda_gemm.shared_linear(normed, weight, num_sms, is_gated=True), total
     if x.shape[0] > 1:
-        gate_up, total = norm_linear(x, residual, norm, weight, None)
+        gate_up, total = norm_linear(x, residual, norm, weight, bias)
         return silu_and_mul(gate_up), total
-    return _vector_linear(x, residual, norm, weight, None, is_gated=True)
+    return _vector_linear(x, residual, norm, weight, bias, is_gated=True)
 
 
 def _vector_linear(
@@ -144,17 +145,19 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 def norm_rotate_store(
     qkv: torch.Tensor,
-    query_weight: torch.Tensor,
-    key_weight: torch.Tensor,
+    query_weight: torch.Tensor | None,
+    key_weight: torch.Tensor | None,
     eps: float,
     positions: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
-    """Norms and rotates query and key heads, stores keys and values in the pool, returns the query heads.
+    """Norms and rotates query and key heads, or does one of the two or neither, stores keys and values in the pool,
+    returns the query heads.
 
+    What is left out is None, which is compiled as such: each choice is a kernel of its own.
     What follows a request's last value in its tile of the pool is set to 0, for the attention kernels to read.
     """
     num_kv_heads, block_size, head_dim = kv_cache.shape[2:]
@@ -309,7 +312,11 @@ def _vector_linear_kernel(
         # Rounded where kernels of their own would round.
         gate = result.to(output.dtype.element_ty).to(tl.float32)
         activated = (gate / (1.0 + tl.exp(-gate))).to(output.dtype.element_ty)
-        tl.store(output + outputs, activated * tl.sum(up_products, 1).to(output.dtype.element_ty), mask=there)
+        target = output + outputs
+        gated = tl.sum(up_products, 1)
+        if HAS_BIAS:
+            gated += tl.load(bias + num_outputs + outputs, mask=there, other=0.0).to(tl.float32)
+        tl.store(target, activated * gated.to(output.dtype.element_ty), mask=there)
     else:
         tl.store(output + outputs, result.to(output.dtype.element_ty), mask=there)
 
@@ -357,17 +364,20 @@ def _silu_and_mul_kernel(gate_up, output, size, TILE: tl.constexpr, OVERLAPS: tl
 
 @triton.jit
 def _norm_rotate(first, second, weight, cos, sin, eps, HEAD_DIM: tl.constexpr):
-    """Both halves of [heads, HEAD_DIM], normed and rotated, in their own type."""
-    half = tl.arange(0, HEAD_DIM // 2)[None, :]
-    wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
-    squares = tl.sum(wide_first * wide_first, 1) + tl.sum(wide_second * wide_second, 1)
-    scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
-    normed_first = (wide_first * scale).to(first.dtype) * tl.load(weight + half)
-    normed_second = (wide_second * scale).to(second.dtype) * tl.load(weight + HEAD_DIM // 2 + half)
-    wide_first, wide_second = normed_first.to(tl.float32), normed_second.to(tl.float32)
-    rotated_first = wide_first * cos - wide_second * sin
-    rotated_second = wide_second * cos + wide_first * sin
-    return rotated_first.to(first.dtype), rotated_second.to(second.dtype)
+    """Both halves of [heads, HEAD_DIM], normed if there is a weight, rotated if there are angles, in their own type."""
+    if weight is not None:
+        half = tl.arange(0, HEAD_DIM // 2)[None, :]
+        wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
+        squares = tl.sum(wide_first * wide_first, 1) + tl.sum(wide_second * wide_second, 1)
+        scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+        first = (wide_first * scale).to(first.dtype) * tl.load(weight + half)
+        second = (wide_second * scale).to(second.dtype) * tl.load(weight + HEAD_DIM // 2 + half)
+    if cos is not None:
+        wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
+        rotated_first = wide_first * cos - wide_second * sin
+        rotated_second = wide_second * cos + wide_first * sin
+        first, second = rotated_first.to(first.dtype), rotated_second.to(second.dtype)
+    return first, second
 
 
 @triton.jit
@@ -404,8 +414,10 @@ def _norm_rotate_store_kernel(
     slot = tl.load(slot_mapping + token)
     previous = tl.load(slot_mapping + token - 1, mask=token > 0, other=-1)
     following = tl.load(slot_mapping + token + 1, mask=token + 1 < tl.num_programs(0), other=-1)
-    cos_row = tl.load(cos + position * (HEAD_DIM // 2) + half)
-    sin_row = tl.load(sin + position * (HEAD_DIM // 2) + half)
+    cos_row, sin_row = None, None
+    if cos is not None:
+        cos_row = tl.load(cos + position * (HEAD_DIM // 2) + half)
+        sin_row = tl.load(sin + position * (HEAD_DIM // 2) + half)
     begin(OVERLAPS)
 
     # All loads before all stores: what waits for memory waits once.

@@ -7,18 +7,31 @@ from torch import nn
 
 from nanovllm.kernels import AttentionMetadata, Kernels
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
+from nanovllm.utils.weight import Weight
 
 
 class PagedAttention(nn.Module):
-    """QK-norm, rotary embedding and paged attention; the KV of a step's tokens is stored before any of them attends."""
+    """QK-norm, rotary embedding (either may be left out) and paged attention.
+
+    The KV of a step's tokens is stored before any of them attends.
+
+    Args:
+        head_dim: of query, key and value heads.
+        eps: of the RMSNorm over each query and key head.
+        rotary: the angles of positions, None for a layer whose heads are not rotated.
+        backend: stores and attends.
+        qk_norm: whether query and key heads are normed.
+        dtype, device: of the norms' weights.
+    """
 
     def __init__(
         self,
         head_dim: int,
         eps: float,
-        rotary: RotaryEmbedding,
+        rotary: RotaryEmbedding | None,
         backend: Kernels,
         *,
+        qk_norm: bool,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -27,8 +40,10 @@ class PagedAttention(nn.Module):
         self.scale = head_dim**-0.5
         self.rotary = rotary
         self.backend = backend
-        self.query_weight = nn.Parameter(torch.empty(head_dim, dtype=dtype, device=device), requires_grad=False)
-        self.key_weight = nn.Parameter(torch.empty(head_dim, dtype=dtype, device=device), requires_grad=False)
+        self.query_weight, self.key_weight = (
+            nn.Parameter(torch.empty(head_dim, dtype=dtype, device=device), requires_grad=False) if qk_norm else None
+            for _ in range(2)
+        )
 
     def store_kv(
         self, qkv: torch.Tensor, positions: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata
@@ -40,14 +55,19 @@ class PagedAttention(nn.Module):
             self.key_weight,
             self.eps,
             positions,
-            self.rotary.cos,
-            self.rotary.sin,
+            None if self.rotary is None else self.rotary.cos,
+            None if self.rotary is None else self.rotary.sin,
             kv_cache,
             metadata.slot_mapping,
         )
         if metadata.after_store is not None:
             metadata.after_store(kv_cache)
         return query
+
+    def checkpoint_tensors(self) -> dict[str, Weight]:
+        """The norms' weights, whole on every rank: heads of all ranks share them."""
+        weights = {"q_norm.weight": self.query_weight, "k_norm.weight": self.key_weight}
+        return {name: Weight(weight) for name, weight in weights.items() if weight is not None}
 
     def attend(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         """[T, num_heads, head_dim] -> the same."""

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from nanovllm.layers.ranks import Ranks
+from nanovllm.layers.ranks import Ranks, part_of
+from nanovllm.utils.weight import Weight
 
 
 class TokenEmbedding(nn.Module):
@@ -34,3 +35,7 @@ class TokenEmbedding(nn.Module):
     def project(self, hidden: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, vocab_size / ranks], in `out` if given."""
         return torch.mm(hidden, self.weight.T, out=out)
+
+    def checkpoint_tensor(self) -> Weight:
+        """The weight, of which each rank has the rows of its tokens."""
+        return Weight(self.weight, part_of(self.ranks, 0))

@@ -9,6 +9,7 @@ from torch import nn
 
 from nanovllm.kernels import Kernels
 from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.utils.weight import Part, Weight
 
 
 class Linear(nn.Module):
@@ -47,13 +48,19 @@ class Linear(nn.Module):
     def forward_gated(
         self, x: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm, num_sms: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """silu(first half of y) * second half, of the same; SwiGLU's gate and up without bias."""
-        assert self.bias is None, "gate and up have no bias"
-        return self.backend.norm_gated_linear(x, residual, (norm.weight, norm.eps), self.weight, num_sms)
+        """silu(first half of y) * second half, of the same; SwiGLU's gate and up."""
+        return self.backend.norm_gated_linear(x, residual, (norm.weight, norm.eps), self.weight, self.bias, num_sms)
 
-    def parts(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The views that checkpoint tensors `<name>.weight` (and `<name>.bias`) are loaded into, one name a part."""
-        views = dict(zip((f"{name}.weight" for name in names), self.weight.split(self.out_features), strict=True))
+    def checkpoint_tensors(self, names: Sequence[str], part: Part | None) -> dict[str, Weight]:
+        """Checkpoint tensors `<name>.weight` (and `<name>.bias`), one name for each of the stacked ones.
+
+        `part` is what this rank holds of each weight: some of its outputs (dim 0), and of the bias the same, or some of
+        its inputs (dim 1), and of the bias all.
+        """
+        weights = (Weight(view, part) for view in self.weight.split(self.out_features))
+        tensors = dict(zip((f"{name}.weight" for name in names), weights, strict=True))
         if self.bias is not None:
-            views |= zip((f"{name}.bias" for name in names), self.bias.split(self.out_features), strict=True)
-        return views
+            bias_part = None if part is None or part.dim == 1 else part
+            biases = (Weight(view, bias_part) for view in self.bias.split(self.out_features))
+            tensors |= zip((f"{name}.bias" for name in names), biases, strict=True)
+        return tensors

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from nanovllm.utils.weight import Part
 
 
 class Ranks(Protocol):
@@ -47,19 +47,6 @@ class OneRank:
         return
 
 
-@dataclass(frozen=True)
-class Part:
-    """Which part of a checkpoint's tensor a rank holds: the `rank`th of `size` equal ones along `dim`."""
-
-    dim: int
-    rank: int
-    size: int
-
-    def whole_shape(self, shape: torch.Size) -> torch.Size:
-        """The shape of the whole tensor of which `shape` is a part's."""
-        return torch.Size(n * self.size if dim == self.dim else n for dim, n in enumerate(shape))
-
-    def index(self, whole_shape: Sequence[int]) -> tuple[slice, ...]:
-        """What takes the part out of a whole tensor."""
-        length = whole_shape[self.dim] // self.size
-        return (*[slice(None)] * self.dim, slice(self.rank * length, (self.rank + 1) * length))
+def part_of(ranks: Ranks, dim: int) -> Part | None:
+    """What this rank holds of a tensor that is divided along `dim`; None, all of it, for a rank alone."""
+    return None if ranks.size == 1 else Part(dim, ranks.rank, ranks.size)

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., 2021): default, linear and YaRN frequencies.
+"""Rotary position embedding (Su et al., 2021): default, linear, YaRN and Llama 3 frequencies.
 
 Tables of angles only; kernels rotate by them. A table belongs to one model on one device; layers are given it.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-ROPE_TYPES = ("default", "linear", "yarn")
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,15 @@ class RopeConfig:
         head_dim: dimensions that are rotated, in pairs (i, i + head_dim / 2).
         theta: base of the geometric series of frequencies.
         rope_type: one of `ROPE_TYPES`.
-        factor: how much longer contexts are than in training (linear, yarn).
-        original_max_positions: context length in training (yarn).
+        factor: how much longer contexts are than in training (all but default).
+        original_max_positions: context length in training (yarn, llama3).
         beta_fast, beta_slow: turns over the original context above which a pair is kept, below which it is
             interpolated (yarn).
         attention_factor: scale of the rotated vectors; None takes YaRN's 0.1 ln(factor) + 1.
         mscale, mscale_all_dim: coefficients in place of the 0.1 above, as a ratio of two such scales.
         truncate: whether the borders of YaRN's ramp are rounded to whole pairs.
+        low_freq_factor, high_freq_factor: turns over the original context below which a pair is interpolated, above
+            which it is kept (llama3).
     """
 
     head_dim: int
@@ -41,6 +43,8 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
 
 
 class RotaryEmbedding:
@@ -62,9 +66,21 @@ def inverse_frequencies(config: RopeConfig) -> tuple[torch.Tensor, float]:
         return frequencies, 1.0
     if config.rope_type == "linear":
         return frequencies / config.factor, 1.0
-    assert config.rope_type == "yarn", f"rope type {config.rope_type} was let through by the model's config"
-    kept = _yarn_kept_share(config)
-    return frequencies * kept + frequencies / config.factor * (1.0 - kept), _yarn_attention_factor(config)
+    if config.rope_type == "llama3":
+        kept, scale = _llama3_kept_share(config, frequencies), 1.0
+    else:
+        assert config.rope_type == "yarn", f"rope type {config.rope_type} was let through by the model's config"
+        kept, scale = _yarn_kept_share(config), _yarn_attention_factor(config)
+    return frequencies * kept + frequencies / config.factor * (1.0 - kept), scale
+
+
+def _llama3_kept_share(config: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:
+    """How much of its trained frequency each pair keeps, by its turns over the original context; a ramp between.
+
+    As Llama 3.1 was published (Grattafiori et al., 2024, arXiv 2407.21783); the figures are in its config.json.
+    """
+    turns = config.original_max_positions * frequencies / (2 * math.pi)
+    return ((turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)).clamp(0.0, 1.0)
 
 
 def _yarn_kept_share(config: RopeConfig) -> torch.Tensor:

@@ -1,21 +1,20 @@
-"""Architecture names, as `config.json` gives them, and the classes that serve them."""
+"""The families of models that are served, by `model_type` and by architecture, as `config.json` names them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from nanovllm.errors import ModelLoadError, short_repr
-from nanovllm.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+from nanovllm.models import llama, mistral, qwen2, qwen3, smollm3
+from nanovllm.models.decoder import CausalLM
+from nanovllm.models.description import ModelDescription
 
-MODEL_CLASSES: dict[str, type[Qwen3ForCausalLM]] = {
-    "Qwen3ForCausalLM": Qwen3ForCausalLM,
-    "Qwen3Model": Qwen3ForCausalLM,  # the base model alone, which holds all weights where embeddings are tied
-}
-MODEL_TYPES: dict[str, type[Qwen3ForCausalLM]] = {"qwen3": Qwen3ForCausalLM}
+FAMILIES = (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, smollm3.FAMILY)
+BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}
 
 
-def resolve_model(config: dict[str, Any]) -> tuple[type[Qwen3ForCausalLM], Qwen3Config]:
-    """The class and the parsed config of a checkpoint's `config.json`.
+def resolve_model(config: dict[str, Any]) -> tuple[type[CausalLM], ModelDescription]:
+    """The class that serves a checkpoint, and what its `config.json` describes.
 
     Raises:
         ModelLoadError: the architecture or the model type is not supported, they contradict each other, or the config
@@ -23,14 +22,15 @@ def resolve_model(config: dict[str, Any]) -> tuple[type[Qwen3ForCausalLM], Qwen3
     """
     architectures, model_type = config.get("architectures"), config.get("model_type")
     for name in architectures if isinstance(architectures, list) else ():
-        if isinstance(name, str) and name in MODEL_CLASSES:
+        if isinstance(name, str) and name in BY_ARCHITECTURE:
+            family = BY_ARCHITECTURE[name]
             # This is what transformers goes by.
-            if not isinstance(model_type, str) or MODEL_TYPES.get(model_type) is not MODEL_CLASSES[name]:
+            if model_type != family.model_type:
                 raise ModelLoadError(
                     f"model_type={short_repr(model_type)} with architectures={short_repr(architectures)} is not "
-                    f"supported; supported: {', '.join(MODEL_TYPES)}"
+                    f"supported; supported: {', '.join(family.model_type for family in FAMILIES)}"
                 )
-            return MODEL_CLASSES[name], Qwen3Config.from_dict(config)
+            return CausalLM, family.read(config)
     raise ModelLoadError(
-        f"architectures={short_repr(architectures)} is not supported; supported: {', '.join(MODEL_CLASSES)}"
+        f"architectures={short_repr(architectures)} is not supported; supported: {', '.join(BY_ARCHITECTURE)}"
     )

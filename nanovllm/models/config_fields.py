@@ -27,7 +27,10 @@ ROPE_FIELDS = {
         "mscale_all_dim",
         "truncate",
     },
+    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
 }
+NOT_IN_ANY_FAMILY = ("attn_logit_softcapping", "final_logit_softcapping")
+"""Fields of other families, which change what a model computes; transformers would not look at them."""
 
 
 def positive(config: dict[str, Any], name: str, default: int | None = None) -> int:
@@ -96,10 +99,60 @@ def refuse_unsupported(config: dict[str, Any]) -> None:
             f"transformers_weights={short_repr(config['transformers_weights'])} is not supported; rename that file to "
             "model.safetensors and take the field out"
         )
-    if flag(config, "use_sliding_window"):
-        raise ModelLoadError("use_sliding_window=true is not supported; only full attention is")
+    for name in NOT_IN_ANY_FAMILY:
+        if config.get(name) is not None:
+            raise ModelLoadError(
+                f"{name}={short_repr(config[name])} is not supported; take the field out if the model was made without"
+            )
     if config.get("hidden_act", "silu") != "silu":
         raise ModelLoadError(f"hidden_act={short_repr(config['hidden_act'])} is not supported; only 'silu' is")
+
+
+def head_dim_or_share(config: dict[str, Any], *, may_be_null: bool = False) -> int:
+    """`head_dim`, or, where it is left out, as much of `hidden_size` as a query head's share.
+
+    Raises:
+        ModelLoadError: it is no positive integer, or null where that may not be; or the others are none.
+    """
+    if "head_dim" not in config or (may_be_null and config["head_dim"] is None):
+        hidden_size, heads = positive(config, "hidden_size"), positive(config, "num_attention_heads")
+        if hidden_size < heads:
+            raise ModelLoadError(f"hidden_size={hidden_size} is below num_attention_heads={heads}; give head_dim")
+        return hidden_size // heads
+    return positive(config, "head_dim")
+
+
+def refuse_window_from_layer(config: dict[str, Any]) -> None:
+    """Refuses a window that the layers from `max_window_layers` on have, unless there is no such layer.
+
+    Raises:
+        ModelLoadError: there is one, or a field is of the wrong type.
+    """
+    first = config.get("max_window_layers", 28)
+    if isinstance(first, bool) or not isinstance(first, int):
+        raise ModelLoadError(f"config.json: max_window_layers={short_repr(first)} is not an integer")
+    if first < positive(config, "num_hidden_layers"):
+        refuse_window(config, default=4096)
+    else:
+        flag(config, "use_sliding_window")
+
+
+def refuse_window(config: dict[str, Any], *, default: int | None) -> None:
+    """Refuses the window of layers that have it, unless `use_sliding_window` or `layer_types` says otherwise.
+
+    Args:
+        config: the object in `config.json`.
+        default: the window of a config without `sliding_window`.
+
+    Raises:
+        ModelLoadError: they have a window, or a field is of the wrong type.
+    """
+    window = config.get("sliding_window", default)
+    if flag(config, "use_sliding_window") and window is not None and config.get("layer_types") is None:
+        raise ModelLoadError(
+            f"use_sliding_window=true is not supported where layers have the window "
+            f"(sliding_window={short_repr(window)}); only full attention is"
+        )
 
 
 def check_layer_types(config: dict[str, Any], num_layers: int) -> None:
@@ -120,13 +173,13 @@ def check_layer_types(config: dict[str, Any], num_layers: int) -> None:
         )
 
 
-def rope_config(config: dict[str, Any], head_dim: int, max_positions: int) -> RopeConfig:
-    """The frequencies that a config asks for.
+def rope_config(config: dict[str, Any], head_dim: int, max_positions: int, default_theta: float) -> RopeConfig:
+    """The frequencies that a config asks for; `default_theta` is the base of one that has no `rope_theta`.
 
     Raises:
         ModelLoadError: a field is missing, of the wrong type, contradicts another or is not supported.
     """
-    rope = _rope_fields(config)
+    rope = _rope_fields(config, default_theta)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
         raise ModelLoadError(f"rope type {short_repr(rope_type)} is not supported; supported: {', '.join(ROPE_TYPES)}")
@@ -136,19 +189,34 @@ def rope_config(config: dict[str, Any], head_dim: int, max_positions: int) -> Ro
         raise ModelLoadError(f"config.json: rope_theta={theta} is not above 1")
     if rope_type == "default":
         return RopeConfig(head_dim, theta)
-    if "factor" not in rope:
-        raise ModelLoadError(f"rope type {rope_type!r} needs a 'factor'; the config has {short_repr(rope)}")
+    for name in ("factor", "low_freq_factor", "high_freq_factor"):
+        if name in ROPE_FIELDS[rope_type] and name not in rope:
+            raise ModelLoadError(f"rope type {rope_type!r} needs a {name!r}; the config has {short_repr(rope)}")
     factor = number(rope, "factor")
     if rope_type == "linear":
         return RopeConfig(head_dim, theta, "linear", factor)
+    # The one beside the rope fields counts more than the one among them.
     original = positive(rope, "original_max_position_embeddings", max_positions)
+    original = positive(config, "original_max_position_embeddings", original)
+    if rope_type == "llama3":
+        low, high = number(rope, "low_freq_factor"), number(rope, "high_freq_factor")
+        if low >= high:
+            raise ModelLoadError(f"config.json: low_freq_factor={low} is not below high_freq_factor={high}")
+        return RopeConfig(
+            head_dim,
+            theta,
+            "llama3",
+            factor,
+            original_max_positions=original,
+            low_freq_factor=low,
+            high_freq_factor=high,
+        )
     return RopeConfig(
         head_dim,
         theta,
         "yarn",
         factor,
-        # The one beside the rope fields counts more than the one among them.
-        original_max_positions=positive(config, "original_max_position_embeddings", original),
+        original_max_positions=original,
         beta_fast=optional_number(rope, "beta_fast") or RopeConfig.beta_fast,
         beta_slow=optional_number(rope, "beta_slow") or RopeConfig.beta_slow,
         attention_factor=optional_number(rope, "attention_factor"),
@@ -158,13 +226,13 @@ def rope_config(config: dict[str, Any], head_dim: int, max_positions: int) -> Ro
     )
 
 
-def _rope_fields(config: dict[str, Any]) -> dict[str, Any]:
+def _rope_fields(config: dict[str, Any], default_theta: float) -> dict[str, Any]:
     """`rope_parameters`, or `rope_scaling`, which takes their place, with the `rope_theta` that may be beside."""
     for name in ("rope_scaling", "rope_parameters"):
         if config.get(name) and not isinstance(config[name], dict):
             raise ModelLoadError(f"config.json: {name}={short_repr(config[name])} is not an object")
     scaling, parameters = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
-    rope = {"rope_theta": config.get("rope_theta", DEFAULT_ROPE_THETA), **(scaling or parameters)}
+    rope = {"rope_theta": config.get("rope_theta", default_theta), **(scaling or parameters)}
     if scaling and "rope_theta" in parameters and parameters["rope_theta"] != rope["rope_theta"]:
         raise ModelLoadError(
             f"config.json: rope_scaling takes the place of rope_parameters, whose "

@@ -1,13 +1,13 @@
-"""Reads the tensors of a checkpoint's safetensors into a model's views. Runs no code of it, reads no pickles."""
+"""Reads the tensors of a checkpoint's safetensors into a model's weights. Runs no code of it, reads no pickles."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import xxhash
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from nanovllm.errors import ModelLoadError
 from nanovllm.utils.checkpoint import first_names, is_lfs_pointer, weight_files
+from nanovllm.utils.weight import Weight
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PREFIX = "model."
@@ -22,16 +23,6 @@ PREFIX = "model."
 RECOMPUTED = "rotary_emb.inv_freq"
 """Name of a buffer that older checkpoints hold, although config.json implies it."""
 COMPARED_BYTES = 64 * 1024**2
-
-
-class TensorPart(Protocol):
-    """Which part of a checkpoint's tensor is wanted."""
-
-    def whole_shape(self, shape: torch.Size) -> torch.Size:
-        """The shape of the tensor of which `shape` is a part's."""
-
-    def index(self, whole_shape: Sequence[int]) -> tuple[slice, ...]:
-        """What takes the part out of a whole tensor."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +35,16 @@ class StoredTensor:
 
 def load_weights(
     folder: Path,
-    targets: dict[str, torch.Tensor],
+    targets: Mapping[str, Weight],
     ignored: Iterable[str] = (),
-    parts: Mapping[str, TensorPart] | None = None,
     substitutes: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Copies every tensor of a checkpoint, or its part, into the view of its name, converting its type.
+    """Copies every tensor of a checkpoint, or its part, into the weight of its name, converting its type.
 
     Args:
         folder: of the checkpoint.
-        targets: views by name.
+        targets: weights by name.
         ignored: names that a checkpoint may have and that are not loaded.
-        parts: of the tensors of which a part is wanted.
         substitutes: for a name that the checkpoint may lack, the one whose tensor is taken then.
 
     Returns:
@@ -76,7 +65,7 @@ def load_weights(
     for path, names in by_path.items():
         with _open(path) as tensors:
             for name in names:
-                _copy(path, stored[sources[name]].name, tensors, targets[name], (parts or {}).get(name))
+                _copy(path, stored[sources[name]].name, tensors, targets[name])
     return unused
 
 
@@ -101,21 +90,14 @@ def differ(folder: Path, first: str, second: str) -> bool:
     return False
 
 
-def fill_randomly(targets: dict[str, torch.Tensor], seed: int, parts: Mapping[str, TensorPart] | None = None) -> None:
+def fill_randomly(targets: Mapping[str, Weight], seed: int) -> None:
     """Random weights in place of a checkpoint's: norms near 1, biases small, the rest normal with deviation 0.02.
 
     A tensor's depend on its name and the seed alone, and parts are those of the same tensors.
     """
-    for name, view in targets.items():
-        part = (parts or {}).get(name)
-        whole = view
-        if part is not None:
-            whole = torch.empty(part.whole_shape(view.shape), dtype=view.dtype, device=view.device)
+    for name, weight in targets.items():
         own_seed = xxhash.xxh64(name.encode(), seed=seed).intdigest() >> 1
-        generator = torch.Generator(view.device).manual_seed(own_seed)
-        whole.normal_(1.0 if "norm" in name else 0.0, 0.02, generator=generator)
-        if part is not None:
-            view.copy_(whole[part.index(whole.shape)])
+        weight.fill_normal(1.0 if "norm" in name else 0.0, 0.02, own_seed)
 
 
 def _stored_tensors(folder: Path, known: Collection[str]) -> dict[str, StoredTensor]:
@@ -171,20 +153,20 @@ def _slice(stored: StoredTensor) -> Iterator[Any]:
             ) from error
 
 
-def _copy(path: Path, name: str, tensors: Any, target: torch.Tensor, part: TensorPart | None) -> None:
-    shape = list(target.shape if part is None else part.whole_shape(target.shape))
+def _copy(path: Path, name: str, tensors: Any, target: Weight) -> None:
+    shape = list(target.whole_shape)
     try:
         stored = tensors.get_slice(name)
         if stored.get_shape() != shape:
             raise ModelLoadError(f"{path}: tensor {name!r} has shape {stored.get_shape()}, config.json implies {shape}")
-        tensor = stored[:] if part is None else stored[part.index(shape)]
+        tensor = stored[target.index]
     except (SafetensorError, OSError) as error:
         raise ModelLoadError(f"{path}: tensor {name!r} cannot be read ({error}); download it again") from error
     if tensor.dtype not in WEIGHT_DTYPES:
         raise ModelLoadError(
             f"{path}: tensor {name!r} is {tensor.dtype}; weights are served in a float type of 16 bits or more"
         )
-    target.copy_(tensor)
+    target.store(tensor)
 
 
 def _check_all_there(folder: Path, missing: list[str], unused: list[str]) -> None:

@@ -38,7 +38,7 @@ from nanovllm.engine.scheduling.calibration import Calibration, Measured, keep_c
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut, Split
 from nanovllm.engine.scheduling.rebalancer import Rebalancer, StepTimes
 from nanovllm.errors import BackendUnavailableError, ConfigError, GreenContextError
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.models.decoder import CausalLM
 from nanovllm.utils.device import Device, DeviceClock, Stopwatch, driver_version
 from nanovllm.version import __version__
 
@@ -90,7 +90,7 @@ class DecodeCore(Protocol):
     """What decode steps are made of, on one device; see `ModelRunner`."""
 
     device: Device
-    model: Qwen3ForCausalLM
+    model: CausalLM
     clock: DeviceClock | None
     decode_rows: DeviceDecodeBatch | None
     graph_pool: Any

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from nanovllm.kernels import ResolvedBackend
-from nanovllm.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+from nanovllm.models.decoder import CausalLM
+from nanovllm.models.description import ModelDescription
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,8 @@ class RunnerSpec:
     """What runners of one engine have in common."""
 
     folder: Path
-    model_class: type[Qwen3ForCausalLM]
-    model_config: Qwen3Config
+    model_class: type[CausalLM]
+    model_config: ModelDescription
     attention: ResolvedBackend
     dtype: torch.dtype
     load_format: str

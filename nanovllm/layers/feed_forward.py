@@ -1,0 +1,82 @@
+"""The feed-forward part of a layer, which a model's description chooses and sizes. Knows nothing of attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from nanovllm.kernels import Kernels
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import Linear
+from nanovllm.layers.ranks import Ranks, part_of
+from nanovllm.utils.weight import Weight
+
+
+@dataclass(frozen=True)
+class GatedFfnConfig:
+    """A gated FFN, down(silu(gate(x)) * up(x)): SwiGLU (Shazeer, 2020, arXiv 2002.05202).
+
+    Attributes:
+        intermediate_size: outputs of gate and of up.
+        gate_up_bias: whether both of them have a bias.
+        down_bias: whether down has one.
+    """
+
+    intermediate_size: int
+    gate_up_bias: bool = False
+    down_bias: bool = False
+
+    @property
+    def divided(self) -> dict[str, int]:
+        """What ranks divide among them: how many there are, by what they are called."""
+        return {"FFN rows": self.intermediate_size}
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Weights of the GEMMs that a token passes."""
+        return 3 * hidden_size * self.intermediate_size
+
+    def make(
+        self, hidden_size: int, backend: Kernels, ranks: Ranks, *, dtype: torch.dtype, device: torch.device
+    ) -> GatedFfn:
+        """The FFN of one layer, or this rank's part of it, without its values."""
+        return GatedFfn(self, hidden_size, backend, ranks, dtype=dtype, device=device)
+
+
+class GatedFfn(nn.Module):
+    """`GatedFfnConfig` of one layer; each rank has some rows of gate and up and computes a term of the sum."""
+
+    def __init__(
+        self,
+        config: GatedFfnConfig,
+        hidden_size: int,
+        backend: Kernels,
+        ranks: Ranks,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.ranks = ranks
+        rows = config.intermediate_size // ranks.size
+        self.gate_up_proj = Linear(
+            hidden_size, [rows, rows], backend, bias=config.gate_up_bias, dtype=dtype, device=device
+        )
+        # What it adds is to be in the sum over the ranks once.
+        down_bias = config.down_bias and ranks.rank == 0
+        self.down_proj = Linear(rows, [hidden_size], backend, bias=down_bias, dtype=dtype, device=device)
+
+    def forward(
+        self, hidden: torch.Tensor, residual: torch.Tensor, norm: RMSNorm, num_sms: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The FFN of the norm of `hidden + residual`, [T, hidden_size] each, and the sum."""
+        activated, residual = self.gate_up_proj.forward_gated(hidden, residual, norm, num_sms)
+        return self.ranks.all_reduce(self.down_proj(activated, num_sms)), residual
+
+    def checkpoint_tensors(self) -> dict[str, Weight]:
+        """Names within the FFN, as Hugging Face has them, and where they are."""
+        return {
+            **self.gate_up_proj.checkpoint_tensors(["gate_proj", "up_proj"], part_of(self.ranks, 0)),
+            **self.down_proj.checkpoint_tensors(["down_proj"], part_of(self.ranks, 1)),
+        }
