@@ -40,9 +40,10 @@ def reference(smollm2_path):
 
 
 def test_no_answer_hangs_on_a_tie(reference):
-    """Two float32 sums of the same numbers may differ in their last bits: a logit by some 1e-4 here.
+    """Two float32 sums of the same numbers may differ in their last bits, and a logit here by some 5e-5.
 
-    Where the two best were closer than that, a greedy token would not say which engine is right.
+    Where the two best are closer than that, a greedy token does not say which engine is right. In these chats they are
+    2.7e-3 apart or more.
     """
     assert reference.smallest_gap > 1e-3
 
@@ -78,7 +79,7 @@ def test_two_ranks_are_refused_by_name(smollm2_path):
 
 @torch.inference_mode()
 def logprobs_through_the_pool(llm: LLM, ids: list[int], step_sizes: list[int]) -> torch.Tensor:
-    """[len(ids) - 1] log-probability of each token, by steps that find the KV of those before in scattered blocks."""
+    """[len(ids) - 1] float64 log-probability of each token, by steps that read the KV of earlier ones from the pool."""
     runner = llm.decode_runner
     size, number = runner.block_size, -(-len(ids) // runner.block_size)
     blocks = torch.randperm(runner.num_kv_blocks, generator=torch.Generator().manual_seed(0))[:number]
@@ -95,23 +96,26 @@ def logprobs_through_the_pool(llm: LLM, ids: list[int], step_sizes: list[int]) -
             max_context_len=end,
         )
         hidden = runner.model(tokens[start:end], positions, runner.kv_pool, metadata)
-        logits = runner.model.compute_logits(hidden).float().log_softmax(-1)
         following = tokens[start + 1 : end + 1]
-        found.append(logits[: len(following)].gather(1, following[:, None])[:, 0])
+        found.append(weights.logprobs_of(runner.model.compute_logits(hidden)[: len(following)], following))
         start = end
     assert start == len(ids), "the steps make up the text"
     return torch.cat(found)
 
 
 def test_the_log_likelihood_of_a_text_is_transformers(smollm2_path, reference):
-    """Of the whole text and of each token: by one chunk, and by chunks and single tokens that read the pool."""
+    """By one chunk, and by chunks and single tokens that read the pool: of each token, and so of the text per token.
+
+    The sum over all 246 tokens is no sharper test: rounding adds up in it, and transformers' own is off by 7e-5 from
+    what it computes in float64.
+    """
     ids = reference.text_ids
     assert len(ids) > 200
     with LLM(str(smollm2_path), **OPTIONS) as llm:
         for step_sizes in ([len(ids)], [100, 37, len(ids) - 145, *[1] * 8]):
             found = logprobs_through_the_pool(llm, ids, step_sizes)
             torch.testing.assert_close(found, reference.logprobs, rtol=0, atol=1e-4)
-            assert float(found.double().sum()) == pytest.approx(float(reference.logprobs.double().sum()), abs=1e-4)
+            assert float(found.mean()) == pytest.approx(float(reference.logprobs.mean()), abs=1e-5)
 
 
 def test_the_quick_start_of_the_readme_answers(smollm2_path, tmp_path):

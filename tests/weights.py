@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nanovllm import LLM, SamplingParams
+
 MAX_TOKENS = 40
 GUIDE = {
     "role": "system",
@@ -77,7 +79,7 @@ class Reference:
         answers: greedy tokens for each of `CHATS`, the end-of-sequence token included.
         smallest_gap: between the two largest logits, over all tokens of the answers.
         text_ids: the tokens of `TEXT`.
-        logprobs: [len(text_ids) - 1] log-probability of each token after the first.
+        logprobs: [len(text_ids) - 1] float64 log-probability of each token after the first.
     """
 
     answers: list[list[int]]
@@ -112,7 +114,27 @@ def reference_of(folder: Path) -> Reference:
 
 @torch.inference_mode()
 def text_logprobs(model: Any, ids: list[int]) -> torch.Tensor:
-    """[len(ids) - 1] log-probability of each token after those before it, by a model of transformers."""
-    logits = model(torch.tensor([ids], device=model.device)).logits[0, :-1].float()
-    following = torch.tensor(ids[1:], device=model.device)
-    return logits.log_softmax(-1).gather(1, following[:, None])[:, 0].cpu()
+    """[len(ids) - 1] float64 log-probability of each token after those before it, by a model of transformers."""
+    logits = model(torch.tensor([ids], device=model.device)).logits[0, :-1]
+    return logprobs_of(logits, torch.tensor(ids[1:], device=model.device)).cpu()
+
+
+def logprobs_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """[N] log-probability of one token for each row of logits [N, V].
+
+    The softmax is in float64: in float32 the sum over the vocabulary alone is off by 1e-5 for each token.
+    """
+    return logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+
+
+def sampled_perplexities(llm: LLM, reference: Any) -> tuple[float, float]:
+    """Perplexity of what an engine samples for `CHATS`: by itself, as it reports, and by a model of transformers."""
+    params = [SamplingParams(temperature=1, seed=i, max_tokens=128, logprobs=0) for i in range(len(CHATS))]
+    prompts = [llm.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in CHATS]
+    prompt_ids = [llm.tokenizer(prompt).input_ids for prompt in prompts]
+    own, theirs = [], []
+    for ids, answer in zip(prompt_ids, llm.generate(prompt_ids, params, use_tqdm=False), strict=True):
+        own += [of_token.logprob for of_token in answer["logprobs"]]
+        theirs.append(text_logprobs(reference, ids + answer["token_ids"])[len(ids) - 1 :])
+    assert len(own) == sum(map(len, theirs)) > 1000
+    return math.exp(-sum(own) / len(own)), math.exp(-float(torch.cat(theirs).mean()))
