@@ -19,7 +19,7 @@ import pytest
 from tests.card_lock import cards_locked, lock_folder
 
 if TYPE_CHECKING:
-    from transformers import Qwen3ForCausalLM
+    from transformers import PreTrainedModel
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in every process that a test starts
 
@@ -103,15 +103,16 @@ def no_calibration_kept(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytes
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[str, Qwen3ForCausalLM]]:
-    """A tiny checkpoint of a variant of `tiny.VARIANTS`: its folder and transformers' model."""
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[str, PreTrainedModel]]:
+    """A tiny checkpoint of one of `tiny.VARIANTS` or `tiny.FAMILY_VARIANTS`: its folder and transformers' model."""
     from tests import tiny
 
-    made: dict[str, tuple[str, Qwen3ForCausalLM]] = {}
+    made: dict[str, tuple[str, PreTrainedModel]] = {}
 
-    def make(variant: str) -> tuple[str, Qwen3ForCausalLM]:
+    def make(variant: str) -> tuple[str, PreTrainedModel]:
         if variant not in made:
-            model = tiny.make_reference(seed=len(variant), **tiny.VARIANTS[variant])
+            changes = {**tiny.VARIANTS, **tiny.FAMILY_VARIANTS}[variant]
+            model = tiny.make_reference(seed=len(variant), **changes)
             made[variant] = tiny.save(model, tmp_path_factory.mktemp(variant)), model
         return made[variant]
 

@@ -9,7 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernel_cases import DECODE, PREFILL, check_fused, check_rows, check_steps, make_case, relative_error
+from tests.kernel_cases import (
+    DECODE,
+    OPTIONAL,
+    PREFILL,
+    check_fused,
+    check_rows,
+    check_steps,
+    make_case,
+    relative_error,
+)
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/test_triton.py"
 from nanovllm.kernels import triton_attention  # noqa: E402 - only once the mode is known
@@ -40,6 +49,19 @@ def test_attention_equals_reference(has_tma, spans, dtype, num_heads, num_kv_hea
     assert relative_error(Backend(), case) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize(("has_norm", "has_rope"), OPTIONAL)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(9, 3), (14, 2), (5, 5)])
+def test_what_is_optional_and_any_head_count_equals_reference(
+    monkeypatch, num_heads, num_kv_heads, dtype, has_norm, has_rope
+):
+    monkeypatch.setattr(triton_attention, "_has_tma", lambda device: True)
+    shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": 64, "block_size": 32}
+    for spans in ([(1, 1), (1, 33), (1, 90)], [(5, 5), (16, 40), (33, 33)]):
+        case = make_case(spans, device="cpu", dtype=dtype, has_norm=has_norm, has_rope=has_rope, **shape)
+        assert relative_error(Backend(), case) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("num_sms", [1, 2, 9, 40])
 def test_decode_spread_over_any_number_of_sms(monkeypatch, num_sms):
     """From a program for each head to several, whose chunks the last of them combines."""
@@ -68,7 +90,7 @@ def test_push_moves_exactly_the_listed_blocks(words, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
-@pytest.mark.parametrize("size", [64, slow(600)])
+@pytest.mark.parametrize("size", [64, slow(576), slow(600)])
 def test_fused_kernels_equal_reference(dtype, size):
     check_fused(Backend(), device="cpu", dtype=dtype, size=size)
 

@@ -12,15 +12,17 @@ from nanovllm.kernels import NUM_ROW_FIELDS, AttentionMetadata, Kernels, RowFiel
 
 # (query length, context length) of each request: decode, whole prompts, chunks behind a cached prefix, odd borders.
 DECODE = [(1, 1), (1, 15), (1, 16), (1, 17), (1, 700), (1, 63)]
+OPTIONAL = [(True, True), (True, False), (False, True), (False, False)]
+"""Whether query and key heads are normed, and whether they are rotated."""
 PREFILL = [(5, 5), (1, 40), (33, 33), (16, 100), (70, 135), (1, 1)]
 
 
 @dataclass(frozen=True)
 class Case:
     qkv: torch.Tensor
-    weights: tuple[torch.Tensor, torch.Tensor]
+    weights: tuple[torch.Tensor | None, torch.Tensor | None]
     positions: torch.Tensor
-    tables: tuple[torch.Tensor, torch.Tensor]
+    tables: tuple[torch.Tensor | None, torch.Tensor | None]
     kv_cache: torch.Tensor
     metadata: AttentionMetadata
 
@@ -40,6 +42,8 @@ def make_case(
     head_dim: int,
     block_size: int,
     seed: int = 0,
+    has_norm: bool = True,
+    has_rope: bool = True,
 ) -> Case:
     """A layer's view of a pool of three layers, whose blocks are given out in random order; unused places are NaN."""
     generator = torch.Generator().manual_seed(seed)
@@ -82,7 +86,8 @@ def make_case(
     positions = torch.cat([torch.arange(context - query, context) for query, context in spans]).to(device)
     angles = torch.rand(int(contexts.max()), head_dim // 2, generator=generator).to(device) * 6
     weights = (1 + 0.1 * normal(head_dim), 1 + 0.1 * normal(head_dim))
-    return Case(qkv, weights, positions, (angles.cos(), angles.sin()), pool[:, 1], metadata)
+    tables_of_angles = (angles.cos(), angles.sin()) if has_rope else (None, None)
+    return Case(qkv, weights if has_norm else (None, None), positions, tables_of_angles, pool[:, 1], metadata)
 
 
 def relative_error(backend: Kernels, case: Case) -> float:
@@ -130,9 +135,10 @@ def check_fused(backend: Kernels, *, device: str, dtype: torch.dtype, size: int)
         x, weight, bias = normal(num_tokens, size), normal(2 * num_outputs, size) / size**0.5, normal(2 * num_outputs)
         for other in (None, normal(num_tokens, size)):
             arguments = (x, other, norm, weight)
-            expected = (*reference.norm_linear(*arguments, bias), *reference.norm_gated_linear(*arguments, gate_bias))
-            actual = (*backend.norm_linear(*arguments, bias), *backend.norm_gated_linear(*arguments, gate_bias))
-            torch.testing.assert_close(actual, expected, atol=2 * tolerance, rtol=2 * tolerance)
+            for one in (bias, None):
+                expected = (*reference.norm_linear(*arguments, one), *reference.norm_gated_linear(*arguments, one))
+                actual = (*backend.norm_linear(*arguments, one), *backend.norm_gated_linear(*arguments, one))
+                torch.testing.assert_close(actual, expected, atol=2 * tolerance, rtol=2 * tolerance)
     expected_gate = reference.silu_and_mul(gate_up)
     torch.testing.assert_close(backend.silu_and_mul(gate_up), expected_gate, atol=tolerance, rtol=tolerance)
     logits = normal(64, 10 * size + 3)

@@ -194,6 +194,14 @@ def test_python_of_the_pages_compiles(page):
         compile(block, str(page), "exec")
 
 
+def test_code_of_the_how_to_for_families_is_that_of_the_files():
+    page = (ROOT / "docs" / "how-to" / "add-a-model-family.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"(?ms)^```python\n(.*?)^```", page)
+    assert len(blocks) == 2
+    code = (ROOT / "nanovllm" / "models" / "smollm3.py").read_text(encoding="utf-8")
+    assert [block for block in blocks if block not in code] == []
+
+
 def test_the_quick_start_runs():
     """Word for word, but for the model: the bundled one; tests/test_weights.py has the real one."""
     (code,) = re.findall(r"(?ms)^```python\n(.*?)^```", README.read_text(encoding="utf-8"))

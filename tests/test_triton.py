@@ -31,6 +31,9 @@ def test_kernels_in_the_interpreter_equal_the_reference(which):
 FLOAT_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 POINTER_TYPES = {**FLOAT_TYPES, "words": "*i32"}
 STORE = {"NUM_HEADS": 32, "PADDED_HEADS": 32, "NUM_KV_HEADS": 8, "PADDED_KV_HEADS": 8, "BLOCK_SIZE": 64, "KV_TILE": 64}
+NINE_HEADS = {"NUM_HEADS": 9, "PADDED_HEADS": 16, "NUM_KV_HEADS": 3, "PADDED_KV_HEADS": 4}
+NO_NORM = {"query_weight": None, "key_weight": None}
+NO_ROPE = {"cos": None, "sin": None}
 PREFILL = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "PADDED_REQUESTS": 64, "BLOCK_SIZE": 64, "TILE_M": 64}
 DECODE = {"NUM_KV_HEADS": 8, "GROUP": 4, "PADDED_GROUP": 8, "PADDED_REQUESTS": 512, "BLOCK_SIZE": 64, "TILE": 16}
 
@@ -42,17 +45,22 @@ def kernel_cases(capability: int):
             for use_tma in (False, True) if capability >= 90 and not wide else (False,):
                 common = {"HEAD_DIM": head_dim, "USE_TMA": use_tma}
                 tiles = {"TILE_N": 16 if wide else 64, "STAGES": 1 if wide else 3}
-                yield "_prefill_kernel", dtype, {**PREFILL, **tiles, **common}, {"num_warps": 8 if wide else 4}
+                for heads in ({}, {"NUM_HEADS": 9, "NUM_KV_HEADS": 3}):
+                    constants = {**PREFILL, **heads, **tiles, **common}
+                    yield "_prefill_kernel", dtype, constants, {"num_warps": 8 if wide else 4}
                 stages = {"STAGES": 2 if wide else 3, "COMBINED": 4, "IS_PLANNED": True}
-                yield "_decode_kernel", dtype, {**DECODE, **stages, **common}, {"num_warps": 4 if wide else 1}
-            yield "_norm_rotate_store_kernel", dtype, {**STORE, "HEAD_DIM": head_dim}, {}
+                for heads in ({}, {"NUM_KV_HEADS": 3, "GROUP": 3}):
+                    constants = {**DECODE, **heads, **stages, **common}
+                    yield "_decode_kernel", dtype, constants, {"num_warps": 4 if wide else 1}
+            for changes in ({}, NO_NORM, NO_ROPE, {**NO_NORM, **NO_ROPE}, NINE_HEADS):
+                yield "_norm_rotate_store_kernel", dtype, {**STORE, "HEAD_DIM": head_dim, **changes}, {}
     chunks = {"CHUNK_TILES": 32, "PROGRAMS_PER_SM": 2, "MOST_PROGRAMS_PER_SM": 16, "PADDED_REQUESTS": 512}
     yield "_share_out_kernel", "words", {"TILE": 32, "ends": None, "NUM_KV_HEADS": 8, **chunks}, {}
     yield "_share_out_kernel", "words", {"TILE": 64, "NUM_KV_HEADS": None, **chunks}, {}
     for dtype in FLOAT_TYPES:
-        for gated in (False, True):
+        for gated, has_bias in ((False, True), (True, False), (True, True)):
             tiles = {"TILE_N": 2 if gated else 4, "TILE_K": 1024, "PADDED_INPUTS": 4096}
-            has = {"HAS_NORM": True, "HAS_RESIDUAL": True, "HAS_BIAS": not gated, "IS_GATED": gated}
+            has = {"HAS_NORM": True, "HAS_RESIDUAL": True, "HAS_BIAS": has_bias, "IS_GATED": gated}
             yield "_vector_linear_kernel", dtype, {**tiles, **has}, {}
         yield "_add_rms_norm_kernel", dtype, {"HAS_RESIDUAL": True, "PADDED_SIZE": 4096}, {"num_warps": 8}
         yield "_silu_and_mul_kernel", dtype, {"TILE": 1024}, {}

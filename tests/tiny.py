@@ -1,4 +1,4 @@
-"""Tiny random Qwen3 checkpoints on disk, and what transformers answers with them."""
+"""Tiny random checkpoints of every family on disk, and what transformers answers with them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB_SIZE = 211
 
 BASE = {
+    "model_type": "qwen3",
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -43,11 +44,53 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+NINE_HEADS = {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8}
 
-def make_reference(seed: int = 0, **changes: Any) -> Qwen3ForCausalLM:
+# Each with a vocabulary that two and three ranks divide, and what its family or its rope asks for.
+FAMILY_VARIANTS: dict[str, dict[str, Any]] = {
+    name: {"vocab_size": 216, **changes}
+    for name, changes in {
+        "llama": {"model_type": "llama", "num_key_value_heads": 4, "head_dim": 16},
+        "llama_llama3_tied": {"model_type": "llama", "tie_word_embeddings": True, "rope_parameters": LLAMA3},
+        "llama_attention_bias_linear": {
+            "model_type": "llama",
+            "attention_bias": True,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        },
+        "llama_mlp_bias_yarn": {"model_type": "llama", "mlp_bias": True, "rope_parameters": YARN},
+        "llama_nine_heads_tied": {"model_type": "llama", "tie_word_embeddings": True, **NINE_HEADS},
+        "mistral": {"model_type": "mistral", "sliding_window": None},
+        "mistral_window_yarn": {"model_type": "mistral", "sliding_window": 256, "rope_parameters": YARN},
+        "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True, "head_dim": 16},
+        "qwen2_seven_to_one": {"model_type": "qwen2", "num_attention_heads": 14, "rope_parameters": YARN},
+        "qwen3_bias_llama3": {"attention_bias": True, "rope_parameters": LLAMA3},
+        "qwen3_nine_heads": NINE_HEADS,
+        "smollm3": {"model_type": "smollm3", "tie_word_embeddings": True, "num_hidden_layers": 5},
+        "smollm3_biases_listed": {
+            "model_type": "smollm3",
+            "num_hidden_layers": 3,
+            "no_rope_layers": [0, 1, 0],
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": LLAMA3,
+        },
+    }.items()
+}
+
+
+def make_reference(seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random model with weights large enough that its greedy tokens vary and its logits do not tie."""
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(Qwen3Config(**{**BASE, **changes})).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**BASE, **changes})).eval()
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             if "norm" in name:
@@ -57,13 +100,13 @@ def make_reference(seed: int = 0, **changes: Any) -> Qwen3ForCausalLM:
     return model
 
 
-def save(model: Qwen3ForCausalLM, folder: Path, **options: Any) -> str:
+def save(model: PreTrainedModel, folder: Path, **options: Any) -> str:
     model.save_pretrained(folder, **options)
     return str(folder)
 
 
 @torch.inference_mode()
-def reference_tokens(model: Qwen3ForCausalLM, prompt: list[int], max_tokens: int) -> list[int]:
+def reference_tokens(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> list[int]:
     """What transformers' own greedy `generate` answers."""
     ids = torch.tensor([prompt])
     output = model.generate(

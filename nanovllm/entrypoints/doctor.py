@@ -192,7 +192,12 @@ def check_model(model: str, devices: list[Device]) -> Iterator[Finding]:
     try:
         weight_bytes, token_bytes = model_memory(model)
     except NanoVLLMError as error:
-        yield Finding("model", FAILED, str(error), "pass the folder of a Qwen3 checkpoint, or its name on the hub")
+        yield Finding(
+            "model",
+            FAILED,
+            str(error),
+            "pass the folder of a checkpoint of a family that is served, or its name on the hub",
+        )
         return
     yield Finding("model", OK, f"{weight_bytes / GIB:.2f} GiB of weights, {token_bytes / 1024:.0f} KiB of KV per token")
     for device in devices:

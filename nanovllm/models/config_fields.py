@@ -29,8 +29,8 @@ ROPE_FIELDS = {
     },
     "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
 }
-NOT_IN_ANY_FAMILY = ("attn_logit_softcapping", "final_logit_softcapping")
-"""Fields of other families, which change what a model computes; transformers would not look at them."""
+NOT_IN_ANY_FAMILY = ("attn_logit_softcapping", "final_logit_softcapping", "attention_chunk_size")
+"""Fields of other families, which change what a model computes."""
 
 
 def positive(config: dict[str, Any], name: str, default: int | None = None) -> int:
@@ -120,6 +120,15 @@ def head_dim_or_share(config: dict[str, Any], *, may_be_null: bool = False) -> i
             raise ModelLoadError(f"hidden_size={hidden_size} is below num_attention_heads={heads}; give head_dim")
         return hidden_size // heads
     return positive(config, "head_dim")
+
+
+def window_of_all_layers(config: dict[str, Any], *, default: int | None) -> int | None:
+    """`sliding_window`, the default where it is left out, None for no window.
+
+    Raises:
+        ModelLoadError: it is no positive integer.
+    """
+    return None if config.get("sliding_window", default) is None else positive(config, "sliding_window", default)
 
 
 def refuse_window_from_layer(config: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nanovllm.errors import ModelLoadError
-from nanovllm.models.config_fields import flag, head_dim_or_share, positive
+from nanovllm.models.config_fields import flag, head_dim_or_share, positive, window_of_all_layers
 from nanovllm.models.description import Family, ModelDescription
 
 
@@ -27,6 +27,8 @@ def read(config: dict[str, Any]) -> ModelDescription:
         qkv_bias=attention_bias,
         output_bias=attention_bias,
         ffn_bias=flag(config, "mlp_bias"),
+        # No Llama has one, but transformers' cache would take it from the config.
+        sliding_window=window_of_all_layers(config, default=None),
     )
 
 

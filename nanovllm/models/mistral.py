@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanovllm.models.config_fields import head_dim_or_share, positive
+from nanovllm.models.config_fields import head_dim_or_share, window_of_all_layers
 from nanovllm.models.description import Family, ModelDescription
-
-DEFAULT_WINDOW = 4096
 
 
 def read(config: dict[str, Any]) -> ModelDescription:
@@ -16,13 +14,12 @@ def read(config: dict[str, Any]) -> ModelDescription:
     Raises:
         ModelLoadError: a field is missing or of the wrong type, or asks for something that is not supported.
     """
-    has_window = config.get("sliding_window", DEFAULT_WINDOW) is not None
     return ModelDescription.read(
         config,
         head_dim=head_dim_or_share(config, may_be_null=True),
         default_kv_heads=8,
         default_max_positions=4096 * 32,
-        sliding_window=positive(config, "sliding_window", DEFAULT_WINDOW) if has_window else None,
+        sliding_window=window_of_all_layers(config, default=4096),
     )
 
 

@@ -7,7 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernel_cases import DECODE, PREFILL, check_fused, check_rows, check_steps, make_case, relative_error
+from tests.kernel_cases import (
+    DECODE,
+    OPTIONAL,
+    PREFILL,
+    check_fused,
+    check_rows,
+    check_steps,
+    make_case,
+    relative_error,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -28,8 +37,24 @@ def test_attention_equals_reference(spans, num_heads, num_kv_heads, head_dim, bl
     assert relative_error(Backend(), case) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize(("has_norm", "has_rope"), OPTIONAL)
+@pytest.mark.parametrize("spans", [DECODE, PREFILL, [(1, 3000)] * 3], ids=["decode", "prefill", "long"])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim"), [(9, 3, 64), (14, 2, 64), (28, 4, 128), (40, 8, 128), (15, 5, 64)]
+)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("size", [64, 1024, 3072, 4096, 12288])
+def test_what_is_optional_and_any_head_count_equals_reference(
+    dtype, num_heads, num_kv_heads, head_dim, spans, has_norm, has_rope
+):
+    from nanovllm.kernels.triton_attention import Backend
+
+    shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "block_size": 64}
+    case = make_case(spans, device="cuda", dtype=dtype, has_norm=has_norm, has_rope=has_rope, **shape)
+    assert relative_error(Backend(), case) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("size", [64, 576, 896, 1024, 3072, 4096, 12288])
 def test_fused_kernels_equal_reference(dtype, size):
     from nanovllm.kernels.triton_attention import Backend
 
