@@ -23,8 +23,13 @@ class Case:
     weights: tuple[torch.Tensor | None, torch.Tensor | None]
     positions: torch.Tensor
     tables: tuple[torch.Tensor | None, torch.Tensor | None]
-    kv_cache: torch.Tensor
+    pool: torch.Tensor
     metadata: AttentionMetadata
+
+    @property
+    def kv_cache(self) -> torch.Tensor:
+        """The middle one of the pool's three layers, the only one that is to be touched."""
+        return self.pool[:, 1]
 
     def store(self, backend: Kernels, kv_cache: torch.Tensor) -> torch.Tensor:
         """The query heads; keys and values go to `kv_cache`."""
@@ -87,7 +92,7 @@ def make_case(
     angles = torch.rand(int(contexts.max()), head_dim // 2, generator=generator).to(device) * 6
     weights = (1 + 0.1 * normal(head_dim), 1 + 0.1 * normal(head_dim))
     tables_of_angles = (angles.cos(), angles.sin()) if has_rope else (None, None)
-    return Case(qkv, weights if has_norm else (None, None), positions, tables_of_angles, pool[:, 1], metadata)
+    return Case(qkv, weights if has_norm else (None, None), positions, tables_of_angles, pool, metadata)
 
 
 def relative_error(backend: Kernels, case: Case) -> float:
@@ -105,6 +110,7 @@ def relative_error(backend: Kernels, case: Case) -> float:
     torch.testing.assert_close(case.kv_cache[~untouched], expected_cache[~untouched], atol=tolerance, rtol=tolerance)
     assert case.kv_cache[:, 0][untouched[:, 0]].isnan().all()
     assert (case.kv_cache[:, 1][untouched[:, 1]].nan_to_num(0) == 0).all()
+    assert case.pool[:, [0, 2]].isnan().all(), "writes to other layers"
     output = backend.attend(query, case.kv_cache, case.metadata, scale).float()
     assert not output.isnan().any(), "reads beyond a request's context"
     return ((output - expected).norm() / expected.norm()).item()

@@ -97,7 +97,7 @@ def test_ranks_that_a_head_count_forbids_are_refused_by_name(checkpoint, variant
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
 def test_what_a_config_leaves_out_is_as_in_transformers(family):
-    theirs = AutoConfig.for_model(family.model_type, **SIZES)
+    theirs = AutoConfig.for_model(family.model_type, **SIZES, pad_token_id=None)
     # transformers' own defaults may not go together: 32 query heads do with each of its counts of KV heads.
     ours = family.read({"model_type": family.model_type, **SIZES})
     assert ours.num_key_value_heads == theirs.num_key_value_heads
@@ -112,9 +112,8 @@ def test_what_a_config_leaves_out_is_as_in_transformers(family):
     assert ours.sliding_window == getattr(theirs, "sliding_window", None)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(theirs)
-    (model_class, description) = resolve_model(
-        {"architectures": [family.architectures[0]], "model_type": family.model_type, **SIZES}
-    )
+    architectures = [family.architectures[0]]
+    model_class, description = resolve_model({"architectures": architectures, "model_type": family.model_type, **SIZES})
     assert description == ours
     made = model_class(ours, None, 1, dtype=torch.float32, device=torch.device("meta"))
     shapes = {name: weight.whole_shape for name, weight in made.checkpoint_tensors().items()}
