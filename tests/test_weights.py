@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -39,7 +40,9 @@ def test_the_quick_start_of_the_readme_answers(smollm2_path, tmp_path):
     readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Quick start")[2]
     (code,) = re.findall(r"(?ms)^```python\n(.*?)^```", readme)
     (tmp_path / "smollm2").symlink_to(smollm2_path)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert run.returncode == 0, run.stderr
     assert "Paris" in run.stdout
 
