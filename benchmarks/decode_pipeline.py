@@ -17,8 +17,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from lib import inside
 from lib.arguments import add_device, add_model, add_pool, model_options, new_parser, sm_split
 from lib.ceilings import head_parameters, kv_bytes_per_token, weight_bytes
@@ -26,7 +24,8 @@ from lib.report import report
 from nanovllm.config import EngineConfig
 from nanovllm.engine.builder import runner_spec
 from nanovllm.engine.execution.cuda_graph import EagerSteps, StepGraphs, StepOutput
-from nanovllm.engine.execution.decode_paths import DecodePaths, PipelineOptions
+from nanovllm.engine.execution.decode_paths import DecodePaths
+from nanovllm.engine.execution.runner_spec import PipelineOptions
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.observability.pipeline_statistics import LaneTimes
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut, Split
@@ -68,10 +67,9 @@ def make_runner(args: argparse.Namespace) -> ModelRunner:
 def time_turn(runner: ModelRunner, batch: int, context: int, run: Callable[[int], object]) -> float:
     """Seconds per step, each of which `run` launches with its context; launched ahead, once the GPU's clocks are those
     of such steps."""
-    assert runner.decode_rows is not None, "it was made to decode"
     num_steps, timed_s, started = 0, 0.0, time.perf_counter()
     while time.perf_counter() - started < WARM_S + TIMED_S or not num_steps:
-        runner.decode_rows.pretend(batch, context)  # each step moves on by a token
+        runner.decode.rows.pretend(batch, context)  # each step moves on by a token
         stopwatch = Stopwatch(runner.device)
         for step in range(NUM_REPLAYS):
             run(context + step)
@@ -104,7 +102,7 @@ def replays_of(steps: dict[Any, StepGraphs | EagerSteps], batch: int) -> dict[An
 
 
 def auto_of(paths: DecodePaths, batch: int) -> Callable[[int], object]:
-    return lambda context: paths.replay(batch, np.full(batch, context - 1))
+    return lambda context: paths.replay(batch, context)
 
 
 def lanes_of(output: StepOutput) -> LaneTimes:
@@ -125,8 +123,7 @@ def time_growing(
         times: dict[str, float] = {}
         time_turn(runner, batch, first, auto_of(paths, batch))  # to warm up
         for name in [*runs] * 2:
-            assert runner.decode_rows is not None, "it was made to decode"
-            runner.decode_rows.pretend(batch, first)
+            runner.decode.rows.pretend(batch, first)
             launched: collections.deque[Event] = collections.deque()
             stopwatch = Stopwatch(runner.device)
             for context in range(first, last):
@@ -157,7 +154,7 @@ def bound_s(runner: ModelRunner, batch: int, context: int, bandwidth: float, num
 
 def sweep(runner: ModelRunner, args: argparse.Namespace, bandwidth: float) -> list[dict[str, Any]]:
     rows = []
-    paths = runner.decode_paths
+    paths = runner.decode.paths
     assert paths is not None, "it was made to decode"
     if paths.pipeline is None:
         raise SystemExit(f"no decode pipeline on {runner.device}: {'; '.join(paths.counters.fallbacks)}")
@@ -228,9 +225,8 @@ def main() -> None:
     rows = sweep(runner, args, bandwidth)
     grown: dict[str, float] = {}
     if args.grow:
-        assert runner.decode_paths is not None, "it was made to decode"
         arrangements = best_arrangements(rows, args.grow[0])
-        grown = time_growing(runner, runner.decode_paths, args.grow, arrangements)
+        grown = time_growing(runner, runner.decode.paths, args.grow, arrangements)
         print(f"{args.grow[0]} requests, contexts from {args.grow[1]} to {args.grow[2]}, seconds: ", end="")
         print(", ".join(f"{name} {seconds:.3f}" for name, seconds in grown.items()))
     result = {"model_shape": args.model or args.model_shape, "bytes_per_s": bandwidth, "rows": rows, "grown_s": grown}

@@ -19,7 +19,7 @@ from lib.report import report
 from nanovllm import LLM
 from nanovllm.engine.execution.kv_copy import COPY_METHODS
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.scheduler import BlockPair
+from nanovllm.engine.scheduling.step import BlockPair
 from nanovllm.utils.device import peer_access
 
 

@@ -29,8 +29,8 @@ from lib.report import report
 from nanovllm import LLM, RequestOutput, SamplingParams
 from nanovllm.engine.execution.step_handle import StepHandle
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.scheduler import BlockPair, Step
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut
+from nanovllm.engine.scheduling.step import BlockPair, Step
 from nanovllm.utils.device import Event
 
 MOST_DEVICE_GROWTH_MIB = 64
@@ -75,7 +75,7 @@ class Faults:
         self._rng = rng
         self._card_works_at_s = 0.0
         self._due: set[str] = set()
-        paths = llm.decode_runner.decode_paths
+        paths = llm.decode_runner.decode.paths
         assert paths is not None, "the decode runner decodes"
         self._paths = paths
         if paths.rebalancer is not None:
@@ -89,18 +89,18 @@ class Faults:
         launch = runner.launch
 
         def faulty_launch(step: Step) -> StepHandle:
-            plans = [self.plans[row.seq.request_id] for row in step.rows if row.seq.request_id in self.plans]
+            plans = [self.plans[seq.request_id] for seq in step.seqs if seq.request_id in self.plans]
             due = [plan for plan in plans if plan.step_faults > 0]
             if due:
                 # The engine halves the step until the request stands alone: only then has it failed once.
-                if len(step.rows) == 1:
+                if step.num_requests == 1:
                     due[0].step_faults -= 1
                     due[0].hits += 1
                     self.injected["step"] += 1
                 raise InjectedError("injected into a forward pass")
             is_apart = runner is not self._llm.decode_runner
             if is_apart and time.perf_counter() < self._card_works_at_s:
-                if len(step.rows) == 1:
+                if step.num_requests == 1:
                     plans[0].hits += 1
                     self.injected["card"] += 1
                 raise InjectedError("injected into a card")
@@ -116,7 +116,7 @@ class Faults:
             blocks = {block for block, _ in pairs}
             for seq in self._llm.scheduler.unfinished():
                 plan = self.plans.get(seq.request_id)
-                if plan and plan.handoff_faults and seq.lease and blocks.intersection(seq.lease.prefill_table):
+                if plan and plan.handoff_faults and seq.lease and blocks.intersection(seq.lease.prefill.blocks):
                     plan.handoff_faults -= 1
                     plan.hits += 1
                     self.injected["handoff"] += 1
@@ -135,7 +135,7 @@ class Faults:
                 arrangement = Arrangement(split, Cut.GEMMS)
                 if arrangement not in paths.steps:
                     paths.steps[arrangement] = inside.make_steps(paths, paths.sizes, arrangement)
-            runner.decode_rows.forget()  # type: ignore[union-attr]
+            runner.forget_device_batch()
         for path, steps in paths.steps.items():
             if path is not None:
                 steps.replay = self._faulty("lane", steps.replay)  # type: ignore[method-assign]
@@ -294,8 +294,8 @@ def main() -> None:
         late = memory_mib(llm)
         llm.scheduler.check_integrity()
         held = {
-            "prefill": llm.scheduler.prefill_pool.num_held_blocks,
-            "decode": llm.scheduler.decode_pool.num_held_blocks,
+            "prefill": llm.scheduler.placement.prefill_card.pool.num_held_blocks,
+            "decode": llm.scheduler.placement.decode_card.pool.num_held_blocks,
         }
         metrics = llm.metrics()
     wrong = early_counts.pop("wrong") + counts.pop("wrong")

@@ -88,11 +88,11 @@ def default_pool_bytes() -> Iterator[int]:
     Some stay until the process ends, as those do whose devices were lost. Ranks take the least of what they find, so
     that this holds for worker processes too; a script that a test starts sees nothing of it and names a size.
     """
-    from nanovllm.engine import model_runner
+    from nanovllm.engine.execution import kv_pool
 
     with pytest.MonkeyPatch.context() as patch:
-        of_users = model_runner.CPU_POOL_BYTES
-        patch.setattr(model_runner, "CPU_POOL_BYTES", TEST_POOL_BYTES)
+        of_users = kv_pool.CPU_POOL_BYTES
+        patch.setattr(kv_pool, "CPU_POOL_BYTES", TEST_POOL_BYTES)
         yield of_users
 
 

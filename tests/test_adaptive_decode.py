@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from nanovllm import ConfigError, GreenContextError, SamplingParams
-from nanovllm.engine.execution import decode_paths
+from nanovllm.engine.execution import decode_calibrator, decode_paths
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.pipeline_scheduler import MicroBatch
 from nanovllm.engine.scheduling import circuit_breaker
@@ -24,10 +24,10 @@ ONE, OTHER = Arrangement((1, 3), Cut.GEMMS), Arrangement((2, 2), Cut.REST)
 def arranged_by_length(monkeypatch):
     """On a CPU, which times nothing: lanes pay for 4 requests and more, split in one way up to 40 tokens, then in
     another; the first failure is forgiven at once."""
-    monkeypatch.setattr(decode_paths, "CALIBRATED_BATCHES", (2, 4, 8))
-    monkeypatch.setattr(decode_paths, "CALIBRATED_CONTEXTS", (8, 40, 72))
+    monkeypatch.setattr(decode_calibrator, "CALIBRATED_BATCHES", (2, 4, 8))
+    monkeypatch.setattr(decode_calibrator, "CALIBRATED_CONTEXTS", (8, 40, 72))
     monkeypatch.setattr(decode_paths, "DECIDE_EVERY", 2)
-    monkeypatch.setattr(decode_paths.DecodePaths, "_candidates", lambda *args: [ONE, OTHER])
+    monkeypatch.setattr(decode_calibrator.DecodeCalibrator, "_candidates", lambda *args: [ONE, OTHER])
     monkeypatch.setattr(Rebalancer, "observe", lambda *args: None)
 
     def measured(paths, arrangements, batches, contexts):
@@ -38,7 +38,7 @@ def arranged_by_length(monkeypatch):
             for context in contexts
         ]
 
-    monkeypatch.setattr(decode_paths.DecodePaths, "_measured", measured)
+    monkeypatch.setattr(decode_calibrator.DecodeCalibrator, "_measured", measured)
 
 
 def serve_by_length(checkpoint, **options):
@@ -48,7 +48,7 @@ def serve_by_length(checkpoint, **options):
     params = SamplingParams(temperature=0, max_tokens=60)
     with two_devices(path, lazy=False, enable_decode_pipeline=True, **options) as llm:
         answers = llm.generate(prompts, params, use_tqdm=False)
-        paths, result = llm.decode_runner.decode_paths, llm.decode_runner.get_pipeline_statistics()
+        paths, result = llm.decode_runner.decode.paths, llm.decode_runner.get_pipeline_statistics()
         metrics = llm.metrics()
         assert_whole(llm)
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -68,7 +68,7 @@ def test_the_split_follows_the_contexts_and_changes_no_token(checkpoint, arrange
 
 def test_an_engine_reads_what_another_measured(checkpoint, arranged_by_length, monkeypatch):
     serve_by_length(checkpoint)
-    monkeypatch.delattr(decode_paths.DecodePaths, "_measured")
+    monkeypatch.delattr(decode_calibrator.DecodeCalibrator, "_measured")
     paths, result, _ = serve_by_length(checkpoint)
     assert len(paths.calibration.points) == 9
     assert result["arrangements"] == [str(ONE), str(OTHER)]
@@ -121,7 +121,7 @@ def test_paths_can_be_forced_for_a_soak(checkpoint, arranged_by_length):
     path, reference = checkpoint("gqa2")
     prompts = [prompt[:20] for prompt in tiny.random_prompts(6, seed=8, longest=60)]
     with two_devices(path, lazy=False, enable_decode_pipeline=True) as llm:
-        paths = llm.decode_runner.decode_paths
+        paths = llm.decode_runner.decode.paths
         for prompt in prompts:
             llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=30))
         got, turn = {}, 0

@@ -17,13 +17,14 @@ import pytest
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.scheduler import PrefillStep, Scheduler, SchedulerLimits
+from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
 from nanovllm.engine.scheduling import admission
 from nanovllm.engine.scheduling.admission import AdmissionPolicy
-from nanovllm.engine.scheduling.decode_batch import DecodeStep
+from nanovllm.engine.scheduling.step import Step
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.entrypoints.prometheus import Collector
 from tests import tiny
+from tests.steps import launch_decode, launch_prefill, place
 from tests.test_engine import drain, tokens_of
 from tests.test_metrics import phases
 
@@ -172,9 +173,9 @@ class Simulation:
         max_num_seqs: int = 512,
         give_up_s: float | None = None,
     ) -> None:
-        limits = SchedulerLimits(max_num_batched_tokens=16384, prefill_chunk_tokens=2048, max_num_seqs=max_num_seqs)
+        limits = SchedulerLimits(prefill_chunk_tokens=2048, max_num_seqs=max_num_seqs)
         pools = [BlockManager(2**17, 64, enable_prefix_caching=False) for _ in range(2)]
-        self.scheduler = Scheduler(limits, policy, *pools)
+        self.scheduler = Scheduler(limits, policy, place(*pools, 16384, 2048))
         self.policy = policy
         self.rng = random.Random(0)
         self.now = 0.0
@@ -182,8 +183,8 @@ class Simulation:
         self.num_stopped: dict[Sequence, int] = {}
         self.admitted: list[int] = []
         self.most_under_way = self.most_running = 0
-        self.prefills: deque[PrefillStep] = deque()
-        self.decodes: deque[DecodeStep] = deque()
+        self.prefills: deque[Step] = deque()
+        self.decodes: deque[Step] = deque()
         self.prefill_free_s = self.decode_free_s = 0.0
         self.gap_start_s: float | None = None
         self.last_token_s: dict[Sequence, float] = {}
@@ -227,15 +228,15 @@ class Simulation:
     def launch(self) -> None:
         while len(self.decodes) < 2 and (step := self.scheduler.schedule_decode()) is not None:
             self.decodes.append(step)
-            took = true_step_s(len(step.batch), step.num_tokens) * math.exp(self.rng.gauss(0, 0.02))
+            took = true_step_s(len(step.decode), step.decode.num_tokens) * math.exp(self.rng.gauss(0, 0.02))
             if self.rng.random() < 0.002:
                 took *= 5
             self.decode_free_s = max(self.decode_free_s, self.now) + took
             self.at(self.decode_free_s, self.decode_ended)
         while len(self.prefills) < 2 and (step := self.scheduler.schedule_prefill()) is not None:
             self.prefills.append(step)
-            self.admitted += [chunk.seq.request_id for chunk in step.rows if chunk.start == 0]
-            took = 2 * MS + step.num_tokens / PREFILL_TOKENS_PER_S
+            self.admitted += [chunk.seq.request_id for chunk in step.chunks if chunk.start == 0]
+            took = 2 * MS + step.num_prompt_tokens / PREFILL_TOKENS_PER_S
             self.prefill_free_s = max(self.prefill_free_s, self.now) + took
             self.at(self.prefill_free_s, self.prefill_ended)
         running = self.scheduler._running
@@ -244,19 +245,20 @@ class Simulation:
         self.most_running = max(self.most_running, len(running))
 
     def prefill_ended(self) -> None:
-        for chunk in self.prefills.popleft().rows:
+        for chunk in self.prefills.popleft().chunks:
             if self.scheduler.prefill_done(chunk) and chunk.is_last:
                 self.append(chunk.seq)
         for seq in self.scheduler.get_prefilled_sequences():
-            self.at(self.now + HANDOFF_S, self.scheduler.handoff_done, seq)
+            self.scheduler.hold(seq.lease)
+            self.at(self.now + HANDOFF_S, self.scheduler.release, seq.lease)
 
     def decode_ended(self) -> None:
         step = self.decodes.popleft()
         self.scheduler.decode_done(step)
         if self.gap_start_s is not None and self.policy.itl_target_s is not None:
-            self.policy.observe(len(step.batch), step.num_tokens, self.now - self.gap_start_s)
+            self.policy.observe(len(step.decode), step.decode.num_tokens, self.now - self.gap_start_s)
         self.gap_start_s = self.now if self.decodes else None
-        for seq, lease in zip(step.batch.seqs, step.batch.leases, strict=True):
+        for seq, lease in zip(step.seqs, step.leases, strict=True):
             if seq.lease is lease:
                 self.append(seq)
 
@@ -374,8 +376,8 @@ class Asked(AdmissionPolicy):
 
 def test_contexts_count_as_long_as_they_soon_may_be():
     policy = Asked()
-    limits = SchedulerLimits(max_num_batched_tokens=100, prefill_chunk_tokens=100, max_num_seqs=8)
-    scheduler = Scheduler(limits, policy, BlockManager(64, 4), BlockManager(64, 4))
+    limits = SchedulerLimits(prefill_chunk_tokens=100, max_num_seqs=8)
+    scheduler = Scheduler(limits, policy, place(BlockManager(64, 4), BlockManager(64, 4), 100, 100))
 
     def add(number: int, prompt: int, most: int) -> None:
         scheduler.add(Sequence(number, [number] * prompt, SamplingParams(), number, 0.0, prompt + most))
@@ -383,7 +385,7 @@ def test_contexts_count_as_long_as_they_soon_may_be():
     ahead = admission.LOOK_AHEAD_STEPS
     add(0, 30, 1000)
     add(1, 20, 12)
-    chunks = scheduler.schedule_prefill().rows
+    chunks = scheduler.schedule_prefill().chunks
     # The last token of an output is not fed, so that its KV is no context.
     assert policy.questions == [(0, 1, 30 + ahead), (1, 2, 30 + ahead + 20 + 11)]
     for chunk in chunks:
@@ -457,13 +459,13 @@ def test_a_gap_with_a_prefill_in_it_is_not_observed(tiny_path, monkeypatch, betw
         llm.add_request([1] * 30, SamplingParams(temperature=0, max_tokens=20))
         for _ in range(4):
             llm.step()
-        assert llm._launch_decode()
+        assert launch_decode(llm)
         if between:
             retried = llm.add_request([2] * 30, SamplingParams(temperature=0, max_tokens=2))
             llm._requests.sequences[retried].failures = 1
-            assert llm._launch_prefill(llm.decode_runner)
-        assert llm._launch_decode()
-        llm._collect_steps()
+            assert launch_prefill(llm, llm.scheduler.placement.decode_card)
+        assert launch_decode(llm)
+        llm._loop.collect_steps()
         assert len(found) == (0 if between else 1)
 
 

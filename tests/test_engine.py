@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from nanovllm import LLM, OutOfKVCacheError, RequestOutput, SamplingParams
-from nanovllm.engine import model_runner, scheduler
-from nanovllm.engine.execution import step_handle
+from nanovllm.engine import scheduler
+from nanovllm.engine.execution import kv_pool, prefill_executor, step_handle
 from nanovllm.engine.execution.cuda_graph import token_buckets
 from nanovllm.engine.execution.step_handle import StepHandle
-from nanovllm.engine.scheduler import PrefillStep
-from nanovllm.engine.scheduling.decode_batch import DecodeStep
+from nanovllm.layers.ranks import OneRank
 from tests import tiny
+from tests.steps import launch_decode
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 
@@ -40,8 +40,8 @@ def drain(
             if turn == its_turn and not any(output.finished for output in outputs.get(request_id, [])):
                 llm.abort(request_id)
         if steps_overlap:
-            llm._launch_steps()
-            llm._launch_decode()
+            llm._loop.launch_steps()
+            launch_decode(llm)
         for output in llm.step():
             outputs.setdefault(output.request_id, []).append(output)
         llm.scheduler.check_integrity()
@@ -98,7 +98,7 @@ def test_abort_in_every_state_leaves_the_others_alone(checkpoint, llm):
         assert sum(output.finished for output in outputs[ids[3]]) == 1
         for index in (0, 1, 2, 4, 5):
             assert tokens_of(outputs[ids[index]]) == tiny.reference_tokens(reference, prompts[index], 20)
-        assert llm.scheduler.decode_pool.num_held_blocks == 0
+        assert llm.scheduler.placement.decode_card.pool.num_held_blocks == 0
 
 
 def test_decode_goes_on_while_a_long_prompt_is_prefilled(llm):
@@ -127,7 +127,7 @@ def test_steps_are_launched_ahead_and_no_token_shows_after_a_stop_token(checkpoi
     def counting(step):
         nonlocal most_in_flight
         handle = launch(step)
-        most_in_flight = max(most_in_flight, llm._steps.count(llm.decode_runner, DecodeStep) + 1)
+        most_in_flight = max(most_in_flight, sum(bool(work.step.decode) for work in llm._steps) + 1)
         return handle
 
     llm.decode_runner.launch = counting
@@ -138,10 +138,10 @@ def test_steps_are_launched_ahead_and_no_token_shows_after_a_stop_token(checkpoi
         stop = tokens.index(tokens[9]) + 1
         assert tokens_of(outputs[request_id]) == tokens[:stop]
         assert outputs[request_id][-1].finish_reason == "stop"
-    assert llm.scheduler.decode_pool.num_held_blocks == 0 or llm._steps
+    assert llm.scheduler.placement.decode_card.pool.num_held_blocks == 0 or llm._steps
     while llm._steps:
         llm.step()
-    assert llm.scheduler.decode_pool.num_held_blocks == 0
+    assert llm.scheduler.placement.decode_card.pool.num_held_blocks == 0
 
 
 class PaddedSteps:
@@ -162,20 +162,20 @@ class PaddedSteps:
 @pytest.mark.parametrize("most_requests", [1, 3, 32])
 def test_padded_steps_give_the_same_tokens(checkpoint, monkeypatch, most_requests):
     path, reference = checkpoint("gqa2")
-    for module in (model_runner, scheduler):
-        monkeypatch.setattr(module, "MOST_PREFILL_REQUESTS", most_requests)
+    for module in (prefill_executor, scheduler):
+        monkeypatch.setattr(module, "MOST_CHUNKS", most_requests)
     prompts = tiny.random_prompts(8, seed=30) + tiny.random_prompts(4, seed=31, longest=40, shared=48)
     filtered = SamplingParams(temperature=0, max_tokens=20, min_tokens=1, top_k=5)
     with LLM(path, device="cpu", max_num_batched_tokens=50, max_num_seqs=6) as llm:
         runner = llm.decode_runner
-        runner._prefill_graphs = PaddedSteps(runner.run_prefill_core, token_buckets(50))
-        paths = runner.decode_paths
+        runner.prefill.graphs = PaddedSteps(runner.prefill.run_core, token_buckets(50))
+        paths = runner.decode.paths
         paths.sizes = [2, 4, 6]
         paths.steps = {None: PaddedSteps(runner.run_decode_core, paths.sizes)}
         launch, num_rows = runner.launch, []
-        runner.launch = lambda step: (num_rows.append(len(step.rows)), launch(step))[1]
+        runner.launch = lambda step: (num_rows.append(step.num_requests), launch(step))[1]
         answers = llm.generate(prompts, [GREEDY, GREEDY, filtered] * 4, use_tqdm=False)
-        assert runner._prefill_graphs.num_replays > 0
+        assert runner.prefill.graphs.num_replays > 0
         assert paths.steps[None].num_replays > 0
         assert llm.counters.prefill_steps + llm.counters.decode_steps == len(num_rows)  # none had to be halved
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -219,11 +219,15 @@ def test_max_model_len_ends_a_request(checkpoint):
 def test_a_pool_that_nobody_sized_takes_half_a_gib_or_a_request(tiny_path, monkeypatch, default_pool_bytes):
     with LLM(tiny_path, device="cpu") as llm:
         runner = llm.decode_runner
-        assert runner.kv_pool.nbytes == model_runner.CPU_POOL_BYTES + runner.spec.block_bytes
-        monkeypatch.setattr(model_runner, "CPU_POOL_BYTES", default_pool_bytes)
-        assert runner._num_kv_blocks() * runner.spec.block_bytes == 512 * 2**20
-        monkeypatch.setattr(model_runner, "CPU_POOL_BYTES", 1)
-        assert runner._num_kv_blocks() * runner.block_size == llm.decode_runner.spec.max_model_len
+
+        def num_blocks():
+            return kv_pool.num_kv_blocks(runner.spec, runner.device, OneRank(), 64, lambda pool: None)
+
+        assert runner.kv_pool.nbytes == kv_pool.CPU_POOL_BYTES + runner.spec.block_bytes
+        monkeypatch.setattr(kv_pool, "CPU_POOL_BYTES", default_pool_bytes)
+        assert num_blocks() * runner.spec.block_bytes == 512 * 2**20
+        monkeypatch.setattr(kv_pool, "CPU_POOL_BYTES", 1)
+        assert num_blocks() * runner.block_size == llm.decode_runner.spec.max_model_len
 
 
 def test_generate_leaves_outputs_of_other_requests_for_step(checkpoint, llm):
@@ -238,13 +242,13 @@ def test_generate_leaves_outputs_of_other_requests_for_step(checkpoint, llm):
     assert tokens_of(drain(llm)[mine]) == tiny.reference_tokens(reference, prompts[0], 20)
 
 
-def failing_launch(llm, monkeypatch, request_id: int, kind: type, times: int) -> None:
+def failing_launch(llm, monkeypatch, request_id: int, kind: str, times: int) -> None:
     """Makes steps of one kind that have this request in them fail, `times` times when it stands alone in one."""
     launch, left = llm.prefill_runner.launch, [times]
 
     def fail(step):
-        if isinstance(step, kind) and any(row.seq.request_id == request_id for row in step.rows):
-            if len(step.rows) > 1:
+        if step.kind == kind and any(seq.request_id == request_id for seq in step.seqs):
+            if step.num_requests > 1:
                 raise RuntimeError("injected")
             if left[0] > 0:
                 left[0] -= 1
@@ -254,7 +258,7 @@ def failing_launch(llm, monkeypatch, request_id: int, kind: type, times: int) ->
     monkeypatch.setattr(llm.prefill_runner, "launch", fail)
 
 
-@pytest.mark.parametrize("kind", [PrefillStep, DecodeStep])
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_failing_request_is_retried_once_and_the_others_go_on(checkpoint, llm, monkeypatch, caplog, kind, times):
     _, reference = checkpoint("gqa2")
@@ -273,7 +277,7 @@ def test_a_failing_request_is_retried_once_and_the_others_go_on(checkpoint, llm,
             assert tokens_of(outputs[ids[2]]) == expected[: len(tokens_of(outputs[ids[2]]))]
         else:
             assert tokens_of(outputs[ids[index]]) == expected
-    assert llm.scheduler.decode_pool.num_held_blocks == 0
+    assert llm.scheduler.placement.decode_card.pool.num_held_blocks == 0
 
 
 def test_a_request_that_outgrows_the_pool_ends_with_an_error_and_keeps_its_tokens(checkpoint):
@@ -325,7 +329,7 @@ def test_a_prompt_that_fills_the_pool_ends_even_if_it_is_preempted_at_its_first_
         outputs = drain(llm)[request_id]
         assert outputs[-1].finish_reason == "error"
         assert isinstance(outputs[-1].error, OutOfKVCacheError)
-        assert llm.scheduler.decode_pool.num_held_blocks == 0
+        assert llm.scheduler.placement.decode_card.pool.num_held_blocks == 0
 
 
 def test_a_failed_step_leaves_no_tensors_alive(tiny_path):
@@ -337,7 +341,7 @@ def test_a_failed_step_leaves_no_tensors_alive(tiny_path):
         def fail(step):
             activation = torch.ones(10)
             dead.append(weakref.ref(activation))
-            if any(row.seq.request_id == 1 for row in step.rows):
+            if any(seq.request_id == 1 for seq in step.seqs):
                 raise RuntimeError("injected")
             return launch(step)
 
@@ -373,7 +377,7 @@ def test_the_rows_on_the_device_are_those_of_the_host(checkpoint, num_blocks):
     path, reference = checkpoint("gqa2")
     prompts = tiny.random_prompts(8, seed=34, longest=40)
     with LLM(path, device="cpu", num_kvcache_blocks=num_blocks, max_num_seqs=5) as llm:
-        rows = llm.decode_runner.decode_rows
+        rows = llm.decode_runner.decode.rows
         changes, apply, num_pending, steps = rows.changes, rows.apply, 0, []
 
         def noted(step):
@@ -384,11 +388,11 @@ def test_the_rows_on_the_device_are_those_of_the_host(checkpoint, num_blocks):
             nonlocal num_pending
             apply(of_step)
             step = steps[-1]
-            for place, row in enumerate(step.rows):
+            for place, row in enumerate(step):
                 slot = int(rows._order[place])
-                last_token, position, _, output_index = rows._numbers[:, slot].tolist()
+                last_token, position, _, output_index = rows._fields[:, slot].tolist()
                 assert (position, output_index) == (row.position, row.output_index)
-                table = row.lease.decode_table
+                table = row.lease.decode.blocks
                 assert rows._block_tables[slot, : len(table)].tolist() == table
                 if row.position == row.seq.num_tokens - 1:
                     assert last_token == row.seq.token_ids[-1]
@@ -429,7 +433,11 @@ def test_an_interrupt_at_any_line_of_the_engine_changes_no_token(checkpoint, two
             llm.scheduler.check_integrity()
         while llm._steps or llm._handoffs:
             llm.step()
-        assert llm.scheduler.decode_pool.num_held_blocks == llm.scheduler.prefill_pool.num_held_blocks == 0
+        assert (
+            llm.scheduler.placement.decode_card.pool.num_held_blocks
+            == llm.scheduler.placement.prefill_card.pool.num_held_blocks
+            == 0
+        )
     for place, (request_id, answer) in enumerate(zip(ids, expected, strict=True)):
         tokens = tokens_of(outputs[request_id])
         logprobs = [entry for output in outputs[request_id] for entry in output.new_logprobs or []]
@@ -510,4 +518,8 @@ def test_an_interrupt_anywhere_loses_no_request_and_changes_no_token(checkpoint,
         assert [answer["token_ids"] for answer in again] == [tiny.reference_tokens(reference, p, 20) for p in prompts]
         while llm._steps or llm._handoffs:
             llm.step()
-        assert llm.scheduler.decode_pool.num_held_blocks == llm.scheduler.prefill_pool.num_held_blocks == 0
+        assert (
+            llm.scheduler.placement.decode_card.pool.num_held_blocks
+            == llm.scheduler.placement.prefill_card.pool.num_held_blocks
+            == 0
+        )

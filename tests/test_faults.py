@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from nanovllm import LLM, DeviceError, SamplingParams
-from nanovllm.engine.scheduler import PrefillStep
 from nanovllm.engine.scheduling import circuit_breaker
 from nanovllm.utils.device import Device, DoneEvent
 from tests import tiny
@@ -26,7 +25,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr("nanovllm.engine.scheduler.time", clock)
+    monkeypatch.setattr("nanovllm.engine.scheduling.placement.time", clock)
     return clock
 
 
@@ -34,7 +33,7 @@ def break_prefill(llm, is_broken):
     launch = llm.prefill_runner.launch
 
     def failing(step):
-        if is_broken() and isinstance(step, PrefillStep):
+        if is_broken() and bool(step.chunks):
             raise RuntimeError("injected into the prefill device")
         return launch(step)
 
@@ -57,7 +56,7 @@ def test_a_prefill_device_that_breaks_is_left_out_and_comes_back(checkpoint, clo
         else:
             llm.kv_transfer = FaultyTransfer(llm.kv_transfer, fault, lambda number: broken[0])
         assert_right(llm.generate(prompts, GREEDY, use_tqdm=False), prompts, reference)
-        assert llm.scheduler.prefill_breaker.is_out
+        assert llm.scheduler.placement.prefill_card.breaker.is_out
         assert llm.metrics()["fallbacks"] == {"prefill device left out": 1}
         assert caplog.text.count("is left out for a while") == 1
         # While it is out nothing is tried there: no request fails.
@@ -73,7 +72,7 @@ def test_a_prefill_device_that_breaks_is_left_out_and_comes_back(checkpoint, clo
         broken[0] = False
         clock.now += 2 * circuit_breaker.FIRST_PAUSE_S
         assert_right(llm.generate(prompts, GREEDY, use_tqdm=False), prompts, reference)
-        assert not llm.scheduler.prefill_breaker.is_out
+        assert not llm.scheduler.placement.prefill_card.breaker.is_out
         assert llm.metrics()["recoveries"] == 1
         assert_right(llm.generate(prompts, GREEDY, use_tqdm=False), prompts, reference)
         assert llm.counters.handoffs > handoffs + len(prompts)
@@ -91,7 +90,7 @@ def test_single_failures_leave_no_device_out(checkpoint):
     with two_devices(path, max_num_seqs=1) as llm:
         break_prefill(llm, every_other)
         assert_right(llm.generate(prompts, GREEDY, use_tqdm=False), prompts, reference)
-        assert not llm.scheduler.prefill_breaker.is_out
+        assert not llm.scheduler.placement.prefill_card.breaker.is_out
         assert llm.metrics()["fallbacks"] == {}
 
 
@@ -190,15 +189,15 @@ def test_decode_failures_leave_the_prefill_device_in(checkpoint):
         launch = llm.decode_runner.launch
 
         def failing(step):
-            calls[0] += not isinstance(step, PrefillStep)
-            if not isinstance(step, PrefillStep) and 3 <= calls[0] < 8:
+            calls[0] += not bool(step.chunks)
+            if not bool(step.chunks) and 3 <= calls[0] < 8:
                 raise RuntimeError("injected into the decode device")
             return launch(step)
 
         llm.decode_runner.launch = failing
         assert_right(llm.generate(prompts, GREEDY, use_tqdm=False), prompts, reference)
         assert calls[0] > 8
-        assert not llm.scheduler.prefill_breaker.is_out
+        assert not llm.scheduler.placement.prefill_card.breaker.is_out
 
 
 def test_requests_of_one_token_show_that_the_prefill_device_works(tiny_path, clock):
@@ -211,9 +210,11 @@ def test_requests_of_one_token_show_that_the_prefill_device_works(tiny_path, clo
             llm.generate(prompts[:1], one_token, use_tqdm=False)
             broken[0] = turn == 3
             llm.generate(prompts[1:2], one_token, use_tqdm=False)
-        assert not llm.scheduler.prefill_breaker.is_out, "two failures in a row are the most that there were"
+        assert not llm.scheduler.placement.prefill_card.breaker.is_out, (
+            "two failures in a row are the most that there were"
+        )
         llm.generate(prompts, one_token, use_tqdm=False)
-        assert llm.scheduler.prefill_breaker.is_out
+        assert llm.scheduler.placement.prefill_card.breaker.is_out
         broken[0] = False
         clock.now += circuit_breaker.FIRST_PAUSE_S
         llm.generate(prompts, one_token, use_tqdm=False)

@@ -132,8 +132,8 @@ def test_a_request_goes_through_the_scheduler_by_its_three_methods(checkpoint, t
             assert scheduler.get_prefilled_sequences() == []
             step = scheduler.schedule_prefill()
             handle = llm.prefill_runner.launch(step)
-            tokens = handle.collect().token_ids
-            for chunk in step.rows:
+            tokens = handle.collect().after_chunks.token_ids
+            for chunk in step.chunks:
                 if chunk.handoff:
                     llm.kv_transfer.send(chunk.handoff, handle.event).wait()
                 scheduler.prefill_done(chunk)
@@ -142,10 +142,9 @@ def test_a_request_goes_through_the_scheduler_by_its_three_methods(checkpoint, t
         assert num_chunks == 3
         assert scheduler.get_prefilled_sequences() == [seq]
         assert scheduler.get_prefilled_sequences() == []
-        scheduler.handoff_done(seq)
         while seq.num_output_tokens < 6:
             step = scheduler.schedule_decode()
-            (token,) = llm.decode_runner.launch(step).collect().token_ids
+            (token,) = llm.decode_runner.launch(step).collect().after_decode.token_ids
             scheduler.decode_done(step)
             seq.token_ids.append(int(token))
             scheduler.token_appended(seq)
@@ -162,9 +161,9 @@ def test_run_decode_core_is_one_decode_step(checkpoint):
             llm.step()
         runner = llm.decode_runner
         with torch.inference_mode():
-            runner.decode_rows.apply(runner.decode_rows.changes(step))
+            runner.decode.rows.apply(runner.decode.rows.changes(step.decode))
             output = runner.run_decode_core(1)
-        fed = step.batch.seqs[0].num_output_tokens
+        fed = step.seqs[0].num_output_tokens
         assert output.sampled.token_ids.tolist() == tiny.reference_tokens(reference, [1, 2, 3], 6)[fed : fed + 1]
         assert output.logits.shape == (1, tiny.VOCAB_SIZE)
 

@@ -59,7 +59,11 @@ def test_a_request_whose_logits_are_nan_ends_with_an_error(checkpoint, tiny_copy
         while llm._steps or llm._handoffs:
             llm.step()
         llm.scheduler.check_integrity()
-        assert llm.scheduler.decode_pool.num_held_blocks == llm.scheduler.prefill_pool.num_held_blocks == 0
+        assert (
+            llm.scheduler.placement.decode_card.pool.num_held_blocks
+            == llm.scheduler.placement.prefill_card.pool.num_held_blocks
+            == 0
+        )
 
     # A token that one request samples on its way, and no other one has.
     tokens = expected[0]["token_ids"]

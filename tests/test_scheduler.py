@@ -8,15 +8,19 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from nanovllm import SamplingParams
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.scheduler import PrefillChunk, PrefillStep, Scheduler, SchedulerLimits
+from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
 from nanovllm.engine.scheduling.admission import AdmissionPolicy
-from nanovllm.engine.scheduling.decode_batch import DecodeRow, DecodeStep
+from nanovllm.engine.scheduling.card import Card
+from nanovllm.engine.scheduling.decode_batch import DecodeRow
+from nanovllm.engine.scheduling.step import PrefillChunk, Step
 from nanovllm.engine.sequence import Sequence, SequenceStatus
+from tests.steps import place
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 10
 MAX_MODEL_LEN = 36
-LIMITS = SchedulerLimits(max_num_batched_tokens=14, prefill_chunk_tokens=5, max_num_seqs=4)
+MAX_NUM_BATCHED_TOKENS = 14
+LIMITS = SchedulerLimits(prefill_chunk_tokens=5, max_num_seqs=4)
 
 
 def make_sequence(request_id: int, tokens: list[int], max_tokens: int = 8) -> Sequence:
@@ -38,12 +42,13 @@ class OnePool(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.prefill_pool, self.decode_pool = self.pools()
-        self.scheduler = Scheduler(LIMITS, self.admission(), self.prefill_pool, self.decode_pool)
+        placement = place(self.prefill_pool, self.decode_pool, MAX_NUM_BATCHED_TOKENS, LIMITS.prefill_chunk_tokens)
+        self.scheduler = Scheduler(LIMITS, self.admission(), placement)
+        self.prefill_card, self.decode_card = placement.prefill_card, placement.decode_card
         self.seqs: list[Sequence] = []
-        self.prefills: dict[BlockManager, list[PrefillStep]] = {}
-        self.decodes: list[DecodeStep] = []
+        self.prefills: dict[Card, list[Step]] = {}
+        self.decodes: list[Step] = []
         self.handoffs: list[PrefillChunk] = []
-        self.handing_off: list[Sequence] = []
 
     @rule(length=st.integers(1, 30), seed=st.integers(0, 2), max_tokens=st.integers(1, 20))
     def add(self, length: int, seed: int, max_tokens: int) -> None:
@@ -55,17 +60,23 @@ class OnePool(RuleBasedStateMachine):
 
     @rule(on_decode_device=st.booleans())
     def launch_prefill(self, on_decode_device: bool) -> None:
-        pool = self.decode_pool if on_decode_device else self.prefill_pool
-        if len(self.prefills.get(pool, ())) == (1 if pool is self.decode_pool else 2):
+        card = self.decode_card if on_decode_device else self.prefill_card
+        if len(self.prefills.get(card, ())) == (1 if card is self.decode_card else 2):
             return
-        step = self.scheduler.schedule_prefill(pool)
+        step = self.scheduler.schedule_prefill(card)
         if step is None:
             return
-        self.prefills.setdefault(pool, []).append(step)
-        for chunk in step.rows:
+        assert step.card is card
+        self.prefills.setdefault(card, []).append(step)
+        for chunk in step.chunks:
             assert chunk.start < chunk.end <= chunk.seq.num_tokens
-            assert chunk.lease.prefill_pool is pool
-            assert len(chunk.lease.prefill_table) == pool.blocks_for(chunk.seq.num_tokens)
+            assert chunk.lease.prefill.card is card
+            assert chunk.lease.crosses == (card is not self.decode_card)
+            num_blocks = len(chunk.lease.prefill.blocks)
+            if chunk.lease.crosses:
+                assert num_blocks == card.pool.blocks_for(chunk.seq.num_tokens)
+            else:
+                assert num_blocks >= card.pool.blocks_for(chunk.seq.num_tokens)
             for _, target in chunk.handoff:
                 assert self.decode_pool._holders[target] == 1, "a handoff writes to a block that others hold"
             if chunk.handoff:
@@ -77,20 +88,21 @@ class OnePool(RuleBasedStateMachine):
     def end_prefill(self, data: st.DataObject, fails: bool) -> None:
         self.end_prefill_of(data.draw(st.sampled_from(list(self.prefills))), fails)
 
-    def end_prefill_of(self, pool: BlockManager, fails: bool = False) -> None:
-        step = self.prefills[pool].pop(-1 if fails else 0)  # it is a launch that fails
-        if not self.prefills[pool]:
-            del self.prefills[pool]
+    def end_prefill_of(self, card: Card, fails: bool = False) -> None:
+        step = self.prefills[card].pop(-1 if fails else 0)  # it is a launch that fails
+        if not self.prefills[card]:
+            del self.prefills[card]
         if fails:
             self.scheduler.cancel(step)
-            for chunk in step.rows:
+            for chunk in step.chunks:
                 self.fail(chunk)
             return
-        for chunk in step.rows:
+        ended = []
+        for chunk in step.chunks:
             if self.scheduler.prefill_done(chunk) and chunk.is_last:
                 self.append(chunk.seq)
-        self.handing_off += self.scheduler.get_prefilled_sequences()
-        self.settle_handoffs()
+                ended += [] if chunk.seq.is_finished else [chunk.seq]
+        assert self.scheduler.get_prefilled_sequences() == ended
 
     @precondition(lambda self: self.handoffs)
     @rule(data=st.data(), fails=st.booleans())
@@ -102,16 +114,6 @@ class OnePool(RuleBasedStateMachine):
         self.scheduler.release(chunk.lease)
         if fails and chunk.seq.lease is chunk.lease:
             self.scheduler.fail(chunk.seq, RuntimeError("injected"))
-        self.settle_handoffs()
-
-    def settle_handoffs(self) -> None:
-        underway = [chunk.lease for chunk in self.handoffs]
-        for seq in list(self.handing_off):
-            if seq.status is not SequenceStatus.HANDING_OFF:
-                self.handing_off.remove(seq)
-            elif seq.lease not in underway:
-                self.handing_off.remove(seq)
-                self.scheduler.handoff_done(seq)
 
     @precondition(lambda self: len(self.decodes) < 2)
     @rule(splits=st.booleans())
@@ -120,9 +122,11 @@ class OnePool(RuleBasedStateMachine):
         if step is None:
             return
         self.decodes += (splits and self.scheduler.split(step)) or [step]
-        written = [row.lease.decode_table[row.position // BLOCK_SIZE] for row in step.rows]
+        underway = {chunk.lease for chunk in self.handoffs}
+        assert underway.isdisjoint(step.leases), "a request decodes before its KV has arrived"
+        written = [row.lease.decode.blocks[row.position // BLOCK_SIZE] for row in step.decode]
         assert len(set(written)) == len(written), "two requests write to one block"
-        for row, block in zip(step.rows, written, strict=True):
+        for row, block in zip(step.decode, written, strict=True):
             assert self.decode_pool._holders[block] == 1, "a request writes to a block that others hold"
             assert row.output_index < row.seq.params.max_tokens, "a step beyond the request's length"
 
@@ -132,16 +136,16 @@ class OnePool(RuleBasedStateMachine):
         if fails and len(self.decodes) == 1:
             step = self.decodes.pop()
             self.scheduler.cancel(step)
-            for row in step.rows:
+            for row in step.decode:
                 self.fail(row)
             return
         step = self.decodes.pop(0)
         self.scheduler.decode_done(step)
-        for place, row in enumerate(step.rows):
+        for index, row in enumerate(step.decode):
             if row.seq.lease is row.lease:
                 assert row.position == row.seq.num_tokens - 1, "a token is sampled after another than the last one"
                 self.append(row.seq)
-                if place in stopped and not row.seq.is_finished:
+                if index in stopped and not row.seq.is_finished:
                     self.scheduler.finish(row.seq, "stop")
 
     @rule(data=st.data())
@@ -169,17 +173,19 @@ class OnePool(RuleBasedStateMachine):
     @invariant()
     def nobody_gets_a_block_that_work_in_flight_writes_to(self) -> None:
         for step in self.decodes:
-            for row in step.rows:
-                block = row.lease.decode_table[row.position // BLOCK_SIZE]
+            for row in step.decode:
+                block = row.lease.decode.blocks[row.position // BLOCK_SIZE]
                 assert self.decode_pool._holders[block] == 1, "a decode step writes to a block that others may get"
         for chunk in self.handoffs:
             for source, target in chunk.handoff:
-                assert chunk.lease.prefill_pool._holders[source], "a handoff reads a block that others may get"
+                assert chunk.lease.prefill.card.pool._holders[source], "a handoff reads a block that others may get"
                 assert self.decode_pool._holders[target] == 1, "a handoff writes to a block that others may get"
-        for pool, prefills in self.prefills.items():
-            for chunk in (chunk for prefill in prefills for chunk in prefill.rows):
-                written = chunk.lease.prefill_table[chunk.start // BLOCK_SIZE : -(-chunk.end // BLOCK_SIZE)]
-                assert all(map(pool._holders.__getitem__, written)), "a prefill writes to a block that others may get"
+        for card, prefills in self.prefills.items():
+            for chunk in (chunk for prefill in prefills for chunk in prefill.chunks):
+                written = chunk.lease.prefill.blocks[chunk.start // BLOCK_SIZE : -(-chunk.end // BLOCK_SIZE)]
+                assert all(map(card.pool._holders.__getitem__, written)), (
+                    "a prefill writes to a block that others may get"
+                )
 
     def teardown(self) -> None:
         """Left alone, the engine's loop ends every request and returns every block."""
@@ -188,8 +194,8 @@ class OnePool(RuleBasedStateMachine):
                 self.launch_prefill(on_decode_device)
             for _ in range(2 - len(self.decodes)):
                 self.launch_decode()
-            for pool in list(self.prefills):
-                self.end_prefill_of(pool)
+            for card in list(self.prefills):
+                self.end_prefill_of(card)
             for chunk in list(self.handoffs):
                 self.end_handoff_of(chunk)
             if self.decodes:
@@ -222,10 +228,13 @@ TestTwoPools = TwoPools.TestCase
 TestOneAtATime = OneAtATime.TestCase
 
 
-def scheduler_with(num_blocks: int, *prompts: list[int], **limits: int) -> tuple[Scheduler, list[Sequence]]:
+def scheduler_with(
+    num_blocks: int, *prompts: list[int], max_num_batched_tokens: int = 100, prefill_chunk_tokens: int = 5
+) -> tuple[Scheduler, list[Sequence]]:
     pool = BlockManager(num_blocks, BLOCK_SIZE)
-    defaults = {"max_num_batched_tokens": 100, "prefill_chunk_tokens": 5, "max_num_seqs": 8}
-    scheduler = Scheduler(SchedulerLimits(**{**defaults, **limits}), AdmissionPolicy(max_backlog=8), pool, pool)
+    limits = SchedulerLimits(prefill_chunk_tokens=prefill_chunk_tokens, max_num_seqs=8)
+    placement = place(pool, pool, max_num_batched_tokens, prefill_chunk_tokens)
+    scheduler = Scheduler(limits, AdmissionPolicy(max_backlog=8), placement)
     seqs = [make_sequence(index, tokens, max_tokens=50) for index, tokens in enumerate(prompts)]
     for seq in seqs:
         scheduler.add(seq)
@@ -234,13 +243,11 @@ def scheduler_with(num_blocks: int, *prompts: list[int], **limits: int) -> tuple
 
 def run_prefill(scheduler: Scheduler) -> list[tuple[int, int, int]]:
     step = scheduler.schedule_prefill()
-    chunks = step.rows if step else []
+    chunks = step.chunks if step else []
     for chunk in chunks:
         if scheduler.prefill_done(chunk) and chunk.is_last:
             chunk.seq.token_ids.append(9)
             scheduler.token_appended(chunk.seq)
-    for seq in scheduler.get_prefilled_sequences():
-        scheduler.handoff_done(seq)
     return [(chunk.seq.request_id, chunk.start, chunk.end) for chunk in chunks]
 
 
@@ -249,10 +256,10 @@ def run_decode(scheduler: Scheduler) -> list[int]:
     if step is None:
         return []
     scheduler.decode_done(step)
-    for row in step.rows:
-        row.seq.token_ids.append(9)
-        scheduler.token_appended(row.seq)
-    return [row.seq.request_id for row in step.rows]
+    for seq in step.seqs:
+        seq.token_ids.append(9)
+        scheduler.token_appended(seq)
+    return [seq.request_id for seq in step.seqs]
 
 
 def test_chunks_are_small_only_while_others_decode():
@@ -269,7 +276,7 @@ def test_chunks_are_small_only_while_others_decode():
 
 
 def test_a_prefill_step_has_at_most_so_many_requests(monkeypatch):
-    monkeypatch.setattr("nanovllm.engine.scheduler.MOST_PREFILL_REQUESTS", 3)
+    monkeypatch.setattr("nanovllm.engine.scheduler.MOST_CHUNKS", 3)
     scheduler, _ = scheduler_with(40, *([[place] * 2 for place in range(8)]), prefill_chunk_tokens=100)
     assert [len(run_prefill(scheduler)) for _ in range(3)] == [3, 3, 2]
 
@@ -297,8 +304,9 @@ def test_first_come_first_served_even_if_a_younger_one_would_fit():
 def test_the_youngest_is_preempted_and_keeps_its_place():
     scheduler, (first, second, third, _) = scheduler_with(6, [1] * 3, [2] * 3, [3] * 3, [4] * 3)
     run_prefill(scheduler)
+    run_decode(scheduler)
     assert [seq.status for seq in (first, second, third)] == [SequenceStatus.DECODING] * 3
-    for _ in range(6):
+    for _ in range(5):
         run_decode(scheduler)
     assert scheduler.num_preemptions == 1
     assert third.status is SequenceStatus.WAITING
@@ -311,13 +319,13 @@ def test_blocks_are_given_ahead_while_they_abound_and_are_needed(num_blocks, abo
     scheduler, (first, second, short) = scheduler_with(num_blocks, [1] * 7, [2] * 5, [3] * 2)
     short.max_num_tokens = 4
     run_prefill(scheduler)
-    assert [len(seq.lease.decode_table) for seq in (first, second, short)] == [3, 3, 1]
+    assert [len(seq.lease.decode.blocks) for seq in (first, second, short)] == [3, 3, 1]
     for _ in range(6):
         run_decode(scheduler)
     # The first one has passed the end of its third block, the second has not.
-    assert len(first.lease.decode_table) > 3
-    assert (len(second.lease.decode_table) > 3) == abound
-    assert len(short.lease.decode_table) == 1
+    assert len(first.lease.decode.blocks) > 3
+    assert (len(second.lease.decode.blocks) > 3) == abound
+    assert len(short.lease.decode.blocks) == 1
     scheduler.check_integrity()
 
 
@@ -330,11 +338,11 @@ def test_the_batch_stays_the_same_while_a_request_waits_for_a_block():
     in_flight = scheduler.schedule_decode()
     without_first = scheduler.schedule_decode()
     assert third.status is SequenceStatus.WAITING, "the youngest gives its blocks up"
-    assert [row.seq for row in without_first.rows] == [second], "which a step in flight still touches"
+    assert without_first.seqs == [second], "which a step in flight still touches"
     still_without = scheduler.schedule_decode()
-    assert still_without.batch is without_first.batch
+    assert still_without.decode.batch is without_first.decode.batch
     scheduler.decode_done(in_flight)
-    assert {row.seq for row in scheduler.schedule_decode().rows} == {first, second}
+    assert set(scheduler.schedule_decode().seqs) == {first, second}
 
 
 def test_the_batch_stays_the_same_when_a_request_that_has_left_it_ends():
@@ -344,9 +352,9 @@ def test_the_batch_stays_the_same_when_a_request_that_has_left_it_ends():
     run_prefill(scheduler)
     assert run_decode(scheduler) == [0, 1]
     without_short = scheduler.schedule_decode()
-    assert short not in without_short.batch.seqs
+    assert short not in without_short.seqs
     scheduler.finish(short, "length")
-    assert scheduler.schedule_decode().batch is without_short.batch
+    assert scheduler.schedule_decode().decode.batch is without_short.decode.batch
     scheduler.check_integrity()
 
 
@@ -356,11 +364,11 @@ def test_a_request_that_outgrows_the_pool_ends_by_name():
         run_prefill(scheduler)
         run_decode(scheduler)
         scheduler.check_integrity()
-    failed = scheduler.get_failed_sequences()
+    failed = scheduler.get_outgrown_sequences()
     assert {seq.request_id for seq in failed} == {0, 1}
     assert all("raise num_kvcache_blocks" in str(seq.error) for seq in failed)
     assert first.num_tokens == second.num_tokens == 3 * BLOCK_SIZE + 1
-    assert scheduler.decode_pool.num_held_blocks == 0
+    assert scheduler.placement.decode_card.pool.num_held_blocks == 0
 
 
 def test_a_hash_hit_with_other_tokens_is_no_hit():

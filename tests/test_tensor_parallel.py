@@ -207,7 +207,7 @@ def test_greedy_tokens_equal_transformers(even, name, size, mode):
         while llm._steps:
             llm.step()
         llm.scheduler.check_integrity()
-        assert llm.scheduler.decode_pool.num_held_blocks == 0
+        assert llm.scheduler.placement.decode_card.pool.num_held_blocks == 0
         assert (llm.scheduler.num_preemptions > 0) == (mode == "preempted")
     assert_no_process_is_left()
     for prompt, answer in zip(prompts + prompts[4:], answers + again, strict=True):
@@ -255,9 +255,9 @@ def test_only_what_changes_crosses(even):
             send = pipe.send
             pipe.send = lambda task, send=send: (sent.append(task), send(task))[1]
         llm.generate(prompts_for(3, seed=7), SamplingParams(temperature=0, max_tokens=30), use_tqdm=False)
-        kinds = [type(task).__name__ for task in sent]
-        decodes = [task for task in sent if type(task).__name__ == "DecodeTask"]
-    assert kinds[0] == "PrefillTask"
+        decodes = [task.decode for task in sent if task.decode is not None]
+    assert sent[0].prefill is not None
+    assert sent[0].decode is None
     # One step tells who is in the batch; the others, but for a block or two, nothing.
     told = [task for task in decodes if task.changes.order is not None]
     assert len(told) <= 2
@@ -327,16 +327,16 @@ def test_an_interrupt_within_a_step_leaves_the_ranks_in_step(even):
     greedy = SamplingParams(temperature=0, max_tokens=25)
     with LLM(even["biased"], device="cpu", tensor_parallel_size=2) as llm:
         runner, calls = llm.decode_runner, [0]
-        run = runner.run
+        run = runner._run
 
-        def interrupted(task, positions):
+        def interrupted(task):
             calls[0] += 1
             if calls[0] in (1, 4, 9):
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(0.05)
-            return run(task, positions)
+            return run(task)
 
-        runner.run = interrupted
+        runner._run = interrupted
         ids = [llm.add_request(prompt, greedy) for prompt in prompts]
         got, num_interrupts = {request_id: [] for request_id in ids}, 0
         while not llm.is_finished():
@@ -361,14 +361,14 @@ def test_no_interrupt_or_exit_within_a_step_is_lost(even, raised):
     heard = SystemExit if raised is SystemExit else KeyboardInterrupt
     with LLM(even["biased"], device="cpu", tensor_parallel_size=2, step_timeout_s=2.0) as llm:
 
-        def broken_off(task, positions):
+        def broken_off(task):
             if heard is KeyboardInterrupt:
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(0.05)
             raise raised(7)
 
         llm.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=5))
-        llm.decode_runner.run = broken_off
+        llm.decode_runner._run = broken_off
         with pytest.raises(heard):
             llm.step()
         (output,) = llm.step()
@@ -382,7 +382,7 @@ def test_what_a_lost_rank_leaves_of_a_step_is_given_to_nobody(even):
     with LLM(even["biased"], device="cpu", tensor_parallel_size=2) as llm:
         (process,) = llm.decode_runner._workers._processes
         llm.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
-        while llm._launch_steps():
+        while llm._loop.launch_steps():
             pass
         process.kill()
         process.join()

@@ -452,7 +452,7 @@ def test_a_stream_whose_next_raised_yields_nothing_more(llm, monkeypatch, error)
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm, "_launch_steps", fail)
+        patch.setattr(llm._loop, "launch_steps", fail)
         with pytest.raises(error):
             list(stream)
     assert list(stream) == []

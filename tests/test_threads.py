@@ -17,7 +17,7 @@ import pytest
 
 import nanovllm
 from nanovllm import LLM, EngineBusyError, EngineClosedError, RequestOutput, SamplingParams, UnknownRequestError
-from nanovllm.engine import llm_engine
+from nanovllm.engine import loop
 from nanovllm.engine.callers import Inbox
 from tests import tiny
 
@@ -41,7 +41,11 @@ def at_rest(llm):
         llm.step()
     assert llm.is_finished()
     llm.scheduler.check_integrity()
-    assert llm.scheduler.decode_pool.num_held_blocks == llm.scheduler.prefill_pool.num_held_blocks == 0
+    assert (
+        llm.scheduler.placement.decode_card.pool.num_held_blocks
+        == llm.scheduler.placement.prefill_card.pool.num_held_blocks
+        == 0
+    )
     assert {**llm._requests.sequences, **llm._requests._texts, **llm._requests._inboxes} == {}
 
 
@@ -522,13 +526,13 @@ def test_what_breaks_a_progress_bar_holds_up_no_other_thread(tiny_path, monkeypa
 def test_close_from_a_handler_that_breaks_into_a_call_that_only_posts(tiny_path, monkeypatch, name):
     llm = make(tiny_path, False)
     request_id, stream = llm.add_request([1, 2, 3], GREEDY), llm.generate_stream([4, 5], GREEDY)
-    take_in = llm._take_in_mail
+    take_in = llm._loop.take_in_mail
 
     def interrupted():
         llm.close()
         take_in()
 
-    monkeypatch.setattr(llm, "_take_in_mail", interrupted)
+    monkeypatch.setattr(llm._loop, "take_in_mail", interrupted)
     if name in ("add_request", "generate_stream"):
         with pytest.raises(EngineClosedError):
             calls_of(llm, request_id, stream)[name]()
@@ -619,13 +623,13 @@ def test_what_is_put_twice_or_taken_at_once_is_there_once():
 def test_an_abort_of_a_request_that_waits_in_the_mailbox_is_kept(tiny_path, monkeypatch, interrupted):
     """Also where the loop is broken off before it has taken the request in."""
     with make(tiny_path, False) as llm:
-        monkeypatch.setattr(llm_engine, "MOST_ARRIVALS_PER_TURN", 0)
+        monkeypatch.setattr(loop, "MOST_ARRIVALS_PER_TURN", 0)
         request_id = llm.add_request([1, 2, 3], GREEDY)
         llm.abort(request_id)
         with pytest.raises(UnknownRequestError):
             llm.abort(request_id)
         if interrupted:
-            monkeypatch.setattr(llm, "_launch_steps", lambda: signal.default_int_handler(2, None))
+            monkeypatch.setattr(llm._loop, "launch_steps", lambda: signal.default_int_handler(2, None))
             with pytest.raises(KeyboardInterrupt):
                 llm.step()
         monkeypatch.undo()

@@ -241,7 +241,7 @@ def test_it_is_written_when_the_engine_ends_by_an_exception(tiny_path, tmp_path)
                 llm.add_request(prompt, GREEDY)
             for _ in range(6):
                 llm.step()
-            llm._launch_steps()
+            llm._loop.launch_steps()
             assert llm._steps
             num_steps.append(llm.counters.decode_steps)
             raise ZeroDivisionError

@@ -18,12 +18,11 @@ from nanovllm import (
     RequestError,
     SamplingParams,
 )
-from nanovllm.engine.execution import decode_paths, kv_transfer
+from nanovllm.engine.execution import decode_calibrator, kv_transfer
 from nanovllm.engine.execution.kv_transfer import resolve_handoff
 from nanovllm.engine.execution.step_handle import StepHandle
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
-from nanovllm.engine.scheduler import PrefillStep
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut
 from nanovllm.engine.sequence import SequenceStatus
 from nanovllm.utils.device import Device
@@ -66,8 +65,8 @@ def assert_whole(llm: LLM) -> None:
     while llm._steps:
         llm.step()
     llm.scheduler.check_integrity()
-    assert llm.scheduler.prefill_pool.num_held_blocks == 0
-    assert llm.scheduler.decode_pool.num_held_blocks == 0
+    assert llm.scheduler.placement.prefill_card.pool.num_held_blocks == 0
+    assert llm.scheduler.placement.decode_card.pool.num_held_blocks == 0
 
 
 @pytest.mark.parametrize("caching", [True, False], ids=["cached", "poisoned"])
@@ -187,7 +186,7 @@ def test_nothing_is_shared_between_the_devices(tiny_path):
         prefill, decode = llm.prefill_runner, llm.decode_runner
         assert prefill is not decode
         assert prefill.device != decode.device
-        assert llm.scheduler.prefill_pool is not llm.scheduler.decode_pool
+        assert llm.scheduler.placement.prefill_card.pool is not llm.scheduler.placement.decode_card.pool
         assert prefill.kv_pool.data_ptr() != decode.kv_pool.data_ptr()
         theirs = decode.model.checkpoint_tensors()
         for name, weight in prefill.model.checkpoint_tensors().items():
@@ -201,7 +200,7 @@ def test_nothing_is_shared_between_the_devices(tiny_path):
 def test_one_device_is_the_same_loop_with_one_runner(tiny_path):
     with LLM(tiny_path, device="cpu") as llm:
         assert llm.prefill_runner is llm.decode_runner
-        assert llm.scheduler.prefill_pool is llm.scheduler.decode_pool
+        assert llm.scheduler.placement.prefill_card.pool is llm.scheduler.placement.decode_card.pool
         llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)
         assert llm.counters.handoffs == 0
 
@@ -225,7 +224,7 @@ def test_a_copy_that_fails_once_costs_a_retry_on_the_decode_device(checkpoint, f
         prefilled_on_decode = []
         launch = llm.decode_runner.launch
         llm.decode_runner.launch = lambda step: (
-            prefilled_on_decode.append(isinstance(step, PrefillStep)),
+            prefilled_on_decode.append(bool(step.chunks)),
             launch(step),
         )[1]
         outputs = run_with_fault(llm, prompts)
@@ -248,7 +247,7 @@ def test_a_copy_that_never_ends_times_out_with_both_sides_state(checkpoint, capl
         assert "handoff_timeout_s=0.05" in caplog.text
         # What the copy may still write to is held until it ends, and then free.
         llm.scheduler.check_integrity()
-        assert llm.scheduler.decode_pool.num_held_blocks > 0
+        assert llm.scheduler.placement.decode_card.pool.num_held_blocks > 0
         faulty.unstall()
         llm.step()
         assert_whole(llm)
@@ -264,8 +263,8 @@ def test_a_backlog_of_handoffs_holds_prefill_back(checkpoint, limit):
         llm.kv_transfer = faulty = FaultyTransfer(llm.kv_transfer, "stall", lambda number: True)
         ids = [llm.add_request(prompt, GREEDY) for prompt in prompts]
         for _ in range(40):
-            llm._launch_steps()
-            llm._collect_steps()
+            llm._loop.launch_steps()
+            llm._loop.collect_steps()
         statuses = [llm._requests.sequences[request_id].status for request_id in ids]
         assert statuses.count(SequenceStatus.HANDING_OFF) == limit
         assert statuses.count(SequenceStatus.WAITING) == len(prompts) - limit
@@ -335,9 +334,9 @@ def test_a_request_that_fails_in_a_forward_pass_is_retried_once_then_ends_by_nam
             launch = runner.launch
 
             def fail(step):
-                hit = any(row.seq.request_id == 2 for row in step.rows)
-                if hit and (len(step.rows) > 1 or left[0] > 0):
-                    left[0] -= len(step.rows) == 1
+                hit = any(seq.request_id == 2 for seq in step.seqs)
+                if hit and (step.num_requests > 1 or left[0] > 0):
+                    left[0] -= step.num_requests == 1
                     raise error
                 return launch(step)
 
@@ -368,14 +367,14 @@ def test_verify_notices_what_a_step_pushed_wrong(checkpoint, caplog):
             handle = launch(step)
             if not launched:
                 with torch.inference_mode():
-                    llm.decode_runner.kv_pool[step.rows[0].handoff[0][1], 1, 0, 0, 0, 0] += 1e-3
+                    llm.decode_runner.kv_pool[step.chunks[0].handoff[0][1], 1, 0, 0, 0, 0] += 1e-3
             launched.append(step)
             return handle
 
         llm.prefill_runner.launch = corrupting
         outputs = run_with_fault(llm, prompts)
         assert_whole(llm)
-    goal = launched[0].rows[0].handoff[0][1]
+    goal = launched[0].chunks[0].handoff[0][1]
     assert f"handoff of request 0 from cpu:0 to cpu:1 by 'direct': block {goal} of the decode pool" in caplog.text
     assert "differs in layer 1" in caplog.text
     for index, prompt in enumerate(prompts):
@@ -388,15 +387,15 @@ def test_prefill_steps_are_launched_ahead(checkpoint, kv_handoff):
     prompts = tiny.random_prompts(8, seed=21, longest=60)
     most = 0
     with two_devices(path, lazy=False, kv_handoff=kv_handoff, max_num_batched_tokens=24) as llm:
-        launch = llm._launch_steps
+        launch = llm._loop.launch_steps
 
         def watched_launch():
             nonlocal most
             launched = launch()
-            most = max(most, llm._steps.count(llm.prefill_runner, PrefillStep))
+            most = max(most, len(llm._steps.on(llm.scheduler.placement.prefill_card)))
             return launched
 
-        llm._launch_steps = watched_launch
+        llm._loop.launch_steps = watched_launch
         ids = [llm.add_request(prompt, GREEDY) for prompt in prompts]
         outputs = drain(llm, steps_overlap=True)
         assert_whole(llm)
@@ -431,15 +430,13 @@ def test_verify_names_request_block_and_layer(checkpoint, caplog):
         assert tokens_of(outputs[index]) == tiny.reference_tokens(reference, prompt, 24)
 
 
-@pytest.mark.parametrize("mistake", ["skip_wait", "skip_block", "wrong_slot", "one_block_manager"])
+@pytest.mark.parametrize("mistake", ["skip_wait", "skip_block", "wrong_slot", "nothing_sent"])
 def test_the_tests_above_would_notice_a_wrong_handoff(checkpoint, mistake):
     path, reference = checkpoint("gqa2")
     prompts = tiny.random_prompts(6, seed=13, longest=60, shared=20)
     with two_devices(path, lazy=False, enable_prefix_caching=False) as llm:
-        if mistake == "one_block_manager":
-            llm.scheduler.prefill_pool = llm.scheduler.decode_pool
-            launch = llm._launch_prefill
-            llm._launch_prefill = lambda runner: runner is llm.prefill_runner and launch(runner)
+        if mistake == "nothing_sent":
+            llm.scheduler._handoff_pairs = lambda *chunk: ()  # as if both cards had one pool
         else:
             llm.kv_transfer = SabotagedTransfer(llm.kv_transfer, mistake)
         try:
@@ -532,7 +529,7 @@ def test_direct_writes_no_block_that_the_decode_device_has(checkpoint):
         table: list[int] = []
         while not llm.is_finished():
             seq = llm._requests.sequences[ids]
-            table = list(seq.lease.decode_table) if seq.lease else table
+            table = list(seq.lease.decode.blocks) if seq.lease else table
             llm.step()
         changed = (llm.decode_runner.kv_pool != before).flatten(1).any(dim=1).nonzero().flatten().tolist()
     assert set(changed) <= set(table[2:])
@@ -594,7 +591,7 @@ def test_a_split_that_was_asked_for_and_is_not_granted_is_an_error(checkpoint, m
 def test_auto_on_a_cpu_is_plain_decode(checkpoint):
     path, _ = checkpoint("gqa2")
     with two_devices(path, lazy=False, enable_decode_pipeline=True) as llm:
-        assert list(llm.decode_runner.decode_paths.steps) == [None]
+        assert list(llm.decode_runner.decode.paths.steps) == [None]
 
 
 def test_a_pipeline_that_cannot_run_is_known_at_the_start(checkpoint, monkeypatch):
@@ -614,23 +611,31 @@ def test_a_pipeline_that_cannot_run_is_known_at_the_start(checkpoint, monkeypatc
         assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 24)
 
 
+def one_candidate(*calibrator_and_options):
+    return [Arrangement((0, 0), Cut.GEMMS)]
+
+
 def test_auto_of_requests_too_short_to_time_is_plain_decode(checkpoint, monkeypatch):
     path, _ = checkpoint("gqa2")
-    monkeypatch.setattr(decode_paths, "CALIBRATED_BATCHES", (2, 4))
-    monkeypatch.setattr(decode_paths.DecodePaths, "_candidates", lambda *args: [Arrangement((0, 0), Cut.GEMMS)])
+    monkeypatch.setattr(decode_calibrator, "CALIBRATED_BATCHES", (2, 4))
+    monkeypatch.setattr(
+        decode_calibrator.DecodeCalibrator, "_candidates", lambda *args: [Arrangement((0, 0), Cut.GEMMS)]
+    )
     with two_devices(path, lazy=False, enable_decode_pipeline=True, max_model_len=3) as llm:
-        assert llm.decode_runner.decode_paths.calibration.points == []
+        assert llm.decode_runner.decode.paths.calibration.points == []
         llm.generate([[1]], SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
         assert llm.decode_runner.get_pipeline_statistics()["steps"] == 0
 
 
 def test_auto_runs_the_pipeline_where_it_measured_faster(checkpoint, monkeypatch):
     path, reference = checkpoint("gqa2")
-    monkeypatch.setattr(decode_paths, "CALIBRATED_BATCHES", (2, 4, 8))
-    monkeypatch.setattr(decode_paths, "CALIBRATED_CONTEXTS", (16, 64))
-    monkeypatch.setattr(decode_paths.DecodePaths, "_candidates", lambda *args: [Arrangement((0, 0), Cut.GEMMS)])
-    monkeypatch.setattr(decode_paths.DecodePaths, "_heat", lambda paths, run: None)
-    monkeypatch.setattr(decode_paths.DecodePaths, "_time", lambda paths, run: timed(run))
+    monkeypatch.setattr(decode_calibrator, "CALIBRATED_BATCHES", (2, 4, 8))
+    monkeypatch.setattr(decode_calibrator, "CALIBRATED_CONTEXTS", (16, 64))
+    monkeypatch.setattr(
+        decode_calibrator.DecodeCalibrator, "_candidates", lambda *args: [Arrangement((0, 0), Cut.GEMMS)]
+    )
+    monkeypatch.setattr(decode_calibrator.DecodeCalibrator, "_heat", lambda paths, run: None)
+    monkeypatch.setattr(decode_calibrator.DecodeCalibrator, "_time", lambda paths, run: timed(run))
 
     def timed(run):
         # As if the pipeline paid for batches of 4 and more.
@@ -642,7 +647,7 @@ def test_auto_runs_the_pipeline_where_it_measured_faster(checkpoint, monkeypatch
     params = [SamplingParams(temperature=0, max_tokens=4 + 4 * place) for place in range(7)]
     with two_devices(path, lazy=False, enable_decode_pipeline=True) as llm:
         runner = llm.decode_runner
-        assert [(point.batch, point.context) for point in runner.decode_paths.calibration.points] == [
+        assert [(point.batch, point.context) for point in runner.decode.paths.calibration.points] == [
             (batch, context) for batch in (2, 4, 8) for context in (16, 64)
         ]
         answers = llm.generate(prompts, params, use_tqdm=False)
@@ -658,7 +663,7 @@ def test_auto_without_a_batch_to_calibrate_for_is_plain_decode(checkpoint):
     path, reference = checkpoint("gqa2")
     prompts = tiny.random_prompts(3, seed=8)
     with two_devices(path, lazy=False, enable_decode_pipeline=True, max_num_seqs=8) as llm:
-        assert llm.decode_runner.decode_paths.calibration.points == []
+        assert llm.decode_runner.decode.paths.calibration.points == []
         answers = llm.generate(prompts, GREEDY, use_tqdm=False)
         assert llm.decode_runner.get_pipeline_statistics()["steps"] == 0
     for prompt, answer in zip(prompts, answers, strict=True):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from nanovllm import LLM
 from nanovllm.engine.execution.kv_transfer import KVTransfer, TransferHandle
-from nanovllm.engine.scheduler import BlockPair
+from nanovllm.engine.scheduling.step import BlockPair
 from nanovllm.utils.device import Event
 
 
@@ -117,9 +117,9 @@ def poison_after_handoff(llm: LLM) -> None:
     handoff_done = llm.scheduler.handoff_done
 
     def poison(seq):
-        for block in seq.lease.prefill_table:
-            if seq.lease.prefill_pool is llm.scheduler.prefill_pool:
-                with llm.prefill_runner._on(llm.prefill_runner.stream):
+        for block in seq.lease.prefill.blocks:
+            if seq.lease.prefill.card is llm.scheduler.placement.prefill_card:
+                with llm.prefill_runner.on(llm.prefill_runner.stream):
                     llm.prefill_runner.kv_pool[block] = float("nan")
         handoff_done(seq)
 

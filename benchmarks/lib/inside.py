@@ -20,7 +20,7 @@ from nanovllm.kernels.cuda_all_reduce import PeerAllReduce
 
 def on_stream(runner: ModelRunner) -> contextlib.AbstractContextManager[None]:
     """Makes a runner's device and stream the current ones: single decode steps are timed without an engine."""
-    return runner._on(runner.stream)
+    return runner.on(runner.stream)
 
 
 def make_steps(paths: DecodePaths, sizes: Sequence[int], arrangement: Arrangement | None) -> StepGraphs | EagerSteps:

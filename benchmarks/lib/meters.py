@@ -19,8 +19,8 @@ import torch
 from nanovllm import LLM, StepReport
 from nanovllm.engine.execution.step_handle import StepHandle
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.scheduler import BlockPair, Step
-from nanovllm.engine.scheduling.decode_batch import DecodeStep, HostDecodeBatch
+from nanovllm.engine.scheduling.decode_batch import HostDecodeBatch
+from nanovllm.engine.scheduling.step import BlockPair, Step
 from nanovllm.utils.device import Event, wait_event
 
 
@@ -99,7 +99,7 @@ class BusyMeter:
         return busy_s, sum(seconds_between(before.end, span.start) + span.late_s for before, span in late)
 
     def _timed_launch(self, step: Step) -> StepHandle:
-        decodes_on = isinstance(step, DecodeStep) and self._goes_on(step.batch)
+        decodes_on = bool(step.decode) and self._goes_on(step.decode.batch)
         is_late = self._stream is not None and (not self.spans or self.spans[-1].end.query())
         start, started_s = moment(self._stream), time.perf_counter()
         handle = self._launch(step)

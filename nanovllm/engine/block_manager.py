@@ -5,9 +5,7 @@ Knows nothing about tensors or devices: each pool has a manager of its own.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Iterable
-from collections.abc import Sequence as SequenceOf
+from collections import Counter, OrderedDict, abc
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,7 +44,7 @@ class BlockManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.reset(())
 
-    def reset(self, tables: Iterable[SequenceOf[int]]) -> None:
+    def reset(self, tables: abc.Iterable[abc.Sequence[int]]) -> None:
         """Starts anew: `tables` hold their blocks, all others are free, and no content is known."""
         self._holders = [0] * self.num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(self.num_blocks))
@@ -79,24 +77,24 @@ class BlockManager:
             matched.append(block)
         return matched
 
-    def can_take(self, cached: SequenceOf[int], num_blocks: int) -> bool:
+    def can_take(self, cached: abc.Sequence[int], num_blocks: int) -> bool:
         """Whether `take` would find enough free blocks."""
         num_new = num_blocks - len(cached)
         return num_new + sum(self._holders[block] == 0 for block in cached) <= len(self._free)
 
-    def take(self, cached: SequenceOf[int], num_blocks: int) -> list[int]:
+    def take(self, cached: abc.Sequence[int], num_blocks: int) -> list[int]:
         """Holds the `cached` blocks and new ones, `num_blocks` in all, in that order; `can_take` was asked before."""
         self.share(cached)
         return [*cached, *(self._take_free() for _ in range(num_blocks - len(cached)))]
 
-    def share(self, blocks: Iterable[int]) -> None:
+    def share(self, blocks: abc.Iterable[int]) -> None:
         """Adds a holder to each block."""
         for block in blocks:
             if self._holders[block] == 0:
                 del self._free[block]
             self._holders[block] += 1
 
-    def free(self, blocks: SequenceOf[int]) -> None:
+    def free(self, blocks: abc.Sequence[int]) -> None:
         """Takes a holder from each block; the last blocks of a request are the first to be given out again."""
         for block in reversed(blocks):
             assert self._holders[block] > 0, f"block {block} is freed but nobody holds it"
@@ -106,7 +104,7 @@ class BlockManager:
                 if block not in self._contents:
                     self._free.move_to_end(block, last=False)
 
-    def cache(self, seq: HashedTokens, table: SequenceOf[int], start: int, end: int) -> None:
+    def cache(self, seq: HashedTokens, table: abc.Sequence[int], start: int, end: int) -> None:
         """Makes the full blocks of `seq` that cover tokens [start, end) shareable; their KV must be in the pool."""
         if not self.enable_prefix_caching:
             return
@@ -116,14 +114,14 @@ class BlockManager:
                 self._contents[block] = CachedBlock(block_hash, self._tokens_of(seq, index))
                 self._block_of_hash[block_hash] = block
 
-    def forget(self, blocks: Iterable[int]) -> None:
+    def forget(self, blocks: abc.Iterable[int]) -> None:
         """What these blocks hold is found no more; whoever shares them already goes on doing so."""
         for block in blocks:
             content = self._contents.pop(block, None)
             if content is not None:
                 del self._block_of_hash[content.block_hash]
 
-    def check_integrity(self, tables: Iterable[SequenceOf[int]]) -> None:
+    def check_integrity(self, tables: abc.Iterable[abc.Sequence[int]]) -> None:
         """Asserts that `tables`, all there are, account for every holder, and that free + held == total."""
         holders = Counter(block for table in tables for block in table)
         for block, count in enumerate(self._holders):

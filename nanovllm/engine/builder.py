@@ -18,16 +18,18 @@ from transformers import PreTrainedTokenizerBase
 from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.distributed.tensor_parallel import Workers
-from nanovllm.engine.execution.decode_paths import PipelineOptions
 from nanovllm.engine.execution.kv_transfer import KVTransfer, NoTransfer, PeerTransfer, resolve_handoff
-from nanovllm.engine.execution.runner_spec import RunnerSpec
+from nanovllm.engine.execution.runner_spec import PipelineOptions, RunnerSpec
 from nanovllm.engine.execution.worker_group import WorkerGroup
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.observability.trace import Tracer
 from nanovllm.engine.observer import Observer
 from nanovllm.engine.requests import RequestIntake
+from nanovllm.engine.runners import Runners
 from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
 from nanovllm.engine.scheduling.admission import AdmissionPolicy
+from nanovllm.engine.scheduling.card import Card
+from nanovllm.engine.scheduling.placement import Placement
 from nanovllm.engine.text.tokenizer import end_of_sequence_ids, load_tokenizer, warn_of_generation_settings
 from nanovllm.errors import ConfigError, ModelLoadError, NanoVLLMError, short_repr
 from nanovllm.kernels import BackendRequirements, resolve_backend, torch_reference
@@ -50,8 +52,7 @@ DEFAULT_MAX_MODEL_LEN = 4096
 @dataclass(frozen=True)
 class EngineParts:
     tokenizer: PreTrainedTokenizerBase | None
-    prefill_runner: ModelRunner
-    decode_runner: ModelRunner
+    runners: Runners
     kv_transfer: KVTransfer
     scheduler: Scheduler
     intake: RequestIntake
@@ -95,10 +96,12 @@ def _parts(
     tracer: Tracer | None,
 ) -> EngineParts:
     spec = decode_runner.spec
-    scheduler = build_scheduler(config, prefill_runner, decode_runner)
+    placement = place(config, prefill_runner, decode_runner)
+    runners = Runners({placement.decode_card: decode_runner, placement.prefill_card: prefill_runner})
+    scheduler = build_scheduler(config, placement)
     options = resolved_options(config, prefill_runner, decode_runner, kv_transfer)
     logger.info("resolved options: %s", ", ".join(f"{name}={value}" for name, value in options.items()))
-    pools = (scheduler.prefill_pool, scheduler.decode_pool)
+    pools = [card.pool for card in scheduler.cards]
     intake = RequestIntake(
         tokenizer=tokenizer,
         vocab_size=spec.model_config.vocab_size,
@@ -108,19 +111,19 @@ def _parts(
         seed=config.seed,
     )
     if tracer is not None:
-        for runner in {prefill_runner, decode_runner}:
+        for runner in runners:
             runner.clock = DeviceClock(runner.device)
-        if decode_runner.decode_paths is not None:
-            decode_runner.decode_paths.tracer = tracer
+        paths = decode_runner.decode.paths
+        paths.tracer, paths.clock = tracer, decode_runner.clock
     observer = Observer(
         scheduler,
-        prefill_runner,
-        decode_runner,
+        decode_runner.decode.paths,
+        spec.block_bytes,
         kv_transfer.name,
         tracer,
         verifies_handoffs=config.verify_kv_handoff,
     )
-    return EngineParts(tokenizer, prefill_runner, decode_runner, kv_transfer, scheduler, intake, observer)
+    return EngineParts(tokenizer, runners, kv_transfer, scheduler, intake, observer)
 
 
 def resolved_options(
@@ -377,17 +380,20 @@ def check_ranks(num_ranks: int, config: ModelDescription, device: Device) -> Non
         )
 
 
-def build_scheduler(config: EngineConfig, prefill_runner: ModelRunner, decode_runner: ModelRunner) -> Scheduler:
-    """A scheduler with one block manager for each pool."""
-    pools = {
-        runner: BlockManager(runner.num_kv_blocks, runner.block_size, config.enable_prefix_caching)
-        for runner in (prefill_runner, decode_runner)
-    }
-    limits = SchedulerLimits(
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        prefill_chunk_tokens=config.prefill_chunk_tokens,
-        max_num_seqs=config.max_num_seqs,
-    )
+def place(config: EngineConfig, prefill_runner: ModelRunner, decode_runner: ModelRunner) -> Placement:
+    """A card for each runner, with a block manager for its pool, and what each is for."""
+
+    def make_card(runner: ModelRunner, label: str) -> Card:
+        pool = BlockManager(runner.num_kv_blocks, runner.block_size, config.enable_prefix_caching)
+        return Card(str(runner.device), f"{label} {runner.device}", pool, runner.max_prompt_tokens)
+
+    if prefill_runner is decode_runner:
+        card = make_card(decode_runner, "device")
+        return Placement(card, card)
+    return Placement(make_card(prefill_runner, "prefill device"), make_card(decode_runner, "decode device"))
+
+
+def build_scheduler(config: EngineConfig, placement: Placement) -> Scheduler:
+    limits = SchedulerLimits(prefill_chunk_tokens=config.prefill_chunk_tokens, max_num_seqs=config.max_num_seqs)
     itl_target_s = None if config.itl_target_ms is None else config.itl_target_ms * 1e-3
-    admission = AdmissionPolicy(config.max_handoff_backlog, itl_target_s)
-    return Scheduler(limits, admission, pools[prefill_runner], pools[decode_runner])
+    return Scheduler(limits, AdmissionPolicy(config.max_handoff_backlog, itl_target_s), placement)

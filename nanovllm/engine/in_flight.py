@@ -4,81 +4,77 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from collections.abc import Sequence as SequenceOf
+from collections import abc
 from dataclasses import dataclass
 
 from nanovllm.engine.execution.kv_transfer import TransferHandle
 from nanovllm.engine.execution.step_handle import StepHandle
-from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.scheduler import BlockPair, PrefillStep, Step
-from nanovllm.engine.scheduling.decode_batch import DecodeStep
-from nanovllm.engine.sequence import Lease, Sequence
+from nanovllm.engine.scheduling.card import Card
+from nanovllm.engine.scheduling.lease import Lease
+from nanovllm.engine.scheduling.step import BlockPair, Step
+from nanovllm.engine.sequence import Sequence
 
 
 @dataclass(frozen=True)
 class InFlight:
-    """A launched step, where it runs, the handle to collect it by, and when that was, by `time.perf_counter()`."""
+    """A launched step, the handle to collect it by, and when that was, by `time.perf_counter()`."""
 
-    runner: ModelRunner
     step: Step
     handle: StepHandle
     launched_s: float
 
     @property
-    def kind(self) -> str:
-        return "prefill" if isinstance(self.step, PrefillStep) else "decode"
+    def queue(self) -> abc.Hashable:
+        """Steps with the same one end in the order of their launch: those of one stream of one card."""
+        return self.step.card, self.handle.stream
 
 
 class StepsInFlight:
-    """The launched steps of all devices, in the order of their launch. Those of one device end in that order."""
+    """The launched steps of all cards, in the order of their launch."""
 
     def __init__(self) -> None:
         self._steps: list[InFlight] = []
-        self._last_end_s: dict[ModelRunner, float] = {}
-        """When a step of a runner was last seen to have ended."""
+        self._last_end_s: dict[abc.Hashable, float] = {}
+        """When a step of a queue was last seen to have ended."""
 
     def __len__(self) -> int:
         return len(self._steps)
 
-    def __iter__(self) -> Iterator[InFlight]:
+    def __iter__(self) -> abc.Iterator[InFlight]:
         return iter(self._steps)
 
-    def add(self, runner: ModelRunner, step: Step, handle: StepHandle) -> None:
-        self._steps.append(InFlight(runner, step, handle, time.perf_counter()))
+    def add(self, step: Step, handle: StepHandle) -> None:
+        self._steps.append(InFlight(step, handle, time.perf_counter()))
 
     def remove(self, work: InFlight) -> None:
         """Takes out a step that has ended."""
         self._steps.remove(work)
-        self._last_end_s[work.runner] = time.perf_counter()
+        self._last_end_s[work.queue] = time.perf_counter()
 
-    def count(self, runner: ModelRunner, kind: type[PrefillStep] | type[DecodeStep]) -> int:
-        return sum(work.runner is runner and isinstance(work.step, kind) for work in self._steps)
-
-    def of(self, runner: ModelRunner) -> list[InFlight]:
-        return [work for work in self._steps if work.runner is runner]
+    def on(self, card: Card) -> list[InFlight]:
+        return [work for work in self._steps if work.step.card is card]
 
     def is_any_done(self) -> bool:
         return any(work.handle.is_done() for work in self._steps)
 
     def ended(self) -> list[InFlight]:
-        """Steps that have ended, in the order of their launch on each runner."""
+        """Steps that have ended, in the order of their launch in each queue."""
         ended, running = [], set()
         for work in self._steps:
-            if work.runner not in running and work.handle.is_done():
+            if work.queue not in running and work.handle.is_done():
                 ended.append(work)
             else:
-                running.add(work.runner)
+                running.add(work.queue)
         return ended
 
     def late(self, timeout_s: float) -> InFlight | None:
-        """A step that is the first on its device and has not ended in so many seconds, None if there is none."""
-        now, first_of = time.perf_counter(), set()
+        """A step that is the first in its queue and has not ended in so many seconds, None if there is none."""
+        now, seen = time.perf_counter(), set()
         for work in self._steps:
-            if work.runner in first_of:
+            if work.queue in seen:
                 continue
-            first_of.add(work.runner)
-            began_s = max(work.launched_s, self._last_end_s.get(work.runner, 0.0))
+            seen.add(work.queue)
+            began_s = max(work.launched_s, self._last_end_s.get(work.queue, 0.0))
             if now - began_s > timeout_s and not work.handle.is_done():
                 return work
         return None
@@ -95,11 +91,17 @@ class Handoff:
 
     seq: Sequence
     lease: Lease
-    pairs: SequenceOf[BlockPair]
-    handle: TransferHandle
-    step: PrefillStep
+    step: Step
     """The step that computes the blocks; the handoff's time runs from its end."""
+    target: Card
+    """The card that they go to."""
+    pairs: abc.Sequence[BlockPair]
+    handle: TransferHandle
     computed_s: float | None = None
     """When that step was seen to have ended."""
     deadline_s: float = math.inf
     timed_out: bool = False
+
+    @property
+    def source(self) -> Card:
+        return self.step.card

@@ -1,60 +1,41 @@
-"""The loop: takes requests, launches what the scheduler decides, collects what has ended."""
+"""The engine as its users see it: requests go in from any thread, and one call at a time runs the loop for all.
+
+What a turn of the loop does is in `loop.py`; what comes of tokens, in `output_processor.py`.
+"""
 
 from __future__ import annotations
 
 import atexit
 import itertools
-import logging
 import operator
 import os
 import time
-import traceback
 import weakref
-from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.builder import build_engine
 from nanovllm.engine.callers import Call, Inbox, Turns
 from nanovllm.engine.execution.kv_transfer import KVTransfer
-from nanovllm.engine.execution.step_handle import SampledOnHost
 from nanovllm.engine.handoffs import Handoffs
-from nanovllm.engine.in_flight import InFlight, StepsInFlight
+from nanovllm.engine.in_flight import StepsInFlight
+from nanovllm.engine.loop import Loop
 from nanovllm.engine.mailbox import Abort, Mailbox, NewRequest
-from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.observer import MOST_TIMELINES
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.recovery import Recovery
 from nanovllm.engine.requests import Prompt
-from nanovllm.engine.scheduler import PrefillStep, Step
-from nanovllm.engine.scheduling.decode_batch import DecodeStep
 from nanovllm.engine.scheduling.timeline import Timeline
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_listeners import StepListener, StepListeners
-from nanovllm.errors import DeviceError, EngineClosedError, UnknownRequestError, short_repr
+from nanovllm.errors import EngineClosedError, UnknownRequestError, short_repr
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-logger = logging.getLogger(__name__)
-
-DECODE_STEPS_AHEAD = 2
-"""Decode steps in flight: one that runs and one queued behind it, launched before the first one's tokens are seen."""
-
-PREFILL_STEPS_AHEAD = 2
-"""Prefill steps in flight on a device of their own, for the same reason. Where decode steps wait for them it is one."""
-
-MOST_ARRIVALS_PER_TURN = 256
-"""New requests that a turn takes in: those that come faster wait in the mailbox, and decode steps go on."""
-
-TURNS_PER_SWEEP = 64
-"""After so many turns of the loop the engine looks for requests whose callers are gone without a word."""
 
 
 class LLMEngine:
@@ -86,9 +67,10 @@ class LLMEngine:
         self.config = EngineConfig.from_options(path, options)
         parts = build_engine(self.config)
         self.tokenizer = parts.tokenizer
-        self.prefill_runner = parts.prefill_runner
-        self.decode_runner = parts.decode_runner
+        self._runners = parts.runners
         self.scheduler = parts.scheduler
+        self.prefill_runner = parts.runners[parts.scheduler.placement.prefill_card]
+        self.decode_runner = parts.runners[parts.scheduler.placement.decode_card]
         self.counters = parts.observer.counters
         self._observer = parts.observer
         self._step_listeners = StepListeners()
@@ -103,26 +85,27 @@ class LLMEngine:
         self._handoffs = Handoffs(
             parts.kv_transfer,
             self.scheduler,
+            self._requests,
             self._observer,
+            self._runners,
             self._steps,
             self.config.handoff_timeout_s,
-            fail=self._fail,
-            raise_if_lost=lambda error: self._recovery.raise_if_lost(error),
         )
         self._recovery = Recovery(
-            self.prefill_runner,
-            self.decode_runner,
+            self._runners, self.scheduler, self._steps, self._handoffs, self._requests, self._mailbox, self._observer
+        )
+        self._loop = Loop(
+            self._runners,
             self.scheduler,
             self._steps,
             self._handoffs,
             self._requests,
             self._mailbox,
             self._observer,
+            self._step_listeners,
+            handoff_timeout_s=self.config.handoff_timeout_s,
+            step_timeout_s=self.config.step_timeout_s,
         )
-        self._turns_until_sweep = TURNS_PER_SWEEP
-        self._last_progress_s = time.perf_counter()
-        self._gap: tuple[Step, float] | None = None
-        """The decode step that was queued right behind the last one when that ended, and when that was."""
         self._is_torn_down = False
         self._closed = False
         if self.config.tensor_parallel_size > 1:
@@ -178,7 +161,7 @@ class LLMEngine:
         """Whether no request is left to serve and no output to give out."""
         if self._is_torn_down:
             return True
-        self._turns_until_sweep = 0
+        self._loop.sweep_next_turn()
         self._read_mail()
         return not (self._inbox or self._mailbox.arrived or self._requests.sequences)
 
@@ -269,6 +252,7 @@ class LLMEngine:
         self._closed = True
         if self._is_torn_down:
             return
+        self._loop.stop()
         self._turns.wake_all()
         call = Call()
         with call.on_stack:
@@ -295,9 +279,10 @@ class LLMEngine:
     def _close_parts(self) -> None:
         try:
             if self._recovery.device_error is None:
-                self._settle()
+                self._recovery.settle()
         finally:
-            self.decode_runner.close_workers()
+            for runner in self._runners:
+                runner.close_workers()
         self._observer.dropped(self._steps.drop(), self._handoffs.drop())
         self.scheduler.start_over(self._requests.unfinished(), ())  # whatever state an interrupt left
         for seq in self._requests.unfinished():
@@ -306,21 +291,8 @@ class LLMEngine:
         self._requests.clear()
         self._inbox = Inbox()
         # On a lost GPU every call fails, or waits for ever: what it holds goes with the process.
-        for runner in {self.prefill_runner, self.decode_runner} if self._recovery.device_error is None else ():
+        for runner in self._runners if self._recovery.device_error is None else ():
             runner.close()
-
-    def _settle(self) -> None:
-        """Waits for the devices, and gives up those that are lost."""
-        try:
-            for runner in {self.prefill_runner, self.decode_runner}:
-                runner.synchronize()
-            self.decode_runner.take_lane_times()
-        except Exception as error:
-            lost = self._recovery.lost_device(error)
-            if lost is None:
-                raise
-            logger.error("%s", lost)
-            self._recovery.give_up_devices(lost)
 
     def __enter__(self) -> Self:
         return self
@@ -383,7 +355,7 @@ class LLMEngine:
     def _run_or_wait(self, call: Call, inbox: Inbox) -> None:
         """Runs one turn of the loop; waits for something in the inbox if another call has the turn."""
         self._check_open()
-        if not self._took_turn(call, self._run_turn, self._step_listeners.tell):
+        if not self._took_turn(call, self._loop.run_turn, self._step_listeners.tell):
             self._turns.wait(call, inbox)
         self._check_open()
 
@@ -395,7 +367,7 @@ class LLMEngine:
         if not self._turns.is_awaited:
             call = Call()
             with call.on_stack:
-                self._took_turn(call, self._take_in_mail)
+                self._took_turn(call, self._loop.take_in_mail)
         if self._turns.is_awaited:
             self._turns.wake_all()
 
@@ -413,219 +385,6 @@ class LLMEngine:
             if self._closed:
                 self.close()  # a signal handler that broke into this turn could not end it
         return True
-
-    # The loop
-
-    def _run_turn(self) -> None:
-        """One turn: launch what can be launched, else wait; then collect what has ended."""
-        self._take_in_mail()
-        if self._launch_steps():
-            self._progressed()
-        else:
-            self._step_listeners.time_wait(self._wait)
-        self._collect_steps()
-        if self._handoffs.collect():
-            self._progressed()
-        self._check_steps_end()
-        self._observer.log_prefill_health()
-        for seq in self.scheduler.get_failed_sequences():
-            self._requests.emit(seq)
-
-    def _take_in_mail(self) -> None:
-        """New requests, aborts, and requests that nobody waits for any more."""
-        mail = self._mailbox
-        for _ in range(min(len(mail.arrived), MOST_ARRIVALS_PER_TURN)):
-            self._take_in(mail.arrived[0])
-            mail.arrived.popleft()
-        for _ in range(len(mail.aborts)):
-            self._take_in_abort(mail.aborts[0])
-            mail.aborts.popleft()
-        for _ in range(len(mail.closed_inboxes)):
-            self._requests.abort_all_of(mail.closed_inboxes[0])
-            mail.closed_inboxes.popleft()
-        self._turns_until_sweep -= 1
-        if self._turns_until_sweep <= 0:
-            self._turns_until_sweep = TURNS_PER_SWEEP
-            self._requests.abort_abandoned()
-
-    def _take_in(self, new: NewRequest) -> None:
-        self._requests.add(new)
-        self.scheduler.add(new.seq)
-        early_abort = self._mailbox.early_aborts.get(new.seq.request_id)
-        if early_abort is not None:
-            self._take_in_abort(early_abort)
-            self._mailbox.early_aborts.pop(new.seq.request_id)
-        elif new.inbox.is_abandoned:
-            self._requests.finish(new.seq, "abort")
-
-    def _take_in_abort(self, abort: Abort) -> None:
-        seq = abort.seq
-        if seq.request_id not in self._requests.sequences and not seq.is_finished:
-            self._mailbox.early_aborts[seq.request_id] = abort  # it has not been taken in
-            return
-        if not seq.is_finished:
-            if abort.is_known:
-                self._requests.finish(seq, "abort")
-            else:
-                self._requests.abort_unknown(seq)
-        self._mailbox.aborting.discard(seq)
-
-    def _check_steps_end(self) -> None:
-        """Raises DeviceError if the first step on a device has had its time, WorkerError if a rank is gone."""
-        self.decode_runner.check_workers()
-        timeout_s = self.config.step_timeout_s
-        late = self._steps.late(timeout_s)
-        if late is not None:
-            error = DeviceError(
-                f"{late.runner.device} is lost: a {late.kind} step of {len(late.step.rows)} requests has not ended "
-                f"within step_timeout_s={timeout_s}"
-            )
-            raise late.runner.diagnose(error)
-
-    def _launch_steps(self) -> bool:
-        launched = False
-        # The decode device first, which prefills as well: what has failed once, or, with one device, everything.
-        for runner in dict.fromkeys((self.decode_runner, self.prefill_runner)):
-            launched = self._launch_prefill(runner) or launched
-            if runner is self.decode_runner:
-                launched = self._launch_decode() or launched
-        return launched
-
-    def _launch_prefill(self, runner: ModelRunner) -> bool:
-        decodes = runner is self.decode_runner
-        if self._steps.count(runner, PrefillStep) >= (1 if decodes else PREFILL_STEPS_AHEAD):
-            return False
-        step = self.scheduler.schedule_prefill(self.scheduler.decode_pool if decodes else self.scheduler.prefill_pool)
-        return step is not None and self._launch(runner, step)
-
-    def _launch_decode(self) -> bool:
-        if self._steps.count(self.decode_runner, DecodeStep) >= DECODE_STEPS_AHEAD:
-            return False
-        step = self.scheduler.schedule_decode()
-        return step is not None and self._launch(self.decode_runner, step)
-
-    def _launch(self, runner: ModelRunner, step: Step) -> bool:
-        """Launches a step. If that fails, its halves, until the request that makes it fail stands alone."""
-        error = None
-        try:
-            handle = runner.launch(step)
-        except Exception as raised:  # noqa: BLE001 - whatever a forward pass raises ends one request, not the engine
-            # The frames hold the failed step's tensors, which would stay alive with the error.
-            traceback.clear_frames(raised.__traceback__)
-            self._recovery.raise_if_lost(raised)
-            error = raised
-        if error is None:
-            self._steps.add(runner, step, handle)
-            if isinstance(step, PrefillStep):
-                self._observer.step_launched(runner, step)
-                self._handoffs.send(step, handle.event)
-            return True
-        # What the step had launched before it failed may still be writing to its blocks, and to the decode rows: they
-        # are sent anew, once the host has the tokens of the steps before.
-        runner.synchronize(copies=not self._handoffs.is_stuck)
-        if isinstance(step, DecodeStep):
-            for work in self._steps.of(runner):
-                self._collect(work)
-            runner.forget_device_batch()
-        halves = self.scheduler.split(step)
-        if halves is not None:
-            launched = [self._launch(runner, half) for half in halves]
-            return any(launched)
-        row = step.rows[0]
-        self.scheduler.cancel(step)
-        if row.seq.lease is row.lease:
-            self._fail(row.seq, error)
-        return False
-
-    def _fail(self, seq: Sequence, error: Exception) -> None:
-        retry = seq.failures == 0
-        logger.warning("request %d failed (%s); %s", seq.request_id, error, "retrying" if retry else "giving up")
-        self.scheduler.fail(seq, error)
-        self._observer.log_prefill_health()
-        self._progressed()
-
-    def _progressed(self) -> None:
-        self._last_progress_s = time.perf_counter()
-
-    def _wait(self) -> None:
-        """Until a step or a handoff has ended, or a handoff's time is up."""
-        handoffs = self._handoffs.awaited()
-        if not self._steps and not handoffs:
-            self._give_up_on_stuck_blocks()
-            return
-        while not (
-            self._mailbox.arrived
-            or self._steps.is_any_done()
-            or any(handoff.handle.is_done() or time.perf_counter() > handoff.deadline_s for handoff in handoffs)
-        ):
-            self._check_open()
-            self._check_steps_end()
-            time.sleep(0)
-
-    def _give_up_on_stuck_blocks(self) -> None:
-        """Nothing runs: if nothing has for `handoff_timeout_s`, the oldest request waits for blocks of a stuck copy."""
-        time.sleep(1e-3)
-        waiting = self.scheduler.unfinished()
-        if waiting and time.perf_counter() - self._last_progress_s >= self.config.handoff_timeout_s:
-            self._handoffs.fail_waiting(waiting[0])
-            self._progressed()
-
-    def _collect_steps(self) -> None:
-        for work in self._steps.ended():
-            self._collect(work)
-
-    def _collect(self, work: InFlight) -> None:
-        sampled = work.handle.collect()
-        work.runner.check_workers()  # a step that waited for a rank that is gone was ended, with anything in it
-        self._steps.remove(work)
-        self._observer.step_ended(work)
-        self._step_listeners.step_ended(work)
-        self._progressed()
-        if isinstance(work.step, PrefillStep):
-            self._prefill_ended(work.step, sampled)
-        else:
-            self._decode_ended(work.step, sampled)
-
-    def _prefill_ended(self, step: PrefillStep, sampled: SampledOnHost) -> None:
-        self.counters.prefill_steps += 1
-        self.counters.prefill_tokens += step.num_tokens
-        counting = [(chunk, self.scheduler.prefill_done(chunk)) for chunk in step.rows]
-        last = [(chunk.seq, counts) for chunk, counts in counting if chunk.is_last]
-        assert len(last) == len(sampled.token_ids), "a token for each request whose prompt is complete"
-        for place, (seq, counts) in enumerate(last):
-            if counts:
-                self._observer.times.got_token(seq)
-                self._requests.append(seq, int(sampled.token_ids[place]), sampled.logprobs_of(place))
-        self._handoffs.step_ended(step)
-
-    def _decode_ended(self, step: DecodeStep, sampled: SampledOnHost) -> None:
-        self.counters.decode_steps += 1
-        self.counters.decode_tokens += len(step.batch) - len(step.ended_leases)
-        self.scheduler.decode_done(step)
-        if self.config.itl_target_ms is not None:
-            self._observe_gap(step)
-        batch, token_ids = step.batch, sampled.token_ids.tolist()
-        needs_check = step.needs_host_check(sampled.token_ids, self.scheduler.decode_pool.block_size)
-        counts = np.ones(len(batch), dtype=bool)
-        if step.ended_leases:
-            counts[:] = [seq.lease is lease for seq, lease in zip(batch.seqs, batch.leases, strict=True)]
-        self._observer.times.got_tokens(batch.token_time_places[counts])
-        # For every token of every request: no Python.
-        is_plain = (counts & ~needs_check).tolist()
-        appended = map(
-            list.append, itertools.compress(batch.token_lists, is_plain), itertools.compress(token_ids, is_plain)
-        )
-        deque(appended, maxlen=0)
-        for place in (counts & needs_check).nonzero()[0].tolist():
-            self._requests.append(batch.seqs[place], token_ids[place], sampled.logprobs_of(place))
-
-    def _observe_gap(self, step: DecodeStep) -> None:
-        """Tells the admission policy what a step took, if the device did nothing else since the step before."""
-        now = time.perf_counter()
-        if self._gap is not None and self._gap[0] is step:
-            self.scheduler.admission.observe(len(step.batch), step.num_tokens, now - self._gap[1])
-        following = next((work.step for work in self._steps.of(self.decode_runner)), None)
-        self._gap = (following, now) if isinstance(following, DecodeStep) else None
 
 
 def _close(reference: weakref.ref[LLMEngine]) -> None:

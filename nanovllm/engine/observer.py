@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Iterable
-from collections.abc import Sequence as SequenceOf
+from collections import Counter, OrderedDict, abc
 from dataclasses import dataclass
 from typing import Any
 
+from nanovllm.engine.execution.decode_paths import DecodePaths
 from nanovllm.engine.in_flight import Handoff, InFlight
-from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.observability.metrics import Metrics
 from nanovllm.engine.observability.trace import Moments, Tracer
-from nanovllm.engine.scheduler import BlockPair, PrefillStep, Scheduler
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduling.step import BlockPair, Step
 from nanovllm.engine.scheduling.timeline import Timeline
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 
@@ -41,7 +40,8 @@ class Observer:
 
     Args:
         scheduler: whose state is told of.
-        prefill_runner, decode_runner: one object twice on one device.
+        decode_paths: how decode steps run.
+        block_bytes: of a KV block.
         handoff_name: how KV crosses.
         tracer: what to write a trace with; None for none.
         verifies_handoffs: whether blocks that arrive are compared with those that left.
@@ -50,8 +50,8 @@ class Observer:
     def __init__(
         self,
         scheduler: Scheduler,
-        prefill_runner: ModelRunner,
-        decode_runner: ModelRunner,
+        decode_paths: DecodePaths,
+        block_bytes: int,
         handoff_name: str,
         tracer: Tracer | None,
         *,
@@ -61,8 +61,10 @@ class Observer:
         self.times = Metrics()
         self._timelines: OrderedDict[int, Timeline] = OrderedDict()
         self._tracer = tracer
-        self._prefill_runner, self._decode_runner = prefill_runner, decode_runner
         self._scheduler = scheduler
+        self._placement = scheduler.placement
+        self._decode_paths = decode_paths
+        self._block_bytes = block_bytes
         self._handoff_name = handoff_name
         self._verifies_handoffs = verifies_handoffs
         self._fallbacks: Counter[str] = Counter()
@@ -71,18 +73,17 @@ class Observer:
 
     # What happens
 
-    def step_launched(self, runner: ModelRunner, step: PrefillStep) -> None:
-        """A prefill step."""
+    def step_launched(self, step: Step) -> None:
         if not logger.isEnabledFor(logging.DEBUG):
             return
-        for chunk in step.rows:
+        for chunk in step.chunks:
             logger.debug(
                 "request %d: prefill of tokens %d to %d of %d launched on %s, completes %d blocks to hand over",
                 chunk.seq.request_id,
                 chunk.start,
                 chunk.end,
                 chunk.seq.num_tokens,
-                runner.device,
+                step.card,
                 len(chunk.handoff),
             )
 
@@ -90,15 +91,15 @@ class Observer:
         moments = None if self._tracer is None else work.handle.moments()
         if self._tracer is None or moments is None:
             return
-        self._tracer.add_step(self._row_of(work.runner), work.step, moments)
+        self._tracer.add_step(work.step.card.label, work.step, moments)
         # Copies of `direct` are part of their step.
-        if isinstance(work.step, PrefillStep) and self._handoff_name == "direct":
-            sent = [chunk for chunk in work.step.rows if chunk.handoff]
+        if self._handoff_name == "direct":
+            sent = [chunk for chunk in work.step.chunks if chunk.handoff]
             if sent:
                 pairs = [pair for chunk in sent for pair in chunk.handoff]
                 self._trace_copies([chunk.seq for chunk in sent], pairs, moments)
 
-    def handoff_sent(self, seq: Sequence, pairs: SequenceOf[BlockPair]) -> None:
+    def handoff_sent(self, seq: Sequence, pairs: abc.Sequence[BlockPair]) -> None:
         self._log_blocks("sent", seq, pairs)
 
     def handoff_ended(self, handoff: Handoff, *, arrived: bool) -> None:
@@ -111,7 +112,7 @@ class Observer:
             what = "arrived and verified" if self._verifies_handoffs else "arrived"
             self._log_blocks(what, handoff.seq, handoff.pairs)
 
-    def dropped(self, steps: Iterable[InFlight], handoffs: Iterable[Handoff]) -> None:
+    def dropped(self, steps: abc.Iterable[InFlight], handoffs: abc.Iterable[Handoff]) -> None:
         """Steps that have ended, and handoffs that may have, which nobody will collect."""
         for work in steps:
             self.step_ended(work)
@@ -129,16 +130,16 @@ class Observer:
 
     def log_prefill_health(self) -> None:
         """Says, once, that the prefill device is left out, or works again."""
-        was_out, self._prefill_is_out = self._prefill_is_out, self._scheduler.prefill_breaker.is_out
-        device = self._prefill_runner.device
+        card = self._placement.prefill_card
+        was_out, self._prefill_is_out = self._prefill_is_out, card.breaker.is_out
         if self._prefill_is_out and not was_out:
             self._fallbacks["prefill device left out"] += 1
-            logger.warning("%s is left out for a while, %s prefills alone", device, self._decode_runner.device)
+            logger.warning("%s is left out for a while, %s prefills alone", card, self._placement.decode_card)
         elif was_out and not self._prefill_is_out:
             self._num_recoveries += 1
-            logger.warning("%s works again", device)
+            logger.warning("%s works again", card)
 
-    def close(self, unfinished: Iterable[Sequence]) -> None:
+    def close(self, unfinished: abc.Iterable[Sequence]) -> None:
         """Writes the trace, these requests with it."""
         if self._tracer is None:
             return
@@ -157,9 +158,8 @@ class Observer:
         """See `LLMEngine.metrics`."""
         scheduler, counters, times = self._scheduler, self.counters, self.times
         states = scheduler.num_by_status()
-        pools = {"prefill": scheduler.prefill_pool, "decode": scheduler.decode_pool}
-        paths = self._decode_runner.decode_paths
-        assert paths is not None, "the decode runner decodes"
+        pools = {"prefill": self._placement.prefill_card.pool, "decode": self._placement.decode_card.pool}
+        paths = self._decode_paths
         stages, arrangement = paths.lane_times, paths.current
         return {
             "requests": {status.name.lower(): number for status, number in states.items()},
@@ -179,7 +179,7 @@ class Observer:
             "prefix_cache_queried_tokens": scheduler.num_queried_tokens,
             "prefix_cache_hit_tokens": scheduler.num_hit_tokens,
             "handoff_s": times.handoff_s.as_dict(),
-            "handoff_bytes": counters.handoff_blocks * self._decode_runner.spec.block_bytes,
+            "handoff_bytes": counters.handoff_blocks * self._block_bytes,
             "handoff_backlog": states[SequenceStatus.PREFILLING] + states[SequenceStatus.HANDING_OFF],
             "predicted_itl_s": scheduler.predicted_itl_s,
             "leases": scheduler.num_leases,
@@ -197,11 +197,11 @@ class Observer:
 
     @property
     def _link(self) -> str:
-        return f"{self._prefill_runner.device} to {self._decode_runner.device}"
+        return f"{self._placement.prefill_card} to {self._placement.decode_card}"
 
-    def _log_blocks(self, what: str, seq: Sequence, pairs: SequenceOf[BlockPair]) -> None:
+    def _log_blocks(self, what: str, seq: Sequence, pairs: abc.Sequence[BlockPair]) -> None:
         if logger.isEnabledFor(logging.DEBUG):
-            num_bytes = len(pairs) * self._decode_runner.spec.block_bytes
+            num_bytes = len(pairs) * self._block_bytes
             logger.debug("%s: %d blocks (%d bytes) %s", self.about_handoff(seq), len(pairs), num_bytes, what)
 
     def _trace_handoff(self, handoff: Handoff) -> None:
@@ -209,12 +209,7 @@ class Observer:
         if moments is not None:
             self._trace_copies([handoff.seq], handoff.pairs, moments)
 
-    def _trace_copies(self, seqs: SequenceOf[Sequence], pairs: SequenceOf[BlockPair], moments: Moments) -> None:
+    def _trace_copies(self, seqs: abc.Sequence[Sequence], pairs: abc.Sequence[BlockPair], moments: Moments) -> None:
         assert self._tracer is not None, "nothing is timed without a tracer"
-        num_bytes = len(pairs) * self._decode_runner.spec.block_bytes
+        num_bytes = len(pairs) * self._block_bytes
         self._tracer.add_handoff(f"handoff {self._link}", seqs, len(pairs), num_bytes, moments)
-
-    def _row_of(self, runner: ModelRunner) -> str:
-        if self._prefill_runner is self._decode_runner:
-            return f"device {runner.device}"
-        return f"{'decode' if runner is self._decode_runner else 'prefill'} device {runner.device}"

@@ -5,13 +5,19 @@ The one writer of a request's tokens, text and what was emitted of it. Knows not
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
+from collections import deque
+
+import numpy as np
 
 from nanovllm.engine.callers import Inbox
+from nanovllm.engine.execution.step_handle import SampledOnHost
 from nanovllm.engine.mailbox import NewRequest
 from nanovllm.engine.observer import Observer
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduling.step import Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.text.request_text import NoText, RequestText
 from nanovllm.errors import NonFiniteLogitsError
@@ -55,6 +61,39 @@ class OutputProcessor:
 
     # Tokens
 
+    def take_tokens_after_chunks(self, counting: list[bool], step: Step, sampled: SampledOnHost) -> None:
+        """Gives requests whose prompt a step has completed the token after it.
+
+        Args:
+            counting: for each of the step's chunks, whether it still counts.
+            step: the step.
+            sampled: a token for each chunk that is the last of its prompt.
+        """
+        last = [(chunk.seq, counts) for chunk, counts in zip(step.chunks, counting, strict=True) if chunk.is_last]
+        assert len(last) == len(sampled.token_ids), "a token for each request whose prompt is complete"
+        for index, (seq, counts) in enumerate(last):
+            if counts:
+                self._observer.times.got_token(seq)
+                self.append(seq, int(sampled.token_ids[index]), sampled.logprobs_of(index))
+
+    def take_decoded_tokens(self, step: Step, sampled: SampledOnHost) -> None:
+        """Gives the requests of a step's decode part their next token, but for those that have ended meanwhile."""
+        rows, batch, token_ids = step.decode, step.decode.batch, sampled.token_ids.tolist()
+        needs_check = rows.needs_host_check(sampled.token_ids, step.card.pool.block_size)
+        counts = np.ones(len(batch), dtype=bool)
+        if rows.ended_leases:
+            counts[:] = [seq.lease is lease for seq, lease in zip(batch.seqs, batch.leases, strict=True)]
+        self._observer.times.got_tokens(batch.token_time_indices[counts])
+        # Most tokens are only appended. `deque` runs the appends in C: a Python loop over 256 rows takes five times as
+        # long, in every step.
+        only_append = (counts & ~needs_check).tolist()
+        appended = map(
+            list.append, itertools.compress(batch.token_lists, only_append), itertools.compress(token_ids, only_append)
+        )
+        deque(appended, maxlen=0)
+        for index in (counts & needs_check).nonzero()[0].tolist():
+            self.append(batch.seqs[index], token_ids[index], sampled.logprobs_of(index))
+
     def append(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """Gives a request its next token and ends it if that was the last.
 
@@ -87,10 +126,17 @@ class OutputProcessor:
         elif seq.is_streamed:
             self.emit(seq, delta)
 
-    def finish(self, seq: Sequence, reason: FinishReason, text_delta: str = "") -> None:
+    def finish(self, seq: Sequence, reason: FinishReason, text_delta: str = "", error: Exception | None = None) -> None:
         """Ends a request in whatever state it is and emits its last output."""
-        self._scheduler.finish(seq, reason)
+        self._scheduler.finish(seq, reason, error)
         self.emit(seq, text_delta)
+
+    def fail(self, seq: Sequence, error: Exception) -> None:
+        """Something went wrong for this request alone: it is recomputed, or ends if it was before."""
+        has_ended = self._scheduler.fail(seq, error)
+        logger.warning("request %d failed (%s); %s", seq.request_id, error, "giving up" if has_ended else "retrying")
+        if has_ended:
+            self.emit(seq)
 
     def _end_without_token(self, seq: Sequence) -> None:
         """Ends a request whose logits are not finite. It is not tried again: nobody else shares KV that may be bad."""
@@ -100,14 +146,12 @@ class OutputProcessor:
         )
         logger.warning("%s", error)
         self._scheduler.forget_cached_blocks(seq)
-        self._scheduler.finish(seq, "error", error)
-        self.emit(seq)
+        self.finish(seq, "error", error=error)
 
     def _text_failed(self, seq: Sequence, error: Exception) -> None:
         logger.warning("the text of request %d failed (%s); giving up", seq.request_id, error)
         self._texts[seq.request_id] = NoText()
-        self._scheduler.finish(seq, "error", error)
-        self.emit(seq)
+        self.finish(seq, "error", error=error)
 
     # Outputs
 

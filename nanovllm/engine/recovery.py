@@ -11,9 +11,9 @@ from collections.abc import Callable
 from nanovllm.engine.handoffs import Handoffs
 from nanovllm.engine.in_flight import StepsInFlight
 from nanovllm.engine.mailbox import Mailbox
-from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.observer import Observer
 from nanovllm.engine.output_processor import OutputProcessor
+from nanovllm.engine.runners import Runners
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.errors import DeviceError, EngineClosedError, WorkerError
 from nanovllm.utils.device import leak_until_exit
@@ -25,7 +25,7 @@ class Recovery:
     """Keeps an engine's state whole. Everything here may be interrupted, and is then done once more.
 
     Args:
-        prefill_runner, decode_runner: one object twice on one device.
+        runners: run the work that is under way.
         scheduler, steps, handoffs, requests, mailbox: the state.
         observer: is told of work that nobody will collect.
 
@@ -35,8 +35,7 @@ class Recovery:
 
     def __init__(
         self,
-        prefill_runner: ModelRunner,
-        decode_runner: ModelRunner,
+        runners: Runners,
         scheduler: Scheduler,
         steps: StepsInFlight,
         handoffs: Handoffs,
@@ -45,7 +44,7 @@ class Recovery:
         observer: Observer,
     ) -> None:
         self.device_error: DeviceError | WorkerError | None = None
-        self._runners = list(dict.fromkeys((prefill_runner, decode_runner)))
+        self._runners = runners
         self._scheduler = scheduler
         self._steps = steps
         self._handoffs = handoffs
@@ -65,7 +64,7 @@ class Recovery:
         except EngineClosedError:
             raise  # `close` needs nothing mended
         except BaseException as error:
-            lost = self.lost_device(error)
+            lost = self._runners.lost_device(error)
             if lost is not None:
                 self.end_all(lost)
                 return
@@ -75,23 +74,18 @@ class Recovery:
                 self.end_all(lost_meanwhile)
             raise
 
-    def lost_device(self, error: BaseException) -> DeviceError | WorkerError | None:
-        """What an error of work on the devices means if one of them will never run anything again."""
-        if isinstance(error, (DeviceError, WorkerError)):
-            return error
-        if not isinstance(error, Exception):
-            return None
-        for runner in self._runners:
-            reason = runner.device.lost_reason()
-            if reason is not None:
-                return DeviceError(f"{runner.device} is lost: {reason}")
-        return None
-
-    def raise_if_lost(self, error: Exception) -> None:
-        """Raises DeviceError or WorkerError if an error means that nothing will run any more."""
-        lost = self.lost_device(error)
-        if lost is not None:
-            raise lost from error
+    def settle(self) -> None:
+        """Waits for the devices before the engine is closed, and gives up those that are lost."""
+        try:
+            for runner in self._runners:
+                runner.synchronize()
+                runner.take_lane_times()
+        except Exception as error:
+            lost = self._runners.lost_device(error)
+            if lost is None:
+                raise
+            logger.error("%s", lost)
+            self.give_up_devices(lost)
 
     def end_all(self, error: DeviceError | WorkerError) -> None:
         """Ends every request with this error: nothing will run any more."""

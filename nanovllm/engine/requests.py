@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Sequence as SequenceOf
+from collections import abc
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,7 +18,7 @@ from nanovllm.engine.text.tokenizer import check_text
 from nanovllm.errors import RequestError, short_repr
 from nanovllm.sampling_params import SamplingParams
 
-Prompt = str | SequenceOf[int]
+Prompt = str | abc.Sequence[int]
 
 CHARACTERS_PER_TOKEN = 8
 """A text with more than these for each token that would fit is looked at before it is tokenized: most texts have four

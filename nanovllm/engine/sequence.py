@@ -1,4 +1,4 @@
-"""One request's state: its tokens, where its KV blocks are, how far it has come. No torch, no devices."""
+"""One request's state: its tokens, the lease of its KV blocks, how far it has come. No torch, no devices."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import Enum, auto
 
 import xxhash
 
-from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.scheduling.lease import Lease
 from nanovllm.engine.scheduling.timeline import Timeline
 from nanovllm.outputs import FinishReason, RequestOutput, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
@@ -24,28 +24,6 @@ class SequenceStatus(Enum):
     DECODING = auto()
     """Its KV is in the decode pool."""
     FINISHED = auto()
-
-
-@dataclass(eq=False)
-class Lease:
-    """The KV blocks that a request holds, in token order, from before its prefill until it ends or is preempted.
-
-    With one pool both tables list the same blocks, held twice. A lease outlives its request's interest in it while
-    work in flight touches the blocks.
-    """
-
-    decode_table: list[int]
-    prefill_table: list[int]
-    prefill_pool: BlockManager
-    """The pool of `prefill_table`: where the request is prefilled."""
-    num_handed_off_blocks: int
-    """Leading blocks of `decode_table` whose KV was there before the lease, or was sent there since."""
-    in_flight: int = 0
-    """Steps and copies in flight that touch the blocks; while above 0, none is freed."""
-    ended: bool = False
-    """Whether its request has given it up."""
-    stuck: bool = False
-    """Whether a copy that does not end touches the blocks, so that nobody should wait for them."""
 
 
 @dataclass(eq=False)
@@ -80,12 +58,12 @@ class Sequence:
     output: RequestOutput | None = None
     """What is being given out."""
     timeline: Timeline = field(init=False)
-    token_time_place: int | None = None
+    token_time_index: int | None = None
     """Where the time of its last token is kept, once it has one."""
     first_token_s: float | None = None
     finished_s: float | None = None
 
-    first_plain_position: int = field(init=False)
+    in_graph_position: int = field(init=False)
     """Position of the token fed from which on sampling needs temperature, seed and index alone."""
     _block_hashes: list[int] = field(default_factory=list, repr=False)
 
@@ -97,7 +75,7 @@ class Sequence:
         needs_more = params.needs_filter or params.logprobs is not None
         # Whatever min_tokens is beyond that, the request ends by length before.
         first_index = self.max_num_tokens if needs_more else min(params.min_tokens, self.max_num_tokens)
-        self.first_plain_position = self.num_prompt_tokens - 1 + first_index
+        self.in_graph_position = self.num_prompt_tokens - 1 + first_index
 
     @property
     def num_tokens(self) -> int:
@@ -115,6 +93,10 @@ class Sequence:
     def last_fed_position(self) -> int:
         """Position of the last token fed to the model: the one sampled after it ends the request by length."""
         return self.max_num_tokens - 2
+
+    def num_tokens_ahead(self, num_steps: int) -> int:
+        """Tokens of its context so many decode steps from now; as at its end if it would have ended."""
+        return min(self.num_tokens + num_steps, self.last_fed_position + 1)
 
     @property
     def output_token_ids(self) -> list[int]:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from nanovllm.engine.scheduler import PrefillStep
 from nanovllm.errors import ConfigError, short_repr
 
 if TYPE_CHECKING:
@@ -23,15 +22,15 @@ class StepReport:
         kind: what the step did for its requests.
         device: where it ran, such as `cuda:1`.
         num_requests: requests that were in it, those included that have ended since its launch.
-        num_tokens: tokens of prompts that it computed, or tokens that it sampled for requests that had not ended; as
-            many as `metrics()` adds to `prefill_tokens` or `decode_tokens`.
+        num_tokens: tokens of prompts that it computed, and decoded tokens of requests that had not ended; as many as
+            `metrics()` adds to `prefill_tokens` and `decode_tokens`.
         launched_s: when its launch had returned. A CPU has run the step by then.
         ended_s: when the loop found that it had ended.
         waited_s: seconds in which the loop only waited for devices, since the report before this one, or since the
             first listener was added. The rest of the time between two reports is the host's own work.
     """
 
-    kind: Literal["prefill", "decode"]
+    kind: Literal["prefill", "decode", "mixed"]
     device: str
     num_requests: int
     num_tokens: int
@@ -78,14 +77,12 @@ class StepListeners:
         """Notes a step before its tokens are taken in, which may end requests of the next one."""
         if not self._listeners:
             return
-        step, device, ended_s = work.step, str(work.runner.device), time.perf_counter()
+        step, ended_s = work.step, time.perf_counter()
         waited_s, self._waited_s = self._waited_s, 0.0
-        if isinstance(step, PrefillStep):
-            report = StepReport("prefill", device, len(step.rows), step.num_tokens, work.launched_s, ended_s, waited_s)
-        else:
-            num_tokens = len(step.batch) - len(step.ended_leases)
-            report = StepReport("decode", device, len(step.batch), num_tokens, work.launched_s, ended_s, waited_s)
-        self._reports.append(report)
+        num_tokens = step.num_prompt_tokens + step.decode.num_live
+        self._reports.append(
+            StepReport(step.kind, step.card.name, step.num_requests, num_tokens, work.launched_s, ended_s, waited_s)
+        )
 
     def tell(self) -> None:
         """Gives out what was noted; the rest next time if a listener raises."""

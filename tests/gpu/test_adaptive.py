@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.execution import decode_paths
+from nanovllm.engine.execution import decode_calibrator
 from nanovllm.engine.execution.cuda_graph import StepGraphs
 from nanovllm.engine.scheduling import circuit_breaker
 from nanovllm.engine.scheduling.calibration import Measured
@@ -45,8 +45,8 @@ def tiny_on_disk(tmp_path_factory):
 @pytest.fixture
 def arranged_by_length(monkeypatch):
     """As if lanes paid from 8 requests on, split in one way up to 40 tokens, then in another; both are ready."""
-    monkeypatch.setattr(decode_paths, "CALIBRATED_BATCHES", (8, 16))
-    monkeypatch.setattr(decode_paths, "CALIBRATED_CONTEXTS", (8, 40, 72))
+    monkeypatch.setattr(decode_calibrator, "CALIBRATED_BATCHES", (8, 16))
+    monkeypatch.setattr(decode_calibrator, "CALIBRATED_CONTEXTS", (8, 40, 72))
 
     def measured(paths, arrangements, batches, contexts):
         return [
@@ -55,7 +55,7 @@ def arranged_by_length(monkeypatch):
             for context in contexts
         ]
 
-    monkeypatch.setattr(decode_paths.DecodePaths, "_measured", measured)
+    monkeypatch.setattr(decode_calibrator.DecodeCalibrator, "_measured", measured)
     monkeypatch.setattr(Rebalancer, "observe", lambda *args: None)
 
 
@@ -70,7 +70,7 @@ def test_a_hundred_forced_rebalances_change_no_token_and_leak_nothing(tiny_on_di
     path, reference = tiny_on_disk
     prompts = [prompt[:20] for prompt in tiny.random_prompts(8, seed=8, longest=60)]
     with LLM(path, **TWO_GPUS) as llm:
-        paths = llm.decode_runner.decode_paths
+        paths = llm.decode_runner.decode.paths
         ids = [llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=200)) for prompt in prompts]
         got, turn, free = {request_id: [] for request_id in ids}, 0, []
         while not llm.is_finished():
@@ -116,8 +116,8 @@ def test_lanes_that_break_are_left_out_and_come_back(tiny_on_disk, arranged_by_l
         return replay(graphs, size)
 
     with LLM(path, **TWO_GPUS) as llm:
-        plain = llm.decode_runner.decode_paths.steps[None]
-        llm.prefill_runner._prefill_graphs.replay = lambda size: replay(llm.prefill_runner._prefill_graphs, size)
+        plain = llm.decode_runner.decode.paths.steps[None]
+        llm.prefill_runner.prefill.graphs.replay = lambda size: replay(llm.prefill_runner.prefill.graphs, size)
         monkeypatch.setattr(StepGraphs, "replay", failing)
         answers = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=200), use_tqdm=False)
         metrics = llm.metrics()
@@ -130,7 +130,7 @@ def test_lanes_that_break_are_left_out_and_come_back(tiny_on_disk, arranged_by_l
 @pytest.mark.whole_card
 @pytest.mark.two_gpu
 def test_the_second_engine_reads_what_the_first_measured(tiny_on_disk, monkeypatch, caplog):
-    monkeypatch.setattr(decode_paths, "CALIBRATED_BATCHES", (8, 16))
+    monkeypatch.setattr(decode_calibrator, "CALIBRATED_BATCHES", (8, 16))
     path, reference = tiny_on_disk
     prompts = tiny.random_prompts(20, seed=3, longest=60)
     caplog.set_level("INFO")
@@ -139,7 +139,7 @@ def test_the_second_engine_reads_what_the_first_measured(tiny_on_disk, monkeypat
         started = time.perf_counter()
         with LLM(path, **TWO_GPUS) as llm:
             seconds.append(time.perf_counter() - started)
-            points.append(llm.decode_runner.decode_paths.calibration.points)
+            points.append(llm.decode_runner.decode.paths.calibration.points)
             answers = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
         assert_right([answer["token_ids"] for answer in answers], prompts, reference)
     assert points[0] == points[1]

@@ -12,7 +12,7 @@ import torch
 from nanovllm import LLM, GreenContextError, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine import pipeline_scheduler
-from nanovllm.engine.execution import decode_paths
+from nanovllm.engine.execution import decode_calibrator
 from nanovllm.engine.execution.cuda_graph import StepGraphs
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
@@ -252,12 +252,12 @@ def test_lanes_overlap_and_one_stream_does_not(tiny_on_disk, monkeypatch):
 @pytest.mark.whole_card
 @pytest.mark.two_gpu
 def test_auto_calibrates_and_answers_right(tiny_on_disk, monkeypatch):
-    monkeypatch.setattr(decode_paths, "CALIBRATED_BATCHES", (64, 128))
+    monkeypatch.setattr(decode_calibrator, "CALIBRATED_BATCHES", (64, 128))
     path, reference = tiny_on_disk
     prompts = tiny.random_prompts(70, seed=3, longest=60)
     with LLM(path, **TWO_GPUS, num_kvcache_blocks=4000, max_num_seqs=128, enable_decode_pipeline=True) as llm:
-        assert {point.batch for point in llm.decode_runner.decode_paths.calibration.points} == {64, 128}
-        assert all(point.pipelined_s for point in llm.decode_runner.decode_paths.calibration.points)
+        assert {point.batch for point in llm.decode_runner.decode.paths.calibration.points} == {64, 128}
+        assert all(point.pipelined_s for point in llm.decode_runner.decode.paths.calibration.points)
         answers = llm.generate(prompts, GREEDY, use_tqdm=False)
         assert llm.decode_runner.get_pipeline_statistics()["fallbacks"] == {}
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -277,8 +277,8 @@ def test_a_failed_capture_falls_back_to_plain_graphs(tiny_on_disk, monkeypatch):
     monkeypatch.setattr(pipeline_scheduler.MicroBatch, "run", failing)
     options = {"num_kvcache_blocks": 2000, "enable_decode_pipeline": True, "decode_pipeline": "static"}
     with LLM(path, **TWO_GPUS, **options) as llm:
-        assert list(llm.decode_runner.decode_paths.steps) == [None]
-        assert isinstance(llm.decode_runner.decode_paths.steps[None], StepGraphs)
+        assert list(llm.decode_runner.decode.paths.steps) == [None]
+        assert isinstance(llm.decode_runner.decode.paths.steps[None], StepGraphs)
         answers = llm.generate(prompts, GREEDY, use_tqdm=False)
         assert sum(llm.decode_runner.get_pipeline_statistics()["fallbacks"].values()) == 1
     for prompt, answer in zip(prompts, answers, strict=True):

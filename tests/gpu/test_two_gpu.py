@@ -124,7 +124,7 @@ def test_prefill_and_decode_are_in_flight_together(tiny_on_disk):
         together = False
         for prompt in tiny.random_prompts(20, seed=4):
             llm.add_request(prompt, GREEDY)
-            llm._launch_steps()
+            llm._loop.launch_steps()
             together |= {work.runner.device.index for work in llm._steps} == {0, 1}
             llm.step()
         drain(llm)

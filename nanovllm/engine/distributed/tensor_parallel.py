@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import AllgatherOptions
 
-from nanovllm.engine.execution.tasks import Task
+from nanovllm.engine.execution.tasks import StepTask
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.errors import BackendUnavailableError, WorkerError
 from nanovllm.kernels.cuda_all_reduce import PeerAllReduce
@@ -217,7 +217,7 @@ class Workers:
         self._start_timer.cancel()
 
     @contextlib.contextmanager
-    def dispatch(self, task: Task) -> Iterator[None]:
+    def dispatch(self, task: StepTask) -> Iterator[None]:
         """Tells the workers of a task, which is run within."""
         self.check()
         with _without_interrupts():

@@ -1,28 +1,27 @@
 """How decode steps run on one device: plain, or on two lanes, arranged in one of several ways.
 
-Measures what that costs, makes what will be needed, lets the rebalancer choose while steps run, and falls back to what
-works. Knows nothing of requests.
+Makes what will be needed, lets the rebalancer choose while steps run, and falls back to what works. What each way costs
+is measured by `DecodeCalibrator`. Knows nothing of requests.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import itertools
 import logging
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from nanovllm.engine.execution.cuda_graph import EagerSteps, StepGraphs, StepOutput, batch_buckets, bucket_for
+from nanovllm.engine.execution.decode_calibrator import DecodeCalibrator, Steps
 from nanovllm.engine.execution.device_decode_batch import DeviceDecodeBatch
+from nanovllm.engine.execution.runner_spec import PipelineOptions, RunnerSpec
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.observability.pipeline_statistics import (
     Anchor,
@@ -34,43 +33,17 @@ from nanovllm.engine.observability.pipeline_statistics import (
 )
 from nanovllm.engine.observability.trace import Tracer
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
-from nanovllm.engine.scheduling.calibration import Calibration, Measured, keep_calibration, load_calibration
-from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut, Split
+from nanovllm.engine.scheduling.calibration import Calibration
+from nanovllm.engine.scheduling.pipeline_plan import Arrangement
 from nanovllm.engine.scheduling.rebalancer import Rebalancer, StepTimes
 from nanovllm.errors import BackendUnavailableError, ConfigError, GreenContextError
 from nanovllm.models.decoder import CausalLM
-from nanovllm.utils.device import Device, DeviceClock, Stopwatch, driver_version
-from nanovllm.version import __version__
+from nanovllm.utils.device import Device, DeviceClock, Stopwatch
 
 logger = logging.getLogger(__name__)
 
-CALIBRATED_BATCHES = (256, 512, 768, 1024, 1536, 2048)
-CALIBRATED_CONTEXTS = (128, 256, 384, 512, 768, 1024, 2048)
-CALIBRATED_ATTENTION_SM = (28, 32, 36, 56, 64)
-CALIBRATED_CUTS = (Cut.GEMMS, Cut.REST)
-"""What the decode pipeline is timed for. Smaller batches it has never been worth."""
-NUM_TIMED_STEPS = 4
-HEATING_S = 0.4
-"""Seconds that a GPU's clocks take to come down to what its power allows."""
 DECIDE_EVERY = 8
 """Steps between two decisions; the first of them is timed."""
-
-
-@dataclass(frozen=True)
-class PipelineOptions:
-    """How a decode device's SMs are split, None where that is to be chosen; how many micro-batches take turns; whether
-    every step's lanes are timed; and whether the pipeline runs only where it is faster than plain decode."""
-
-    attention_sm: int | None = None
-    ffn_sm: int | None = None
-    num_micro_batches: int = 2
-    profiling: bool = False
-    adaptive: bool = False
-
-    @property
-    def has_split(self) -> bool:
-        """Whether the split was given, or half of it."""
-        return self.attention_sm is not None or self.ffn_sm is not None
 
 
 @dataclass(frozen=True)
@@ -86,22 +59,10 @@ class _TimedStep:
     anchor: Anchor | None
 
 
-class DecodeCore(Protocol):
-    """What decode steps are made of, on one device; see `ModelRunner`."""
+class RunStep(Protocol):
+    """One decode step over the first rows of the batch, on the device alone; see `DecodeExecutor.run_core`."""
 
-    device: Device
-    model: CausalLM
-    clock: DeviceClock | None
-    decode_rows: DeviceDecodeBatch | None
-    graph_pool: Any
-    spec: Any
-
-    @property
-    def uses_graphs(self) -> bool: ...
-
-    def run_decode_core(self, size: int, arrangement: Arrangement | None = None) -> StepOutput: ...
-
-    def synchronize(self, *, copies: bool = True) -> None: ...
+    def __call__(self, size: int, arrangement: Arrangement | None = None) -> StepOutput: ...
 
 
 class DecodePaths:
@@ -110,18 +71,31 @@ class DecodePaths:
     Made before the runner's KV pool, since lanes take memory; `prepare` makes the rest once there is one.
 
     Args:
-        runner: whose steps.
+        device: where they run.
+        spec: sizes of the model.
+        model: the model.
+        synchronize: waits for all steps that were launched on the device.
         options: how steps use SM partitions, None for plain decode.
 
     Raises:
         GreenContextError: the SMs can be split, but not as `options` has it.
     """
 
-    def __init__(self, runner: DecodeCore, options: PipelineOptions | None) -> None:
-        self._runner = runner
+    def __init__(
+        self,
+        device: Device,
+        spec: RunnerSpec,
+        model: CausalLM,
+        synchronize: Callable[[], None],
+        options: PipelineOptions | None,
+    ) -> None:
+        self.device = device
+        self._spec = spec
+        self._model = model
+        self._synchronize = synchronize
         self._options = options
         self._profiles = options is not None and options.profiling
-        self.device = runner.device
+        self._uses_graphs = spec.uses_graphs(device)
         self.counters = PipelineCounters()
         self.pipeline: PipelineScheduler | None = None
         if options is not None:
@@ -129,7 +103,7 @@ class DecodePaths:
         self.calibration = Calibration()
         self.rebalancer: Rebalancer | None = None
         self.sizes: list[int] = []
-        self.steps: dict[Arrangement | None, StepGraphs | EagerSteps] = {}
+        self.steps: dict[Arrangement | None, Steps] = {}
         self.lane_times: LaneTimes | None = None
         """Lane times of the last step on lanes that was timed."""
         self._mean_times = MeanLaneTimes()
@@ -143,14 +117,21 @@ class DecodePaths:
         self._timed: deque[_TimedStep] = deque()
         self.tracer: Tracer | None = None
         """Is told when lanes were busy in the steps that are timed."""
+        self.clock: DeviceClock | None = None
+        """Tells the tracer when."""
 
-    def prepare(self) -> None:
-        """Measures, or reads what was measured before, and makes all steps that will be needed."""
-        rows = self._runner.decode_rows
-        assert rows is not None, f"{self.device} was made for prefill"
+    def prepare(self, rows: DeviceDecodeBatch, run_step: RunStep, graph_pool: Any) -> None:
+        """Measures, or reads what was measured before, and makes all steps that will be needed.
+
+        Args:
+            rows: the batch that steps run over.
+            run_step: what is run, or captured.
+            graph_pool: memory for the graphs of plain steps; None if there are no graphs.
+        """
+        self._rows, self._run_step, self._graph_pool = rows, run_step, graph_pool
         # Without graphs nothing is padded.
         most_rows = rows.max_num_rows
-        self.sizes = batch_buckets(most_rows) if self._runner.uses_graphs else list(range(1, most_rows + 1))
+        self.sizes = batch_buckets(most_rows) if self._uses_graphs else list(range(1, most_rows + 1))
         if self.pipeline is not None and self._options is not None:
             try:
                 self._prepare_pipeline(self._options)
@@ -160,32 +141,29 @@ class DecodePaths:
                 self._fall_back(str(error))
         self.steps[None] = self._make_steps(self.sizes, None)
 
-    def replay(self, num_rows: int, positions: np.ndarray | None) -> StepOutput:
-        """One decode step of the first rows of the batch, by what is chosen now for their [B] int64 positions.
+    def replay(self, num_rows: int, mean_context: float) -> StepOutput:
+        """One decode step of the first rows of the batch, by what is chosen now for contexts of so many tokens.
 
         If that fails, by what has worked before, in the end plain.
         """
         size = bucket_for(self.sizes, num_rows)
         if self.rebalancer is None:
             return self.steps[None].replay(size)
-        assert positions is not None, "what chooses knows the contexts"
         self._steps_to_decision -= 1
         is_timed = size != self._size or self._steps_to_decision <= 0
         if not is_timed:
             output, arrangement = self._run(size, self._chosen)
         else:
             self.take_times()
-            context = float(positions.mean()) + 1
-            wanted = self._decide(self.rebalancer, size, context)
+            wanted = self._decide(self.rebalancer, size, mean_context)
             stopwatch = Stopwatch(self.device)
-            clock = self._runner.clock
-            anchor = None if clock is None or wanted is None else Anchor(clock, self.device)
+            anchor = None if self.clock is None or wanted is None else Anchor(self.clock, self.device)
             output, arrangement = self._run(size, wanted)
             stopwatch.stop()
             if arrangement == wanted:  # else it has taken the time of what failed, too
                 lanes = output.lane_moments
                 moments = None if lanes is None else lanes.moments.to("cpu", non_blocking=True)
-                self._timed.append(_TimedStep(size, context, arrangement, stopwatch, lanes, moments, anchor))
+                self._timed.append(_TimedStep(size, mean_context, arrangement, stopwatch, lanes, moments, anchor))
         if arrangement is not None:
             self.counters.steps += 1
             self.counters.tokens += num_rows
@@ -217,7 +195,7 @@ class DecodePaths:
         counters, sequential_s = self.counters, None
         if self.rebalancer is not None:
             if self._profiles and self._timed:
-                self._runner.synchronize(copies=False)
+                self._synchronize()
             self.take_times()
             if counters.steps and self._num_contexts:
                 sequential_s = self.calibration.seconds(None, counters.tokens / counters.steps, self._mean_context)
@@ -230,6 +208,7 @@ class DecodePaths:
         self.steps.clear()
         self._timed.clear()
         self._close_pipeline()
+        del self._model, self._rows, self._run_step, self._graph_pool
 
     # While steps run
 
@@ -333,7 +312,7 @@ class DecodePaths:
             self._fall_back(str(error))
             return None
         parts = options.num_micro_batches
-        return PipelineScheduler(self._runner.model, manager, options.profiling, num_micro_batches=parts)
+        return PipelineScheduler(self._model, manager, options.profiling, num_micro_batches=parts)
 
     def _can_split_sms(self) -> bool:
         try:
@@ -359,158 +338,40 @@ class DecodePaths:
         manager.close()
 
     def _prepare_pipeline(self, options: PipelineOptions) -> None:
-        always = self._calibrate(options)
+        assert self.pipeline is not None, "there is a pipeline to be timed"
+        calibrator = DecodeCalibrator(
+            self.device,
+            self._spec,
+            self.pipeline,
+            self._rows,
+            self._make_steps,
+            self._synchronize,
+            profiles=self._profiles,
+        )
+        self.calibration, always = calibrator.calibrate(options, self.sizes[-1])
         bests = {size: self.calibration.best_for(size) for size in self.sizes}
         ready = bests if always is None else {size: [always] for size in self.sizes}
         for arrangement in {one for of_size in ready.values() for one in of_size}:
             sizes = [size for size in self.sizes if arrangement in ready[size]]
             self.steps[arrangement] = self._make_steps(sizes, arrangement)
-            if not self._runner.uses_graphs:
+            if not self._uses_graphs:
                 self._try(self.steps[arrangement])
         if always is not None or self.steps:
             self.rebalancer = Rebalancer(self.calibration, ready, always)
 
-    def _make_steps(self, sizes: list[int], arrangement: Arrangement | None) -> StepGraphs | EagerSteps:
-        runner = self._runner
-        assert runner.decode_rows is not None, f"{self.device} was made for prefill"
-        step = functools.partial(runner.run_decode_core, arrangement=arrangement)
-        if not runner.uses_graphs:
+    def _make_steps(self, sizes: list[int], arrangement: Arrangement | None) -> Steps:
+        step = functools.partial(self._run_step, arrangement=arrangement)
+        if not self._uses_graphs:
             return EagerSteps(step)
-        runner.decode_rows.pad(runner.decode_rows.max_num_rows)
+        self._rows.pad(self._rows.max_num_rows)
         if arrangement is None:
-            return StepGraphs("decode", step, sizes, runner.graph_pool)
+            return StepGraphs("decode", step, sizes, self._graph_pool)
         # Memory of their own: a capture that fails leaves its pool of no use.
         pool = torch.cuda.graph_pool_handle()
         return StepGraphs(f"decode {arrangement}", step, sizes, pool, warm_all=True)
 
-    def _try(self, steps: StepGraphs | EagerSteps) -> None:
+    def _try(self, steps: Steps) -> None:
         """Runs the largest step once: what cannot run is to be known at the start."""
-        rows = self._runner.decode_rows
-        assert rows is not None, f"{self.device} was made for prefill"
-        rows.pad(rows.max_num_rows)
-        steps.replay(rows.max_num_rows)
-        self._runner.synchronize(copies=False)
-
-    def _calibrate(self, options: PipelineOptions) -> Arrangement | None:
-        """Times plain decode and the pipeline, arranged in several ways, where there is something to choose or show.
-
-        Returns how the pipeline is always arranged, None if that is to be chosen.
-        """
-        assert self.pipeline is not None, "there is a pipeline to be timed"
-        given = Arrangement(self.pipeline.green_manager.split, self.pipeline.cut)
-        largest = self.sizes[-1]
-        batches = [batch for batch in CALIBRATED_BATCHES if batch <= largest]
-        if options.adaptive:
-            candidates = self._candidates(options) if batches else []
-            if candidates:
-                self.calibration = self._calibrated(candidates, batches)
-            else:
-                logger.info("%s: decode is plain: lanes are for GPUs and batches of some hundred requests", self.device)
-            return None
-        if not self.device.is_cuda or (options.has_split and not options.profiling):
-            return given
-        if options.has_split:
-            self.calibration = self._calibrated([given], batches or [largest])
-            return given
-        self.calibration = self._calibrated(self._candidates(options), [largest])
-        return self.calibration.best_of_all() if self.calibration.points else given
-
-    def _candidates(self, options: PipelineOptions) -> list[Arrangement]:
-        """How the pipeline may be arranged, as far as the driver grants it; the split may have been given.
-
-        Not at all on a CPU, whose lanes are there to check the order of a plan.
-        """
-        assert self.pipeline is not None, "there is a pipeline to be arranged"
-        manager = self.pipeline.green_manager
-        if not manager.num_sms:
-            return []
-        splits = [manager.split]
-        if not options.has_split:
-            splits = [(sms, manager.num_sms - sms) for sms in CALIBRATED_ATTENTION_SM if sms < manager.num_sms]
-        granted = [split for split in splits if self._is_granted(split)]
-        if not granted:
-            raise GreenContextError(f"{self.device} grants none of {splits}; give decode_attention_sm")
-        return [Arrangement(split, cut) for split in granted for cut in CALIBRATED_CUTS]
-
-    def _is_granted(self, split: Split) -> bool:
-        assert self.pipeline is not None, "there is a pipeline to be arranged"
-        try:
-            self.pipeline.green_manager.allocate(split)
-        except GreenContextError as error:
-            logger.info("%s: not timed: %s", self.device, error)
-            return False
-        return True
-
-    def _calibrated(self, arrangements: list[Arrangement], batches: list[int]) -> Calibration:
-        """What an engine before this one measured, or what is measured now."""
-        # Each of the steps that are timed moves on by a token.
-        longest = self._runner.spec.max_model_len - NUM_TIMED_STEPS
-        if longest < 1:
-            return Calibration()
-        contexts = [context for context in CALIBRATED_CONTEXTS if context <= longest] or [longest]
-        about = self._about(arrangements, batches, contexts)
-        calibration = load_calibration(about)
-        if calibration is None:
-            calibration = Calibration(self._measured(arrangements, batches, contexts))
-            keep_calibration(about, calibration)
-        for point in calibration.points:
-            logger.info("%s: %s", self.device, point)
-        return calibration
-
-    def _about(self, arrangements: list[Arrangement], batches: list[int], contexts: list[int]) -> dict[str, Any]:
-        """Cache key: a calibration is valid only for this GPU, driver, model and set of options."""
-        spec, pipeline = self._runner.spec, self.pipeline
-        assert pipeline is not None, "there is a pipeline to be timed"
-        gpu = torch.cuda.get_device_name(self.device.index) if self.device.is_cuda else "cpu"
-        return {
-            "gpu": gpu,
-            "num_sms": pipeline.green_manager.num_sms,
-            "driver": driver_version(),
-            "nanovllm": __version__,
-            "torch": torch.__version__,
-            "model": repr(dataclasses.asdict(spec.model_config)),
-            "dtype": str(spec.dtype),
-            "attention_backend": spec.attention.backend.name,
-            "kvcache_block_size": spec.attention.block_size,
-            "max_model_len": spec.max_model_len,
-            "enforce_eager": spec.enforce_eager,
-            "micro_batches": pipeline.num_micro_batches,
-            "profiling": self._profiles,
-            "batches": batches,
-            "contexts": contexts,
-            "arrangements": [str(arrangement) for arrangement in arrangements],
-        }
-
-    def _measured(self, arrangements: list[Arrangement], batches: list[int], contexts: list[int]) -> list[Measured]:
-        rows = self._runner.decode_rows
-        assert rows is not None, f"{self.device} was made for prefill"
-        paths = {arrangement: self._make_steps(batches, arrangement) for arrangement in (None, *arrangements)}
-        self._heat(functools.partial(paths[None].replay, batches[-1]))
-        points = []
-        for batch, context in itertools.product(batches, contexts):
-            seconds = {}
-            for arrangement, steps in paths.items():
-                rows.pretend(batch, context)
-                seconds[arrangement] = self._time(functools.partial(steps.replay, batch))
-            pipelined_s = {arrangement: seconds[arrangement] for arrangement in arrangements}
-            points.append(Measured(batch, context, seconds[None], pipelined_s))
-        rows.forget()
-        return points
-
-    def _heat(self, run: Callable[[], object]) -> None:
-        """Keeps the GPU busy until it runs at the clocks that it will run at."""
-        started = time.perf_counter()
-        while time.perf_counter() - started < HEATING_S:
-            run()
-            self._runner.synchronize(copies=False)
-
-    def _time(self, run: Callable[[], object]) -> float:
-        """Seconds of a run; the median of some, back to back."""
-        stopwatches = []
-        for _ in range(NUM_TIMED_STEPS):
-            stopwatch = Stopwatch(self.device)
-            run()
-            stopwatch.stop()
-            stopwatches.append(stopwatch)
-        self._runner.synchronize(copies=False)
-        return median(stopwatch.seconds() for stopwatch in stopwatches)
+        self._rows.pad(self._rows.max_num_rows)
+        steps.replay(self._rows.max_num_rows)
+        self._synchronize()

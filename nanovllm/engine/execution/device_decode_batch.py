@@ -12,33 +12,33 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanovllm.engine.scheduling.decode_batch import DecodeRow, DecodeStep
-from nanovllm.engine.sequence import Lease
+from nanovllm.engine.scheduling.decode_batch import DecodeRow, DecodeRows
+from nanovllm.engine.scheduling.lease import Lease
 from nanovllm.kernels import NUM_ROW_FIELDS, AttentionMetadata, Kernels, RowField
 from nanovllm.layers.sampler import SamplingInputs
 from nanovllm.utils.device import Device
 
-NUM_SCALARS = 1 + NUM_ROW_FIELDS
-"""Columns before the block table in an uploaded row: slot, then the slot's numbers."""
+NUM_UPLOADED_FIELDS = 1 + NUM_ROW_FIELDS
+"""Columns before the block table in an upload: row, then the row's fields."""
 
 
 @dataclass(frozen=True)
 class DecodeInputs:
-    """One decode step over B rows, gathered from the slots; [B] int64 each where not said otherwise."""
+    """One decode step over B rows of the batch; [B] int64 each where not said otherwise."""
 
-    slots: torch.Tensor
-    numbers: torch.Tensor
-    """[NUM_ROW_FIELDS, B]: those of the slots."""
+    rows: torch.Tensor
+    fields: torch.Tensor
+    """[NUM_ROW_FIELDS, B]: those of the rows."""
     metadata: AttentionMetadata
     sampling: SamplingInputs
 
     @property
     def input_ids(self) -> torch.Tensor:
-        return self.numbers[RowField.LAST_TOKEN]
+        return self.fields[RowField.LAST_TOKEN]
 
     @property
     def positions(self) -> torch.Tensor:
-        return self.numbers[RowField.POSITION]
+        return self.fields[RowField.POSITION]
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class RowChanges:
     """What a step changes of the batch on the device; None where nothing.
 
     Attributes:
-        joined: [N, ...] int64, of each request that is new: slot, the slot's numbers, block table.
+        joined: [N, ...] int64, of each request that is new: its row, the row's fields, block table.
         temperatures: [N] float32, theirs.
-        grown: [3, N] int64, blocks that requests got: slot, place in the table, block.
-        order: [max_num_rows + 1] int64, the slots of the batch.
+        grown: [3, N] int64, blocks that requests got: row, index in the block table, block.
+        order: [max_num_rows + 1] int64, the rows of the batch in its order.
     """
 
     joined: np.ndarray | None = None
@@ -59,9 +59,9 @@ class RowChanges:
 
 
 class DeviceDecodeBatch:
-    """Slots for `max_num_rows` requests and a spare one, which pads a batch to a bucket.
+    """Rows for `max_num_rows` requests and a spare one, which pads a batch to a bucket.
 
-    A request keeps its slot for as long as its lease lasts. The spare slot's tokens go to block `spare_block`.
+    A request keeps its row for as long as its lease lasts. The spare row's tokens go to block `spare_block`.
     """
 
     def __init__(
@@ -78,41 +78,41 @@ class DeviceDecodeBatch:
         self.block_size = block_size
         self.max_model_len = max_model_len
         self.max_num_rows = max_num_rows
-        self.spare_slot = max_num_rows
+        self.spare_row = max_num_rows
         self._spare_block = spare_block
-        num_slots, where = max_num_rows + 1, device.torch_device
+        num_rows, where = max_num_rows + 1, device.torch_device
         max_blocks = -(-max_model_len // block_size)
-        self._numbers = torch.zeros(NUM_ROW_FIELDS, num_slots, dtype=torch.int64, device=where)
-        self._temperatures = torch.zeros(num_slots, dtype=torch.float32, device=where)
-        self._block_tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=where)
-        self._block_tables[self.spare_slot] = spare_block
-        self._query_starts = torch.arange(num_slots + 1, dtype=torch.int32, device=where)
-        self._order = torch.full((num_slots,), self.spare_slot, dtype=torch.int64, device=where)
+        self._fields = torch.zeros(NUM_ROW_FIELDS, num_rows, dtype=torch.int64, device=where)
+        self._temperatures = torch.zeros(num_rows, dtype=torch.float32, device=where)
+        self._block_tables = torch.zeros(num_rows, max_blocks, dtype=torch.int32, device=where)
+        self._block_tables[self.spare_row] = spare_block
+        self._query_starts = torch.arange(num_rows + 1, dtype=torch.int32, device=where)
+        self._order = torch.full((num_rows,), self.spare_row, dtype=torch.int64, device=where)
         self._batch_sent: list[Lease] | None = None
-        self._slot_of: dict[Lease, int] = {}
-        self._num_blocks_sent = [0] * num_slots
+        self._row_of: dict[Lease, int] = {}
+        self._num_blocks_sent = [0] * num_rows
 
-    def changes(self, step: DecodeStep) -> RowChanges:
-        """What the device is to be told so that the step's batch is the one to run: new requests, new blocks and, if it
+    def changes(self, rows: DecodeRows) -> RowChanges:
+        """What the device is to be told so that the rows' batch is the one to run: new requests, new blocks and, if it
         changed, who is in it. Whoever cannot tell it calls `forget`."""
-        leases = step.batch.leases
+        leases = rows.batch.leases
         if leases is self._batch_sent:
-            grown = self._grown((self._slot_of[leases[place]], leases[place]) for place in step.grown)
+            grown = self._grown((self._row_of[leases[index]], leases[index]) for index in rows.grown)
             return RowChanges(grown=grown)
-        joined, temperatures = self._joined([row for row in step.rows if row.lease not in self._slot_of])
-        slots = [self._slot_of[lease] for lease in leases]
-        grown = self._grown(zip(slots, leases, strict=True))
-        order = np.array(slots + [self.spare_slot] * (len(self._order) - len(slots)), dtype=np.int64)
+        joined, temperatures = self._joined([row for row in rows if row.lease not in self._row_of])
+        order = [self._row_of[lease] for lease in leases]
+        grown = self._grown(zip(order, leases, strict=True))
+        padding = [self.spare_row] * (len(self._order) - len(order))
         self._batch_sent = leases
-        return RowChanges(joined, temperatures, grown, order)
+        return RowChanges(joined, temperatures, grown, np.array(order + padding, dtype=np.int64))
 
     def apply(self, changes: RowChanges) -> None:
         """Tells the device, here or on another rank."""
         if changes.joined is not None and changes.temperatures is not None:
             sent = self.device.tensor(changes.joined)
             at = sent[:, 0]
-            self._numbers[:, at] = sent[:, 1:NUM_SCALARS].T
-            self._block_tables[at] = sent[:, NUM_SCALARS:].int()
+            self._fields[:, at] = sent[:, 1:NUM_UPLOADED_FIELDS].T
+            self._block_tables[at] = sent[:, NUM_UPLOADED_FIELDS:].int()
             self._temperatures[at] = self.device.tensor(changes.temperatures)
         if changes.grown is not None:
             at, indices, blocks = self.device.tensor(changes.grown)
@@ -121,28 +121,28 @@ class DeviceDecodeBatch:
             self._order.copy_(self.device.tensor(changes.order))
 
     def forget(self) -> None:
-        """Nobody knows what the slots hold: all requests are sent anew, by the last of the tokens that the host has."""
+        """Nobody knows what the rows hold: all requests are sent anew, by the last of the tokens that the host has."""
         self._batch_sent = None
-        self._slot_of = {}
+        self._row_of = {}
 
     def pad(self, size: int) -> None:
         """Makes `size` spare rows the batch: for warm-up and capture."""
         self._batch_sent = None
-        self._order[:size] = self.spare_slot
+        self._order[:size] = self.spare_row
 
     def pretend(self, size: int, context: int) -> None:
-        """Makes `size` requests of `context` tokens in blocks at random places the batch: to time a step of them."""
+        """Makes `size` requests of `context` tokens in random blocks the batch: to time a step of them."""
         self.forget()
         where = self._block_tables.device
         self._order[:size] = torch.arange(size, device=where)
-        self._numbers[RowField.POSITION, :size] = context - 1
+        self._fields[RowField.POSITION, :size] = context - 1
         self._block_tables[:size] = torch.randint(self._spare_block, self._block_tables[:size].shape, device=where)
 
     def gather(self, size: int) -> DecodeInputs:
         """The inputs of the next step; runs on the device alone, so that it can be captured."""
-        slots = self._order[:size]
-        numbers, temperatures, tables, slot_mapping, context_lens = self.backend.gather_rows(
-            slots, self._numbers, self._temperatures, self._block_tables, self.block_size
+        rows = self._order[:size]
+        fields, temperatures, tables, slot_mapping, context_lens = self.backend.gather_rows(
+            rows, self._fields, self._temperatures, self._block_tables, self.block_size
         )
         metadata = AttentionMetadata(
             slot_mapping=slot_mapping,
@@ -152,43 +152,44 @@ class DeviceDecodeBatch:
             max_query_len=1,
             max_context_len=self.max_model_len,
         )
-        sampling = SamplingInputs(temperatures, numbers[RowField.SEED], numbers[RowField.OUTPUT_INDEX])
-        return DecodeInputs(slots, numbers, metadata, sampling)
+        sampling = SamplingInputs(temperatures, fields[RowField.SEED], fields[RowField.OUTPUT_INDEX])
+        return DecodeInputs(rows, fields, metadata, sampling)
 
     def advance(self, inputs: DecodeInputs, token_ids: torch.Tensor) -> None:
         """The sampled tokens are what the next step is fed; on the device alone."""
-        self.backend.advance_rows(inputs.slots, inputs.numbers, token_ids, self._numbers, self.spare_slot)
+        self.backend.advance_rows(inputs.rows, inputs.fields, token_ids, self._fields, self.spare_row)
 
     def correct(self, token_ids: torch.Tensor) -> None:
         """The first rows of the batch have sampled these, [N] int64, instead of what `advance` was told."""
-        self._numbers[RowField.LAST_TOKEN].index_copy_(0, self._order[: len(token_ids)], token_ids.clamp(min=0))
+        self._fields[RowField.LAST_TOKEN].index_copy_(0, self._order[: len(token_ids)], token_ids.clamp(min=0))
 
     def _joined(self, joined: list[DecodeRow]) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Gives each a slot; what fills it."""
+        """Gives each a row; what fills it."""
         if not joined:
             return None, None
-        self._slot_of = {lease: slot for lease, slot in self._slot_of.items() if not lease.ended}
-        slots = sorted(set(range(self.max_num_rows)).difference(self._slot_of.values()))[: len(joined)]
-        numbers = np.zeros((len(joined), NUM_SCALARS + self._block_tables.shape[1]), dtype=np.int64)
+        self._row_of = {lease: index for lease, index in self._row_of.items() if not lease.ended}
+        free = sorted(set(range(self.max_num_rows)).difference(self._row_of.values()))[: len(joined)]
+        uploads = np.zeros((len(joined), NUM_UPLOADED_FIELDS + self._block_tables.shape[1]), dtype=np.int64)
         temperatures = np.empty(len(joined), dtype=np.float32)
-        for place, (slot, row) in enumerate(zip(slots, joined, strict=True)):
-            seq, table = row.seq, row.lease.decode_table
-            numbers[place, :NUM_SCALARS] = slot, seq.token_ids[-1], row.position, seq.seed, row.output_index
-            numbers[place, NUM_SCALARS : NUM_SCALARS + len(table)] = table
-            temperatures[place] = seq.params.float32_temperature
-            self._slot_of[row.lease] = slot
-            self._num_blocks_sent[slot] = len(table)
-        return numbers, temperatures
+        for number, (index, row) in enumerate(zip(free, joined, strict=True)):
+            seq, table = row.seq, row.lease.decode.blocks
+            fields = (index, seq.token_ids[-1], row.position, seq.seed, row.output_index)
+            uploads[number, :NUM_UPLOADED_FIELDS] = fields
+            uploads[number, NUM_UPLOADED_FIELDS : NUM_UPLOADED_FIELDS + len(table)] = table
+            temperatures[number] = seq.params.float32_temperature
+            self._row_of[row.lease] = index
+            self._num_blocks_sent[index] = len(table)
+        return uploads, temperatures
 
     def _grown(self, held: Iterable[tuple[int, Lease]]) -> np.ndarray | None:
-        """The blocks that the leases of these slots got since: [3, N], slot, place in the table, block."""
+        """The blocks that the leases of these rows got since: [3, N], row, index in the block table, block."""
         sent = self._num_blocks_sent
         grown = [
-            (slot, index, lease.decode_table[index])
-            for slot, lease in held
-            if len(lease.decode_table) != sent[slot]
-            for index in range(sent[slot], len(lease.decode_table))
+            (row, index, lease.decode.blocks[index])
+            for row, lease in held
+            if len(lease.decode.blocks) != sent[row]
+            for index in range(sent[row], len(lease.decode.blocks))
         ]
-        for slot, index, _ in grown:
-            sent[slot] = index + 1
+        for row, index, _ in grown:
+            sent[row] = index + 1
         return np.array(grown, dtype=np.int64).T.copy() if grown else None

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+from collections import abc
 from typing import Any
 
 import torch
 
 from nanovllm.engine.execution.model_inputs import block_list
-from nanovllm.engine.scheduler import BlockPair
+from nanovllm.engine.scheduling.step import BlockPair
 from nanovllm.utils.device import enable_peer_access, wait_event
 
 
-def _copy_blocks(source: Any, target: Any, pairs: SequenceOf[BlockPair]) -> None:
+def _copy_blocks(source: Any, target: Any, pairs: abc.Sequence[BlockPair]) -> None:
     # Across GPUs torch copies on the source's current stream and makes both current streams wait on each other.
     for block, goal in pairs:
         target.kv_pool[goal].copy_(source.kv_pool[block], non_blocking=True)
 
 
-def _push_blocks(source: Any, target: Any, pairs: SequenceOf[BlockPair]) -> None:
+def _push_blocks(source: Any, target: Any, pairs: abc.Sequence[BlockPair]) -> None:
     # It needs triton, which a machine without GPUs may lack.
     from nanovllm.kernels.triton_transfer import NUM_PROGRAMS, push_blocks
 
@@ -26,13 +26,13 @@ def _push_blocks(source: Any, target: Any, pairs: SequenceOf[BlockPair]) -> None
     push_blocks(source.kv_pool, target.kv_pool, source.device.tensor(block_list(pairs)), NUM_PROGRAMS)
 
 
-def _stage_blocks(source: Any, target: Any, pairs: SequenceOf[BlockPair]) -> None:
+def _stage_blocks(source: Any, target: Any, pairs: abc.Sequence[BlockPair]) -> None:
     for block, goal in pairs:
         block_of_source = source.kv_pool[block]
         host = torch.empty(block_of_source.shape, dtype=block_of_source.dtype, device="cpu", pin_memory=True)
         host.copy_(block_of_source, non_blocking=True)
         staged = source.record_copy_event()
-        with target._on(target.copy_stream):
+        with target.on(target.copy_stream):
             wait_event(target.copy_stream, staged)
             target.kv_pool[goal].copy_(host, non_blocking=True)
 

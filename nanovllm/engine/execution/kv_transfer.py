@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence as SequenceOf
+from collections import abc
 from typing import Any, Protocol
 
 import torch
 
-from nanovllm.engine.scheduler import BlockPair
+from nanovllm.engine.scheduling.step import BlockPair
 from nanovllm.errors import ConfigError, HandoffError
 from nanovllm.utils.device import Device, Event, Moment, peer_access
 
@@ -19,14 +19,14 @@ class PoolOwner(Protocol):
     """What a transfer needs of a runner: copies between its pool and another's; see `ModelRunner`."""
 
     def sync_kv_cache_to(
-        self, other: Any, pairs: SequenceOf[BlockPair], *, method: str = "copy", after: Event | None = None
+        self, other: Any, pairs: abc.Sequence[BlockPair], *, method: str = "copy", after: Event | None = None
     ) -> Event: ...
 
     def record_copy_moment(self, after: Event | None = None) -> Moment | None: ...
 
     def wait_for(self, event: Event) -> None: ...
 
-    def checksum_blocks(self, blocks: SequenceOf[int], after: Event) -> torch.Tensor: ...
+    def checksum_blocks(self, blocks: abc.Sequence[int], after: Event) -> torch.Tensor: ...
 
 
 class TransferHandle(Protocol):
@@ -54,7 +54,7 @@ class KVTransfer(Protocol):
 
     name: str
 
-    def send(self, pairs: SequenceOf[BlockPair], after: Event) -> TransferHandle:
+    def send(self, pairs: abc.Sequence[BlockPair], after: Event) -> TransferHandle:
         """Sends blocks, once the work that computes them (`after`) has ended; waits for nothing itself."""
 
 
@@ -63,7 +63,7 @@ class NoTransfer:
 
     name = "none"
 
-    def send(self, pairs: SequenceOf[BlockPair], after: Event) -> TransferHandle:
+    def send(self, pairs: abc.Sequence[BlockPair], after: Event) -> TransferHandle:
         raise AssertionError("with one pool there is nothing to send")
 
 
@@ -83,7 +83,7 @@ class PeerTransfer:
         if method == "push":  # the first one compiles the kernel
             source.sync_kv_cache_to(target, (), method=method).synchronize()
 
-    def send(self, pairs: SequenceOf[BlockPair], after: Event) -> TransferHandle:
+    def send(self, pairs: abc.Sequence[BlockPair], after: Event) -> TransferHandle:
         to_verify = pairs if self._verify else ()
         if self.name == "direct":
             return _PeerHandle(self._source, self._target, to_verify, after)
@@ -99,7 +99,7 @@ class _PeerHandle:
         self,
         source: PoolOwner,
         target: PoolOwner,
-        to_verify: SequenceOf[BlockPair],
+        to_verify: abc.Sequence[BlockPair],
         arrived: Event,
         began: Moment | None = None,
         ended: Moment | None = None,

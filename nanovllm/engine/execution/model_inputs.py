@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence as SequenceOf
+from collections import abc
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from nanovllm.engine.scheduler import BlockPair
+from nanovllm.engine.scheduling.step import BlockPair
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels import AttentionMetadata
 from nanovllm.layers.sampler import SamplingInputs
@@ -36,7 +36,7 @@ class ModelInputs:
     pushed_blocks: torch.Tensor | None = None
 
 
-def block_list(pairs: SequenceOf[BlockPair]) -> np.ndarray:
+def block_list(pairs: abc.Sequence[BlockPair]) -> np.ndarray:
     """[1 + 2N] int64: how many pairs of blocks there are, and the pairs."""
     return np.array([len(pairs), *itertools.chain.from_iterable(pairs)], dtype=np.int64)
 
@@ -64,7 +64,7 @@ class SamplingArrays:
         )
 
 
-def sampling_arrays(rows: SequenceOf[tuple[Sequence, int]], vocab_size: int) -> SamplingArrays:
+def sampling_arrays(rows: abc.Sequence[tuple[Sequence, int]], vocab_size: int) -> SamplingArrays:
     """All sampling parameters of a row for each request and index of the output token to be sampled."""
     params = [seq.params for seq, _ in rows]
     filters = None
@@ -86,7 +86,7 @@ def sampling_arrays(rows: SequenceOf[tuple[Sequence, int]], vocab_size: int) -> 
     )
 
 
-def _banned_tokens(rows: SequenceOf[tuple[Sequence, int]]) -> tuple[np.ndarray, np.ndarray] | None:
+def _banned_tokens(rows: abc.Sequence[tuple[Sequence, int]]) -> tuple[np.ndarray, np.ndarray] | None:
     """Stop tokens of requests that are still below their `min_tokens`."""
     pairs = [
         (row, token)
@@ -96,8 +96,8 @@ def _banned_tokens(rows: SequenceOf[tuple[Sequence, int]]) -> tuple[np.ndarray, 
     ]
     if not pairs:
         return None
-    places, tokens = np.array(pairs, dtype=np.int64).T.copy()
-    return places, tokens
+    banned_rows, tokens = np.array(pairs, dtype=np.int64).T.copy()
+    return banned_rows, tokens
 
 
 def largest_step(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import abc
+
 import numpy as np
 import torch
 
 from nanovllm.engine.execution.model_inputs import ModelInputs, block_list
-from nanovllm.engine.scheduler import PrefillStep
+from nanovllm.engine.scheduling.step import PrefillChunk
 from nanovllm.kernels import AttentionMetadata
 from nanovllm.layers.sampler import SamplingInputs
 from nanovllm.utils.device import Device
@@ -50,10 +52,10 @@ class PrefillBuffers:
         size = self._num_request_numbers + NUM_TOKEN_COLUMNS * max_num_tokens + most_pushed_numbers
         self._numbers = torch.zeros(size, dtype=torch.int64, device=device.torch_device)
 
-    def pack(self, step: PrefillStep, size: int) -> np.ndarray:
-        """What the device is to be told of a step, padded to `size` tokens: [N] int64."""
+    def pack(self, chunks: abc.Sequence[PrefillChunk], size: int) -> np.ndarray:
+        """What the device is to be told of these chunks, padded to `size` tokens: [N] int64."""
         num_numbers = self._num_request_numbers + NUM_TOKEN_COLUMNS * size
-        pushed = block_list([pair for chunk in step.rows for pair in chunk.handoff] if self._pushes else [])
+        pushed = block_list([pair for chunk in chunks for pair in chunk.handoff] if self._pushes else [])
         numbers = np.zeros(num_numbers + len(pushed), dtype=np.int64)
         numbers[num_numbers:] = pushed
         requests, tokens = self._split(numbers, size)
@@ -62,13 +64,13 @@ class PrefillBuffers:
         token_ids, positions, slots = tokens
         slots[:] = self._spare_slot
         end, num_sampled = 0, 0
-        for row, chunk in enumerate(step.rows):
-            seq, table = chunk.seq, np.array(chunk.lease.prefill_table, dtype=np.int64)
+        for row, chunk in enumerate(chunks):
+            seq, table = chunk.seq, np.array(chunk.lease.prefill.blocks, dtype=np.int64)
             first, end = end, end + chunk.end - chunk.start
-            places = np.arange(chunk.start, chunk.end)
+            offsets = np.arange(chunk.start, chunk.end)
             token_ids[first:end] = seq.token_ids[chunk.start : chunk.end]
-            positions[first:end] = places
-            slots[first:end] = table[places // self.block_size] * self.block_size + places % self.block_size
+            positions[first:end] = offsets
+            slots[first:end] = table[offsets // self.block_size] * self.block_size + offsets % self.block_size
             num_blocks = -(-chunk.end // self.block_size)
             tables[row, :num_blocks] = table[:num_blocks]
             context_lens[row], ends[row] = chunk.end, end
@@ -78,7 +80,7 @@ class PrefillBuffers:
                 output_indices[num_sampled] = chunk.end - seq.num_prompt_tokens
                 temperatures.view(np.float64)[num_sampled] = seq.params.float32_temperature
                 num_sampled += 1
-        ends[len(step.rows) :] = end
+        ends[len(chunks) :] = end
         return numbers
 
     def send(self, numbers: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""What runners of one engine have in common. Knows nothing of devices."""
+"""What runners of one engine have in common, and how one of them uses its SMs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from nanovllm.kernels import ResolvedBackend
 from nanovllm.models.decoder import CausalLM
 from nanovllm.models.description import ModelDescription
+from nanovllm.utils.device import Device
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class RunnerSpec:
     step_timeout_s: float
     num_ranks: int = 1
 
+    def uses_graphs(self, device: Device) -> bool:
+        """Whether steps run from CUDA graphs there."""
+        return device.is_cuda and self.attention.backend.is_capturable and not self.enforce_eager
+
     @property
     def num_kv_heads(self) -> int:
         """KV heads of each rank."""
@@ -42,3 +47,20 @@ class RunnerSpec:
         config, tokens = self.model_config, self.attention.block_size
         per_layer = 2 * self.num_kv_heads * tokens * config.head_dim
         return config.num_hidden_layers * per_layer * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """How a decode device's SMs are split, None where that is to be chosen; how many micro-batches take turns; whether
+    every step's lanes are timed; and whether the pipeline runs only where it is faster than plain decode."""
+
+    attention_sm: int | None = None
+    ffn_sm: int | None = None
+    num_micro_batches: int = 2
+    profiling: bool = False
+    adaptive: bool = False
+
+    @property
+    def has_split(self) -> bool:
+        """Whether the split was given, or half of it."""
+        return self.attention_sm is not None or self.ffn_sm is not None

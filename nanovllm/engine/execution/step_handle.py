@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import abc
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,19 +20,43 @@ class SampledOnHost:
     token_ids: np.ndarray
     logprobs: list[TokenLogprobs] | None = None
 
-    def logprobs_of(self, row: int) -> TokenLogprobs | None:
-        return None if self.logprobs is None else self.logprobs[row]
+    def logprobs_of(self, index: int) -> TokenLogprobs | None:
+        return None if self.logprobs is None else self.logprobs[index]
+
+
+NOTHING_SAMPLED = SampledOnHost(np.empty(0, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class StepTokens:
+    """What a step has sampled: after the last chunk of each prompt that it completes, and for each decode row."""
+
+    after_chunks: SampledOnHost
+    after_decode: SampledOnHost
 
 
 class StepHandle:
-    """A launched step. `collect` waits for it and gives what it sampled, a row for every request that samples.
+    """A launched step. `collect` waits for it and gives what it sampled.
 
-    Its time on the device is known if it `began` at a moment.
+    Args:
+        device: where it runs.
+        stream: what it runs on, behind the steps launched there before; None on a CPU.
+        after_chunks, after_decode: what each part samples; None if it has nothing to sample.
+        began: when it began; its time on the device is known then.
     """
 
-    def __init__(self, device: Device, sampled: SampledTokens | None, began: Moment | None = None) -> None:
+    def __init__(
+        self,
+        device: Device,
+        stream: abc.Hashable,
+        after_chunks: SampledTokens | None,
+        after_decode: SampledTokens | None,
+        began: Moment | None = None,
+    ) -> None:
         self._device = device
-        self._host = None if sampled is None else _to_host(sampled, device)
+        self.stream = stream
+        parts = (after_chunks, after_decode)
+        self._host = [None if sampled is None else _to_host(sampled, device) for sampled in parts]
         self._began, self._ended = began, None if began is None else began.clock.record_moment()
         self.event: Event = device.record_event()
 
@@ -41,15 +66,14 @@ class StepHandle:
     def wait(self) -> None:
         self.event.synchronize()
 
-    def collect(self) -> SampledOnHost:
+    def collect(self) -> StepTokens:
         """Once: the pinned memory is given back."""
         self.wait()
-        if self._host is None:
-            return SampledOnHost(np.empty(0, dtype=np.int64))
         # Torch asks the current device when it frees pinned memory; that of this step works, others may be lost.
         with self._device.current():
-            sampled, self._host = _on_host(self._host), None
-        return sampled
+            after_chunks, after_decode = (NOTHING_SAMPLED if part is None else _on_host(part) for part in self._host)
+            self._host = [None, None]
+        return StepTokens(after_chunks, after_decode)
 
     def moments(self) -> tuple[float, float] | None:
         """When it began and ended on the device, in seconds of `time.perf_counter()`; waits for it."""

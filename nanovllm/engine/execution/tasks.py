@@ -12,22 +12,41 @@ from nanovllm.engine.execution.model_inputs import SamplingArrays
 
 @dataclass(frozen=True)
 class PrefillTask:
-    """A rank's share of a prefill step: what its `PrefillBuffers` take, and how many requests sample."""
+    """Chunks of prompts.
 
-    numbers: np.ndarray
+    Attributes:
+        packed: [N] int64, what `PrefillBuffers` take.
+        size: tokens, padded to a graph's size if there are graphs.
+        num_sampled: requests for which a token is sampled.
+        sampling: where it takes more than each request's temperature, seed and index.
+    """
+
+    packed: np.ndarray
     size: int
     num_sampled: int
     sampling: SamplingArrays | None
-    """Where it takes more than each request's temperature, seed and index."""
 
 
 @dataclass(frozen=True)
 class DecodeTask:
-    """A rank's share of a decode step: what it changes of the rows, and how many of them it runs."""
+    """A token for each row of the decode batch.
+
+    Attributes:
+        changes: what the step changes of the rows.
+        num_rows: how many it runs.
+        mean_context: their mean context length in tokens, by which a pipeline chooses its way.
+        sampling: as above.
+    """
 
     changes: RowChanges
     num_rows: int
+    mean_context: float
     sampling: SamplingArrays | None
 
 
-Task = PrefillTask | DecodeTask
+@dataclass(frozen=True)
+class StepTask:
+    """Either part may be missing."""
+
+    prefill: PrefillTask | None
+    decode: DecodeTask | None

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 from typing import Protocol
 
-from nanovllm.engine.execution.tasks import Task
+from nanovllm.engine.execution.tasks import StepTask
 
 
 class WorkerGroup(Protocol):
     """The other ranks, which do what this one does."""
 
-    def dispatch(self, task: Task) -> contextlib.AbstractContextManager[None]:
+    def dispatch(self, task: StepTask) -> contextlib.AbstractContextManager[None]:
         """Tells them of a task, which is run within: all do it, or none of them is of use any more.
 
         Raises:
@@ -35,7 +35,7 @@ class WorkerGroup(Protocol):
 class NoWorkers:
     """The worker group of a model that one rank computes alone."""
 
-    def dispatch(self, task: Task) -> contextlib.AbstractContextManager[None]:
+    def dispatch(self, task: StepTask) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def check(self) -> None:

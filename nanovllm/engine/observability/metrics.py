@@ -44,31 +44,31 @@ class Histogram:
 
 
 class TokenTimes:
-    """When each request got its last token, in an array with a place for each of those that have one."""
+    """When each request got its last token, in an array with an entry for each of those that have one."""
 
     def __init__(self) -> None:
         self._times = np.zeros(64)
         self._free = list(range(64))
 
     def take(self, now: float) -> int:
-        """A place for a request that has got its first token."""
+        """The index of an entry for a request that has got its first token."""
         if not self._free:
             self._free = list(range(len(self._times), 2 * len(self._times)))
             self._times = np.concatenate([self._times, np.zeros(len(self._times))])
-        place = self._free.pop()
-        self._times[place] = now
-        return place
+        index = self._free.pop()
+        self._times[index] = now
+        return index
 
-    def passed(self, places: np.ndarray, now: float) -> np.ndarray:
-        """Seconds since the last tokens at [N] places, which have got another one now."""
-        gaps = now - self._times[places]
-        self._times[places] = now
+    def passed(self, indices: np.ndarray, now: float) -> np.ndarray:
+        """Seconds since the last tokens at [N] indices, which have got another one now."""
+        gaps = now - self._times[indices]
+        self._times[indices] = now
         return gaps
 
-    def give_back(self, place: int) -> float:
-        """When the last token came; the place is another's from now on."""
-        self._free.append(place)
-        return float(self._times[place])
+    def give_back(self, index: int) -> float:
+        """When the last token came; the entry is another's from now on."""
+        self._free.append(index)
+        return float(self._times[index])
 
 
 class Metrics:
@@ -86,24 +86,24 @@ class Metrics:
     def got_token(self, seq: Sequence) -> None:
         """A prefill step has given a request its first token, or its next one after it was recomputed."""
         now = time.perf_counter()
-        if seq.token_time_place is None:
-            seq.token_time_place = self._token_times.take(now)
+        if seq.token_time_index is None:
+            seq.token_time_index = self._token_times.take(now)
             self.ttft_s.observe(now - seq.arrival_s)
         else:
-            self.itl_s.observe_all(self._token_times.passed(np.array([seq.token_time_place]), now))
+            self.itl_s.observe_all(self._token_times.passed(np.array([seq.token_time_index]), now))
 
-    def got_tokens(self, places: np.ndarray) -> None:
-        """A decode step has given a token to each of the requests at these places."""
-        self.itl_s.observe_all(self._token_times.passed(places, time.perf_counter()))
+    def got_tokens(self, indices: np.ndarray) -> None:
+        """A decode step has given a token to each of the requests at these indices."""
+        self.itl_s.observe_all(self._token_times.passed(indices, time.perf_counter()))
 
     def has_ended(self, seq: Sequence, reason: str) -> None:
         """Tells of a request's end, once."""
         self.ended[reason] += 1
         now = time.perf_counter()
         self.latency_s.observe(now - seq.arrival_s)
-        if seq.token_time_place is None:
+        if seq.token_time_index is None:
             return
-        last_s, seq.token_time_place = self._token_times.give_back(seq.token_time_place), None
+        last_s, seq.token_time_index = self._token_times.give_back(seq.token_time_index), None
         num_gaps = seq.num_output_tokens - 1
         if num_gaps > 0 and seq.first_token_s is not None:
             self.tpot_s.observe(max(last_s - seq.first_token_s, 0.0) / num_gaps)

@@ -68,7 +68,7 @@ class LaneClock:
     def __init__(self, device: torch.device, every_layer: bool) -> None:
         self._device = device
         self._every_layer = every_layer
-        self._place_of: dict[int, int] = {}
+        self._offset_of: dict[int, int] = {}
         self.last: LaneMoments | None = None
         """Moments of the last run."""
 
@@ -79,16 +79,16 @@ class LaneClock:
             first = (num_layers - NUM_SAMPLED_LAYERS) // 2
             layers = range(first, first + NUM_SAMPLED_LAYERS)
         timed = [index for index, step in enumerate(plan) if step.pieces[0][0] in layers]
-        self._place_of = {index: place for place, index in enumerate(timed)}
+        self._offset_of = {index: offset for offset, index in enumerate(timed)}
         moments = torch.zeros(2, len(timed), dtype=torch.int64, device=self._device)
         self.last = LaneMoments(tuple(plan[index] for index in timed), moments, len(layers) / num_layers)
 
     def stamp(self, index: int, *, ends: bool) -> None:
         """On the current stream: a step of the plan begins, or ends, now."""
-        place = self._place_of.get(index)
-        if place is not None and self.last is not None:
+        offset = self._offset_of.get(index)
+        if offset is not None and self.last is not None:
             moments = self.last.moments.view(-1)
-            _stamp(moments, int(ends) * len(self._place_of) + place)
+            _stamp(moments, int(ends) * len(self._offset_of) + offset)
 
 
 class Anchor:
@@ -105,14 +105,14 @@ class Anchor:
         return self._moment.seconds() - int(self._stamped) / 1e9
 
 
-def _stamp(moments: torch.Tensor, place: int) -> None:
-    """Writes the time in nanoseconds to `moments[place]` when the current stream gets there."""
+def _stamp(moments: torch.Tensor, offset: int) -> None:
+    """Writes the time in nanoseconds to `moments[offset]` when the current stream gets there."""
     if moments.is_cuda:
         from nanovllm.kernels.triton_stamps import stamp
 
-        stamp(moments, place)
+        stamp(moments, offset)
     else:
-        moments[place] = time.perf_counter_ns()
+        moments[offset] = time.perf_counter_ns()
 
 
 def lane_times(lanes: Sequence[Lane], moments: np.ndarray, share: float = 1.0) -> LaneTimes:

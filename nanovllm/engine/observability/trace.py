@@ -11,13 +11,11 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
-from collections.abc import Sequence as SequenceOf
+from collections import abc
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from nanovllm.engine.scheduler import PrefillStep, Step
-from nanovllm.engine.scheduling.decode_batch import DecodeStep
+from nanovllm.engine.scheduling.step import Step
 from nanovllm.engine.scheduling.timeline import Span
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import ConfigError, short_repr
@@ -85,21 +83,17 @@ class Tracer:
 
     def add_step(self, row: str, step: Step, moments: Moments) -> None:
         """A step that has run."""
-        if isinstance(step, PrefillStep):
-            seqs = [chunk.seq for chunk in step.rows]
-            name, tokens = "prefill {requests} requests, {tokens} tokens", step.num_tokens
-            self.add(row, name, *moments, requests=len(seqs), tokens=tokens, request_ids=_ids(seqs))
-        else:
-            self._add_decode(row, step, moments)
-
-    def _add_decode(self, row: str, step: DecodeStep, moments: Moments) -> None:
-        seqs = step.batch.seqs
-        context = round(int(step.positions.sum()) / len(seqs)) + 1
-        name = "decode {requests} requests, mean context {context}"
-        self.add(row, name, *moments, requests=len(seqs), context=context, request_ids=_ids(seqs))
+        name, args = f"{step.kind} {{requests}} requests", {"requests": step.num_requests}
+        if step.chunks:
+            name += ", {tokens} tokens"
+            args["tokens"] = step.num_prompt_tokens
+        if step.decode:
+            name += ", mean context {context}"
+            args["context"] = round(int(step.decode.positions.sum()) / len(step.decode)) + 1
+        self.add(row, name, *moments, **args, request_ids=_ids(step.seqs))
 
     def add_handoff(
-        self, row: str, seqs: SequenceOf[Sequence], num_blocks: int, num_bytes: int, moments: Moments
+        self, row: str, seqs: abc.Sequence[Sequence], num_blocks: int, num_bytes: int, moments: Moments
     ) -> None:
         """Copies of the KV of one request, or of several whose copies cannot be told apart."""
         whose = f"request {seqs[0].request_id}" if len(seqs) == 1 else f"{len(seqs)} requests"
@@ -150,7 +144,7 @@ class Tracer:
             separator = ",\n"
         file.write("\n]}\n")
 
-    def _as_json(self) -> Iterator[dict[str, Any]]:
+    def _as_json(self) -> abc.Iterator[dict[str, Any]]:
         yield {"ph": "M", "name": "process_name", "tid": 0, "args": {"name": "nanovllm"}}
         rows = {row: number for number, row in enumerate(dict.fromkeys(span.row for span in self._spans), start=1)}
         for row, number in rows.items():
@@ -186,7 +180,7 @@ class Tracer:
         return round((moment_s - self._began_s) * 1e9)
 
 
-def _ids(seqs: SequenceOf[Sequence]) -> tuple[int, ...]:
+def _ids(seqs: abc.Sequence[Sequence]) -> tuple[int, ...]:
     # The garbage collector would go through a list again and again; a tuple of numbers it leaves alone.
     return tuple([seq.request_id for seq in seqs[:MOST_REQUEST_IDS]])
 

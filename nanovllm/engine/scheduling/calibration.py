@@ -100,32 +100,32 @@ def _around(values: Sequence[int], value: float) -> tuple[tuple[int, int], float
     """
     if len(values) == 1 or value <= values[0]:
         return (values[0], values[0]), 0.0
-    place = min(bisect.bisect_left(values, value), len(values) - 1)
-    low, high = values[place - 1], values[place]
+    index = min(bisect.bisect_left(values, value), len(values) - 1)
+    low, high = values[index - 1], values[index]
     return (low, high), (value - low) / (high - low)
 
 
-def calibration_file(about: dict[str, Any]) -> Path:
-    """Where the calibration is kept of what `about` tells: GPU, driver, model shape, versions, what is measured.
+def calibration_file(fingerprint: dict[str, Any]) -> Path:
+    """Where the calibration is kept of what `fingerprint` tells: GPU, driver, model shape, versions, what is measured.
 
     In `$XDG_CACHE_HOME/nanovllm/calibration`, by default `~/.cache/nanovllm/calibration`.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    digest = hashlib.sha256(_as_json(about).encode()).hexdigest()[:16]
-    gpu = re.sub(r"\W+", "-", str(about["gpu"])).strip("-").lower()
+    digest = hashlib.sha256(_as_json(fingerprint).encode()).hexdigest()[:16]
+    gpu = re.sub(r"\W+", "-", str(fingerprint["gpu"])).strip("-").lower()
     return cache / "nanovllm" / "calibration" / f"{gpu}-{digest}.json"
 
 
-def load_calibration(about: dict[str, Any]) -> Calibration | None:
+def load_calibration(fingerprint: dict[str, Any]) -> Calibration | None:
     """What an engine before this one measured in the same circumstances; None if there is nothing that can be used."""
     try:
-        path = calibration_file(about)
+        path = calibration_file(fingerprint)
         kept = json.loads(path.read_text(encoding="utf-8"))
-        if _as_json(kept["about"]) != _as_json(about):
+        if _as_json(kept["about"]) != _as_json(fingerprint):
             return None
-        calibration = Calibration([_checked_point(point, about["arrangements"]) for point in kept["points"]])
-        places = [(point.batch, point.context) for point in calibration.points]
-        if places != list(itertools.product(about["batches"], about["contexts"])):
+        calibration = Calibration([_checked_point(point, fingerprint["arrangements"]) for point in kept["points"]])
+        points = [(point.batch, point.context) for point in calibration.points]
+        if points != list(itertools.product(fingerprint["batches"], fingerprint["contexts"])):
             raise ValueError("it has other batches or contexts than it says")
     except FileNotFoundError:
         return None
@@ -145,7 +145,7 @@ def _checked_point(point: dict[str, Any], arrangements: list[str]) -> Measured:
     return Measured(int(point["batch"]), int(point["context"]), seconds[0], pipelined_s)
 
 
-def keep_calibration(about: dict[str, Any], calibration: Calibration) -> None:
+def keep_calibration(fingerprint: dict[str, Any], calibration: Calibration) -> None:
     """Writes it to disk; where that fails the next engine measures again."""
     points = [
         {
@@ -157,11 +157,11 @@ def keep_calibration(about: dict[str, Any], calibration: Calibration) -> None:
         for point in calibration.points
     ]
     try:
-        path = calibration_file(about)
+        path = calibration_file(fingerprint)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Another engine may start at the same time: nobody sees half a file.
         unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps({"about": about, "points": points}, indent=1), encoding="utf-8")
+        unfinished.write_text(json.dumps({"about": fingerprint, "points": points}, indent=1), encoding="utf-8")
         unfinished.replace(path)
     except (OSError, RuntimeError) as error:  # there need not be a home directory
         logger.warning("the calibration cannot be kept (%s); the next start measures again", error)
@@ -169,5 +169,5 @@ def keep_calibration(about: dict[str, Any], calibration: Calibration) -> None:
     logger.info("calibration kept in %s", path)
 
 
-def _as_json(about: dict[str, Any]) -> str:
-    return json.dumps(about, sort_keys=True)
+def _as_json(fingerprint: dict[str, Any]) -> str:
+    return json.dumps(fingerprint, sort_keys=True)

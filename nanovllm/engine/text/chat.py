@@ -156,8 +156,8 @@ def _checked_content(index: int, message: dict[str, Any]) -> str | list[dict[str
             f"{_named(index, message)}: content={short_repr(content)} is not a text, a list of parts or None"
         )
     parts = [_part(part) if isinstance(part, str) else part for part in content]
-    for place, part in enumerate(parts):
-        where = f"{_named(index, message)}: part {place}"
+    for number, part in enumerate(parts):
+        where = f"{_named(index, message)}: part {number}"
         if not isinstance(part, dict) or "type" not in part:
             raise RequestError(f"{where} is {short_repr(part)}; pass a dict with 'type' and 'text'")
         if part["type"] != "text":

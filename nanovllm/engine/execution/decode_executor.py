@@ -1,0 +1,137 @@
+"""Runs the decode part of steps: a token for each row of the batch that lives on the device."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+
+from nanovllm.engine.execution.cuda_graph import StepOutput
+from nanovllm.engine.execution.decode_paths import DecodePaths
+from nanovllm.engine.execution.device_decode_batch import DeviceDecodeBatch
+from nanovllm.engine.execution.forward_pass import ForwardPass
+from nanovllm.engine.execution.model_inputs import sampling_arrays
+from nanovllm.engine.execution.tasks import DecodeTask
+from nanovllm.engine.scheduling.decode_batch import DecodeRows
+from nanovllm.engine.scheduling.pipeline_plan import Arrangement
+from nanovllm.layers.sampler import SampledTokens
+from nanovllm.utils.device import Device
+
+
+class DecodeExecutor:
+    """Decode on one device.
+
+    Args:
+        forward: the model.
+        kv_pool: where KV is stored; its last block pads batches.
+        paths: the ways in which steps can run; `prepare` makes them.
+    """
+
+    def __init__(self, forward: ForwardPass, kv_pool: torch.Tensor, paths: DecodePaths) -> None:
+        self._forward = forward
+        self._kv_pool = kv_pool
+        self.paths = paths
+        spec, num_blocks = forward.spec, len(kv_pool) - 1
+        self.rows = DeviceDecodeBatch(
+            forward.device,
+            spec.attention.backend,
+            min(spec.max_num_seqs, num_blocks),  # a decoding request has a block to itself, the one it writes to
+            spec.max_model_len,
+            spec.attention.block_size,
+            num_blocks,
+        )
+
+    @property
+    def max_num_rows(self) -> int:
+        return self.rows.max_num_rows
+
+    def prepare(self, graph_pool: Any) -> None:
+        """Measures, or reads what was measured before, and makes the steps that will be needed."""
+        self.paths.prepare(self.rows, self.run_core, graph_pool)
+
+    def make_task(self, rows: DecodeRows) -> DecodeTask:
+        """What every rank is to be told of these rows."""
+        sampling = None
+        if not rows.samples_in_graph:
+            indices = [(row.seq, row.output_index) for row in rows]
+            sampling = sampling_arrays(indices, self._forward.spec.model_config.vocab_size)
+        return DecodeTask(self.rows.changes(rows), len(rows), rows.num_tokens / len(rows), sampling)
+
+    def run(self, task: DecodeTask) -> SampledTokens:
+        """A token for each row."""
+        self.rows.apply(task.changes)
+        output = self.paths.replay(task.num_rows, task.mean_context)
+        sampled = self._forward.resample(output, task.num_rows, task.sampling)
+        if task.sampling is not None:
+            self.rows.correct(sampled.token_ids)
+        return sampled
+
+    def run_core(self, size: int, arrangement: Arrangement | None = None) -> StepOutput:
+        """One step over the first `size` rows of the batch, on the device alone: no host value is read.
+
+        By the pipeline, arranged so, or plain.
+        """
+        inputs, lane_moments = self.rows.gather(size), None
+        if arrangement is not None:
+            pipeline = self.paths.pipeline
+            assert pipeline is not None, "an arrangement is of a pipeline"
+            hidden = pipeline.decode_token(
+                inputs.input_ids, inputs.positions, self._kv_pool, inputs.metadata, arrangement
+            )
+            lane_moments = pipeline.clock.last
+        else:
+            metadata = self._forward.plan(inputs.metadata)
+            hidden = self._forward.model(inputs.input_ids, inputs.positions, self._kv_pool, metadata)
+        output = self._forward.sample(hidden, inputs.sampling)
+        self.rows.advance(inputs, output.sampled.token_ids)
+        return StepOutput(output.logits, output.sampled, lane_moments)
+
+    def forget(self) -> None:
+        """What a step that could not be launched has left of the batch on the device is not used again."""
+        self.rows.forget()
+
+    def take_lane_times(self) -> None:
+        """Takes in lane times of steps that have ended."""
+        self.paths.take_times()
+
+    def close(self) -> None:
+        """Gives all graphs and lanes back; statistics of the paths stay."""
+        self.paths.close()
+        del self._forward, self._kv_pool, self.rows
+
+
+class NoDecode:
+    """Stands in where a runner only prefills: there is nothing to prepare, forget or close, and no step to run."""
+
+    max_num_rows = 0
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    @property
+    def paths(self) -> DecodePaths:
+        self._refuse()
+
+    @property
+    def rows(self) -> DeviceDecodeBatch:
+        self._refuse()
+
+    def prepare(self, graph_pool: Any) -> None: ...
+
+    def make_task(self, rows: DecodeRows) -> DecodeTask:
+        self._refuse()
+
+    def run(self, task: DecodeTask) -> SampledTokens:
+        self._refuse()
+
+    def run_core(self, size: int, arrangement: Arrangement | None = None) -> StepOutput:
+        self._refuse()
+
+    def forget(self) -> None: ...
+
+    def take_lane_times(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def _refuse(self) -> NoReturn:
+        raise AssertionError(f"{self._device} was made for prefill, it cannot run a decode step")

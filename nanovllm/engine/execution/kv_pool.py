@@ -1,0 +1,111 @@
+"""How many KV blocks a device has room for, and the tensor that holds them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+
+import torch
+
+from nanovllm.engine.execution.runner_spec import RunnerSpec
+from nanovllm.errors import OutOfKVCacheError
+from nanovllm.layers.ranks import Ranks
+from nanovllm.utils.device import Device
+
+logger = logging.getLogger(__name__)
+
+GIB = 1024**3
+CPU_POOL_BYTES = 512 * 1024**2
+
+
+def make_kv_pool(spec: RunnerSpec, device: Device, num_blocks: int) -> torch.Tensor:
+    """[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], zeroed.
+
+    Raises:
+        OutOfKVCacheError: the device refuses the memory.
+    """
+    config = spec.model_config
+    shape = (
+        num_blocks,
+        config.num_hidden_layers,
+        2,
+        spec.num_kv_heads,
+        spec.attention.block_size,
+        config.head_dim,
+    )
+    try:
+        return torch.zeros(shape, dtype=spec.dtype, device=device.torch_device)
+    except RuntimeError as error:
+        raise OutOfKVCacheError(
+            f"{device} refused {num_blocks * spec.block_bytes / GIB:.2f} GiB for the KV pool ({error}); "
+            "lower num_kvcache_blocks or gpu_memory_utilization"
+        ) from error
+
+
+def num_kv_blocks(
+    spec: RunnerSpec,
+    device: Device,
+    ranks: Ranks,
+    max_step_tokens: int,
+    run_largest_step: Callable[[torch.Tensor], None],
+) -> int:
+    """The blocks of a device's pool, one left out that pads steps; the same for all ranks.
+
+    Args:
+        spec: model and sizes.
+        device: has the weights already.
+        ranks: agree on the least.
+        max_step_tokens: tokens of the largest step.
+        run_largest_step: runs it over a pool of one block.
+
+    Raises:
+        OutOfKVCacheError: the pool, or the largest step, does not fit.
+    """
+    block_size = spec.attention.block_size
+    if device.is_cuda:
+        available = _gpu_bytes_for_pool(spec, device, max_step_tokens, run_largest_step)
+        where = f"{device} at gpu_memory_utilization={spec.gpu_memory_utilization}"
+        remedy = "lower num_kvcache_blocks, max_num_batched_tokens or max_num_seqs, or raise gpu_memory_utilization"
+        default = available // spec.block_bytes - 1
+    else:
+        available, where = host_memory_bytes(), "this machine's memory"
+        remedy = "lower num_kvcache_blocks, kvcache_block_size or max_model_len"
+        one_request = -(-spec.max_model_len // block_size)
+        default = max(CPU_POOL_BYTES // spec.block_bytes, one_request)
+    num_blocks = max(spec.num_kvcache_blocks or default, 1)
+    needed = (num_blocks + 1) * spec.block_bytes
+    if needed > available:
+        raise OutOfKVCacheError(
+            f"a KV pool of {num_blocks} blocks and a spare one takes {needed / GIB:.2f} GiB, but {where} leaves "
+            f"{max(available, 0) / GIB:.2f} GiB for it; {remedy}"
+        )
+    num_blocks = ranks.all_reduce_min(num_blocks)
+    gib = (num_blocks + 1) * spec.block_bytes / GIB
+    logger.info("%s: KV pool of %d blocks of %d tokens, %.2f GiB", device, num_blocks, block_size, gib)
+    return num_blocks
+
+
+def host_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _gpu_bytes_for_pool(
+    spec: RunnerSpec, device: Device, max_step_tokens: int, run_largest_step: Callable[[torch.Tensor], None]
+) -> int:
+    """What `gpu_memory_utilization` leaves beside weights, the workspace of the largest step and other users."""
+    torch.cuda.reset_peak_memory_stats(device.index)
+    before = torch.cuda.memory_allocated(device.index)
+    try:
+        run_largest_step(make_kv_pool(spec, device, 1))
+    except torch.OutOfMemoryError as error:
+        raise OutOfKVCacheError(
+            f"{device} has no room for a step of {max_step_tokens} tokens ({error}); "
+            "lower max_num_batched_tokens or max_num_seqs"
+        ) from error
+    torch.cuda.synchronize(device.index)
+    workspace = torch.cuda.max_memory_allocated(device.index) - before
+    if spec.uses_graphs(device):
+        workspace *= 2  # the graphs keep one of their own
+    free, total = device.memory_info()
+    return int(total * spec.gpu_memory_utilization) - (total - free) - workspace

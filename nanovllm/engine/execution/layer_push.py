@@ -1,0 +1,76 @@
+"""Pushes the KV of a prefill step into another runner's pool, layer by layer, while the step runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+
+class LayerPush(Protocol):
+    """What a prefill step does with the blocks that it hands over."""
+
+    is_on: bool
+    """Whether steps push blocks at all."""
+
+    def after_store(self, pushed_blocks: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        """What is called in each layer, in order, once its KV is stored.
+
+        Args:
+            pushed_blocks: pairs of blocks as in `block_list`, on the device.
+        """
+
+    def join(self) -> None:
+        """The current stream waits for what was pushed."""
+
+
+class NoPush:
+    """Where copies carry the blocks after the step, or there is nowhere to carry them."""
+
+    is_on = False
+
+    def after_store(self, pushed_blocks: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        raise AssertionError("a step has blocks to push only if there is a pool to push them to")
+
+    def join(self) -> None:
+        """There is nothing to wait for."""
+
+
+class PushToPool:
+    """Stores each layer's KV in another runner's pool while the layer attends to it.
+
+    Beside GEMMs it would hold them up for as long as it takes: they count on every SM for an equal share.
+
+    Args:
+        pool: [num_blocks, num_layers, ...], of the other runner.
+        copy_stream: a stream of the device that computes the KV; None on a CPU.
+    """
+
+    is_on = True
+
+    def __init__(self, pool: torch.Tensor, copy_stream: torch.cuda.Stream | None) -> None:
+        self._pool = pool
+        self._copy_stream = copy_stream
+
+    def after_store(self, pushed_blocks: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        targets = iter(self._pool.unbind(1))
+
+        def push(kv_cache: torch.Tensor) -> None:
+            target = next(targets)
+            if self._copy_stream is None:
+                blocks, goals = pushed_blocks[1 : 1 + 2 * int(pushed_blocks[0])].view(-1, 2).unbind(1)
+                target[goals] = kv_cache[blocks]
+                return
+            # It needs triton, which a machine without GPUs may lack.
+            from nanovllm.kernels.triton_transfer import NUM_PROGRAMS_BESIDE, push_blocks
+
+            self._copy_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._copy_stream):
+                push_blocks(kv_cache, target, pushed_blocks, NUM_PROGRAMS_BESIDE)
+
+        return push
+
+    def join(self) -> None:
+        if self._copy_stream is not None:
+            torch.cuda.current_stream().wait_stream(self._copy_stream)

@@ -1,0 +1,260 @@
+"""The loop: takes requests in, launches what the scheduler decides, collects what has ended. One turn at a time."""
+
+from __future__ import annotations
+
+import time
+import traceback
+
+from nanovllm.engine.handoffs import Handoffs
+from nanovllm.engine.in_flight import InFlight, StepsInFlight
+from nanovllm.engine.mailbox import Abort, Mailbox, NewRequest
+from nanovllm.engine.observer import Observer
+from nanovllm.engine.output_processor import OutputProcessor
+from nanovllm.engine.runners import Runners
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduling.step import Step
+from nanovllm.engine.step_listeners import StepListeners
+from nanovllm.errors import DeviceError
+
+MOST_ARRIVALS_PER_TURN = 256
+"""New requests that a turn takes in: those that come faster wait in the mailbox, and decode steps go on."""
+
+TURNS_PER_SWEEP = 64
+"""After so many turns of the loop the engine looks for requests whose callers are gone without a word."""
+
+
+class Loop:
+    """Moves all requests on, a turn at a time. Whoever calls has the turn: see `Turns`.
+
+    Args:
+        runners: run the steps.
+        scheduler: forms them.
+        steps, handoffs: the work in flight.
+        outputs: is given the tokens.
+        mailbox: what calls have posted.
+        observer: is told of steps.
+        listeners: likewise.
+        handoff_timeout_s: how long nothing may happen while requests wait for the blocks of a stuck copy.
+        step_timeout_s: in how many seconds a step has ended, or its device is lost.
+    """
+
+    def __init__(
+        self,
+        runners: Runners,
+        scheduler: Scheduler,
+        steps: StepsInFlight,
+        handoffs: Handoffs,
+        outputs: OutputProcessor,
+        mailbox: Mailbox,
+        observer: Observer,
+        listeners: StepListeners,
+        *,
+        handoff_timeout_s: float,
+        step_timeout_s: float,
+    ) -> None:
+        self._runners = runners
+        self._scheduler = scheduler
+        self._steps = steps
+        self._handoffs = handoffs
+        self._outputs = outputs
+        self._mailbox = mailbox
+        self._observer = observer
+        self._listeners = listeners
+        self._handoff_timeout_s = handoff_timeout_s
+        self._step_timeout_s = step_timeout_s
+        self._is_stopped = False
+        self._turns_until_sweep = TURNS_PER_SWEEP
+        self._last_progress_s = time.perf_counter()
+        self._gap: tuple[Step, float] | None = None
+        """The decode step that was queued right behind the last one when that ended, and when that was."""
+
+    def run_turn(self) -> None:
+        """One turn: launch what can be launched, else wait; then collect what has ended."""
+        self.take_in_mail()
+        if self.launch_steps():
+            self._progressed()
+        else:
+            self._listeners.time_wait(self._wait)
+        self.collect_steps()
+        if self._handoffs.collect():
+            self._progressed()
+        self._check_steps_end()
+        self._observer.log_prefill_health()
+
+    def stop(self) -> None:
+        """Ends a wait that is under way."""
+        self._is_stopped = True
+
+    # Mail
+
+    def sweep_next_turn(self) -> None:
+        """The next turn looks for requests whose callers are gone."""
+        self._turns_until_sweep = 0
+
+    def take_in_mail(self) -> None:
+        """Takes in new requests, aborts, and requests that nobody waits for any more."""
+        mail = self._mailbox
+        for _ in range(min(len(mail.arrived), MOST_ARRIVALS_PER_TURN)):
+            self._take_in(mail.arrived[0])
+            mail.arrived.popleft()
+        for _ in range(len(mail.aborts)):
+            self._take_in_abort(mail.aborts[0])
+            mail.aborts.popleft()
+        for _ in range(len(mail.closed_inboxes)):
+            self._outputs.abort_all_of(mail.closed_inboxes[0])
+            mail.closed_inboxes.popleft()
+        self._turns_until_sweep -= 1
+        if self._turns_until_sweep <= 0:
+            self._turns_until_sweep = TURNS_PER_SWEEP
+            self._outputs.abort_abandoned()
+
+    def _take_in(self, new: NewRequest) -> None:
+        self._outputs.add(new)
+        self._scheduler.add(new.seq)
+        early_abort = self._mailbox.early_aborts.get(new.seq.request_id)
+        if early_abort is not None:
+            self._take_in_abort(early_abort)
+            self._mailbox.early_aborts.pop(new.seq.request_id)
+        elif new.inbox.is_abandoned:
+            self._outputs.finish(new.seq, "abort")
+
+    def _take_in_abort(self, abort: Abort) -> None:
+        seq = abort.seq
+        if seq.request_id not in self._outputs.sequences and not seq.is_finished:
+            self._mailbox.early_aborts[seq.request_id] = abort  # it has not been taken in
+            return
+        if not seq.is_finished:
+            if abort.is_known:
+                self._outputs.finish(seq, "abort")
+            else:
+                self._outputs.abort_unknown(seq)
+        self._mailbox.aborting.discard(seq)
+
+    # Steps
+
+    def launch_steps(self) -> bool:
+        """Launches what each card can be given now; whether there was anything."""
+        launched = False
+        for card in self._scheduler.cards:
+            in_flight = [work.step for work in self._steps.on(card)]
+            for step in self._scheduler.schedule(card, in_flight):
+                launched = self._launch(step) or launched
+        for seq in self._scheduler.get_outgrown_sequences():
+            self._outputs.emit(seq)
+        return launched
+
+    def _launch(self, step: Step) -> bool:
+        """Launches a step. If that fails, its halves, until the request that makes it fail stands alone."""
+        runner, error = self._runners[step.card], None
+        try:
+            handle = runner.launch(step)
+        except Exception as raised:  # noqa: BLE001 - whatever a forward pass raises ends one request, not the engine
+            # The frames hold the failed step's tensors, which would stay alive with the error.
+            traceback.clear_frames(raised.__traceback__)
+            self._runners.raise_if_lost(raised)
+            error = raised
+        if error is None:
+            self._steps.add(step, handle)
+            if step.chunks:
+                self._observer.step_launched(step)
+                self._handoffs.send(step, handle.event)
+            return True
+        self._undo_launch(step)
+        halves = self._scheduler.split(step)
+        if halves is not None:
+            launched = [self._launch(half) for half in halves]
+            return any(launched)
+        (seq,), (lease,) = step.seqs, step.leases
+        self._scheduler.cancel(step)
+        if seq.lease is lease:
+            self._outputs.fail(seq, error)
+            self._progressed()
+        return False
+
+    def _undo_launch(self, step: Step) -> None:
+        """Waits for what a step had launched before it failed: it may be writing to its blocks, and to decode rows.
+
+        The rows are sent anew, once the host has the tokens of the steps before.
+        """
+        runner = self._runners[step.card]
+        runner.synchronize(copies=not self._handoffs.is_stuck)
+        if step.decode:
+            for work in self._steps.on(step.card):
+                self._collect(work)
+            runner.forget_device_batch()
+
+    def collect_steps(self) -> None:
+        """Takes in the tokens of the steps that have ended."""
+        for work in self._steps.ended():
+            self._collect(work)
+
+    def _collect(self, work: InFlight) -> None:
+        step, counters = work.step, self._observer.counters
+        tokens = work.handle.collect()
+        self._runners[step.card].check_workers()  # a step that waited for a rank that is gone was ended, with anything
+        self._steps.remove(work)
+        self._observer.step_ended(work)
+        self._listeners.step_ended(work)
+        self._progressed()
+        if step.chunks:
+            counters.prefill_steps += 1
+            counters.prefill_tokens += step.num_prompt_tokens
+            counting = [self._scheduler.prefill_done(chunk) for chunk in step.chunks]
+            self._outputs.take_tokens_after_chunks(counting, step, tokens.after_chunks)
+            self._handoffs.step_ended(step)
+        if step.decode:
+            counters.decode_steps += 1
+            counters.decode_tokens += step.decode.num_live
+            self._scheduler.decode_done(step)
+            self._observe_gap(step)
+            self._outputs.take_decoded_tokens(step, tokens.after_decode)
+
+    def _observe_gap(self, step: Step) -> None:
+        """Tells the admission policy what a decode step took, if its card did nothing else since the step before."""
+        admission, now = self._scheduler.admission, time.perf_counter()
+        if admission.itl_target_s is None:
+            return
+        if self._gap is not None and self._gap[0] is step:
+            admission.observe(len(step.decode), step.decode.num_tokens, now - self._gap[1])
+        following = next((work.step for work in self._steps.on(step.card)), None)
+        self._gap = (following, now) if following is not None and following.kind == "decode" else None
+
+    # Nothing to launch
+
+    def _wait(self) -> None:
+        """Until a step or a handoff has ended, or a handoff's time is up."""
+        handoffs = self._handoffs.awaited()
+        if not self._steps and not handoffs:
+            self._give_up_on_stuck_blocks()
+            return
+        while not (
+            self._is_stopped
+            or self._mailbox.arrived
+            or self._steps.is_any_done()
+            or any(handoff.handle.is_done() or time.perf_counter() > handoff.deadline_s for handoff in handoffs)
+        ):
+            self._check_steps_end()
+            time.sleep(0)
+
+    def _give_up_on_stuck_blocks(self) -> None:
+        """Nothing runs: if nothing has for `handoff_timeout_s`, the oldest request waits for blocks of a stuck copy."""
+        time.sleep(1e-3)
+        waiting = self._scheduler.unfinished()
+        if waiting and time.perf_counter() - self._last_progress_s >= self._handoff_timeout_s:
+            self._handoffs.fail_waiting(waiting[0])
+            self._progressed()
+
+    def _check_steps_end(self) -> None:
+        """Raises DeviceError if the first step on a device has had its time, WorkerError if a rank is gone."""
+        self._runners.check_workers()
+        late = self._steps.late(self._step_timeout_s)
+        if late is not None:
+            step = late.step
+            error = DeviceError(
+                f"{step.card} is lost: a {step.kind} step of {step.num_requests} requests has not ended "
+                f"within step_timeout_s={self._step_timeout_s}"
+            )
+            raise self._runners[step.card].diagnose(error)
+
+    def _progressed(self) -> None:
+        self._last_progress_s = time.perf_counter()

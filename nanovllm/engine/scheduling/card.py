@@ -1,0 +1,36 @@
+"""What decisions know of one device: its KV pool, what a step there may hold, whether it works. No torch.
+
+Whatever runs on the device is looked up by its card.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.scheduling.circuit_breaker import CircuitBreaker
+
+MOST_FAILURES_IN_A_ROW = 2
+"""Failures in a row that may be the requests' own fault; more are the card's."""
+
+
+@dataclass(eq=False)
+class Card:
+    """One device, or the ranks that compute one model together.
+
+    Attributes:
+        name: how messages name it, such as `cuda:1`.
+        label: how a trace names it, such as `decode device cuda:1`.
+        pool: accounts for the blocks of its KV pool.
+        max_prompt_tokens: most tokens of prompts in a step; it has workspace for no more.
+        breaker: whether it is used for what another card can do in its place.
+    """
+
+    name: str
+    label: str
+    pool: BlockManager
+    max_prompt_tokens: int
+    breaker: CircuitBreaker = field(default_factory=lambda: CircuitBreaker(MOST_FAILURES_IN_A_ROW))
+
+    def __str__(self) -> str:
+        return self.name

@@ -1,0 +1,133 @@
+"""The requests that decode on one card: who joins, who leaves, and what of it is in flight. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from nanovllm.engine.scheduling.admission import LOOK_AHEAD_STEPS
+from nanovllm.engine.scheduling.card import Card
+from nanovllm.engine.scheduling.decode_batch import DecodeRow, DecodeRows, HostDecodeBatch
+from nanovllm.engine.scheduling.lease import Lease
+
+GROW_AHEAD_TOKENS = 16
+"""When a request needs a block, others that will need one within this many tokens get theirs too, if blocks abound: the
+device is then told of new blocks once in several steps."""
+
+
+class DecodeSet:
+    """Forms the decode part of a card's steps.
+
+    Decode rows in flight are counted on a lease (`in_flight`) only once that has ended.
+    """
+
+    def __init__(self, card: Card) -> None:
+        self._pool = card.pool
+        self._batch = HostDecodeBatch.of((), self._pool.block_size)
+        self._has_ended_leases = False
+        self._joining: list[DecodeRow] = []
+        """Requests that decode and are not in the batch: new ones, and those that wait for a block."""
+        self._in_flight: list[DecodeRows] = []
+
+    @property
+    def leases(self) -> list[Lease]:
+        """Those of the batch."""
+        return self._batch.leases
+
+    def num_tokens_ahead(self) -> int:
+        """Context tokens, LOOK_AHEAD_STEPS from now, of all its requests."""
+        joining = sum(row.seq.num_tokens_ahead(LOOK_AHEAD_STEPS) for row in self._joining)
+        return self._batch.num_tokens_ahead(LOOK_AHEAD_STEPS) + joining
+
+    def join(self, row: DecodeRow) -> None:
+        """A request decodes from the next step on."""
+        self._joining.append(row)
+
+    def lease_ended(self, lease: Lease) -> int:
+        """A request has given up its lease; how many steps in flight still touch the blocks."""
+        touching = [rows for rows in self._in_flight if lease in rows.batch.leases]
+        for rows in touching:
+            rows.ended_leases.append(lease)
+        if lease in self._batch.leases:
+            self._has_ended_leases = True
+        return len(touching)
+
+    def next_rows(self, grow: Callable[[DecodeRow], bool]) -> DecodeRows | None:
+        """One token for every request that has not all its tokens under way and gets the block that it needs.
+
+        Args:
+            grow: makes room for the KV of a row's next token; False if the row cannot decode in this step. May end
+                leases, that of the row itself too.
+
+        Returns:
+            The rows, in flight from now on; None if there are none.
+        """
+        grown = self._update_batch(grow)
+        if not self._batch:
+            return None
+        rows = DecodeRows(self._batch, self._batch.positions.copy(), grown)
+        self._batch.positions += 1
+        self._in_flight.append(rows)
+        return rows
+
+    def rows_ended(self, rows: DecodeRows) -> None:
+        """They are no longer in flight."""
+        self._in_flight.remove(rows)
+
+    def rows_split(self, rows: DecodeRows, parts: list[DecodeRows]) -> None:
+        """These will be in flight instead."""
+        self._in_flight.remove(rows)
+        self._in_flight += parts
+
+    def _update_batch(self, grow: Callable[[DecodeRow], bool]) -> list[int]:
+        """Makes the batch that of the requests to decode next; the rows that got blocks, if it is the same batch.
+
+        The oldest request is served first, and younger ones may lose their lease to it.
+        """
+        batch = self._batch
+        index_of = {batch.leases[index]: index for index in batch.due()}
+        candidates = [*map(batch.row, index_of.values()), *self._joining]
+        self._joining = []
+        leaving: set[Lease] = set()
+        joined: list[DecodeRow] = []
+        grown: list[int] = []
+        for row in sorted(candidates, key=lambda row: row.seq.request_id):
+            index = index_of.get(row.lease)
+            if row.lease.ended:
+                continue
+            if row.position > row.seq.last_fed_position:
+                leaving.add(row.lease)
+            elif not grow(row):
+                if index is not None:
+                    leaving.add(row.lease)
+                if not row.lease.ended:
+                    self._joining.append(row)
+            elif index is None:
+                joined.append(row)
+            else:
+                self._note_growth(index)
+                grown.append(index)
+        if grown:
+            grown += self._grow_ahead()
+        if leaving or self._has_ended_leases:
+            stays = [not (lease.ended or lease in leaving) for lease in batch.leases]
+            self._batch = self._batch.select([index for index, stay in enumerate(stays) if stay])
+            self._has_ended_leases = False
+        if joined:
+            for row in joined:
+                row.seq.timeline.mark("decodes")
+            self._batch = self._batch.joined_by(HostDecodeBatch.of(joined, self._pool.block_size))
+        return grown if self._batch is batch else []
+
+    def _grow_ahead(self) -> list[int]:
+        """A block for each row that will need one soon, as long as there is one for everybody; which rows got one."""
+        batch, grown = self._batch, []
+        is_near = (batch.capacities - batch.positions < GROW_AHEAD_TOKENS) & (batch.capacities <= batch.last_positions)
+        for index in is_near.nonzero()[0].tolist():
+            if self._pool.num_free_blocks > len(batch) and not batch.leases[index].ended:
+                batch.leases[index].decode.blocks += self._pool.take((), 1)
+                self._note_growth(index)
+                grown.append(index)
+        return grown
+
+    def _note_growth(self, index: int) -> None:
+        self._batch.capacities[index] = len(self._batch.leases[index].decode.blocks) * self._pool.block_size
