@@ -126,7 +126,7 @@ class ModelRunner:
                 return StepHandle(self.device, self.stream, self._run(task), began)
 
     def run(self, task: StepTask) -> None:
-        """A rank's share of a step, made by the first rank. All ranks sample the same tokens, and the first gives them."""
+        """A rank's share of a step, made by the first rank. All ranks sample the same tokens; the first gives them."""
         with self.on(self.stream):
             for _ in self._run(task):
                 pass
