@@ -163,7 +163,7 @@ class PaddedSteps:
 def test_padded_steps_give_the_same_tokens(checkpoint, monkeypatch, most_requests):
     path, reference = checkpoint("gqa2")
     for module in (prefill_executor, scheduler):
-        monkeypatch.setattr(module, "MOST_CHUNKS", most_requests)
+        monkeypatch.setattr(module, "MAX_CHUNKS", most_requests)
     prompts = tiny.random_prompts(8, seed=30) + tiny.random_prompts(4, seed=31, longest=40, shared=48)
     filtered = SamplingParams(temperature=0, max_tokens=20, min_tokens=1, top_k=5)
     with LLM(path, device="cpu", max_num_batched_tokens=50, max_num_seqs=6) as llm:

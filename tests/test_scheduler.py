@@ -276,7 +276,7 @@ def test_chunks_are_small_only_while_others_decode():
 
 
 def test_a_prefill_step_has_at_most_so_many_requests(monkeypatch):
-    monkeypatch.setattr("nanovllm.engine.scheduler.MOST_CHUNKS", 3)
+    monkeypatch.setattr("nanovllm.engine.scheduler.MAX_CHUNKS", 3)
     scheduler, _ = scheduler_with(40, *([[place] * 2 for place in range(8)]), prefill_chunk_tokens=100)
     assert [len(run_prefill(scheduler)) for _ in range(3)] == [3, 3, 2]
 

@@ -17,7 +17,7 @@ from collections import deque
 from nanovllm.errors import EngineBusyError
 from nanovllm.outputs import RequestOutput
 
-MOST_WAIT_S = 0.1
+MAX_WAIT_S = 0.1
 """Longest sleep of a call that waits before it looks around again: one that was interrupted may have woken nobody."""
 
 
@@ -98,10 +98,10 @@ class Inbox:
             self._bell.put(None)
 
     def wait(self) -> None:
-        """Waits until somebody rings, MOST_WAIT_S at most. A ring that came late ends the next wait at once."""
+        """Waits until somebody rings, MAX_WAIT_S at most. A ring that came late ends the next wait at once."""
         if not self._outputs:
             with contextlib.suppress(queue.Empty):
-                self._bell.get(timeout=MOST_WAIT_S)
+                self._bell.get(timeout=MAX_WAIT_S)
 
 
 class _Turn:
@@ -160,7 +160,7 @@ class Turns:
         return bool(self._waiting)
 
     def wait(self, call: Call, inbox: Inbox) -> None:
-        """Waits until somebody wakes this call, MOST_WAIT_S at most.
+        """Waits until somebody wakes this call, MAX_WAIT_S at most.
 
         Raises:
             EngineBusyError: it would wait for itself.

@@ -23,7 +23,7 @@ from nanovllm.engine.handoffs import Handoffs
 from nanovllm.engine.in_flight import StepsInFlight
 from nanovllm.engine.loop import Loop
 from nanovllm.engine.mailbox import Abort, Mailbox, NewRequest
-from nanovllm.engine.observer import MOST_TIMELINES
+from nanovllm.engine.observer import MAX_TIMELINES
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.recovery import Recovery
 from nanovllm.engine.requests import Prompt
@@ -188,7 +188,7 @@ class LLMEngine:
             raise
 
     def explain(self, request_id: int) -> Timeline:
-        """What a request waits or has waited for; `str` of it is a table. The last MOST_TIMELINES that ended are kept.
+        """What a request waits or has waited for; `str` of it is a table. The last MAX_TIMELINES that ended are kept.
 
         Raises:
             UnknownRequestError: no request has this id, or it ended long ago.
@@ -200,7 +200,7 @@ class LLMEngine:
             timeline = self._observer.timeline(number)
         if timeline is None:
             raise UnknownRequestError(
-                f"request {short_repr(request_id)} is not known, or ended before the last {MOST_TIMELINES} that did"
+                f"request {short_repr(request_id)} is not known, or ended before the last {MAX_TIMELINES} that did"
             )
         return timeline
 

@@ -16,7 +16,7 @@ from nanovllm.engine.scheduling.step import Step
 from nanovllm.engine.step_listeners import StepListeners
 from nanovllm.errors import DeviceError
 
-MOST_ARRIVALS_PER_TURN = 256
+MAX_ARRIVALS_PER_TURN = 256
 """New requests that a turn takes in: those that come faster wait in the mailbox, and decode steps go on."""
 
 TURNS_PER_SWEEP = 64
@@ -94,7 +94,7 @@ class Loop:
     def take_in_mail(self) -> None:
         """Takes in new requests, aborts, and requests that nobody waits for any more."""
         mail = self._mailbox
-        for _ in range(min(len(mail.arrived), MOST_ARRIVALS_PER_TURN)):
+        for _ in range(min(len(mail.arrived), MAX_ARRIVALS_PER_TURN)):
             self._take_in(mail.arrived[0])
             mail.arrived.popleft()
         for _ in range(len(mail.aborts)):

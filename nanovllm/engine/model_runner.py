@@ -27,7 +27,7 @@ from nanovllm.engine.execution.tasks import StepTask
 from nanovllm.engine.execution.worker_group import NoWorkers, WorkerGroup
 from nanovllm.engine.observability.pipeline_statistics import lines
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement
-from nanovllm.engine.scheduling.step import MOST_CHUNKS, BlockPair, Step
+from nanovllm.engine.scheduling.step import MAX_CHUNKS, BlockPair, Step
 from nanovllm.errors import DeviceError, HandoffError, short_repr
 from nanovllm.layers.ranks import OneRank, Ranks
 from nanovllm.layers.sampler import SampledTokens
@@ -290,7 +290,7 @@ class ModelRunner:
 
     def _num_kv_blocks(self, forward: ForwardPass) -> int:
         spec = self.spec
-        most_rows = max(spec.max_num_seqs if self.is_decode_runner else 1, MOST_CHUNKS)
+        most_rows = max(spec.max_num_seqs if self.is_decode_runner else 1, MAX_CHUNKS)
         num_tokens = max(self.max_prompt_tokens, spec.max_num_seqs) if self.is_decode_runner else self.max_prompt_tokens
 
         def run_largest_step(kv_pool: torch.Tensor) -> None:

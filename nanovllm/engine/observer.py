@@ -19,7 +19,7 @@ from nanovllm.engine.sequence import Sequence, SequenceStatus
 
 logger = logging.getLogger(__name__)
 
-MOST_TIMELINES = 1000
+MAX_TIMELINES = 1000
 """How many timelines of ended requests are kept: enough to ask what just happened."""
 
 
@@ -123,7 +123,7 @@ class Observer:
     def request_ended(self, seq: Sequence) -> None:
         self.times.has_ended(seq, seq.finish_reason or "error")
         self._timelines[seq.request_id] = seq.timeline
-        if len(self._timelines) > MOST_TIMELINES:
+        if len(self._timelines) > MAX_TIMELINES:
             self._timelines.popitem(last=False)
         if self._tracer is not None:
             self._tracer.add_request(seq)
@@ -151,7 +151,7 @@ class Observer:
     # What is asked
 
     def timeline(self, request_id: int) -> Timeline | None:
-        """The timeline of one of the last MOST_TIMELINES requests that ended, None for others."""
+        """The timeline of one of the last MAX_TIMELINES requests that ended, None for others."""
         return self._timelines.get(request_id)
 
     def metrics(self) -> dict[str, Any]:

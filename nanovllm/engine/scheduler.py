@@ -17,7 +17,7 @@ from nanovllm.engine.scheduling.decode_batch import DecodeRow
 from nanovllm.engine.scheduling.decode_set import DecodeSet
 from nanovllm.engine.scheduling.lease import Allocation, Lease
 from nanovllm.engine.scheduling.placement import Placement
-from nanovllm.engine.scheduling.step import MOST_CHUNKS, BlockPair, PrefillChunk, Step
+from nanovllm.engine.scheduling.step import MAX_CHUNKS, BlockPair, PrefillChunk, Step
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.errors import OutOfKVCacheError
 from nanovllm.outputs import FinishReason
@@ -182,7 +182,7 @@ class Scheduler:
             num_tokens += chunk.num_tokens
             if seq.is_streamed:
                 budget = min(budget, ENOUGH_PREFILL_TOKENS)
-            is_full = num_tokens >= budget or len(step.chunks) == MOST_CHUNKS
+            is_full = num_tokens >= budget or len(step.chunks) == MAX_CHUNKS
             seq = None if is_full else next(candidates, None)
         return step
 

@@ -24,7 +24,7 @@ NARROWEST = 96
 """Rows of weights; and a multiple of what any cluster asks for."""
 CLUSTERS = (4, 2)
 """Thread blocks that fetch weights together, the best first."""
-FEWEST_TOKENS = 128
+MIN_TOKENS = 128
 """With fewer, half of each tile would be computed for nothing."""
 NUM_THREADS = 384
 SHARED_BYTES = 227 * 1024 - 256
@@ -37,7 +37,7 @@ def can_serve(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `shared_linear` is for this GEMM: not for few tokens, float32, other GPUs than Hopper's, odd sizes."""
     is_half = x.dtype in (torch.bfloat16, torch.float16) and weight.dtype == x.dtype
     is_even = x.shape[1] % 8 == 0 and weight.shape[0] % 16 == 0
-    return is_half and is_even and x.shape[0] >= FEWEST_TOKENS and _is_hopper(x.device)
+    return is_half and is_even and x.shape[0] >= MIN_TOKENS and _is_hopper(x.device)
 
 
 def shared_linear(x: torch.Tensor, weight: torch.Tensor, num_sms: int, *, is_gated: bool = False) -> torch.Tensor:

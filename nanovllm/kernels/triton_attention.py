@@ -32,11 +32,11 @@ CHUNK_TOKENS = 1024
 """Tokens of a chunk in which loading well outweighs getting started."""
 PROGRAMS_PER_SM = 2
 """With shorter chunks than that, decode attention makes this many: enough to keep an SM's memory requests coming."""
-MOST_PROGRAMS_PER_SM = 16
+MAX_PROGRAMS_PER_SM = 16
 """With longer ones it makes this many: SMs that are done early find something left to do."""
 COMBINED_CHUNKS = 4
 PREFILL_TILE_M = 64
-PREFILL_TILE_N = triton_fused.MOST_TILE_TOKENS
+PREFILL_TILE_N = triton_fused.MAX_TILE_TOKENS
 PREFILL_STAGES = 3
 
 
@@ -106,7 +106,7 @@ def _share_out(
         TILE=tile,
         CHUNK_TILES=CHUNK_TOKENS // tile,
         PROGRAMS_PER_SM=PROGRAMS_PER_SM,
-        MOST_PROGRAMS_PER_SM=MOST_PROGRAMS_PER_SM,
+        MAX_PROGRAMS_PER_SM=MAX_PROGRAMS_PER_SM,
         PADDED_REQUESTS=_padded(num_requests),
         **overlap(lengths.device),
     )
@@ -162,7 +162,7 @@ def _decode(
     num_kv_heads, block_size = kv_cache.shape[2:4]
     group = num_heads // num_kv_heads
     # The chunks of an even share, and for each head of each request one that is shorter.
-    num_programs = MOST_PROGRAMS_PER_SM * (metadata.num_sms or _num_sms(query.device)) + num_requests * num_kv_heads
+    num_programs = MAX_PROGRAMS_PER_SM * (metadata.num_sms or _num_sms(query.device)) + num_requests * num_kv_heads
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     partial = torch.empty(num_programs, group, head_dim, dtype=torch.float32, device=query.device)
     log_sums = torch.empty(num_programs, group, dtype=torch.float32, device=query.device)
@@ -236,7 +236,7 @@ def _share_out_kernel(
     TILE: tl.constexpr,
     CHUNK_TILES: tl.constexpr,
     PROGRAMS_PER_SM: tl.constexpr,
-    MOST_PROGRAMS_PER_SM: tl.constexpr,
+    MAX_PROGRAMS_PER_SM: tl.constexpr,
     PADDED_REQUESTS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
@@ -251,7 +251,7 @@ def _share_out_kernel(
     if NUM_KV_HEADS is not None:
         num_tiles = tl.sum(units, 0) * NUM_KV_HEADS
         chunk = tl.minimum(tl.cdiv(num_tiles, PROGRAMS_PER_SM * num_sms), CHUNK_TILES)
-        chunk = tl.maximum(chunk, tl.cdiv(num_tiles, MOST_PROGRAMS_PER_SM * num_sms))
+        chunk = tl.maximum(chunk, tl.cdiv(num_tiles, MAX_PROGRAMS_PER_SM * num_sms))
         units = tl.cdiv(units, chunk)
         for head in range(NUM_KV_HEADS):
             tl.store(starts + num_requests + 1 + head * num_requests + requests, 0, mask=there)

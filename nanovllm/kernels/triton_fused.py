@@ -18,7 +18,7 @@ from nanovllm.kernels.triton_overlap import begin, overlap
 VOCAB_TILE = 4096
 ELEMENT_TILE = 1024
 VECTOR_TILE_ROWS = 4
-MOST_TILE_TOKENS = 64
+MAX_TILE_TOKENS = 64
 """Attention reads keys and values in tiles of this many tokens, or of a fraction of them."""
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -182,7 +182,7 @@ def norm_rotate_store(
         PADDED_KV_HEADS=triton.next_power_of_2(num_kv_heads),
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
-        KV_TILE=math.gcd(block_size, MOST_TILE_TOKENS),
+        KV_TILE=math.gcd(block_size, MAX_TILE_TOKENS),
         **overlap(qkv.device),
     )
     return query

@@ -33,7 +33,7 @@ class DoneEvent:
 
 Event = torch.cuda.Event | DoneEvent
 
-MOST_S_FROM_BASE = 1.0
+MAX_S_FROM_BASE = 1.0
 """Events tell the milliseconds between two of them in float32: of a second, to a tenth of a microsecond."""
 NUM_BASE_TRIES = 3
 
@@ -177,7 +177,7 @@ class DeviceClock:
     def seconds_of(self, event: torch.cuda.Event) -> float:
         """When it was; waits for it."""
         event.synchronize()
-        if time.perf_counter() - self._base_s > MOST_S_FROM_BASE:
+        if time.perf_counter() - self._base_s > MAX_S_FROM_BASE:
             self._renew_base()
         return self._seconds_by_base(event)
 

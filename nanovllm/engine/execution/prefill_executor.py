@@ -13,7 +13,7 @@ from nanovllm.engine.execution.layer_push import LayerPush
 from nanovllm.engine.execution.model_inputs import sampling_arrays
 from nanovllm.engine.execution.prefill_buffers import PrefillBuffers
 from nanovllm.engine.execution.tasks import PrefillTask
-from nanovllm.engine.scheduling.step import MOST_CHUNKS, PrefillChunk
+from nanovllm.engine.scheduling.step import MAX_CHUNKS, PrefillChunk
 from nanovllm.layers.sampler import SampledTokens
 
 
@@ -36,7 +36,7 @@ class PrefillExecutor:
         self.buffers = PrefillBuffers(
             forward.device,
             min(max_prompt_tokens, num_blocks * block_size),  # the KV of a step's tokens is in the pool
-            min(MOST_CHUNKS, spec.max_num_seqs),
+            min(MAX_CHUNKS, spec.max_num_seqs),
             spec.max_model_len,
             block_size,
             num_blocks,

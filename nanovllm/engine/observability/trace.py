@@ -22,9 +22,9 @@ from nanovllm.errors import ConfigError, short_repr
 
 logger = logging.getLogger(__name__)
 
-MOST_EVENTS = 1_000_000
+MAX_EVENTS = 1_000_000
 """Events that a trace holds; later ones are left out. Each takes up to 700 bytes until the trace is written."""
-MOST_REQUEST_IDS = 32
+MAX_REQUEST_IDS = 32
 """Requests that a span names."""
 
 Moments = tuple[float, float]
@@ -129,9 +129,9 @@ class Tracer:
         """Whether so many events may be added, which they are then. Once there is no room, nothing is added."""
         if self._is_full:
             return False
-        if self._num_events + num_events > MOST_EVENTS:
+        if self._num_events + num_events > MAX_EVENTS:
             self._is_full = True
-            logger.warning("the trace has its most events, %d: what happens from now on is not in it", MOST_EVENTS)
+            logger.warning("the trace has its most events, %d: what happens from now on is not in it", MAX_EVENTS)
             return False
         self._num_events += num_events
         return True
@@ -182,7 +182,7 @@ class Tracer:
 
 def _ids(seqs: abc.Sequence[Sequence]) -> tuple[int, ...]:
     # The garbage collector would go through a list again and again; a tuple of numbers it leaves alone.
-    return tuple([seq.request_id for seq in seqs[:MOST_REQUEST_IDS]])
+    return tuple([seq.request_id for seq in seqs[:MAX_REQUEST_IDS]])
 
 
 def _one_as_singular(name: str) -> str:

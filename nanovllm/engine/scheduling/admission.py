@@ -21,14 +21,14 @@ TOKENS_LIKE_WEIGHTS = 32768
 BELIEF = 1.0
 """Observations that contradict this until they count for as much."""
 
-MOST_WEIGHT = 16
+MAX_WEIGHT = 16
 """Observations of one size that are averaged; older ones fade."""
 RECENT_STEPS = 1000
 """For so many steps a size is believed to take what was observed of it, whatever the rest says."""
 HALF_LIFE_STEPS = 2000
 OLDEST_STEPS = 20 * HALF_LIFE_STEPS
-MOST_STEPS_PER_FIT = 32
-LEAST_S = 1e-6
+MAX_STEPS_PER_FIT = 32
+MIN_STEP_S = 1e-6
 """Two ends of steps that are collected at once are no further apart than the host is fast."""
 
 
@@ -97,7 +97,7 @@ class AdmissionPolicy:
 
     def observe(self, num_rows: int, num_tokens: int, seconds: float) -> None:
         """A decode step ended so long after the one before it, which it was queued behind. Takes microseconds."""
-        seconds = max(seconds, LEAST_S)
+        seconds = max(seconds, MIN_STEP_S)
         expected_s = self.expected_s(num_rows, num_tokens)
         if expected_s is not None:
             seconds = min(max(seconds, expected_s / 2), expected_s * 2)
@@ -106,7 +106,7 @@ class AdmissionPolicy:
         size = self._sizes.get(key)
         if size is None:
             size = self._sizes[key] = ObservedSize(num_rows, num_tokens, seconds, 0, 0)
-        size.weight = min(size.weight + 1, MOST_WEIGHT)
+        size.weight = min(size.weight + 1, MAX_WEIGHT)
         size.rows += (num_rows - size.rows) / size.weight
         size.tokens += (num_tokens - size.tokens) / size.weight
         size.seconds += (seconds - size.seconds) / size.weight
@@ -143,7 +143,7 @@ class AdmissionPolicy:
         gram = (scaled.T * weights) @ scaled + BELIEF * believed.T @ believed
         a, b, c = _non_negative_solution(gram, (scaled.T * weights) @ seconds) / scale
         self._coefficients = float(a), float(b), float(c)
-        self._next_fit = self._num_steps + min(max(self._num_steps // 8, 1), MOST_STEPS_PER_FIT)
+        self._next_fit = self._num_steps + min(max(self._num_steps // 8, 1), MAX_STEPS_PER_FIT)
 
 
 def _non_negative_solution(gram: np.ndarray, moments: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduling.circuit_breaker import CircuitBreaker
 
-MOST_FAILURES_IN_A_ROW = 2
+MAX_FAILURES_IN_A_ROW = 2
 """Failures in a row that may be the requests' own fault; more are the card's."""
 
 
@@ -30,7 +30,7 @@ class Card:
     label: str
     pool: BlockManager
     max_prompt_tokens: int
-    breaker: CircuitBreaker = field(default_factory=lambda: CircuitBreaker(MOST_FAILURES_IN_A_ROW))
+    breaker: CircuitBreaker = field(default_factory=lambda: CircuitBreaker(MAX_FAILURES_IN_A_ROW))
 
     def __str__(self) -> str:
         return self.name

@@ -17,7 +17,7 @@ from nanovllm.engine.scheduling.lease import Lease
 from nanovllm.engine.sequence import Sequence
 
 NO_TOKEN = -1
-MOST_STOP_IDS = 8
+MAX_STOP_IDS = 8
 """Stop tokens that a row of the array holds; a request with more is looked at token by token."""
 
 
@@ -42,7 +42,7 @@ def _integers(values: abc.Iterable[int]) -> np.ndarray:
 
 
 def _checks_every_token(seq: Sequence) -> bool:
-    return seq.is_streamed or seq.params.logprobs is not None or len(seq.stop_token_ids) > MOST_STOP_IDS
+    return seq.is_streamed or seq.params.logprobs is not None or len(seq.stop_token_ids) > MAX_STOP_IDS
 
 
 @dataclass(eq=False)
@@ -57,7 +57,7 @@ class HostDecodeBatch:
         in_graph_positions: [B] int64, from where on a step needs no more parameters than the device has.
         checks_every_token: [B] bool, whether every token is looked at: it is streamed, may end by a stop string, has
             log-probabilities, or more stop tokens than `stop_ids` holds.
-        stop_ids: [B, MOST_STOP_IDS] int64, tokens that end the request, padded with NO_TOKEN.
+        stop_ids: [B, MAX_STOP_IDS] int64, tokens that end the request, padded with NO_TOKEN.
         token_time_indices: [B] int64, where the times of the requests' last tokens are kept.
     """
 
@@ -74,9 +74,9 @@ class HostDecodeBatch:
     @classmethod
     def of(cls, rows: abc.Sequence[DecodeRow], block_size: int) -> HostDecodeBatch:
         seqs = [row.seq for row in rows]
-        stop_ids = np.full((len(rows), MOST_STOP_IDS), NO_TOKEN, dtype=np.int64)
+        stop_ids = np.full((len(rows), MAX_STOP_IDS), NO_TOKEN, dtype=np.int64)
         for index, seq in enumerate(seqs):
-            if len(seq.stop_token_ids) <= MOST_STOP_IDS:
+            if len(seq.stop_token_ids) <= MAX_STOP_IDS:
                 stop_ids[index, : len(seq.stop_token_ids)] = sorted(seq.stop_token_ids)
         return cls(
             seqs,

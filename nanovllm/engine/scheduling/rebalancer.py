@@ -15,9 +15,9 @@ TRIAL_EVERY = 16
 """One of so many decisions is for something else than what seems best, to see whether it still is not."""
 FIRST_TRIALS = 3
 """Until something was seen so often at a batch size, it is tried at every other decision."""
-MOST_TRIAL_LOSS = 0.1
+MAX_TRIAL_LOSS = 0.1
 """What was seen and seems slower by more is not tried again: a step in TRIAL_EVERY costs less than 0.7 % so."""
-MOST_FIRST_LOSS = 0.15
+MAX_FIRST_LOSS = 0.15
 """The same for what was not yet seen FIRST_TRIALS times: a calibration may be wrong, and such trials end."""
 WEIGHT = 1 / 8
 """Smallest weight of a newly timed step in the running mean of the steps before it."""
@@ -51,7 +51,7 @@ class Rebalancer:
     What a step of each would take is its calibrated time, corrected by what steps of it have taken since. Something
     else is chosen only if that is less by MARGIN. Now and then a single step tries what seems a little slower: plain
     decode, or what gives SMs to the lane that is busy for longer. So a calibration that is not, or no longer, right is
-    found out, at a small price (`MOST_TRIAL_LOSS`).
+    found out, at a small price (`MAX_TRIAL_LOSS`).
 
     What fails is left out for a while; then it is tried again.
 
@@ -155,7 +155,7 @@ class Rebalancer:
         ]
 
     def _most_loss(self, path: Arrangement | None, batch: int) -> float:
-        return MOST_TRIAL_LOSS if self._of(path, batch).number >= FIRST_TRIALS else MOST_FIRST_LOSS
+        return MAX_TRIAL_LOSS if self._of(path, batch).number >= FIRST_TRIALS else MAX_FIRST_LOSS
 
     def _is_towards_balance(self, path: Arrangement | None, imbalance: float) -> bool:
         if path is None or self.current is None or abs(imbalance) < BALANCED:

@@ -10,7 +10,7 @@ from nanovllm.engine.scheduling.decode_batch import NO_DECODE_ROWS, DecodeRows
 from nanovllm.engine.scheduling.lease import Lease
 from nanovllm.engine.sequence import Sequence
 
-MOST_CHUNKS = 32
+MAX_CHUNKS = 32
 """Most chunks of prompts in a step: the device keeps room for this many, and pads every step to it."""
 
 BlockPair = tuple[int, int]

@@ -9,13 +9,13 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from nanovllm.engine.text.stops import MOST_MARKS, StopFinder, has_marks, mark
+from nanovllm.engine.text.stops import MAX_MARKS, StopFinder, has_marks, mark
 from nanovllm.errors import RequestError
 
 NUM_CONTEXT = 4
 """Tokens kept before those whose text is looked for: what a token looks like may depend on those before it."""
 
-MOST_KEPT = 12
+MAX_KEPT = 12
 """Tokens after which all but the last NUM_CONTEXT are dropped, but for a run of bytes that has not ended."""
 
 LONGEST_LOOK_AHEAD = 64
@@ -109,9 +109,9 @@ class Vocabulary:
         """
         pattern = self.special_pattern
         names = sorted({name for text in stop for name in pattern.findall(text)}) if pattern else []
-        if len(names) >= MOST_MARKS:
+        if len(names) >= MAX_MARKS:
             raise RequestError(
-                f"stop names {len(names)} different special tokens; at most {MOST_MARKS - 1} are told apart; "
+                f"stop names {len(names)} different special tokens; at most {MAX_MARKS - 1} are told apart; "
                 "use stop_token_ids"
             )
         return names
@@ -153,7 +153,7 @@ class _Decoder:
         self._num_shown = max(self._num_shown, end)
         if self._vocabulary.is_free_of_context and end == len(text):
             self._kept, self._num_shown = [], 0
-        elif len(kept) > MOST_KEPT:
+        elif len(kept) > MAX_KEPT:
             self._drop(len(text) - self._num_shown)
         return delta
 
@@ -180,7 +180,7 @@ class _Decoder:
         text = self._decoded(kept)
         if not text:
             # A beginning that is stripped must be there; of tokens without text, the last.
-            kept = [*self._kept[:-NUM_CONTEXT][:MOST_KEPT], kept[-1]]
+            kept = [*self._kept[:-NUM_CONTEXT][:MAX_KEPT], kept[-1]]
             text = self._decoded(kept)
         self._kept, self._num_shown = kept, len(text) - num_open
 

@@ -7,14 +7,14 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 
 FIRST_MARK = 0xD800
-MOST_MARKS = 0x800
+MAX_MARKS = 0x800
 """Lone surrogates, which no text that is valid Unicode has, so they can stand for what is not text."""
 
-MARKS = re.compile(f"[{chr(FIRST_MARK)}-{chr(FIRST_MARK + MOST_MARKS - 1)}]")
+MARKS = re.compile(f"[{chr(FIRST_MARK)}-{chr(FIRST_MARK + MAX_MARKS - 1)}]")
 
 
 def mark(number: int) -> str:
-    """A character that no text has, `number` being below MOST_MARKS. It takes no place in the text."""
+    """A character that no text has, `number` being below MAX_MARKS. It takes no place in the text."""
     return chr(FIRST_MARK + number)
 
 
@@ -70,7 +70,7 @@ class StopFinder:
         width, first = 0, None
         for char in text:
             state = state.longer.get(char) or self._after(state, char)
-            width += not FIRST_MARK <= ord(char) < FIRST_MARK + MOST_MARKS
+            width += not FIRST_MARK <= ord(char) < FIRST_MARK + MAX_MARKS
             if state.found is not None and (first is None or width - state.found < first):
                 first = width - state.found
         self._state = state
