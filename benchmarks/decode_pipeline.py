@@ -58,7 +58,7 @@ def make_runner(args: argparse.Namespace) -> ModelRunner:
     device = resolve_device(args.device)
     spec = runner_spec(config, folder, read_json(folder, "config.json") or {}, device)
     pipeline = PipelineOptions(adaptive=True)
-    runner = ModelRunner(spec, device, is_decode_runner=True, max_step_tokens=64, pipeline=pipeline)
+    runner = ModelRunner(spec, device, is_decode_runner=True, max_prefill_tokens=64, pipeline=pipeline)
     with inside.on_stream(runner):
         runner.kv_pool.normal_()
     return runner

@@ -282,7 +282,7 @@ def test_a_prefill_step_has_at_most_so_many_requests(monkeypatch):
 
 
 def test_the_first_request_of_a_step_waits_for_few_others_if_it_is_streamed(monkeypatch):
-    monkeypatch.setattr("nanovllm.engine.scheduler.ENOUGH_PREFILL_TOKENS", 10)
+    monkeypatch.setattr("nanovllm.engine.scheduler.MAX_STREAMED_PREFILL_TOKENS", 10)
     scheduler, _ = scheduler_with(40, [1] * 6, [2] * 20, [3] * 4)
     assert run_prefill(scheduler) == [(0, 0, 6), (1, 0, 4)]
     scheduler, seqs = scheduler_with(40, [1] * 30, [2] * 20)

@@ -295,7 +295,9 @@ def build_runners(
         runner = build_ranks(config, spec, decode_device)
         return runner, runner, NoTransfer()
     if prefill_device == decode_device:
-        runner = ModelRunner(spec, decode_device, is_decode_runner=True, max_step_tokens=config.max_num_batched_tokens)
+        runner = ModelRunner(
+            spec, decode_device, is_decode_runner=True, max_prefill_tokens=config.max_num_batched_tokens
+        )
         return runner, runner, NoTransfer()
     method = resolve_handoff(config.kv_handoff, prefill_device, decode_device)
     # A request that failed once is prefilled here, in chunks.
@@ -310,13 +312,13 @@ def build_runners(
             adaptive=config.pipeline_mode == "auto",
         )
     decode_runner = ModelRunner(
-        spec, decode_device, is_decode_runner=True, max_step_tokens=chunk_tokens, pipeline=pipeline
+        spec, decode_device, is_decode_runner=True, max_prefill_tokens=chunk_tokens, pipeline=pipeline
     )
     prefill_runner = ModelRunner(
         spec,
         prefill_device,
         is_decode_runner=False,
-        max_step_tokens=config.max_num_batched_tokens,
+        max_prefill_tokens=config.max_num_batched_tokens,
         weights_of=decode_runner,
         push_to=decode_runner if method == "direct" else None,
     )
@@ -352,13 +354,13 @@ def _device_of(first: Device, rank: int) -> Device:
 
 
 def _rank_runner(
-    spec: RunnerSpec, max_step_tokens: int, first: Device, ranks: Ranks, workers: WorkerGroup | None = None
+    spec: RunnerSpec, max_prefill_tokens: int, first: Device, ranks: Ranks, workers: WorkerGroup | None = None
 ) -> ModelRunner:
     return ModelRunner(
         spec,
         _device_of(first, ranks.rank),
         is_decode_runner=True,
-        max_step_tokens=max_step_tokens,
+        max_prefill_tokens=max_prefill_tokens,
         ranks=ranks,
         workers=workers,
     )
@@ -386,7 +388,7 @@ def place(config: EngineConfig, prefill_runner: ModelRunner, decode_runner: Mode
 
     def make_card(runner: ModelRunner, label: str) -> Card:
         pool = BlockManager(runner.num_kv_blocks, runner.block_size, config.enable_prefix_caching)
-        return Card(str(runner.device), f"{label} {runner.device}", pool, runner.max_prompt_tokens)
+        return Card(str(runner.device), f"{label} {runner.device}", pool, runner.max_prefill_tokens)
 
     if prefill_runner is decode_runner:
         card = make_card(decode_runner, "device")

@@ -198,7 +198,7 @@ class Loop:
         self._progressed()
         if step.chunks:
             counters.prefill_steps += 1
-            counters.prefill_tokens += step.num_prompt_tokens
+            counters.prefill_tokens += step.num_prefill_tokens
             counting = [self._scheduler.prefill_done(chunk) for chunk in step.chunks]
             self._outputs.take_tokens_after_chunks(counting, step, tokens.after_chunks)
             self._handoffs.step_ended(step)

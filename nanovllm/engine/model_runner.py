@@ -44,7 +44,7 @@ class ModelRunner:
         spec: model and sizes.
         device: where everything lives; whichever device is current elsewhere does not matter.
         is_decode_runner: whether decode steps run here (they may run beside prefill steps).
-        max_step_tokens: most tokens of prompts in a step; workspace for them is kept free.
+        max_prefill_tokens: maximum number of prompt tokens in a step; workspace for them is kept free.
         weights_of: a runner to copy the weights from, instead of reading them.
         push_to: a runner into whose pool prefill steps push the blocks that they hand over; of the same spec.
         pipeline: how decode steps use SM partitions, None for plain decode.
@@ -69,7 +69,7 @@ class ModelRunner:
         device: Device,
         *,
         is_decode_runner: bool,
-        max_step_tokens: int,
+        max_prefill_tokens: int,
         weights_of: ModelRunner | None = None,
         push_to: ModelRunner | None = None,
         pipeline: PipelineOptions | None = None,
@@ -79,7 +79,7 @@ class ModelRunner:
         self.spec = spec
         self.device = device
         self.is_decode_runner = is_decode_runner
-        self.max_prompt_tokens = max_step_tokens
+        self.max_prefill_tokens = max_prefill_tokens
         self.clock: DeviceClock | None = None
         self._ranks = OneRank() if ranks is None else ranks
         self._workers = NoWorkers() if workers is None else workers
@@ -101,7 +101,7 @@ class ModelRunner:
             push = NoPush() if push_to is None else PushToPool(push_to.kv_pool, self.copy_stream)
             if push_to is not None and device.is_cuda:
                 enable_peer_access(device, push_to.device)
-            self.prefill = PrefillExecutor(forward, self.kv_pool, max_step_tokens, push)
+            self.prefill = PrefillExecutor(forward, self.kv_pool, max_prefill_tokens, push)
             self.decode = NoDecode(device) if paths is None else DecodeExecutor(forward, self.kv_pool, paths)
             self._capture(forward)
         self.synchronize()  # other streams are about to read the weights and write to the pool
@@ -291,7 +291,9 @@ class ModelRunner:
     def _num_kv_blocks(self, forward: ForwardPass) -> int:
         spec = self.spec
         most_rows = max(spec.max_num_seqs if self.is_decode_runner else 1, MAX_CHUNKS)
-        num_tokens = max(self.max_prompt_tokens, spec.max_num_seqs) if self.is_decode_runner else self.max_prompt_tokens
+        num_tokens = (
+            max(self.max_prefill_tokens, spec.max_num_seqs) if self.is_decode_runner else self.max_prefill_tokens
+        )
 
         def run_largest_step(kv_pool: torch.Tensor) -> None:
             largest = largest_step(

@@ -30,15 +30,15 @@ DECODE_STEPS_AHEAD = 2
 PREFILL_STEPS_AHEAD = 2
 """Prefill steps in flight on a card that only prefills, for the same reason. Where decode steps wait for them, one."""
 
-ENOUGH_PREFILL_TOKENS = 4096
-"""If any request of a prefill step is streamed, the step is capped at this many tokens: larger steps are no faster, and
-the first prompt would wait for the last."""
+MAX_STREAMED_PREFILL_TOKENS = 4096
+"""Token budget of a prefill step with a streamed request: larger steps give no more tokens per second, and the first
+prompt would wait for the last."""
 
 
 @dataclass(frozen=True)
 class SchedulerLimits:
     prefill_chunk_tokens: int
-    """Most tokens of prompts in a step of a card where a streamed request decodes."""
+    """Maximum number of prompt tokens in a step of a card on which a streamed request decodes."""
     max_num_seqs: int
 
 
@@ -174,14 +174,14 @@ class Scheduler:
         seq = next(candidates, None)
         if seq is None:
             return None
-        budget = self._prompt_budget(card)
+        budget = self._prefill_token_budget(card)
         step, num_tokens = Step(card), 0
         while seq is not None:
             chunk = self._next_chunk(seq, budget - num_tokens)
             step.chunks.append(chunk)
             num_tokens += chunk.num_tokens
             if seq.is_streamed:
-                budget = min(budget, ENOUGH_PREFILL_TOKENS)
+                budget = min(budget, MAX_STREAMED_PREFILL_TOKENS)
             is_full = num_tokens >= budget or len(step.chunks) == MAX_CHUNKS
             seq = None if is_full else next(candidates, None)
         return step
@@ -318,15 +318,15 @@ class Scheduler:
 
     # Inside
 
-    def _prompt_budget(self, card: Card) -> int:
-        """Most tokens of prompts in the card's next step."""
+    def _prefill_token_budget(self, card: Card) -> int:
+        """Maximum number of prompt tokens in the card's next step."""
         decodes_streamed = self.placement.decodes(card) and any(
             seq.is_streamed and seq.status is SequenceStatus.DECODING for seq in self._running
         )
         return (
-            min(card.max_prompt_tokens, self.limits.prefill_chunk_tokens)
+            min(card.max_prefill_tokens, self.limits.prefill_chunk_tokens)
             if decodes_streamed
-            else card.max_prompt_tokens
+            else card.max_prefill_tokens
         )
 
     def _prefill_candidates(self, card: Card) -> abc.Iterator[Sequence]:

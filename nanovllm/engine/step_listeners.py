@@ -79,7 +79,7 @@ class StepListeners:
             return
         step, ended_s = work.step, time.perf_counter()
         waited_s, self._waited_s = self._waited_s, 0.0
-        num_tokens = step.num_prompt_tokens + step.decode.num_live
+        num_tokens = step.num_prefill_tokens + step.decode.num_live
         self._reports.append(
             StepReport(step.kind, step.card.name, step.num_requests, num_tokens, work.launched_s, ended_s, waited_s)
         )

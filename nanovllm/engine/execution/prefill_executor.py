@@ -1,4 +1,4 @@
-"""Runs the prompt part of steps: chunks of prompts, from buffers that stay where they are, by graphs if there are."""
+"""Runs the prefill part of steps: chunks of prompts, from buffers with fixed addresses, by CUDA graphs if there are."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class PrefillExecutor:
     Args:
         forward: the model.
         kv_pool: where KV is stored; its last block pads steps.
-        max_prompt_tokens: most tokens of a step.
+        max_prefill_tokens: maximum number of tokens in a step.
         push: what becomes of the blocks that a step hands over.
     """
 
-    def __init__(self, forward: ForwardPass, kv_pool: torch.Tensor, max_prompt_tokens: int, push: LayerPush) -> None:
+    def __init__(self, forward: ForwardPass, kv_pool: torch.Tensor, max_prefill_tokens: int, push: LayerPush) -> None:
         self._forward = forward
         self._kv_pool = kv_pool
         self._push = push
@@ -35,7 +35,7 @@ class PrefillExecutor:
         block_size = spec.attention.block_size
         self.buffers = PrefillBuffers(
             forward.device,
-            min(max_prompt_tokens, num_blocks * block_size),  # the KV of a step's tokens is in the pool
+            min(max_prefill_tokens, num_blocks * block_size),  # the KV of a step's tokens is in the pool
             min(MAX_CHUNKS, spec.max_num_seqs),
             spec.max_model_len,
             block_size,

@@ -86,7 +86,7 @@ class Tracer:
         name, args = f"{step.kind} {{requests}} requests", {"requests": step.num_requests}
         if step.chunks:
             name += ", {tokens} tokens"
-            args["tokens"] = step.num_prompt_tokens
+            args["tokens"] = step.num_prefill_tokens
         if step.decode:
             name += ", mean context {context}"
             args["context"] = round(int(step.decode.positions.sum()) / len(step.decode)) + 1

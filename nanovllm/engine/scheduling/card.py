@@ -22,14 +22,14 @@ class Card:
         name: how messages name it, such as `cuda:1`.
         label: how a trace names it, such as `decode device cuda:1`.
         pool: accounts for the blocks of its KV pool.
-        max_prompt_tokens: most tokens of prompts in a step; it has workspace for no more.
+        max_prefill_tokens: maximum number of prompt tokens in a step; the device has workspace for no more.
         breaker: whether it is used for what another card can do in its place.
     """
 
     name: str
     label: str
     pool: BlockManager
-    max_prompt_tokens: int
+    max_prefill_tokens: int
     breaker: CircuitBreaker = field(default_factory=lambda: CircuitBreaker(MAX_FAILURES_IN_A_ROW))
 
     def __str__(self) -> str:

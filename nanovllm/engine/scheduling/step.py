@@ -55,7 +55,7 @@ class Step:
         return len(self.chunks) + len(self.decode)
 
     @property
-    def num_prompt_tokens(self) -> int:
+    def num_prefill_tokens(self) -> int:
         return sum(chunk.num_tokens for chunk in self.chunks)
 
     @property
