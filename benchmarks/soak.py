@@ -293,8 +293,8 @@ def main() -> None:
         late = memory_mib(llm)
         llm.scheduler.check_integrity()
         held = {
-            "prefill": llm.scheduler.placement.prefill_card.pool.num_held_blocks,
-            "decode": llm.scheduler.placement.decode_card.pool.num_held_blocks,
+            "prefill": llm.scheduler.placement.prefill_card.block_manager.num_held_blocks,
+            "decode": llm.scheduler.placement.decode_card.block_manager.num_held_blocks,
         }
         metrics = llm.metrics()
     wrong = early_counts.pop("wrong") + counts.pop("wrong")

@@ -42,8 +42,8 @@ def at_rest(llm):
     assert llm.is_finished()
     llm.scheduler.check_integrity()
     assert (
-        llm.scheduler.placement.decode_card.pool.num_held_blocks
-        == llm.scheduler.placement.prefill_card.pool.num_held_blocks
+        llm.scheduler.placement.decode_card.block_manager.num_held_blocks
+        == llm.scheduler.placement.prefill_card.block_manager.num_held_blocks
         == 0
     )
     assert {**llm._outputs.sequences, **llm._outputs._texts, **llm._outputs._inboxes} == {}

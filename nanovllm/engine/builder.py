@@ -102,7 +102,7 @@ def _parts(
     scheduler = build_scheduler(config, placement)
     options = resolved_options(config, prefill_runner, decode_runner, kv_transfer)
     logger.info("resolved options: %s", ", ".join(f"{name}={value}" for name, value in options.items()))
-    pools = [card.pool for card in scheduler.cards]
+    pools = [card.block_manager for card in scheduler.cards]
     intake = RequestIntake(
         tokenizer=tokenizer,
         vocab_size=spec.model_config.vocab_size,
@@ -387,8 +387,8 @@ def place(config: EngineConfig, prefill_runner: ModelRunner, decode_runner: Mode
     """A card for each runner, with a block manager for its pool, and what each is for."""
 
     def make_card(runner: ModelRunner, label: str) -> Card:
-        pool = BlockManager(runner.num_kv_blocks, runner.block_size, config.enable_prefix_caching)
-        return Card(str(runner.device), f"{label} {runner.device}", pool, runner.max_prefill_tokens)
+        block_manager = BlockManager(runner.num_kv_blocks, runner.block_size, config.enable_prefix_caching)
+        return Card(str(runner.device), f"{label} {runner.device}", block_manager, runner.max_prefill_tokens)
 
     if prefill_runner is decode_runner:
         card = make_card(decode_runner, "device")

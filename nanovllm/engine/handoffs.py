@@ -140,7 +140,7 @@ class Handoffs:
     def _timeout_message(self, handoff: Handoff) -> str:
         cards = (handoff.source, handoff.target)
         prefill_state, decode_state = (
-            f"{card.pool.num_held_blocks} of {card.pool.num_blocks} blocks held" for card in cards
+            f"{card.block_manager.num_held_blocks} of {card.block_manager.num_blocks} blocks held" for card in cards
         )
         return (
             f"{self._observer.about_handoff(handoff.seq)}: {len(handoff.pairs)} blocks, from {handoff.pairs[0][0]} to "

@@ -158,7 +158,10 @@ class Observer:
         """See `LLMEngine.metrics`."""
         scheduler, counters, times = self._scheduler, self.counters, self.times
         states = scheduler.num_by_status()
-        pools = {"prefill": self._placement.prefill_card.pool, "decode": self._placement.decode_card.pool}
+        pools = {
+            "prefill": self._placement.prefill_card.block_manager,
+            "decode": self._placement.decode_card.block_manager,
+        }
         paths = self._decode_paths
         stages, arrangement = paths.lane_times, paths.current
         return {

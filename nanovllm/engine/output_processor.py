@@ -79,7 +79,7 @@ class OutputProcessor:
     def take_decoded_tokens(self, step: Step, sampled: SampledOnHost) -> None:
         """Gives the requests of a step's decode part their next token, but for those that have ended meanwhile."""
         rows, batch, token_ids = step.decode, step.decode.batch, sampled.token_ids.tolist()
-        needs_check = rows.needs_host_check(sampled.token_ids, step.card.pool.block_size)
+        needs_check = rows.needs_host_check(sampled.token_ids, step.card.block_manager.block_size)
         counts = np.ones(len(batch), dtype=bool)
         if rows.ended_leases:
             counts[:] = [seq.lease is lease for seq, lease in zip(batch.seqs, batch.leases, strict=True)]

@@ -212,7 +212,7 @@ class Scheduler:
         seq, lease = chunk.seq, chunk.lease
         counts = seq.lease is lease
         if counts:
-            lease.prefill.card.pool.cache(seq, lease.prefill.blocks, chunk.start, chunk.end)
+            lease.prefill.card.block_manager.cache(seq, lease.prefill.blocks, chunk.start, chunk.end)
             if chunk.is_last and not chunk.handoff:
                 self.placement.prefill_worked(lease)
             if chunk.is_last:
@@ -244,15 +244,16 @@ class Scheduler:
         if seq.status is SequenceStatus.DECODING:
             assert seq.lease is not None, f"request {seq.request_id} decodes without a lease"
             allocation = seq.lease.decode
-            pool = allocation.card.pool
-            if num_computed % pool.block_size == 0:
-                pool.cache(seq, allocation.blocks, num_computed - pool.block_size, num_computed)
+            block_manager = allocation.card.block_manager
+            if num_computed % block_manager.block_size == 0:
+                start = num_computed - block_manager.block_size
+                block_manager.cache(seq, allocation.blocks, start, num_computed)
 
     def forget_cached_blocks(self, seq: Sequence) -> None:
         """The KV of a running request may be wrong: its blocks are shared no more."""
         assert seq.lease is not None, f"request {seq.request_id} has no blocks"
         for allocation in seq.lease.allocations:
-            allocation.card.pool.forget(allocation.blocks)
+            allocation.card.block_manager.forget(allocation.blocks)
 
     # Work in flight
 
@@ -299,13 +300,13 @@ class Scheduler:
         for lease in self._draining_leases:
             lease.in_flight = stuck.count(lease)
         for card in self.cards:
-            card.pool.reset(_blocks_on(card, self._draining_leases))
+            card.block_manager.reset(_blocks_on(card, self._draining_leases))
 
     def check_integrity(self) -> None:
         """Asserts that every block of all pools is accounted for."""
         leases = [*self._draining_leases, *(seq.lease for seq in self._running if seq.lease is not None)]
         for card in self.cards:
-            card.pool.check_integrity(_blocks_on(card, leases))
+            card.block_manager.check_integrity(_blocks_on(card, leases))
         for seq in self._running:
             assert seq.lease is not None, f"request {seq.request_id} is {seq.status} without a lease"
         under_way = {seq for seq in self._running if seq.status is not SequenceStatus.DECODING}
@@ -340,7 +341,7 @@ class Scheduler:
         while self._waiting and self._may_admit(self._waiting[0], num_tokens_ahead):
             seq = self._waiting[0]
             decode_card = self.placement.decode_card_of(seq)
-            if decode_card.pool.blocks_for(seq.num_tokens) > decode_card.pool.num_blocks:
+            if decode_card.block_manager.blocks_for(seq.num_tokens) > decode_card.block_manager.num_blocks:
                 self._outgrew(seq, decode_card)
             elif self.placement.prefill_card_of(seq) is card and self._admit(seq, card, decode_card):
                 self._waiting.remove(seq)
@@ -378,21 +379,23 @@ class Scheduler:
         is_one_card = prefill_card is decode_card
         # A prefill must run at least the last token to have logits; what is handed off may all be there already.
         most_cached = seq.num_tokens - 1 if is_one_card else seq.num_tokens
-        cached = decode_card.pool.match_prefix(seq, most_cached)
+        cached = decode_card.block_manager.match_prefix(seq, most_cached)
         num_leased = self._lease_blocks(seq, decode_card)
-        hit = cached if is_one_card else prefill_card.pool.match_prefix(seq, seq.num_tokens - 1)
-        num_prefilled = prefill_card.pool.blocks_for(seq.num_tokens)
-        if not decode_card.pool.can_take(cached, num_leased):
+        hit = cached if is_one_card else prefill_card.block_manager.match_prefix(seq, seq.num_tokens - 1)
+        num_prefilled = prefill_card.block_manager.blocks_for(seq.num_tokens)
+        if not decode_card.block_manager.can_allocate(cached, num_leased):
             seq.timeline.mark(f"waits for a lease ({num_leased} blocks of the decode pool)")
             return False
-        if not is_one_card and not prefill_card.pool.can_take(hit, num_prefilled):
+        if not is_one_card and not prefill_card.block_manager.can_allocate(hit, num_prefilled):
             seq.timeline.mark(f"waits for a lease ({num_prefilled} blocks of the prefill pool)")
             return False
-        decode = Allocation(decode_card, decode_card.pool.take(cached, num_leased))
-        prefill = decode if is_one_card else Allocation(prefill_card, prefill_card.pool.take(hit, num_prefilled))
+        decode = Allocation(decode_card, decode_card.block_manager.allocate(cached, num_leased))
+        prefill = (
+            decode if is_one_card else Allocation(prefill_card, prefill_card.block_manager.allocate(hit, num_prefilled))
+        )
         seq.lease = Lease(prefill, decode, num_handed_off_blocks=len(cached))
         self.placement.prefill_began(seq.lease)
-        seq.num_prefilled_tokens = len(hit) * prefill_card.pool.block_size
+        seq.num_prefilled_tokens = len(hit) * prefill_card.block_manager.block_size
         self.num_queried_tokens += seq.num_tokens
         self.num_hit_tokens += seq.num_prefilled_tokens
         seq.status = SequenceStatus.PREFILLING
@@ -409,9 +412,9 @@ class Scheduler:
 
     def _lease_blocks(self, seq: Sequence, card: Card) -> int:
         """The request's blocks plus one to grow into, if it may grow that far and the pool has one."""
-        needed = card.pool.blocks_for(seq.num_tokens)
+        needed = card.block_manager.blocks_for(seq.num_tokens)
         # The KV of the last token is not needed.
-        most = max(needed, min(card.pool.blocks_for(seq.max_num_tokens - 1), card.pool.num_blocks))
+        most = max(needed, min(card.block_manager.blocks_for(seq.max_num_tokens - 1), card.block_manager.num_blocks))
         return min(needed + 1, most)
 
     def _next_chunk(self, seq: Sequence, budget: int) -> PrefillChunk:
@@ -428,8 +431,8 @@ class Scheduler:
         """Blocks that are complete once the tokens before `end` are computed, and that the decode pool lacks."""
         if not lease.crosses or seq.num_tokens + 1 == seq.max_num_tokens:
             return ()
-        first, pool = lease.num_handed_off_blocks, lease.decode.card.pool
-        complete = pool.blocks_for(end) if is_last else end // pool.block_size
+        first, block_manager = lease.num_handed_off_blocks, lease.decode.card.block_manager
+        complete = block_manager.blocks_for(end) if is_last else end // block_manager.block_size
         last = max(first, complete)
         lease.num_handed_off_blocks = last
         return tuple(zip(lease.prefill.blocks[first:last], lease.decode.blocks[first:last], strict=True))
@@ -444,7 +447,7 @@ class Scheduler:
         """All KV of the request is where it decodes: it is shareable there, and the blocks elsewhere return."""
         lease = seq.lease
         assert lease is not None, f"request {seq.request_id} is handed off without a lease"
-        lease.decode.card.pool.cache(seq, lease.decode.blocks, 0, seq.num_prefilled_tokens)
+        lease.decode.card.block_manager.cache(seq, lease.decode.blocks, 0, seq.num_prefilled_tokens)
         logger.debug(
             "request %d: releases %d blocks that it was prefilled into, joins decode with %d",
             seq.request_id,
@@ -452,7 +455,7 @@ class Scheduler:
             len(lease.decode.blocks),
         )
         if lease.crosses:
-            lease.prefill.card.pool.free(lease.prefill.blocks)
+            lease.prefill.card.block_manager.free(lease.prefill.blocks)
             lease.prefill = lease.decode
         seq.status = SequenceStatus.DECODING
         del self._handing_off[seq]
@@ -464,15 +467,15 @@ class Scheduler:
         """Makes room for the KV of the token at the row's position; False if it cannot decode in this step."""
         seq, allocation = row.seq, row.lease.decode
         card = allocation.card
-        needed = row.position // card.pool.block_size + 1
+        needed = row.position // card.block_manager.block_size + 1
         while needed > len(allocation.blocks):
-            if needed > card.pool.num_blocks:
+            if needed > card.block_manager.num_blocks:
                 # What it has sampled and not yet shown comes first.
                 if seq.num_tokens == row.position + 1:
                     self._outgrew(seq, card)
                 return False
-            if card.pool.can_take((), 1):
-                allocation.blocks += card.pool.take((), 1)
+            if card.block_manager.can_allocate((), 1):
+                allocation.blocks += card.block_manager.allocate((), 1)
             elif any(lease.holds_on(card) and not lease.stuck for lease in self._draining_leases):
                 self._decoding[card].waits_for_blocks = True
                 return False
@@ -487,7 +490,7 @@ class Scheduler:
     def _outgrew(self, seq: Sequence, card: Card) -> None:
         error = OutOfKVCacheError(
             f"request {seq.request_id} has {seq.num_tokens} tokens and cannot grow: the KV pool of "
-            f"{card.pool.num_blocks} blocks of {card.pool.block_size} tokens holds no more; "
+            f"{card.block_manager.num_blocks} blocks of {card.block_manager.block_size} tokens holds no more; "
             "raise num_kvcache_blocks or gpu_memory_utilization, or lower max_tokens"
         )
         self.finish(seq, "error", error)
@@ -512,7 +515,7 @@ class Scheduler:
 
 def _free(lease: Lease) -> None:
     for allocation in lease.allocations:
-        allocation.card.pool.free(allocation.blocks)
+        allocation.card.block_manager.free(allocation.blocks)
 
 
 def _blocks_on(card: Card, leases: abc.Iterable[Lease]) -> list[list[int]]:

@@ -21,14 +21,14 @@ class Card:
     Attributes:
         name: how messages name it, such as `cuda:1`.
         label: how a trace names it, such as `decode device cuda:1`.
-        pool: accounts for the blocks of its KV pool.
+        block_manager: accounts for the blocks of the device's KV pool.
         max_prefill_tokens: maximum number of prompt tokens in a step; the device has workspace for no more.
         breaker: whether it is used for what another card can do in its place.
     """
 
     name: str
     label: str
-    pool: BlockManager
+    block_manager: BlockManager
     max_prefill_tokens: int
     breaker: CircuitBreaker = field(default_factory=lambda: CircuitBreaker(MAX_FAILURES_IN_A_ROW))
 

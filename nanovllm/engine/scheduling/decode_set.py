@@ -21,8 +21,8 @@ class DecodeSet:
     """
 
     def __init__(self, card: Card) -> None:
-        self._pool = card.pool
-        self._batch = HostDecodeBatch.of((), self._pool.block_size)
+        self._block_manager = card.block_manager
+        self._batch = HostDecodeBatch.of((), self._block_manager.block_size)
         self._has_ended_leases = False
         self._joining: list[DecodeRow] = []
         """Requests that decode and are not in the batch: new ones, and those that wait for a block."""
@@ -118,7 +118,7 @@ class DecodeSet:
         if joined:
             for row in joined:
                 row.seq.timeline.mark("decodes")
-            self._batch = self._batch.joined_by(HostDecodeBatch.of(joined, self._pool.block_size))
+            self._batch = self._batch.joined_by(HostDecodeBatch.of(joined, self._block_manager.block_size))
         return grown if self._batch is batch else []
 
     def _grow_ahead(self) -> list[int]:
@@ -126,11 +126,11 @@ class DecodeSet:
         batch, grown = self._batch, []
         is_near = (batch.capacities - batch.positions < GROW_AHEAD_TOKENS) & (batch.capacities <= batch.last_positions)
         for index in is_near.nonzero()[0].tolist():
-            if self._pool.num_free_blocks > len(batch) and not batch.leases[index].ended:
-                batch.leases[index].decode.blocks += self._pool.take((), 1)
+            if self._block_manager.num_free_blocks > len(batch) and not batch.leases[index].ended:
+                batch.leases[index].decode.blocks += self._block_manager.allocate((), 1)
                 self._note_growth(index)
                 grown.append(index)
         return grown
 
     def _note_growth(self, index: int) -> None:
-        self._batch.capacities[index] = len(self._batch.leases[index].decode.blocks) * self._pool.block_size
+        self._batch.capacities[index] = len(self._batch.leases[index].decode.blocks) * self._block_manager.block_size

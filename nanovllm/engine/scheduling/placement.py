@@ -37,7 +37,7 @@ class Placement:
         """Where a request that gets its lease now will be prefilled."""
         card, now = self.prefill_card, time.monotonic()
         is_out = card.breaker.is_out and not card.breaker.allows_trial(now)
-        has_outgrown = card.pool.blocks_for(seq.num_tokens) > card.pool.num_blocks
+        has_outgrown = card.block_manager.blocks_for(seq.num_tokens) > card.block_manager.num_blocks
         return self.decode_card if seq.failures or has_outgrown or is_out else card
 
     def prefill_began(self, lease: Lease) -> None:
