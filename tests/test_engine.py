@@ -463,7 +463,7 @@ class InterruptedAtLine:
         # What `step` has in its hands when it is interrupted is lost, as it would be in its caller's.
         if "nanovllm/engine/" not in frame.f_code.co_filename or frame.f_code.co_name in (
             "_start_over",
-            "mend",
+            "repair",
             "step",
         ):
             return None

@@ -121,7 +121,7 @@ class OnePool(RuleBasedStateMachine):
         step = self.scheduler.schedule_decode()
         if step is None:
             return
-        self.decodes += (splits and self.scheduler.split(step)) or [step]
+        self.decodes += (splits and self.scheduler.halve(step)) or [step]
         underway = {chunk.lease for chunk in self.handoffs}
         assert underway.isdisjoint(step.leases), "a request decodes before its KV has arrived"
         written = [row.lease.decode.blocks[row.position // BLOCK_SIZE] for row in step.decode]

@@ -96,7 +96,7 @@ INTEGER_POINTERS = {
     "row_numbers": "*i64",
 }
 COUNTS = {"num_inputs", "num_outputs", "words", "size", "num_tokens", "num_tiles"}
-INTEGERS = {"place", "num_requests", "num_sms", "num_rows", "num_stored", "max_blocks", "spare_row", "first_token"}
+INTEGERS = {"place", "num_requests", "num_sms", "num_rows", "num_stored", "max_blocks", "padding_row", "first_token"}
 FLOAT_POINTERS = {"partial", "log_sums", "cos", "sin", "best", "scores", "temperatures", "row_temperatures"}
 
 

@@ -636,7 +636,7 @@ def test_auto_runs_the_pipeline_where_it_measured_faster(checkpoint, monkeypatch
     monkeypatch.setattr(
         decode_calibrator.DecodeCalibrator, "_candidates", lambda *args: [Arrangement((0, 0), Cut.GEMMS)]
     )
-    monkeypatch.setattr(decode_calibrator.DecodeCalibrator, "_heat", lambda paths, run: None)
+    monkeypatch.setattr(decode_calibrator.DecodeCalibrator, "_warm_up", lambda paths, run: None)
     monkeypatch.setattr(decode_calibrator.DecodeCalibrator, "_time", lambda paths, run: timed(run))
 
     def timed(run):

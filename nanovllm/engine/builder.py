@@ -39,7 +39,7 @@ from nanovllm.models.decoder import CausalLM
 from nanovllm.models.description import ModelDescription
 from nanovllm.utils.checkpoint import checkpoint_folder, read_json
 from nanovllm.utils.device import Device, DeviceClock, resolve_device, resolve_device_pair
-from nanovllm.utils.loader import differ
+from nanovllm.utils.loader import tensors_differ
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def _parts(
     tracer: Tracer | None,
 ) -> EngineParts:
     spec = decode_runner.spec
-    placement = place(config, prefill_runner, decode_runner)
+    placement = build_placement(config, prefill_runner, decode_runner)
     runner_of = {placement.prefill_card: prefill_runner, placement.decode_card: decode_runner}
     runners = Runners({card: runner_of[card] for card in placement.cards})
     scheduler = build_scheduler(config, placement)
@@ -168,7 +168,7 @@ def runner_spec(config: EngineConfig, folder: Path, hf_config: dict[str, Any], d
     """What the runners have in common, with every `auto` and None of the options resolved."""
     model_class, model_config = resolve_model(hf_config)
     if config.load_format != "dummy":
-        model_config = with_head_of_its_own(folder, model_class, model_config)
+        model_config = with_untied_lm_head(folder, model_class, model_config)
     check_ranks(config.tensor_parallel_size, model_config, device)
     dtype = resolve_dtype(config.dtype, hf_config, device)
     needs = BackendRequirements(device.kind, dtype, model_config.head_dim, config.kvcache_block_size)
@@ -200,13 +200,13 @@ def runner_spec(config: EngineConfig, folder: Path, hf_config: dict[str, Any], d
     )
 
 
-def with_head_of_its_own(folder: Path, model_class: type[CausalLM], model_config: ModelDescription) -> ModelDescription:
+def with_untied_lm_head(folder: Path, model_class: type[CausalLM], model_config: ModelDescription) -> ModelDescription:
     """The config without tied embeddings where the checkpoint has a head that is not its embedding.
 
     Raises:
         ModelLoadError: the weights cannot be read.
     """
-    if not model_config.tie_word_embeddings or not differ(folder, *model_class.tied_tensors):
+    if not model_config.tie_word_embeddings or not tensors_differ(folder, *model_class.tied_tensors):
         return model_config
     embedding, head = model_class.tied_tensors
     logger.warning(
@@ -383,7 +383,7 @@ def check_ranks(num_ranks: int, config: ModelDescription, device: Device) -> Non
         )
 
 
-def place(config: EngineConfig, prefill_runner: ModelRunner, decode_runner: ModelRunner) -> Placement:
+def build_placement(config: EngineConfig, prefill_runner: ModelRunner, decode_runner: ModelRunner) -> Placement:
     """A card for each runner, with a block manager for its pool, and what each is for."""
 
     def make_card(runner: ModelRunner, label: str) -> Card:

@@ -160,7 +160,7 @@ class Loop:
                 self._handoffs.send(step, handle.event)
             return True
         self._undo_launch(step)
-        halves = self._scheduler.split(step)
+        halves = self._scheduler.halve(step)
         if halves is not None:
             launched = [self._launch(half) for half in halves]
             return any(launched)

@@ -131,7 +131,7 @@ class Observer:
     def log_prefill_health(self) -> None:
         """Says, once, that the prefill device is left out, or works again."""
         card = self._placement.prefill_card
-        was_out, self._prefill_is_out = self._prefill_is_out, card.breaker.is_out
+        was_out, self._prefill_is_out = self._prefill_is_out, card.breaker.is_open
         if self._prefill_is_out and not was_out:
             self._fallbacks["prefill device left out"] += 1
             logger.warning("%s is left out for a while, %s prefills alone", card, self._placement.decode_card)

@@ -183,7 +183,7 @@ class OutputProcessor:
             ttft_s=None if seq.first_token_s is None else seq.first_token_s - seq.arrival_s,
             latency_s=None if seq.finished_s is None else seq.finished_s - seq.arrival_s,
         )
-        # In this order, so that `mend` can tell what an interrupt left undone.
+        # In this order, so that `repair` can tell what an interrupt left undone.
         seq.output = output
         self._inboxes[seq.request_id].put(output)
         self._mark_emitted(seq)
@@ -196,7 +196,7 @@ class OutputProcessor:
             if inbox is not None:
                 inbox.request_ids.discard(seq.request_id)
             self._inboxes.pop(seq.request_id, None)
-            self.sequences.pop(seq.request_id, None)  # last, so that `mend` finds what is left
+            self.sequences.pop(seq.request_id, None)  # last, so that `repair` finds what is left
         seq.output = None
 
     # Requests that nobody waits for any more
@@ -222,7 +222,7 @@ class OutputProcessor:
 
     # After an interrupt
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Makes good what an interrupt broke off; all requests that have not ended are waiting.
 
         A streamed request that was just being given a token is aborted, since a piece of its text may be lost.

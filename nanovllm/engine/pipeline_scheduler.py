@@ -123,7 +123,7 @@ class PipelineScheduler:
         layers = self.model.model.layers
         lanes = self.green_manager.allocate(None if arrangement is None else arrangement.split)
         num_sms = {lane: sms or None for lane, sms in zip(Lane, lanes.split, strict=True)}
-        micro_batches = self._split(input_ids, positions, metadata, num_sms[Lane.ATTENTION])
+        micro_batches = self._micro_batches(input_ids, positions, metadata, num_sms[Lane.ATTENTION])
         plan = self._plan(len(layers), len(micro_batches), self.cut if arrangement is None else arrangement.cut)
         self.clock.begin(plan, len(layers))
 
@@ -152,7 +152,7 @@ class PipelineScheduler:
             self._plans[num_micro_batches, cut] = plan
         return self._plans[num_micro_batches, cut]
 
-    def _split(
+    def _micro_batches(
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata, num_sms: int | None
     ) -> list[MicroBatch]:
         """Rows in parts of equal size, give or take one, each with attention metadata of its own."""

@@ -51,23 +51,23 @@ class Recovery:
         self._outputs = outputs
         self._mailbox = mailbox
         self._observer = observer
-        self._is_whole = True
+        self._is_consistent = True
         """Whether the last turn ran to its end, or what broke it off has been mended."""
 
     def guard(self, work: Callable[[], None]) -> None:
         """Does what changes the state of requests; if that is broken off, mends it, and all end if a device is lost."""
         try:
-            self._mend()
-            self._is_whole = False
+            self._repair()
+            self._is_consistent = False
             work()
-            self._is_whole = True
+            self._is_consistent = True
         except BaseException as error:
             lost = self._runners.lost_device(error)
             if lost is not None:
                 self.end_all(lost)
                 return
             try:
-                self._mend()
+                self._repair()
             except (DeviceError, WorkerError) as lost_meanwhile:
                 self.end_all(lost_meanwhile)
             raise
@@ -87,21 +87,21 @@ class Recovery:
 
     def end_all(self, error: DeviceError | WorkerError) -> None:
         """Ends every request with this error: nothing will run any more."""
-        self._is_whole = False
+        self._is_consistent = False
         logger.error("%s; all requests end", error)
         self.give_up_devices(error)
         self._take_in_arrived()
         self._scheduler.start_over(self._outputs.unfinished(), ())
         self._outputs.fail_all(error)
-        self._is_whole = True
+        self._is_consistent = True
 
     def give_up_devices(self, error: DeviceError | WorkerError) -> None:
         """Leaves what is on the devices, and under way there, to the end of the process."""
         self.device_error = error
         leak_until_exit(*self._runners, self._steps.drop(), self._handoffs, self._handoffs.drop())
 
-    def _mend(self) -> None:
-        if self._is_whole:
+    def _repair(self) -> None:
+        if self._is_consistent:
             return
         if self.device_error is None:
             self._start_over()
@@ -119,8 +119,8 @@ class Recovery:
         self._steps.drop()
         self._take_in_arrived()
         self._scheduler.start_over(self._outputs.unfinished(), stuck)
-        self._outputs.mend()
-        self._is_whole = True
+        self._outputs.repair()
+        self._is_consistent = True
 
     def _take_in_arrived(self) -> None:
         while self._mailbox.arrived:

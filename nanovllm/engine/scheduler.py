@@ -257,11 +257,11 @@ class Scheduler:
 
     # Work in flight
 
-    def split(self, step: Step) -> abc.Sequence[Step] | None:
+    def halve(self, step: Step) -> abc.Sequence[Step] | None:
         """Two smaller steps to launch instead of one that could not be; None if it has a single request."""
         halves = step.halves()
         if halves is not None and step.decode:
-            self._decoding[step.card].rows_split(step.decode, [half.decode for half in halves if half.decode])
+            self._decoding[step.card].rows_halved(step.decode, [half.decode for half in halves if half.decode])
         return halves
 
     def cancel(self, step: Step) -> None:

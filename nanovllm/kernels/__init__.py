@@ -18,7 +18,7 @@ from nanovllm.errors import BackendUnavailableError
 
 
 class RowField(IntEnum):
-    """What the device keeps of a decoding request, in rows of a [NUM_ROW_FIELDS, num_slots] int64 tensor."""
+    """What the device keeps of a decoding request, as rows of a [NUM_ROW_FIELDS, num_stored] int64 tensor."""
 
     LAST_TOKEN = 0
     POSITION = 1
@@ -199,11 +199,11 @@ class Kernels(Protocol):
         gathered: torch.Tensor,
         token_ids: torch.Tensor,
         fields: torch.Tensor,
-        spare_row: int,
+        padding_row: int,
     ) -> None:
         """Makes `fields` what the next step is fed: the sampled [B] int64 tokens (0 for a negative one), a position on.
 
-        The spare row, which may be there several times, stays at its first position.
+        The padding row, which `indices` may hold several times, stays at its first position.
         """
 
 

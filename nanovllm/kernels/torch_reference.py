@@ -133,12 +133,12 @@ class Backend:
         gathered: torch.Tensor,
         token_ids: torch.Tensor,
         fields: torch.Tensor,
-        spare_row: int,
+        padding_row: int,
     ) -> None:
         fields[RowField.LAST_TOKEN, indices] = token_ids.clamp(min=0)
         fields[RowField.POSITION, indices] = gathered[RowField.POSITION] + 1
         fields[RowField.OUTPUT_INDEX, indices] = gathered[RowField.OUTPUT_INDEX] + 1
-        fields[RowField.POSITION, spare_row] = 0
+        fields[RowField.POSITION, padding_row] = 0
 
 
 def store_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:

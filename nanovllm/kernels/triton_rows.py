@@ -49,11 +49,11 @@ def gather_rows(
 
 
 def advance_rows(
-    indices: torch.Tensor, gathered: torch.Tensor, token_ids: torch.Tensor, fields: torch.Tensor, spare_row: int
+    indices: torch.Tensor, gathered: torch.Tensor, token_ids: torch.Tensor, fields: torch.Tensor, padding_row: int
 ) -> None:
     """What the next step is fed: the sampled tokens, 0 for a negative one, a position further.
 
-    The spare row stays at its first position.
+    The padding row stays at its first position.
     """
     num_rows = len(indices)
     _advance_rows_kernel[(triton.cdiv(num_rows, TILE_ROWS),)](
@@ -63,7 +63,7 @@ def advance_rows(
         fields,
         num_rows,
         fields.shape[1],
-        spare_row,
+        padding_row,
         LAST_TOKEN=RowField.LAST_TOKEN.value,
         POSITION=RowField.POSITION.value,
         OUTPUT_INDEX=RowField.OUTPUT_INDEX.value,
@@ -118,7 +118,7 @@ def _advance_rows_kernel(
     fields,
     num_rows,
     num_stored,
-    spare_row,
+    padding_row,
     LAST_TOKEN: tl.constexpr,
     POSITION: tl.constexpr,
     OUTPUT_INDEX: tl.constexpr,
@@ -133,5 +133,5 @@ def _advance_rows_kernel(
     output_index = tl.load(gathered + OUTPUT_INDEX * num_rows + rows, mask=there, other=0) + 1
     token = tl.load(token_ids + rows, mask=there, other=0)
     tl.store(fields + LAST_TOKEN * num_stored + index, tl.maximum(token, 0), mask=there)
-    tl.store(fields + POSITION * num_stored + index, tl.where(index == spare_row, 0, position), mask=there)
+    tl.store(fields + POSITION * num_stored + index, tl.where(index == padding_row, 0, position), mask=there)
     tl.store(fields + OUTPUT_INDEX * num_stored + index, output_index, mask=there)

@@ -69,7 +69,7 @@ def load_weights(
     return unused
 
 
-def differ(folder: Path, first: str, second: str) -> bool:
+def tensors_differ(folder: Path, first: str, second: str) -> bool:
     """Whether a checkpoint has both of these tensors and they differ.
 
     Raises:

@@ -34,7 +34,7 @@ CALIBRATED_ATTENTION_SM = (28, 32, 36, 56, 64)
 CALIBRATED_CUTS = (Cut.GEMMS, Cut.REST)
 """What the decode pipeline is timed for. Smaller batches it has never been worth."""
 NUM_TIMED_STEPS = 4
-HEATING_S = 0.4
+WARM_UP_S = 0.4
 """Seconds that a GPU's clocks take to come down to what its power allows."""
 
 
@@ -161,22 +161,22 @@ class DecodeCalibrator:
 
     def _measured(self, arrangements: list[Arrangement], batches: list[int], contexts: list[int]) -> list[Measured]:
         paths = {arrangement: self._make_steps(batches, arrangement) for arrangement in (None, *arrangements)}
-        self._heat(functools.partial(paths[None].replay, batches[-1]))
+        self._warm_up(functools.partial(paths[None].replay, batches[-1]))
         points = []
         for batch, context in itertools.product(batches, contexts):
             seconds = {}
             for arrangement, steps in paths.items():
-                self._rows.pretend(batch, context)
+                self._rows.fill_with_dummies(batch, context)
                 seconds[arrangement] = self._time(functools.partial(steps.replay, batch))
             pipelined_s = {arrangement: seconds[arrangement] for arrangement in arrangements}
             points.append(Measured(batch, context, seconds[None], pipelined_s))
         self._rows.forget()
         return points
 
-    def _heat(self, run: Callable[[], object]) -> None:
+    def _warm_up(self, run: Callable[[], object]) -> None:
         """Keeps the GPU busy until it runs at the clocks that it will run at."""
         started = time.perf_counter()
-        while time.perf_counter() - started < HEATING_S:
+        while time.perf_counter() - started < WARM_UP_S:
             run()
             self._synchronize()
 

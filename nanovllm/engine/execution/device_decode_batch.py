@@ -59,9 +59,9 @@ class RowChanges:
 
 
 class DeviceDecodeBatch:
-    """Rows for `max_num_rows` requests and a spare one, which pads a batch to a bucket.
+    """Rows for `max_num_rows` requests and a padding row, which fills a batch up to a bucket.
 
-    A request keeps its row for as long as its lease lasts. The spare row's tokens go to block `spare_block`.
+    A request keeps its row for as long as its lease lasts. The padding row's KV goes to block `padding_block`.
     """
 
     def __init__(
@@ -71,23 +71,23 @@ class DeviceDecodeBatch:
         max_num_rows: int,
         max_model_len: int,
         block_size: int,
-        spare_block: int,
+        padding_block: int,
     ) -> None:
         self.device = device
         self.backend = backend
         self.block_size = block_size
         self.max_model_len = max_model_len
         self.max_num_rows = max_num_rows
-        self.spare_row = max_num_rows
-        self._spare_block = spare_block
+        self.padding_row = max_num_rows
+        self._padding_block = padding_block
         num_rows, where = max_num_rows + 1, device.torch_device
         max_blocks = -(-max_model_len // block_size)
         self._fields = torch.zeros(NUM_ROW_FIELDS, num_rows, dtype=torch.int64, device=where)
         self._temperatures = torch.zeros(num_rows, dtype=torch.float32, device=where)
         self._block_tables = torch.zeros(num_rows, max_blocks, dtype=torch.int32, device=where)
-        self._block_tables[self.spare_row] = spare_block
+        self._block_tables[self.padding_row] = padding_block
         self._query_starts = torch.arange(num_rows + 1, dtype=torch.int32, device=where)
-        self._order = torch.full((num_rows,), self.spare_row, dtype=torch.int64, device=where)
+        self._order = torch.full((num_rows,), self.padding_row, dtype=torch.int64, device=where)
         self._batch_sent: list[Lease] | None = None
         self._row_of: dict[Lease, int] = {}
         self._num_blocks_sent = [0] * num_rows
@@ -102,7 +102,7 @@ class DeviceDecodeBatch:
         joined, temperatures = self._joined([row for row in rows if row.lease not in self._row_of])
         order = [self._row_of[lease] for lease in leases]
         grown = self._grown(zip(order, leases, strict=True))
-        padding = [self.spare_row] * (len(self._order) - len(order))
+        padding = [self.padding_row] * (len(self._order) - len(order))
         self._batch_sent = leases
         return RowChanges(joined, temperatures, grown, np.array(order + padding, dtype=np.int64))
 
@@ -126,17 +126,17 @@ class DeviceDecodeBatch:
         self._row_of = {}
 
     def pad(self, size: int) -> None:
-        """Makes `size` spare rows the batch: for warm-up and capture."""
+        """Makes the batch `size` times the padding row: for warm-up and capture."""
         self._batch_sent = None
-        self._order[:size] = self.spare_row
+        self._order[:size] = self.padding_row
 
-    def pretend(self, size: int, context: int) -> None:
+    def fill_with_dummies(self, size: int, context: int) -> None:
         """Makes `size` requests of `context` tokens in random blocks the batch: to time a step of them."""
         self.forget()
         where = self._block_tables.device
         self._order[:size] = torch.arange(size, device=where)
         self._fields[RowField.POSITION, :size] = context - 1
-        self._block_tables[:size] = torch.randint(self._spare_block, self._block_tables[:size].shape, device=where)
+        self._block_tables[:size] = torch.randint(self._padding_block, self._block_tables[:size].shape, device=where)
 
     def gather(self, size: int) -> DecodeInputs:
         """The inputs of the next step; runs on the device alone, so that it can be captured."""
@@ -157,7 +157,7 @@ class DeviceDecodeBatch:
 
     def advance(self, inputs: DecodeInputs, token_ids: torch.Tensor) -> None:
         """The sampled tokens are what the next step is fed; on the device alone."""
-        self.backend.advance_rows(inputs.rows, inputs.fields, token_ids, self._fields, self.spare_row)
+        self.backend.advance_rows(inputs.rows, inputs.fields, token_ids, self._fields, self.padding_row)
 
     def correct(self, token_ids: torch.Tensor) -> None:
         """The first rows of the batch have sampled these, [N] int64, instead of what `advance` was told."""

@@ -77,7 +77,7 @@ def num_kv_blocks(
     needed = (num_blocks + 1) * spec.block_bytes
     if needed > available:
         raise OutOfKVCacheError(
-            f"a KV pool of {num_blocks} blocks and a spare one takes {needed / GIB:.2f} GiB, but {where} leaves "
+            f"a KV pool of {num_blocks} blocks and a padding block takes {needed / GIB:.2f} GiB, but {where} leaves "
             f"{max(available, 0) / GIB:.2f} GiB for it; {remedy}"
         )
     num_blocks = ranks.all_reduce_min(num_blocks)

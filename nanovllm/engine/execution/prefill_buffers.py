@@ -23,7 +23,7 @@ blocks follow."""
 class PrefillBuffers:
     """Room for steps of at most `max_num_tokens` tokens of `max_num_requests` requests.
 
-    A step is padded with tokens of no request, which go to `spare_block`, and with requests of no tokens. The
+    A step is padded with tokens of no request, which go to `padding_block`, and with requests of no tokens. The
     blocks that it hands over are part of it if `pushes`.
     """
 
@@ -34,7 +34,7 @@ class PrefillBuffers:
         max_num_requests: int,
         max_model_len: int,
         block_size: int,
-        spare_block: int,
+        padding_block: int,
         *,
         pushes: bool,
     ) -> None:
@@ -44,7 +44,7 @@ class PrefillBuffers:
         self.max_model_len = max_model_len
         self.block_size = block_size
         # The last one: after it there is nothing to clear.
-        self._spare_slot = (spare_block + 1) * block_size - 1
+        self._padding_slot = (padding_block + 1) * block_size - 1
         self._max_blocks = -(-max_model_len // block_size)
         self._num_request_numbers = max_num_requests * (NUM_REQUEST_COLUMNS + self._max_blocks)
         self._pushes = pushes
@@ -58,11 +58,11 @@ class PrefillBuffers:
         pushed = block_list([pair for chunk in chunks for pair in chunk.handoff] if self._pushes else [])
         numbers = np.zeros(num_numbers + len(pushed), dtype=np.int64)
         numbers[num_numbers:] = pushed
-        requests, tokens = self._split(numbers, size)
+        requests, tokens = self._views(numbers, size)
         context_lens, ends, sampled_rows, seeds, output_indices, temperatures = requests[:NUM_REQUEST_COLUMNS]
         tables = requests[NUM_REQUEST_COLUMNS:].T
         token_ids, positions, slots = tokens
-        slots[:] = self._spare_slot
+        slots[:] = self._padding_slot
         end, num_sampled = 0, 0
         for row, chunk in enumerate(chunks):
             seq, table = chunk.seq, np.array(chunk.lease.prefill.blocks, dtype=np.int64)
@@ -89,7 +89,7 @@ class PrefillBuffers:
 
     def gather(self, size: int, num_sampled: int) -> ModelInputs:
         """The inputs of the step, padded to `size` tokens and `num_sampled` sampled rows; runs on the device alone."""
-        requests, tokens = self._split(self._numbers, size)
+        requests, tokens = self._views(self._numbers, size)
         context_lens, ends, sampled_rows, seeds, output_indices, temperatures = requests[:NUM_REQUEST_COLUMNS]
         token_ids, positions, slots = tokens
         metadata = AttentionMetadata(
@@ -113,7 +113,7 @@ class PrefillBuffers:
             self._numbers[first_pushed:] if self._pushes else None,
         )
 
-    def _split(self, numbers, size):  # type: ignore[no-untyped-def] # numpy and torch alike
+    def _views(self, numbers, size):  # type: ignore[no-untyped-def] # numpy and torch alike
         """[columns, max_num_requests] and [NUM_TOKEN_COLUMNS, size] views of the numbers of a step."""
         requests = numbers[: self._num_request_numbers].reshape(-1, self.max_num_requests)
         first, last = self._num_request_numbers, self._num_request_numbers + NUM_TOKEN_COLUMNS * size

@@ -76,7 +76,7 @@ class DecodeSet:
         """They are no longer in flight."""
         self._in_flight.remove(rows)
 
-    def rows_split(self, rows: DecodeRows, parts: list[DecodeRows]) -> None:
+    def rows_halved(self, rows: DecodeRows, parts: list[DecodeRows]) -> None:
         """These will be in flight instead."""
         self._in_flight.remove(rows)
         self._in_flight += parts

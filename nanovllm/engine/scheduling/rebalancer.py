@@ -146,7 +146,7 @@ class Rebalancer:
     def _worth_trying(self, batch: int, context: float) -> list[Arrangement | None]:
         current_s = self._expected_s(self.current, batch, context)
         imbalance = self._of(self.current, batch).imbalance
-        paths = [None, *(one for one in self._ready.get(batch, ()) if not self._outages[one].is_out)]
+        paths = [None, *(one for one in self._ready.get(batch, ()) if not self._outages[one].is_open)]
         return [
             path
             for path in paths
