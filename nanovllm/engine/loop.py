@@ -199,8 +199,8 @@ class Loop:
         if step.chunks:
             counters.prefill_steps += 1
             counters.prefill_tokens += step.num_prefill_tokens
-            counting = [self._scheduler.prefill_done(chunk) for chunk in step.chunks]
-            self._outputs.take_tokens_after_chunks(counting, step, tokens.after_chunks)
+            live = [self._scheduler.prefill_done(chunk) for chunk in step.chunks]
+            self._outputs.take_tokens_after_chunks(live, step, tokens.after_chunks)
             self._handoffs.step_ended(step)
         if step.decode:
             counters.decode_steps += 1

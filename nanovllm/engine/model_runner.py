@@ -186,10 +186,10 @@ class ModelRunner:
         """
         if method not in COPY_METHODS:
             raise HandoffError(f"method={short_repr(method)} is not one of {', '.join(COPY_METHODS)}")
-        for block, goal in pairs:
-            if not (0 <= block < self.num_kv_blocks and 0 <= goal < other.num_kv_blocks):
+        for block, target_block in pairs:
+            if not (0 <= block < self.num_kv_blocks and 0 <= target_block < other.num_kv_blocks):
                 raise HandoffError(
-                    f"blocks ({block}, {goal}) are not below ({self.num_kv_blocks}, {other.num_kv_blocks}), "
+                    f"blocks ({block}, {target_block}) are not below ({self.num_kv_blocks}, {other.num_kv_blocks}), "
                     "what the two pools have"
                 )
         with other.on(other.copy_stream), self.on(self.copy_stream):

@@ -61,18 +61,18 @@ class OutputProcessor:
 
     # Tokens
 
-    def take_tokens_after_chunks(self, counting: list[bool], step: Step, sampled: SampledOnHost) -> None:
+    def take_tokens_after_chunks(self, live: list[bool], step: Step, sampled: SampledOnHost) -> None:
         """Gives requests whose prompt a step has completed the token after it.
 
         Args:
-            counting: for each of the step's chunks, whether it still counts.
+            live: for each of the step's chunks, whether its request still has the lease that the chunk ran under.
             step: the step.
             sampled: a token for each chunk that is the last of its prompt.
         """
-        last = [(chunk.seq, counts) for chunk, counts in zip(step.chunks, counting, strict=True) if chunk.is_last]
+        last = [(chunk.seq, is_live) for chunk, is_live in zip(step.chunks, live, strict=True) if chunk.is_last]
         assert len(last) == len(sampled.token_ids), "a token for each request whose prompt is complete"
-        for index, (seq, counts) in enumerate(last):
-            if counts:
+        for index, (seq, is_live) in enumerate(last):
+            if is_live:
                 self._observer.times.got_token(seq)
                 self.append(seq, int(sampled.token_ids[index]), sampled.logprobs_of(index))
 
@@ -80,18 +80,18 @@ class OutputProcessor:
         """Gives the requests of a step's decode part their next token, but for those that have ended meanwhile."""
         rows, batch, token_ids = step.decode, step.decode.batch, sampled.token_ids.tolist()
         needs_check = rows.needs_host_check(sampled.token_ids, step.card.block_manager.block_size)
-        counts = np.ones(len(batch), dtype=bool)
+        live = np.ones(len(batch), dtype=bool)
         if rows.ended_leases:
-            counts[:] = [seq.lease is lease for seq, lease in zip(batch.seqs, batch.leases, strict=True)]
-        self._observer.times.got_tokens(batch.token_time_indices[counts])
+            live[:] = [seq.lease is lease for seq, lease in zip(batch.seqs, batch.leases, strict=True)]
+        self._observer.times.got_tokens(batch.token_time_indices[live])
         # Most tokens are only appended. `deque` runs the appends in C: a Python loop over 256 rows takes five times as
         # long, in every step.
-        only_append = (counts & ~needs_check).tolist()
+        only_append = (live & ~needs_check).tolist()
         appended = map(
             list.append, itertools.compress(batch.token_lists, only_append), itertools.compress(token_ids, only_append)
         )
         deque(appended, maxlen=0)
-        for index in (counts & needs_check).nonzero()[0].tolist():
+        for index in (live & needs_check).nonzero()[0].tolist():
             self.append(batch.seqs[index], token_ids[index], sampled.logprobs_of(index))
 
     def append(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> None:

@@ -205,13 +205,13 @@ class Scheduler:
     # Steps and copies that have ended
 
     def prefill_done(self, chunk: PrefillChunk) -> bool:
-        """The chunk has run: its full blocks are shareable where it ran.
+        """A chunk has run: its full blocks may be shared on the card where it ran.
 
-        Returns whether it still counts: False if the request has ended or lost its lease meanwhile.
+        Returns whether the chunk is live: False if its request has ended or lost its lease meanwhile.
         """
         seq, lease = chunk.seq, chunk.lease
-        counts = seq.lease is lease
-        if counts:
+        is_live = seq.lease is lease
+        if is_live:
             lease.prefill.card.block_manager.cache(seq, lease.prefill.blocks, chunk.start, chunk.end)
             if chunk.is_last and not chunk.handoff:
                 self.placement.prefill_worked(lease)
@@ -222,7 +222,7 @@ class Scheduler:
             elif _has_tokens_to_prefill(seq):
                 seq.timeline.mark("prefill queue")
         self.release(lease)
-        return counts
+        return is_live
 
     def blocks_arrived(self, lease: Lease) -> None:
         """A handoff of blocks of the lease has ended well."""
@@ -230,10 +230,7 @@ class Scheduler:
         self.release(lease)
 
     def decode_done(self, step: Step) -> None:
-        """The decode part has run: the KV of the tokens it was fed is in its card's pool.
-
-        It still counts for those of its requests that have the same lease as then.
-        """
+        """The decode part of a step has run: the KV of the tokens that it was fed is in the card's pool."""
         self._decoding[step.card].rows_ended(step.decode)
         for lease in step.decode.ended_leases:
             self.release(lease)

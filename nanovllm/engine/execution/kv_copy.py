@@ -14,8 +14,8 @@ from nanovllm.utils.device import enable_peer_access, wait_event
 
 def _copy_blocks(source: Any, target: Any, pairs: abc.Sequence[BlockPair]) -> None:
     # Across GPUs torch copies on the source's current stream and makes both current streams wait on each other.
-    for block, goal in pairs:
-        target.kv_pool[goal].copy_(source.kv_pool[block], non_blocking=True)
+    for block, target_block in pairs:
+        target.kv_pool[target_block].copy_(source.kv_pool[block], non_blocking=True)
 
 
 def _push_blocks(source: Any, target: Any, pairs: abc.Sequence[BlockPair]) -> None:
@@ -27,14 +27,14 @@ def _push_blocks(source: Any, target: Any, pairs: abc.Sequence[BlockPair]) -> No
 
 
 def _stage_blocks(source: Any, target: Any, pairs: abc.Sequence[BlockPair]) -> None:
-    for block, goal in pairs:
+    for block, target_block in pairs:
         block_of_source = source.kv_pool[block]
         host = torch.empty(block_of_source.shape, dtype=block_of_source.dtype, device="cpu", pin_memory=True)
         host.copy_(block_of_source, non_blocking=True)
         staged = source.record_copy_event()
         with target.on(target.copy_stream):
             wait_event(target.copy_stream, staged)
-            target.kv_pool[goal].copy_(host, non_blocking=True)
+            target.kv_pool[target_block].copy_(host, non_blocking=True)
 
 
 COPY_METHODS = {"copy": _copy_blocks, "push": _push_blocks, "staged": _stage_blocks}

@@ -116,14 +116,14 @@ class _PeerHandle:
             return
         # The blocks that were sent are held, and not written again, until the handoff is over.
         sent = self._source.checksum_blocks([block for block, _ in self._to_verify], self._arrived)
-        arrived = self._target.checksum_blocks([goal for _, goal in self._to_verify], self._arrived)
+        arrived = self._target.checksum_blocks([target_block for _, target_block in self._to_verify], self._arrived)
         wrong = (sent != arrived).nonzero()
         if len(wrong):
             row, layer = wrong[0].tolist()
-            block, goal = self._to_verify[row]
+            block, target_block = self._to_verify[row]
             raise HandoffError(
-                f"block {goal} of the decode pool differs in layer {layer} from block {block} of the prefill pool, "
-                f"which was sent there ({len(wrong)} of {sent.numel()} block layers differ)"
+                f"block {target_block} of the decode pool differs in layer {layer} from block {block} of the prefill "
+                f"pool, which was sent there ({len(wrong)} of {sent.numel()} block layers differ)"
             )
 
     def moments(self) -> tuple[float, float] | None:

@@ -59,8 +59,8 @@ class PushToPool:
         def push(kv_cache: torch.Tensor) -> None:
             target = next(targets)
             if self._copy_stream is None:
-                blocks, goals = pushed_blocks[1 : 1 + 2 * int(pushed_blocks[0])].view(-1, 2).unbind(1)
-                target[goals] = kv_cache[blocks]
+                blocks, target_blocks = pushed_blocks[1 : 1 + 2 * int(pushed_blocks[0])].view(-1, 2).unbind(1)
+                target[target_blocks] = kv_cache[blocks]
                 return
             # It needs triton, which a machine without GPUs may lack.
             from nanovllm.kernels.triton_transfer import NUM_PROGRAMS_BESIDE, push_blocks

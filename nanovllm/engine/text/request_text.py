@@ -190,7 +190,7 @@ class _Decoder:
 
 
 class StreamedText:
-    """Decodes as tokens come; holds back what ends inside a character or may be the beginning of a stop string.
+    """Decodes as tokens come; holds back what ends inside a character or may be the prefix of a stop string.
 
     Stop strings are looked for in the text, which has no special tokens, and those that name special tokens also in
     what the model wrote, special tokens included.
