@@ -25,7 +25,7 @@ def has_marks(text: str) -> bool:
 class _State:
     """A state of the automaton: the prefix of `length` characters that the sorted stop strings [low, high) share."""
 
-    __slots__ = ("found", "high", "length", "children", "low", "failure", "width")
+    __slots__ = ("children", "failure", "found", "high", "length", "low", "width")
 
     def __init__(self, low: int, high: int, length: int, width: int) -> None:
         self.low, self.high, self.length = low, high, length
@@ -63,7 +63,7 @@ class StopFinder:
         self._state = self._root
 
     def add(self, text: str) -> int | None:
-        """Takes the next delta. If stop strings end in it, returns how many characters came since the first of them began."""
+        """Takes the next delta. If stop strings end in it: how many characters came since the first of them began."""
         state = self._state
         if state is self._root and not self._first.search(text):
             return None
