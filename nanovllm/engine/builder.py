@@ -43,8 +43,8 @@ from nanovllm.utils.loader import tensors_differ
 
 logger = logging.getLogger(__name__)
 
-ONE_AT_A_TIME = threading.Lock()
-"""While one thread captures a CUDA graph, another may not: the first one's capture fails."""
+BUILD_LOCK = threading.Lock()
+"""Held while an engine is built: a CUDA graph capture fails if another thread captures at the same time."""
 
 DEFAULT_MAX_MODEL_LEN = 4096
 
@@ -77,7 +77,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
     tokenizer = load_tokenizer(folder)
     eos_ids = end_of_sequence_ids(folder, hf_config, tokenizer, spec.model_config.vocab_size)
     warn_of_generation_settings(folder)
-    with ONE_AT_A_TIME:
+    with BUILD_LOCK:
         prefill_runner, decode_runner, kv_transfer = build_runners(config, spec, devices)
     try:
         return _parts(config, prefill_runner, decode_runner, kv_transfer, tokenizer, eos_ids, tracer)
@@ -130,7 +130,7 @@ def _parts(
 def resolved_options(
     config: EngineConfig, prefill_runner: ModelRunner, decode_runner: ModelRunner, kv_transfer: KVTransfer
 ) -> dict[str, Any]:
-    """Every option and what it has come to; of the number of blocks and of SMs there may be several."""
+    """Every option by name with its resolved value; numbers of blocks and of SMs may be several."""
     spec, runners = decode_runner.spec, {"prefill": prefill_runner, "decode": decode_runner}
     pipeline = decode_runner.get_pipeline_statistics()
     return dataclasses.asdict(config) | {
@@ -151,7 +151,7 @@ def resolved_options(
 
 
 def resolve_devices(config: EngineConfig) -> tuple[Device, Device]:
-    """Prefill device and decode device; the same one twice unless there are to be two.
+    """Prefill device and decode device; the same device twice without `enable_two_gpu_pd`.
 
     Raises:
         ConfigError: a device does not exist.
@@ -201,7 +201,7 @@ def runner_spec(config: EngineConfig, folder: Path, hf_config: dict[str, Any], d
 
 
 def with_untied_lm_head(folder: Path, model_class: type[CausalLM], model_config: ModelDescription) -> ModelDescription:
-    """The config without tied embeddings where the checkpoint has a head that is not its embedding.
+    """The description, with `tie_word_embeddings` unset if the checkpoint's `lm_head` and embedding differ.
 
     Raises:
         ModelLoadError: the weights cannot be read.
@@ -221,9 +221,9 @@ def with_untied_lm_head(folder: Path, model_class: type[CausalLM], model_config:
 
 
 def model_memory(model: str, dtype: str = "auto") -> tuple[int, int]:
-    """Bytes of a checkpoint's weights, as its config.json says, and of the KV of a token, on a GPU.
+    """Bytes of a checkpoint's weights and of one token's KV on a GPU, computed from its config.json.
 
-    No weights are read, nor downloaded.
+    Reads and downloads no weights.
 
     Raises:
         ModelLoadError: the checkpoint cannot be served.
@@ -256,7 +256,7 @@ def resolve_dtype(option: str, hf_config: dict[str, Any], device: Device) -> tor
 
 
 def resolve_max_model_len(option: int | None, model_config: ModelDescription) -> int:
-    """The longest request: as asked for, else 4096, the model's limit or its window.
+    """Maximum tokens of a request: as asked for, else the least of 4096, the model's limit and its window.
 
     Raises:
         ConfigError: more than the model's positions, or more than its layers attend to.
@@ -286,7 +286,7 @@ def resolve_max_model_len(option: int | None, model_config: ModelDescription) ->
 def build_runners(
     config: EngineConfig, spec: RunnerSpec, devices: tuple[Device, Device]
 ) -> tuple[ModelRunner, ModelRunner, KVTransfer]:
-    """Prefill runner, decode runner and what carries KV between them; on one device the two are one object.
+    """Prefill runner, decode runner and the KV transfer between them; on one device both runners are one object.
 
     This is the one place that asks how many devices there are.
     """
@@ -327,10 +327,10 @@ def build_runners(
 
 
 def build_ranks(config: EngineConfig, spec: RunnerSpec, device: Device) -> ModelRunner:
-    """The first rank of several, which has the others follow.
+    """The runner of rank 0; the other ranks run in worker processes and follow it.
 
     Raises:
-        WorkerError: one of them did not start; with its traceback.
+        WorkerError: a rank did not start; the message has its traceback.
     """
     make_runner = functools.partial(_rank_runner, spec, config.max_num_batched_tokens, device)
     workers = Workers(spec.num_ranks, make_runner, functools.partial(_device_of, device), config.step_timeout_s)
@@ -367,10 +367,10 @@ def _rank_runner(
 
 
 def check_ranks(num_ranks: int, config: ModelDescription, device: Device) -> None:
-    """Whether a model can be computed by so many ranks.
+    """Checks that the model can be divided among `num_ranks` ranks.
 
     Raises:
-        ConfigError: there are not as many GPUs, or something of the model cannot be divided so.
+        ConfigError: there are not as many GPUs, or they do not divide heads, FFN rows or vocabulary.
     """
     num_gpus = torch.cuda.device_count() if device.is_cuda else num_ranks
     if num_ranks > num_gpus:
@@ -384,7 +384,7 @@ def check_ranks(num_ranks: int, config: ModelDescription, device: Device) -> Non
 
 
 def build_placement(config: EngineConfig, prefill_runner: ModelRunner, decode_runner: ModelRunner) -> Placement:
-    """A card for each runner, with a block manager for its pool, and what each is for."""
+    """A card for each runner, with a block manager for its pool, and the roles of the cards."""
 
     def make_card(runner: ModelRunner, label: str) -> Card:
         block_manager = BlockManager(runner.num_kv_blocks, runner.block_size, config.enable_prefix_caching)

@@ -18,14 +18,15 @@ from nanovllm.errors import EngineBusyError
 from nanovllm.outputs import RequestOutput
 
 MAX_WAIT_S = 0.1
-"""Longest sleep of a call that waits before it looks around again: one that was interrupted may have woken nobody."""
+"""Maximum sleep of a waiting call before it checks again: a call that was interrupted may have woken nobody."""
 
 
 class Call:
     """A call of a public method on its thread's stack, for as long as it is in `with call.on_stack:`.
 
-    That is a lock of the interpreter's own, which `with` lets go of however the block ends: Python hears no signal
-    between taking such a lock and the block, nor between the block and letting go. Nobody ever waits for it.
+    `on_stack` is a lock of the interpreter's own, which `with` releases however the block ends: Python runs no signal
+    handler between acquiring such a lock and the block, nor between the block and the release. No thread ever waits
+    for this lock.
     """
 
     def __init__(self) -> None:
@@ -135,7 +136,7 @@ class Turns:
         self._waiting: dict[Call, Inbox] = {}
 
     def take(self, call: Call) -> bool:
-        """Begins a turn of `call` if nobody else has the turn; whether it did."""
+        """Begins a turn of `call` if no other call has the turn. Returns whether it began."""
         mine = _Turn(call)
         last = self._last()
         if not last.is_over or last.followed_by(mine) is not mine:
@@ -178,7 +179,7 @@ class Turns:
             self._waiting.pop(call, None)
 
     def wake_all(self) -> None:
-        """Lets the calls that wait look around: there may be outputs, the turn may be free, or the engine closed."""
+        """Wakes all waiting calls: there may be outputs, the turn may be free, or the engine closed."""
         for inbox in list(self._waiting.values()):
             inbox.ring()
 

@@ -1,4 +1,4 @@
-"""Every kernel in plain torch: the definition of right, on any device. Slow on purpose: one request at a time."""
+"""Every kernel in plain torch: the reference for correctness, on any device. Slow on purpose: one request at a time."""
 
 from __future__ import annotations
 
@@ -162,10 +162,10 @@ def gather_context(
 def gumbel_noise(
     seeds: torch.Tensor, output_indices: torch.Tensor, num_tokens: int, first_token: int = 0
 ) -> torch.Tensor:
-    """Standard Gumbel noise of tokens from the first one on, [B, num_tokens] float32, of [B] int64 seeds and indices.
+    """Standard Gumbel noise, [B, num_tokens] float32, of tokens from `first_token` on, for [B] int64 seeds and indices.
 
-    A hash of (seed, output index, token id), so that a request draws the same numbers in any batch, on any device,
-    and again after it was preempted.
+    It is a hash of (seed, output index, token id), so that a request draws the same numbers in any batch, on any
+    device, and again after it was preempted.
     """
     key = _mix((seeds & _MASK32) ^ 0x9E3779B9)
     key = _mix(key ^ ((seeds >> 32) & _MASK32))

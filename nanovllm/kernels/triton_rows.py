@@ -1,4 +1,4 @@
-"""The decode batch's rows, before and after a step, in one kernel each: torch would take twenty.
+"""Gathers the decode batch's rows before a step and advances them after it, in one kernel each instead of twenty.
 
 The caller makes the tensors' device the current one: Triton launches on the current device.
 """
@@ -19,7 +19,7 @@ TILE_ROWS = 128
 def gather_rows(
     indices: torch.Tensor, fields: torch.Tensor, temperatures: torch.Tensor, block_tables: torch.Tensor, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The rows at these indices, with where their tokens go; of the block tables as much as is in use."""
+    """The rows at these indices, with slot mapping and context lengths; copies only the used part of block tables."""
     num_rows, max_blocks = len(indices), block_tables.shape[1]
     gathered = fields.new_empty(NUM_ROW_FIELDS, num_rows)
     row_temperatures = temperatures.new_empty(num_rows)
@@ -51,7 +51,7 @@ def gather_rows(
 def advance_rows(
     indices: torch.Tensor, gathered: torch.Tensor, token_ids: torch.Tensor, fields: torch.Tensor, padding_row: int
 ) -> None:
-    """What the next step is fed: the sampled tokens, 0 for a negative one, a position further.
+    """Makes `fields` the input of the next step: the sampled tokens (0 for a negative one), one position further.
 
     The padding row stays at its first position.
     """

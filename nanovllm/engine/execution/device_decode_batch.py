@@ -1,4 +1,4 @@
-"""The decode batch as it lives on the device: a row for every decoding request, of which the host sends only changes.
+"""The decode batch on the device: a row for every decoding request. The host sends only what changes.
 
 Tokens sampled by one step feed the next one here, so a step can be launched before the host has seen the tokens of
 the step before it.
@@ -43,13 +43,13 @@ class DecodeInputs:
 
 @dataclass(frozen=True)
 class RowChanges:
-    """What a step changes of the batch on the device; None where nothing.
+    """What a step changes in the batch on the device; None for no change.
 
     Attributes:
-        joined: [N, ...] int64, of each request that is new: its row, the row's fields, block table.
-        temperatures: [N] float32, theirs.
-        grown: [3, N] int64, blocks that requests got: row, index in the block table, block.
-        order: [max_num_rows + 1] int64, the rows of the batch in its order.
+        joined: [N, NUM_UPLOADED_FIELDS + max_blocks] int64, one for each new request: its row, fields and block table.
+        temperatures: [N] float32, of the new requests.
+        grown: [3, N] int64, new blocks of requests that grew: row, index in the block table, block.
+        order: [max_num_rows + 1] int64, the rows that make up the batch, in order.
     """
 
     joined: np.ndarray | None = None
@@ -93,8 +93,10 @@ class DeviceDecodeBatch:
         self._num_blocks_sent = [0] * num_rows
 
     def changes(self, rows: DecodeRows) -> RowChanges:
-        """What the device is to be told so that the rows' batch is the one to run: new requests, new blocks and, if it
-        changed, who is in it. Whoever cannot tell it calls `forget`."""
+        """The changes that make the batch of `rows` the one to run: new requests and blocks, and the order if changed.
+
+        They count as sent: a caller that cannot apply them calls `forget`.
+        """
         leases = rows.batch.leases
         if leases is self._batch_sent:
             grown = self._grown((self._row_of[leases[index]], leases[index]) for index in rows.grown)
@@ -107,7 +109,7 @@ class DeviceDecodeBatch:
         return RowChanges(joined, temperatures, grown, np.array(order + padding, dtype=np.int64))
 
     def apply(self, changes: RowChanges) -> None:
-        """Tells the device, here or on another rank."""
+        """Sends changes to the device; on each rank."""
         if changes.joined is not None and changes.temperatures is not None:
             sent = self.device.tensor(changes.joined)
             at = sent[:, 0]
@@ -121,7 +123,7 @@ class DeviceDecodeBatch:
             self._order.copy_(self.device.tensor(changes.order))
 
     def forget(self) -> None:
-        """Nobody knows what the rows hold: all requests are sent anew, by the last of the tokens that the host has."""
+        """Discards all rows, whose state is unknown: every request is sent again, with its last token on the host."""
         self._batch_sent = None
         self._row_of = {}
 
@@ -131,7 +133,7 @@ class DeviceDecodeBatch:
         self._order[:size] = self.padding_row
 
     def fill_with_dummies(self, size: int, context: int) -> None:
-        """Makes `size` requests of `context` tokens in random blocks the batch: to time a step of them."""
+        """Fills the batch with `size` dummy requests of `context` tokens in random blocks, to time a step."""
         self.forget()
         where = self._block_tables.device
         self._order[:size] = torch.arange(size, device=where)
@@ -156,15 +158,15 @@ class DeviceDecodeBatch:
         return DecodeInputs(rows, fields, metadata, sampling)
 
     def advance(self, inputs: DecodeInputs, token_ids: torch.Tensor) -> None:
-        """The sampled tokens are what the next step is fed; on the device alone."""
+        """Makes the sampled [B] tokens the input of the next step; runs on the device alone."""
         self.backend.advance_rows(inputs.rows, inputs.fields, token_ids, self._fields, self.padding_row)
 
     def correct(self, token_ids: torch.Tensor) -> None:
-        """The first rows of the batch have sampled these, [N] int64, instead of what `advance` was told."""
+        """Replaces the tokens that `advance` took for the first N rows of the batch by these, [N] int64."""
         self._fields[RowField.LAST_TOKEN].index_copy_(0, self._order[: len(token_ids)], token_ids.clamp(min=0))
 
     def _joined(self, joined: list[DecodeRow]) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Gives each a row; what fills it."""
+        """Assigns a row to each new request; `joined` and `temperatures` of the changes."""
         if not joined:
             return None, None
         self._row_of = {lease: index for lease, index in self._row_of.items() if not lease.ended}
@@ -182,7 +184,7 @@ class DeviceDecodeBatch:
         return uploads, temperatures
 
     def _grown(self, held: Iterable[tuple[int, Lease]]) -> np.ndarray | None:
-        """The blocks that the leases of these rows got since: [3, N], row, index in the block table, block."""
+        """Blocks that the leases of these rows got since they were last sent: `grown` of the changes."""
         sent = self._num_blocks_sent
         grown = [
             (row, index, lease.decode.blocks[index])

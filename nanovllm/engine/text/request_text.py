@@ -13,10 +13,10 @@ from nanovllm.engine.text.stops import MAX_MARKS, StopFinder, has_marks, mark
 from nanovllm.errors import RequestError
 
 NUM_CONTEXT = 4
-"""Tokens kept before those whose text is looked for: what a token looks like may depend on those before it."""
+"""Tokens kept as context: the text of a token may depend on those before it."""
 
 MAX_KEPT = 12
-"""Tokens after which all but the last NUM_CONTEXT are dropped, but for a run of bytes that has not ended."""
+"""When more tokens than this are kept, all but the last NUM_CONTEXT are dropped, unless a run of bytes is open."""
 
 LONGEST_LOOK_AHEAD = 64
 """Tokens of an open run of bytes that are searched for stop strings before it has ended."""
@@ -37,7 +37,7 @@ class RequestText(Protocol):
         """Takes the token that ends the request: no part of the text, but perhaps of a stop string."""
 
     def finish(self, token_ids: list[int]) -> str:
-        """What is left to show when no more tokens come, `token_ids` being all there were."""
+        """The rest of the text, when no more tokens come; `token_ids` are all of them."""
 
 
 class NoText:
@@ -56,7 +56,7 @@ class NoText:
 
 
 class WholeText:
-    """Decodes once, at the end: for requests that nobody watches."""
+    """Decodes once, at the end: for requests that are not streamed."""
 
     stopped = False
 
@@ -74,7 +74,7 @@ class WholeText:
 
 
 class Vocabulary:
-    """What the texts of all requests need to know of the tokenizer."""
+    """What the text of every request needs of the tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.backend = tokenizer.backend_tokenizer
@@ -93,7 +93,7 @@ class Vocabulary:
         self.fallback_ids = frozenset(
             token_id for name in names if (token_id := self.backend.token_to_id(name)) is not None
         )
-        """Bytes whose text is not known before the first other token: one that is no UTF-8 spoils its whole run."""
+        """Byte tokens. The text of a run of them is known only at its end: one invalid byte makes all invalid."""
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str] | None:
@@ -124,7 +124,7 @@ def _has_part(state: dict[str, object], kind: str) -> bool:
 
 
 class _Decoder:
-    """Tokens in, text out, as far as no later token can change it; together it is what decoding all at once gives."""
+    """Decodes incrementally: gives out text that no later token can change. In all, it equals decoding at once."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
@@ -141,7 +141,7 @@ class _Decoder:
             if not text.endswith(UNFINISHED):
                 return text
         if self._vocabulary.backend.id_to_token(token_id) is None:
-            return ""  # the model has more numbers than there are tokens
+            return ""  # the model has more ids than the tokenizer has tokens
         kept = self._kept
         kept.append(token_id)
         self.in_run = token_id in self._vocabulary.fallback_ids
@@ -179,7 +179,7 @@ class _Decoder:
         kept = self._kept[-NUM_CONTEXT:]
         text = self._decoded(kept)
         if not text:
-            # A beginning that is stripped must be there; of tokens without text, the last.
+            # Keep tokens from the beginning, which decoding may strip, and the last one without text.
             kept = [*self._kept[:-NUM_CONTEXT][:MAX_KEPT], kept[-1]]
             text = self._decoded(kept)
         self._kept, self._num_shown = kept, len(text) - num_open
@@ -200,7 +200,7 @@ class StreamedText:
         self.stopped = False
         self._special = vocabulary.special
         self._decoder = _Decoder(vocabulary)
-        stop = tuple(text for text in stop if not has_marks(text))  # no text is ever one that is not Unicode
+        stop = tuple(text for text in stop if not has_marks(text))  # no text is ever invalid Unicode
         marks = {name: mark(1 + number) for number, name in enumerate(vocabulary.special_names(stop))}
         self._marks: dict[int, str] = {}
         self._in_text = StopFinder(stop) if stop else None
@@ -214,7 +214,7 @@ class StreamedText:
         self._num_unshown = 0
         self._may_stop = True
         self._num_exempt = 0
-        """Characters that come next, but are of tokens that could not stop yet."""
+        """Characters to come whose tokens were below `min_tokens`."""
 
     def add(self, token_ids: list[int], *, may_stop: bool) -> str:
         if not self._finders:
