@@ -25,11 +25,42 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """Stands at the end of a decoded text for the bytes of a character that is not complete."""
 
 
+class TokenTexts(dict[int, str | None]):
+    """The text of each token by itself; None where it takes other tokens to tell. Made at first use."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+
+    def __missing__(self, token_id: int) -> str | None:
+        text: str | None = ""
+        if token_id not in self._vocabulary.special:
+            decoded: str = self._vocabulary.backend.decode([token_id], skip_special_tokens=False)
+            text = None if decoded.endswith(UNFINISHED) else decoded
+        self[token_id] = text
+        return text
+
+
+class NoTexts(TokenTexts):
+    """For requests of which no text is wanted."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __missing__(self, token_id: int) -> str:
+        return ""
+
+
 class RequestText(Protocol):
     """The text of one request. `add` takes its next tokens and gives the text that is new."""
 
     stopped: bool
     """Whether a stop string was found; the text ends before it."""
+    token_texts: TokenTexts | None
+    """The text of each token, if that is all that comes of it while no text is open; None if a token may stop more."""
+
+    @property
+    def has_open_text(self) -> bool:
+        """Whether text of earlier tokens waits for later ones."""
 
     def add(self, token_ids: list[int], *, may_stop: bool) -> str: ...
 
@@ -44,6 +75,8 @@ class NoText:
     """For checkpoints without a tokenizer."""
 
     stopped = False
+    token_texts: TokenTexts | None = NoTexts()
+    has_open_text = False
 
     def add(self, token_ids: list[int], *, may_stop: bool) -> str:
         return ""
@@ -59,6 +92,8 @@ class WholeText:
     """Decodes once, at the end: for requests that nobody watches."""
 
     stopped = False
+    token_texts: TokenTexts | None = NoTexts()
+    has_open_text = False
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -88,6 +123,7 @@ class Vocabulary:
         state = None if decoder is None else json.loads(decoder.__getstate__())
         self.is_free_of_context = state is not None and state["type"] == "ByteLevel"
         """Whether every token stands for the same bytes wherever it is."""
+        self.token_texts = TokenTexts(self) if self.is_free_of_context else None
         has_fallback = state is not None and _has_part(state, "ByteFallback")
         names = (f"<0x{byte:02X}>" for byte in range(256)) if has_fallback else ()
         self.fallback_ids = frozenset(
@@ -134,12 +170,17 @@ class _Decoder:
         self.in_run = False
         """Whether the last token is of a run of bytes that may go on."""
 
+    @property
+    def is_open(self) -> bool:
+        """Whether text waits for tokens to come."""
+        return bool(self._kept)
+
     def add(self, token_id: int) -> str:
         """Takes a token that is not special."""
-        if self._vocabulary.is_free_of_context and not self._kept:  # nearly always, so that it should be fast
-            text = self._decoded([token_id])
-            if not text.endswith(UNFINISHED):
-                return text
+        if self._vocabulary.token_texts is not None and not self._kept:  # nearly always, so that it should be fast
+            text_of_token = self._vocabulary.token_texts[token_id]
+            if text_of_token is not None:
+                return text_of_token
         if self._vocabulary.backend.id_to_token(token_id) is None:
             return ""  # the model has more numbers than there are tokens
         kept = self._kept
@@ -215,6 +256,11 @@ class StreamedText:
         self._may_stop = True
         self._num_exempt = 0
         """Characters that come next, but are of tokens that could not stop yet."""
+        self.token_texts = None if self._finders else vocabulary.token_texts
+
+    @property
+    def has_open_text(self) -> bool:
+        return self._decoder.is_open
 
     def add(self, token_ids: list[int], *, may_stop: bool) -> str:
         if not self._finders:
