@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, RequestError, SamplingParams
 from nanovllm.kernels import torch_reference
 from nanovllm.kernels.torch_reference import gumbel_noise
 from nanovllm.layers.ranks import OneRank
@@ -125,3 +125,56 @@ def test_logprobs_are_cut_to_each_request_and_absent_where_not_asked_for(tiny_pa
     assert [len(entry.top) for entry in zero["logprobs"]] == [0, 0, 0]
     assert [len(entry.top) for entry in three["logprobs"]] == [3, 3, 3]
     assert none["token_ids"] == [entry.token_id for entry in three["logprobs"]]
+
+
+@pytest.mark.parametrize("two_devices", [False, True])
+def test_biases_are_those_of_transformers(checkpoint, two_devices):
+    """Its processor of sequences of one token adds the same to the logits of every step."""
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(4, seed=14, longest=40)
+    biases = [{3: 2.5, 77: -1.5, 200: 0.75}, {5: 100}, {token: -100.0 for token in range(100)}, {}]
+    params = [SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logit_bias=bias) for bias in biases]
+    with LLM(path, device="cpu", enable_two_gpu_pd=two_devices) as llm:
+        answers = llm.generate(prompts, params, use_tqdm=False)
+        plain = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True), use_tqdm=False)
+    for prompt, bias, answer in zip(prompts, biases, answers, strict=True):
+        sequence_bias = {(token,): float(value) for token, value in bias.items()} or None
+        expected = reference.generate(
+            torch.tensor([prompt]), max_new_tokens=12, min_new_tokens=12, do_sample=False, sequence_bias=sequence_bias
+        )
+        assert answer["token_ids"] == expected[0, len(prompt) :].tolist()
+    assert answers[1]["token_ids"] == [5] * 12
+    assert min(answers[2]["token_ids"]) >= 100
+    assert answers[0]["token_ids"] != plain[0]["token_ids"]
+
+
+def test_a_bias_on_a_stop_token_gives_way_to_min_tokens(tiny_path):
+    with LLM(tiny_path, device="cpu") as llm:
+        params = SamplingParams(temperature=0, max_tokens=9, min_tokens=4, stop_token_ids=[5], logit_bias={5: 100})
+        assert llm.generate([[1, 2, 3]], params, use_tqdm=False)[0]["token_ids"].index(5) == 4
+
+
+@pytest.mark.parametrize("seed", [None, 7, 2**63 - 1])
+def test_n_answers_are_those_of_as_many_requests(tiny_path, seed):
+    params = SamplingParams(temperature=1.0, max_tokens=10, seed=seed, n=3)
+    prompts = [[1, 2, 3], [4, 5]]
+    with LLM(tiny_path, device="cpu") as llm:
+        both = llm.generate(prompts, [params, SamplingParams(temperature=0, max_tokens=4)], use_tqdm=False)
+        assert "outputs" not in both[1]
+        outputs = both[0]["outputs"]
+        assert {key: both[0][key] for key in outputs[0]} == outputs[0]
+        assert len({tuple(answer["token_ids"]) for answer in outputs}) == 3
+        assert all(answer["prompt_token_ids"] == prompts[0] for answer in outputs)
+        if seed is not None:
+            seeds = [(seed + index) % 2**63 for index in range(3)]
+            each = [SamplingParams(temperature=1.0, max_tokens=10, seed=one) for one in seeds]
+            alone = llm.generate([prompts[0]] * 3, each, use_tqdm=False)
+            assert [answer["token_ids"] for answer in outputs] == [answer["token_ids"] for answer in alone]
+
+
+def test_n_answers_of_a_stream_are_refused(tiny_path):
+    with LLM(tiny_path, device="cpu") as llm:
+        for call in (llm.add_request, llm.generate_stream):
+            with pytest.raises(RequestError, match="n=2: a stream, or a request of `add_request`, has one answer"):
+                call([1, 2, 3], SamplingParams(n=2))
+        assert llm.is_finished()

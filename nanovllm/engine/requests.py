@@ -16,7 +16,7 @@ from nanovllm.engine.text.request_text import NoText, RequestText, StreamedText,
 from nanovllm.engine.text.token_bound import TokenBound
 from nanovllm.engine.text.tokenizer import check_text
 from nanovllm.errors import RequestError, short_repr
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import MAX_N, SamplingParams
 
 Prompt = str | abc.Sequence[int]
 
@@ -55,8 +55,8 @@ class RequestIntake:
         assert self.tokenizer is not None, "without a tokenizer there is no text"
         return TokenBound(self.tokenizer)
 
-    def checked_params(self, params: object) -> SamplingParams:
-        """The parameters of a request, the defaults for None.
+    def checked_params(self, params: object, max_n: int = MAX_N) -> SamplingParams:
+        """The parameters of a request, the defaults for None; `max_n` is how many answers there may be.
 
         Raises:
             RequestError: they are of another type, or do not fit this checkpoint.
@@ -65,11 +65,16 @@ class RequestIntake:
             return SamplingParams()
         if not isinstance(params, SamplingParams):
             raise RequestError(f"sampling_params={short_repr(params)} is not a SamplingParams")
+        if params.n > max_n:
+            raise RequestError(f"n={params.n}: a stream, or a request of `add_request`, has one answer; add {params.n}")
         for token_id in params.stop_token_ids or ():
             if token_id >= self.vocab_size:
                 raise RequestError(
                     f"stop_token_ids has {short_repr(token_id)}; the vocabulary has {self.vocab_size} tokens"
                 )
+        for token_id, _ in params.biases:
+            if token_id >= self.vocab_size:
+                raise RequestError(f"logit_bias has token id {token_id}; the vocabulary has {self.vocab_size} tokens")
         if params.logprobs is not None and params.logprobs > self.vocab_size:
             raise RequestError(f"logprobs={params.logprobs} is above the vocabulary's {self.vocab_size} tokens")
         if params.stop and self.tokenizer is None:

@@ -27,6 +27,7 @@ class SamplingInputs:
         filters: top_k [B] int64 (the vocabulary size where unused), top_p and min_p [B] float32; None if no row
             filters.
         banned: rows and token ids, [N] int64 each, that may not be sampled; None for none.
+        biases: rows and token ids, [N] int64 each, and what is added to their logits, [N] float32; None for none.
         num_logprobs: most probable tokens to report, None for no log-probabilities at all.
     """
 
@@ -35,6 +36,7 @@ class SamplingInputs:
     output_indices: torch.Tensor
     filters: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     banned: tuple[torch.Tensor, torch.Tensor] | None = None
+    biases: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     num_logprobs: int | None = None
 
 
@@ -51,13 +53,17 @@ class SampledTokens:
 
 def sample(logits: torch.Tensor, inputs: SamplingInputs, backend: Kernels, ranks: Ranks) -> SampledTokens:
     """One token for each row of logits of any float type, of which `logits` is this rank's [B, vocab_size / ranks]."""
-    if inputs.filters is None and inputs.banned is None and inputs.num_logprobs is None:
+    extras = (inputs.filters, inputs.banned, inputs.biases, inputs.num_logprobs)
+    if all(extra is None for extra in extras):
         arguments = (inputs.temperatures, inputs.seeds, inputs.output_indices, ranks.rank * logits.shape[1])
         return SampledTokens(_best_of_ranks(*backend.sample_tokens(logits, *arguments), ranks))
     logits = ranks.all_gather(logits)
     allowed = logits
+    if inputs.biases is not None:
+        rows_and_tokens, values = inputs.biases[:2], inputs.biases[2]
+        allowed = allowed.float().index_put(rows_and_tokens, values, accumulate=True)
     if inputs.banned is not None:
-        allowed = logits.index_put(inputs.banned, logits.new_full((), float("-inf")))
+        allowed = allowed.index_put(inputs.banned, allowed.new_full((), float("-inf")))
     chunks = [slice(start, start + SORTED_ROWS) for start in range(0, len(logits), SORTED_ROWS)]
     if inputs.filters is not None:
         columns = (inputs.temperatures, *inputs.filters)

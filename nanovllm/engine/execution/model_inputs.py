@@ -13,6 +13,7 @@ from nanovllm.engine.scheduling.step import BlockPair
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels import AttentionMetadata
 from nanovllm.layers.sampler import SamplingInputs
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.device import Device
 
 
@@ -50,16 +51,18 @@ class SamplingArrays:
     output_indices: np.ndarray
     filters: tuple[np.ndarray, np.ndarray, np.ndarray] | None
     banned: tuple[np.ndarray, np.ndarray] | None
+    biases: tuple[np.ndarray, np.ndarray, np.ndarray] | None
     num_logprobs: int | None
 
     def on(self, device: Device) -> SamplingInputs:
-        filters, banned = self.filters, self.banned
+        filters, banned, biases = self.filters, self.banned, self.biases
         return SamplingInputs(
             device.tensor(self.temperatures),
             device.tensor(self.seeds),
             device.tensor(self.output_indices),
             None if filters is None else tuple(map(device.tensor, filters)),  # type: ignore[arg-type] # as many
             None if banned is None else tuple(map(device.tensor, banned)),  # type: ignore[arg-type] # as many
+            None if biases is None else tuple(map(device.tensor, biases)),  # type: ignore[arg-type] # as many
             self.num_logprobs,
         )
 
@@ -82,6 +85,7 @@ def sampling_arrays(rows: abc.Sequence[tuple[Sequence, int]], vocab_size: int) -
         output_indices=np.array([index for _, index in rows], dtype=np.int64),
         filters=filters,
         banned=_banned_tokens(rows),
+        biases=_biases(params),
         num_logprobs=max(wanted_logprobs) if wanted_logprobs else None,
     )
 
@@ -98,6 +102,15 @@ def _banned_tokens(rows: abc.Sequence[tuple[Sequence, int]]) -> tuple[np.ndarray
         return None
     banned_rows, tokens = np.array(pairs, dtype=np.int64).T.copy()
     return banned_rows, tokens
+
+
+def _biases(params: abc.Sequence[SamplingParams]) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Rows, token ids, and what is added to their logits."""
+    triples = [(row, token, bias) for row, p in enumerate(params) for token, bias in p.biases]
+    if not triples:
+        return None
+    biased_rows, tokens, values = zip(*triples, strict=True)
+    return np.array(biased_rows, dtype=np.int64), np.array(tokens, dtype=np.int64), np.array(values, dtype=np.float32)
 
 
 def largest_step(
