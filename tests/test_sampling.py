@@ -132,7 +132,7 @@ def test_biases_are_those_of_transformers(checkpoint, two_devices):
     """Its processor of sequences of one token adds the same to the logits of every step."""
     path, reference = checkpoint("gqa2")
     prompts = tiny.random_prompts(4, seed=14, longest=40)
-    biases = [{3: 2.5, 77: -1.5, 200: 0.75}, {5: 100}, {token: -100.0 for token in range(100)}, {}]
+    biases = [{3: 2.5, 77: -1.5, 200: 0.75}, {5: 100}, dict.fromkeys(range(100), -100.0), {}]
     params = [SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logit_bias=bias) for bias in biases]
     with LLM(path, device="cpu", enable_two_gpu_pd=two_devices) as llm:
         answers = llm.generate(prompts, params, use_tqdm=False)
