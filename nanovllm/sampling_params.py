@@ -33,11 +33,15 @@ class SamplingParams:
             a stop string names, alone or amid text, are those tokens as the model writes them.
         stop_token_ids: token ids that end the request, in addition to the checkpoint's own.
         ignore_eos: do not end on the checkpoint's end-of-sequence tokens.
-        logit_bias: what to add to the logits of some token ids, -100 to 100 each, before all else: a mapping, or pairs,
-            as which it is kept.
+        presence_penalty: taken from the logits of all tokens that the output has, -2 to 2.
+        frequency_penalty: taken from the logits of a token for each time that the output has it, -2 to 2.
+        repetition_penalty: divides the positive logits of all tokens that prompt or output have, and multiplies the
+            negative ones; above 0, and 1 for none. It comes before the other penalties, and all before biases.
+        logit_bias: what to add to the logits of some token ids, -100 to 100 each, before temperature and filters: a
+            mapping, or pairs, as which it is kept.
         n: answers to each prompt of `generate` and `chat`, each with random numbers of its own.
         logprobs: None, or the number of most probable tokens (0 to 20) to report beside the chosen one.
-            Log-probabilities are those of the model, before biases, temperature and filters.
+            Log-probabilities are those of the model, before penalties, biases, temperature and filters.
 
     Raises:
         RequestError: a value is of the wrong type or out of range.
@@ -53,6 +57,9 @@ class SamplingParams:
     stop: str | Sequence[str] | None = ()
     stop_token_ids: Sequence[int] | None = ()
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = ()
     n: int = 1
     logprobs: int | None = None
@@ -70,6 +77,9 @@ class SamplingParams:
             )
         if self.seed is not None:
             self._set_integer("seed", 0, MAX_INTEGER, f"None or an integer from 0 to {MAX_INTEGER}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check_number(name, getattr(self, name), -2.0, 2.0, "between -2 and 2")
+        _check_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, "above 0", open_low=True)
         self._set_integer("n", 1, MAX_N, f"1 to {MAX_N}")
         if self.logprobs is not None:
             self._set_integer("logprobs", 0, MAX_LOGPROBS, f"None or 0 to {MAX_LOGPROBS}")
@@ -96,6 +106,11 @@ class SamplingParams:
     def float32_temperature(self) -> float:
         """The temperature kept where logits divided by it are finite in float32; 0 stays 0."""
         return self.temperature and min(max(self.temperature, 1e-6), 1e30)
+
+    @property
+    def needs_counts(self) -> bool:
+        """Whether sampling depends on the tokens so far."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
 
     @property
     def biases(self) -> tuple[tuple[int, float], ...]:

@@ -433,6 +433,15 @@ def test_extreme_options_change_no_answer(checkpoint, options):
         ),
         *(({"logprobs": x}, f"logprobs={x} is out of range; it must be None or 0 to 20") for x in (-1, 21)),
         ({"logprobs": True}, "logprobs=True is not an integer; it must be None or 0 to 20"),
+        *(
+            ({name: x}, f"{name}={x} is out of range; it must be between -2 and 2")
+            for name in ("presence_penalty", "frequency_penalty")
+            for x in (-2.1, 3, NAN)
+        ),
+        *(
+            ({"repetition_penalty": x}, f"repetition_penalty={x} is out of range; it must be above 0")
+            for x in (0, -1, INF)
+        ),
         *(({"n": x}, f"n={x} is out of range; it must be 1 to 1024") for x in (0, 1025)),
         ({"n": 1.5}, "n=1.5 is not an integer; it must be 1 to 1024"),
         *(

@@ -72,7 +72,7 @@ class Sequence:
         self.token_ids = list(self.prompt_token_ids)
         self.num_emitted_tokens = len(self.token_ids)
         params = self.params
-        needs_more = params.needs_filter or bool(params.biases) or params.logprobs is not None
+        needs_more = params.needs_filter or params.needs_counts or bool(params.biases) or params.logprobs is not None
         # Whatever min_tokens is beyond that, the request ends by length before.
         first_index = self.max_num_tokens if needs_more else min(params.min_tokens, self.max_num_tokens)
         self.in_graph_position = self.num_prompt_tokens - 1 + first_index
