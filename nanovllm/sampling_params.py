@@ -32,6 +32,9 @@ class SamplingParams:
         stop: a string, or several, that end the request; the text ends before the first one found. Special tokens that
             a stop string names, alone or amid text, are those tokens as the model writes them.
         stop_token_ids: token ids that end the request, in addition to the checkpoint's own.
+        skip_special_tokens: leave special tokens out of the text.
+        include_stop_str_in_output: leave the stop string, or the text of the stop token, that ends the request in the
+            text.
         ignore_eos: do not end on the checkpoint's end-of-sequence tokens.
         presence_penalty: taken from the logits of all tokens that the output has, -2 to 2.
         frequency_penalty: taken from the logits of a token for each time that the output has it, -2 to 2.
@@ -56,6 +59,8 @@ class SamplingParams:
     min_tokens: int = 0
     stop: str | Sequence[str] | None = ()
     stop_token_ids: Sequence[int] | None = ()
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -83,8 +88,9 @@ class SamplingParams:
         self._set_integer("n", 1, MAX_N, f"1 to {MAX_N}")
         if self.logprobs is not None:
             self._set_integer("logprobs", 0, MAX_LOGPROBS, f"None or 0 to {MAX_LOGPROBS}")
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos={short_repr(self.ignore_eos)} is not a bool; pass True or False")
+        for name in ("skip_special_tokens", "include_stop_str_in_output", "ignore_eos"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name}={short_repr(getattr(self, name))} is not a bool; pass True or False")
         object.__setattr__(self, "stop", _checked_stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _checked_stop_token_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _checked_logit_bias(self.logit_bias))

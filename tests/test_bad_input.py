@@ -451,6 +451,10 @@ def test_extreme_options_change_no_answer(checkpoint, options):
         *(({"logit_bias": {x: 1}}, "logit_bias has .*, which is no token id") for x in (-1, "5", True, None, 1.0)),
         *(({"logit_bias": {7: x}}, "logit_bias of token 7=.* is out of range") for x in (101, -100.5, NAN, INF)),
         ({"logit_bias": {7: None}}, "logit_bias of token 7=None is not a number; it must be between -100 and 100"),
+        *(
+            ({name: 1}, f"{name}=1 is not a bool; pass True or False")
+            for name in ("skip_special_tokens", "include_stop_str_in_output")
+        ),
         ({"ignore_eos": 1}, "ignore_eos=1 is not a bool; pass True or False"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",

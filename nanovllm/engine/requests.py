@@ -79,7 +79,7 @@ class RequestIntake:
             raise RequestError(f"logprobs={params.logprobs} is above the vocabulary's {self.vocab_size} tokens")
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, which this checkpoint lacks; use stop_token_ids")
-        if params.stop:
+        if params.stop and params.skip_special_tokens:
             self._vocabulary.special_names(tuple(params.stop))
         if params.min_tokens and len(self._stop_token_ids(params)) >= self.vocab_size:
             raise RequestError("every token is a stop token, so min_tokens cannot be met; lower it to 0")
@@ -146,8 +146,13 @@ class RequestIntake:
         if self.tokenizer is None:
             return seq, NoText()
         if streamed or params.stop:
-            return seq, StreamedText(self._vocabulary, tuple(params.stop or ()))
-        return seq, WholeText(self.tokenizer)
+            return seq, StreamedText(
+                self._vocabulary,
+                tuple(params.stop or ()),
+                skip_special_tokens=params.skip_special_tokens,
+                include_stop=params.include_stop_str_in_output,
+            )
+        return seq, WholeText(self.tokenizer, skip_special_tokens=params.skip_special_tokens)
 
     def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
         own = frozenset(params.stop_token_ids or ())

@@ -104,9 +104,10 @@ class Sequence:
 
     @property
     def text_token_ids(self) -> list[int]:
-        """The output without the stop token that ended it, if one did."""
+        """The output without the stop token that ended it, if one did and the text is not to have it."""
         tokens = self.output_token_ids
-        return tokens[:-1] if self.finish_reason == "stop" and tokens[-1] in self.stop_token_ids else tokens
+        ended_by_token = self.finish_reason == "stop" and tokens[-1] in self.stop_token_ids
+        return tokens[:-1] if ended_by_token and not self.params.include_stop_str_in_output else tokens
 
     @property
     def is_finished(self) -> bool:
