@@ -71,7 +71,7 @@ class StopFinder:
         self._state = self._empty
 
     def add(self, text: str) -> Found | None:
-        """Takes the next delta; if stop strings end in it, the one that began first, and of several that ended first."""
+        """Takes the next delta; if stop strings end in it, the one that began first, of several the shortest."""
         state = self._state
         if state is self._empty and not self._first.search(text):
             return None
