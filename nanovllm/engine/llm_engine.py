@@ -138,7 +138,9 @@ class LLMEngine:
         """
         self._check_open()
         token_ids = self._intake.checked_prompt(prompt)
-        return self._submit(token_ids, self._intake.checked_params(sampling_params), self._inbox, streamed=True)
+        return self._submit(
+            token_ids, self._intake.checked_params(sampling_params, max_n=1), self._inbox, streamed=True
+        )
 
     def abort(self, request_id: int) -> None:
         """Ends a request where it is; its last output, with `finish_reason="abort"`, comes from the next `step()`.

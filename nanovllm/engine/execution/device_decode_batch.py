@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from nanovllm.engine.execution.token_counts import CountedTokens, count_tokens
 from nanovllm.engine.scheduling.decode_batch import DecodeRow, DecodeRows
 from nanovllm.engine.scheduling.lease import Lease
 from nanovllm.kernels import NUM_ROW_FIELDS, AttentionMetadata, Kernels, RowField
@@ -48,12 +49,14 @@ class RowChanges:
     Attributes:
         joined: [N, NUM_UPLOADED_FIELDS + max_blocks] int64, one for each new request: its row, fields and block table.
         temperatures: [N] float32, of the new requests.
+        counted: token counts of the new requests that have penalties.
         grown: [3, N] int64, new blocks of requests that grew: row, index in the block table, block.
         order: [max_num_rows + 1] int64, the rows that make up the batch, in order.
     """
 
     joined: np.ndarray | None = None
     temperatures: np.ndarray | None = None
+    counted: CountedTokens | None = None
     grown: np.ndarray | None = None
     order: np.ndarray | None = None
 
@@ -101,12 +104,14 @@ class DeviceDecodeBatch:
         if leases is self._batch_sent:
             grown = self._grown((self._row_of[leases[index]], leases[index]) for index in rows.grown)
             return RowChanges(grown=grown)
-        joined, temperatures = self._joined([row for row in rows if row.lease not in self._row_of])
+        new = [row for row in rows if row.lease not in self._row_of]
+        joined, temperatures = self._joined(new)
+        counted = count_tokens((self._row_of[row.lease], row.seq) for row in new)
         order = [self._row_of[lease] for lease in leases]
         grown = self._grown(zip(order, leases, strict=True))
         padding = [self.padding_row] * (len(self._order) - len(order))
         self._batch_sent = leases
-        return RowChanges(joined, temperatures, grown, np.array(order + padding, dtype=np.int64))
+        return RowChanges(joined, temperatures, counted, grown, np.array(order + padding, dtype=np.int64))
 
     def apply(self, changes: RowChanges) -> None:
         """Sends changes to the device; on each rank."""
@@ -160,6 +165,10 @@ class DeviceDecodeBatch:
     def advance(self, inputs: DecodeInputs, token_ids: torch.Tensor) -> None:
         """Makes the sampled [B] tokens the input of the next step; runs on the device alone."""
         self.backend.advance_rows(inputs.rows, inputs.fields, token_ids, self._fields, self.padding_row)
+
+    def first(self, num_rows: int) -> torch.Tensor:
+        """[num_rows] int64: the first rows of the batch."""
+        return self._order[:num_rows]
 
     def correct(self, token_ids: torch.Tensor) -> None:
         """Replaces the tokens that `advance` took for the first N rows of the batch by these, [N] int64."""

@@ -66,13 +66,20 @@ class ForwardPass:
         logits = self.model.compute_logits(hidden, out=out)
         return StepOutput(logits, sample(logits, sampling, self.spec.attention.backend, self.ranks))
 
-    def sampled_tokens(self, output: StepOutput, num_rows: int, sampling: SamplingArrays | None) -> SampledTokens:
+    def sampled_tokens(
+        self,
+        output: StepOutput,
+        num_rows: int,
+        sampling: SamplingArrays | None,
+        counts: torch.Tensor | None = None,
+        count_rows: torch.Tensor | None = None,
+    ) -> SampledTokens:
         """The tokens of the first `num_rows` rows: as the step sampled them, or sampled again by `sampling`.
 
-        Steps sample by temperature, seed and output index alone. Where some request uses top-k, top-p, min-p,
-        log-probabilities or `min_tokens`, the tokens of all rows are sampled again from the step's logits.
+        Steps sample by temperature, seed and output index alone. Where some request uses another parameter, the tokens
+        of all rows are sampled again from the step's logits. `counts` and `count_rows`: see `Penalties`.
         """
         if sampling is None:
             return SampledTokens(output.sampled.token_ids[:num_rows])
         backend = self.spec.attention.backend
-        return sample(output.logits[:num_rows], sampling.on(self.device), backend, self.ranks)
+        return sample(output.logits[:num_rows], sampling.on(self.device, counts, count_rows), backend, self.ranks)

@@ -179,17 +179,18 @@ class DecodeRows:
         """Whether sampling needs no more than each request's temperature, seed and output index."""
         return not (self.positions < self.batch.in_graph_positions).any()
 
-    def needs_host_check(self, token_ids: np.ndarray, block_size: int) -> np.ndarray:
-        """[B] bool: the rows whose sampled token, of [B] int64, the host must do more with than append it.
+    def are_last(self, token_ids: np.ndarray) -> np.ndarray:
+        """[B] bool: whether the sampled token, of [B] int64, ends its request: by length, stop token or negative id.
 
-        Such a token ends its request, completes a block's KV, is negative (no finite logits), or belongs to a request
-        whose tokens are all checked.
+        Not considered are stop strings, and the stop tokens of requests with more than MAX_STOP_IDS.
         """
         batch = self.batch
         is_end = (self.positions >= batch.last_positions) | (batch.stop_ids == token_ids[:, None]).any(axis=1)
-        is_end |= token_ids < 0
-        completes_block = (self.positions + 1) % block_size == 0
-        return np.asarray(is_end | completes_block | batch.checks_every_token)
+        return np.asarray(is_end | (token_ids < 0))
+
+    def complete_blocks(self, block_size: int) -> np.ndarray:
+        """[B] bool: whether the KV of the token fed completes a block."""
+        return np.asarray((self.positions + 1) % block_size == 0)
 
     def _part(self, indices: list[int]) -> DecodeRows:
         batch = self.batch.select(indices)
