@@ -165,7 +165,7 @@ def resolve_devices(config: EngineConfig) -> tuple[Device, Device]:
 
 
 def runner_spec(config: EngineConfig, folder: Path, hf_config: dict[str, Any], device: Device) -> RunnerSpec:
-    """What the runners have in common, with every `auto` and None of the options resolved."""
+    """The spec that the runners share, with every `auto` and None of the options resolved."""
     model_class, model_config = resolve_model(hf_config)
     if config.load_format != "dummy":
         model_config = with_untied_lm_head(folder, model_class, model_config)

@@ -41,7 +41,7 @@ class Call:
 
 
 class Inbox:
-    """Outputs of requests on their way to whoever waits for them.
+    """Outputs of requests on their way to the call that waits for them.
 
     Args:
         call: the call that waits for them, and after which nobody does; None if others may come for them.

@@ -32,7 +32,7 @@ class RequestIntake:
     Attributes:
         tokenizer: the checkpoint's, None if it has none.
         vocab_size: token ids are 0 to vocab_size - 1.
-        max_model_len: most tokens of prompt and output.
+        max_model_len: maximum number of tokens of prompt and output.
         pool_tokens: tokens that the smaller of the KV pools holds.
         eos_ids: the checkpoint's end-of-sequence tokens.
         seed: the engine's; requests without a seed derive theirs from it.

@@ -45,9 +45,9 @@ class SchedulerLimits:
 class Scheduler:
     """First come, first served: a request is never overtaken by a younger one for a lease.
 
-    Whoever launches a scheduled step or a handoff reports its end (`prefill_done`, `decode_done`, `release`), so that
-    blocks in use by work in flight are freed only after it. Steps may be launched ahead; those of one card end in the
-    order of their launch.
+    The caller launches scheduled steps and handoffs and reports their end (`prefill_done`, `decode_done`, `release`),
+    so that blocks in use by work in flight are freed only after it. Steps may be launched ahead; those of one card end
+    in the order of their launch.
     """
 
     def __init__(self, limits: SchedulerLimits, admission: AdmissionPolicy, placement: Placement) -> None:

@@ -42,7 +42,7 @@ class AttentionMetadata:
             is never read.
         context_lens: [B] int32, tokens of each request up to and with this step's last.
         query_starts: [B + 1] int32, where each request's tokens begin in T.
-        max_query_len: most tokens that one request has in this step.
+        max_query_len: the largest number of tokens of one request in this step.
         max_context_len: the largest of `context_lens`, or a bound of it.
         work_split: the result of the backend's `split_work` for this step, None to have each layer compute it. It is
             computed from the other fields. Its kernel must not be the immediate predecessor of `attend` (overlapped

@@ -25,7 +25,7 @@ NARROWEST = 96
 CLUSTERS = (4, 2)
 """Thread blocks that fetch weights together, the best first."""
 MIN_TOKENS = 128
-"""With fewer, half of each tile would be computed for nothing."""
+"""Fewest tokens for these kernels: with fewer, half of each tile or more would be padding."""
 NUM_THREADS = 384
 SHARED_BYTES = 227 * 1024 - 256
 """Shared memory of an SM in bytes, less what the kernel's barriers take."""

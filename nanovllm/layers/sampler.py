@@ -16,12 +16,12 @@ SORTED_ROWS = 64
 """Rows of logits that are sorted, or turned into log-probabilities, at a time: both need several copies of them."""
 
 IN_PROMPT = 1 << 14
-"""Is added to the count of a token that the prompt has."""
+"""Added to the count of a token that is in the prompt."""
 
 
 @dataclass(frozen=True)
 class Penalties:
-    """What tokens cost for having come before, of B rows.
+    """Presence, frequency and repetition penalties of B rows.
 
     Attributes:
         counts: [N, vocab_size / ranks] int16, how often a row has sampled this rank's tokens, with IN_PROMPT.

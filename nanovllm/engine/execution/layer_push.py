@@ -26,7 +26,7 @@ class LayerPush(Protocol):
 
 
 class NoPush:
-    """For runners whose steps push nothing: the blocks are copied after the step, or stay where they are."""
+    """The layer push of runners whose steps push nothing: blocks are copied after the step, or stay where they are."""
 
     is_on = False
 

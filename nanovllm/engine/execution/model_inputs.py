@@ -60,8 +60,8 @@ class SamplingArrays:
         """On a device; `counts` and `rows` are those of `Penalties`, None if there are no penalties."""
         penalties = None
         if self.penalties is not None:
-            assert counts is not None, "whoever has penalties counts tokens"
-            assert rows is not None, "whoever has penalties has rows of counts"
+            assert counts is not None, "a request with penalties has its tokens counted"
+            assert rows is not None, "a request with penalties has a row of counts"
             penalties = Penalties(counts, rows, *map(device.tensor, self.penalties))
         filters, banned, biases = self.filters, self.banned, self.biases
         return SamplingInputs(

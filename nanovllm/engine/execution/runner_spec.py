@@ -1,4 +1,4 @@
-"""What runners of one engine have in common, and how one of them uses its SMs."""
+"""The spec that the runners of one engine share, and the options of the decode pipeline."""
 
 from __future__ import annotations
 

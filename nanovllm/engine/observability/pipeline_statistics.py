@@ -140,7 +140,7 @@ class MeanLaneTimes:
         self._runs += 1
 
     def mean(self) -> LaneTimes | None:
-        """None if there was no run."""
+        """Mean lane times of all runs; None if there was no run."""
         return LaneTimes(*(self._sums / self._runs).tolist()) if self._runs else None
 
 

@@ -112,7 +112,7 @@ class Tracer:
             self._tracks.append(_Track(seq.request_id, seq.arrival_s, phases, args))
 
     def write(self) -> None:
-        """Writes the file, whole or not at all. What goes wrong is logged: whoever calls this has more to close."""
+        """Writes the file, whole or not at all. Errors are logged, not raised: the caller has more to close."""
         draft = _draft_of(self._path)
         try:
             with draft.open("w") as file:

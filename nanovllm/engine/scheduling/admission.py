@@ -27,7 +27,7 @@ PRIOR_WEIGHT = 1.0
 MAX_WEIGHT = 16
 """Maximum weight of a size's mean, in observations; older ones fade."""
 RECENT_STEPS = 1000
-"""For this many steps the prediction for a size is pinned to its own mean, whatever the fit says."""
+"""Steps for which the prediction for a size agrees with the mean of its observations, whatever the fit says."""
 HALF_LIFE_STEPS = 2000
 OLDEST_STEPS = 20 * HALF_LIFE_STEPS
 MAX_STEPS_PER_FIT = 32

@@ -16,7 +16,7 @@ TRIAL_EVERY = 16
 FIRST_TRIALS = 3
 """Something that was seen fewer times than this at a batch size is tried at every other decision."""
 MAX_TRIAL_LOSS = 0.1
-"""What seems slower than the current choice by more than this share is not tried again; trials cost under 0.7 % so."""
+"""Share by which a trial may be slower than the current choice, so that trials cost less than 0.7 % in all."""
 MAX_FIRST_LOSS = 0.15
 """The same limit for what was seen fewer than FIRST_TRIALS times: the calibration may be wrong, and such trials end."""
 WEIGHT = 1 / 8

@@ -42,7 +42,7 @@ class TokenTexts(dict[int, str | None]):
 
 
 class NoTexts(TokenTexts):
-    """For requests of which no text is wanted."""
+    """Token texts of requests of which no text is wanted."""
 
     def __init__(self) -> None:
         pass
@@ -73,7 +73,7 @@ class RequestText(Protocol):
 
 
 class NoText:
-    """For checkpoints without a tokenizer."""
+    """The text of a request without a tokenizer: always empty."""
 
     stopped = False
     token_texts: TokenTexts | None = NoTexts()
@@ -137,7 +137,7 @@ class Vocabulary:
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str] | None:
-        """What finds special tokens in a text, the longest where several begin."""
+        """Matches special tokens in a text, the longest where several begin."""
         names = sorted(set(self.special.values()), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names))) if names else None
 
@@ -204,7 +204,7 @@ class _Decoder:
         return delta
 
     def rest(self) -> str:
-        """What is left to show, if no more tokens come."""
+        """The text left to show, if no more tokens come."""
         return self._decoded(self._kept)[self._num_shown :]
 
     def flush(self) -> str:
