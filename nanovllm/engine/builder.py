@@ -76,7 +76,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
     spec = runner_spec(config, folder, hf_config, devices[0])
     tokenizer = load_tokenizer(folder)
     eos_ids = end_of_sequence_ids(folder, hf_config, tokenizer, spec.model_config.vocab_size)
-    warn_of_generation_settings(folder)
+    warn_of_generation_settings(folder, hf_config)
     with ONE_AT_A_TIME:
         prefill_runner, decode_runner, kv_transfer = build_runners(config, spec, devices)
     try:
