@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM
 
 from nanovllm import LLM, ConfigError, ModelLoadError, SamplingParams
+from nanovllm.engine.execution import load_model
 from tests import tiny
 
 NUM_TOKENS = 8
@@ -719,6 +720,13 @@ def test_random_weights_need_none_of_the_folder(tiny_copy: Path) -> None:
     config(tie_word_embeddings=True)(tiny_copy)
     (tiny_copy / "model.safetensors").unlink()
     assert our_tokens(tiny_copy, load_format="dummy")
+
+
+def test_angles_that_do_not_fit_are_refused(tiny_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config(max_position_embeddings=2**31 - 1)(tiny_copy)
+    monkeypatch.setattr(load_model, "host_memory_bytes", lambda: 2**36)
+    with pytest.raises(ModelLoadError, match=r"angles of max_model_len=2147483647 256.00 GiB, .* 64.00 GiB free"):
+        LLM(str(tiny_copy), device="cpu", num_kvcache_blocks=16, max_model_len=2**31 - 1)
 
 
 def test_tied_head_of_its_own_on_two_devices_and_ranks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

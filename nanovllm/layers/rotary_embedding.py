@@ -48,10 +48,10 @@ class RopeConfig:
 
 
 class RotaryEmbedding:
-    """A table of cosines and sines, float32 [max_positions, head_dim / 2] each."""
+    """A table of cosines and sines, float32 [max_positions, head_dim / 2] each; on the meta device without values."""
 
     def __init__(self, config: RopeConfig, max_positions: int, device: torch.device) -> None:
-        if device.type == "meta":  # for sizes alone, of heads that may have any
+        if device.type == "meta":  # of which there may be too many for any machine
             self.cos = self.sin = torch.empty(max_positions, config.head_dim // 2, device=device)
             return
         frequencies, scale = inverse_frequencies(config)

@@ -12,6 +12,7 @@ from nanovllm.engine.execution.runner_spec import RunnerSpec
 from nanovllm.errors import ModelLoadError
 from nanovllm.kernels import Kernels
 from nanovllm.layers.ranks import Ranks
+from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.decoder import CausalLM
 from nanovllm.models.description import ModelDescription
 from nanovllm.utils.checkpoint import first_names
@@ -77,10 +78,15 @@ def _make_model(spec: RunnerSpec, device: torch.device, ranks: Ranks) -> CausalL
 
 
 def _check_weights_fit(spec: RunnerSpec, device: Device, ranks: Ranks) -> None:
-    needed = weight_bytes(spec.model_class, spec.model_config, spec.attention.backend, spec.dtype, ranks)
+    weights = weight_bytes(spec.model_class, spec.model_config, spec.attention.backend, spec.dtype, ranks)
+    table = RotaryEmbedding(spec.model_config.rope, spec.max_model_len, torch.device("meta"))
+    angles = table.cos.nbytes + table.sin.nbytes
+    needed = weights + angles
     available = device.memory_info()[0] if device.is_cuda else host_memory_bytes()
     if needed > available:
         raise ModelLoadError(
-            f"the weights take {needed / GIB:.2f} GiB, {device} has {available / GIB:.2f} GiB free: "
-            f"{(needed - available) / GIB:.2f} GiB are missing; free memory there or choose another device"
+            f"the weights take {weights / GIB:.2f} GiB and the rotary angles of max_model_len={spec.max_model_len} "
+            f"{angles / GIB:.2f} GiB, {device} has {available / GIB:.2f} GiB free: "
+            f"{(needed - available) / GIB:.2f} GiB are missing; free memory there, choose another device or lower "
+            "max_model_len"
         )
