@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nanovllm.engine.text.tokenizer import load_tokenizer
+from nanovllm.models import FAMILIES
 from tests.tokenizers_made import byte_fallback, byte_level, metaspace
 
 TEXTS = [
@@ -109,6 +110,14 @@ def test_tokens_equal_those_of_auto_tokenizer(tmp_path, model_type, make, settin
     ours = load_tokenizer(tmp_path)
     assert ours is not None
     assert facts(ours) == facts(AutoTokenizer.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_a_named_class_counts_for_the_families_for_which_auto_tokenizer_takes_it(tmp_path, family):
+    """For others it takes the class of the model type, whatever the checkpoint names."""
+    write(tmp_path, of_characters(), family.model_type, LLAMA)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert isinstance(load_tokenizer(tmp_path), LlamaTokenizer) == isinstance(theirs, LlamaTokenizer)
 
 
 def test_the_class_may_be_in_the_config(tmp_path):
