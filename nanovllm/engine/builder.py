@@ -19,6 +19,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.distributed.tensor_parallel import Workers
 from nanovllm.engine.execution.kv_transfer import KVTransfer, NoTransfer, PeerTransfer, resolve_handoff
+from nanovllm.engine.execution.load_model import weight_bytes
 from nanovllm.engine.execution.runner_spec import PipelineOptions, RunnerSpec
 from nanovllm.engine.execution.worker_group import WorkerGroup
 from nanovllm.engine.model_runner import ModelRunner
@@ -76,7 +77,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
     spec = runner_spec(config, folder, hf_config, devices[0])
     tokenizer = load_tokenizer(folder)
     eos_ids = end_of_sequence_ids(folder, hf_config, tokenizer, spec.model_config.vocab_size)
-    warn_of_generation_settings(folder)
+    warn_of_generation_settings(folder, hf_config)
     with BUILD_LOCK:
         prefill_runner, decode_runner, kv_transfer = build_runners(config, spec, devices)
     try:
@@ -232,9 +233,9 @@ def model_memory(model: str, dtype: str = "auto") -> tuple[int, int]:
     hf_config = read_json(folder, "config.json") or {}
     model_class, config = resolve_model(hf_config)
     resolved = resolve_dtype(dtype, hf_config, Device("cuda", 0))
-    made = model_class(config, torch_reference.Backend(), 1, dtype=resolved, device=torch.device("meta"))
-    weight_bytes = sum(weight.nbytes for weight in made.checkpoint_tensors().values())
-    return weight_bytes, 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * resolved.itemsize
+    token_elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    weights = weight_bytes(model_class, config, torch_reference.Backend(), resolved)
+    return weights, token_elements * resolved.itemsize
 
 
 def resolve_dtype(option: str, hf_config: dict[str, Any], device: Device) -> torch.dtype:
@@ -261,9 +262,11 @@ def resolve_max_model_len(option: int | None, model_config: ModelDescription) ->
     Raises:
         ConfigError: more than the model's positions, or more than its layers attend to.
     """
-    rope = model_config.rope
-    stretched = int(rope.original_max_positions * rope.factor) if rope.rope_type == "yarn" else 0
-    most = max(model_config.max_position_embeddings, stretched)
+    rope, most = model_config.rope, model_config.max_position_embeddings
+    # Models of the time before llama3 give the positions before they were stretched, or those after: Vicuna's 16k says
+    # 4096. Which of the two it is the config does not tell.
+    unstretched = {"linear": most, "yarn": rope.original_max_positions}.get(rope.rope_type, 0)
+    most = max(most, int(unstretched * rope.factor))
     window = model_config.sliding_window
     if option is None:
         default = min(DEFAULT_MAX_MODEL_LEN, most)

@@ -49,9 +49,12 @@ class RopeConfig:
 
 
 class RotaryEmbedding:
-    """A table of cosines and sines, float32 [max_positions, head_dim / 2] each."""
+    """A table of cosines and sines, float32 [max_positions, head_dim / 2] each; on the meta device without values."""
 
     def __init__(self, config: RopeConfig, max_positions: int, device: torch.device) -> None:
+        if device.type == "meta":  # of which there may be too many for any machine
+            self.cos = self.sin = torch.empty(max_positions, config.head_dim // 2, device=device)
+            return
         frequencies, scale = inverse_frequencies(config)
         # In float32, as trained models have it: positions times frequencies, then cosine and sine.
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32, device="cpu"), frequencies)

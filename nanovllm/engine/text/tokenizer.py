@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nanovllm.errors import ModelLoadError, RequestError, short_repr
@@ -14,6 +15,12 @@ from nanovllm.utils.checkpoint import TOKENIZER_FILES, find_file, read_json
 logger = logging.getLogger(__name__)
 
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json")
+UNREAD_FILES = ("tokenizer.model", "tekken.json")
+"""Vocabularies that only other packages read: sentencepiece, mistral-common."""
+LLAMA_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer")
+"""Classes of transformers that take the vocabulary of a tokenizer.json, but split texts in a way of their own."""
+NOT_BY_CLASS = ("mistral", "qwen2")
+"""Model types of which AutoTokenizer overrules the class that a checkpoint names."""
 NEUTRAL_SETTINGS: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
@@ -30,7 +37,8 @@ NEUTRAL_SETTINGS: dict[str, Any] = {
     "guidance_scale": 1.0,
     "stop_strings": [],
 }
-"""Fields of generation_config.json that transformers follows and this engine ignores, with their neutral values."""
+"""What transformers' `generate` follows in a generation_config.json, or without one in config.json, and this engine
+ignores: the values without effect."""
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -41,6 +49,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """
     there = {name for name in TOKENIZER_FILES if find_file(folder, name) is not None}
     if not there.intersection(VOCABULARY_FILES):
+        unread = [name for name in UNREAD_FILES if find_file(folder, name) is not None]
+        if unread:
+            logger.warning(
+                "%s has %s, but no tokenizer.json: prompts can be token ids alone. To make one, load the tokenizer "
+                "with transformers and save it there (save_pretrained)",
+                folder,
+                " and ".join(unread),
+            )
         return None
     try:
         tokenizer = _tokenizer_class(folder).from_pretrained(
@@ -60,11 +76,29 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 def _tokenizer_class(folder: Path) -> Any:
     if (folder / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast
+        name = _llama_class(folder)
+        return PreTrainedTokenizerFast if name is None else getattr(transformers, name)
     # AutoTokenizer converts older files, but importing it takes as long as importing torch.
     from transformers import AutoTokenizer
 
     return AutoTokenizer
+
+
+def _llama_class(folder: Path) -> str | None:
+    """The one of `LLAMA_CLASSES` that splits texts as AutoTokenizer does, None if tokenizer.json says how.
+
+    The two ways differ after special tokens and at spaces in the beginning. A vocabulary of bytes, as of
+    DeepSeek-R1-Distill-Llama, goes by its tokenizer.json, although AutoTokenizer takes such a class for it if it is
+    named: that drops all spaces (transformers issue 45488).
+    """
+    config = read_json(folder, "config.json") or {}
+    named = (read_json(folder, "tokenizer_config.json") or {}).get("tokenizer_class") or config.get("tokenizer_class")
+    name = str(named).removesuffix("Fast")
+    if name not in LLAMA_CLASSES or config.get("model_type") in NOT_BY_CLASS:
+        return None
+    model = (read_json(folder, "tokenizer.json") or {}).get("model")
+    is_of_characters = isinstance(model, dict) and model.get("type") == "BPE" and model.get("byte_fallback") is True
+    return name if is_of_characters else None
 
 
 def end_of_sequence_ids(
@@ -89,9 +123,13 @@ def end_of_sequence_ids(
     return frozenset(token for token in ids if token < vocab_size)
 
 
-def warn_of_generation_settings(folder: Path) -> None:
-    """Warns of sampling settings in generation_config.json: only `SamplingParams` say how tokens are sampled."""
-    asked = read_json(folder, "generation_config.json") or {}
+def warn_of_generation_settings(folder: Path, config: dict[str, Any]) -> None:
+    """Warns of sampling settings in generation_config.json, or without that file in config.json.
+
+    Only `SamplingParams` say how tokens are sampled.
+    """
+    generation = read_json(folder, "generation_config.json")
+    name_of_file, asked = ("config.json", config) if generation is None else ("generation_config.json", generation)
     unfollowed = [
         f"{name}={short_repr(asked[name])}"
         for name, neutral in NEUTRAL_SETTINGS.items()
@@ -99,7 +137,7 @@ def warn_of_generation_settings(folder: Path) -> None:
     ]
     if unfollowed:
         logger.warning(
-            "%s: settings in generation_config.json are ignored: %s; pass SamplingParams", folder, ", ".join(unfollowed)
+            "%s: settings in %s are ignored: %s; pass SamplingParams", folder, name_of_file, ", ".join(unfollowed)
         )
 
 
