@@ -613,7 +613,7 @@ ROWS = [
     Row(
         "config.json that punishes repetition",
         all_of(lambda folder: (folder / "generation_config.json").unlink(), config(repetition_penalty=1.3)),
-        warned="config.json asks for what is not followed: repetition_penalty=1.3",
+        warned="settings in config.json are ignored: repetition_penalty=1.3",
         why_served="SamplingParams alone say how tokens are chosen; the warning names what is not followed",
         asked={"repetition_penalty": 1.0},
     ),

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(spec: RunnerSpec, device: Device, ranks: Ranks, weights_of: CausalLM | None = None) -> CausalLM:
-    """A rank's part of the model, with the weights of `weights_of`, those of the checkpoint, or random ones.
+    """A rank's part of the model, with weights copied from `weights_of`, read from the checkpoint, or random.
 
     Raises:
         ModelLoadError: the weights cannot be loaded or do not fit.

@@ -37,8 +37,8 @@ NEUTRAL_SETTINGS: dict[str, Any] = {
     "guidance_scale": 1.0,
     "stop_strings": [],
 }
-"""What transformers' `generate` follows in a generation_config.json (or config.json, without one) and this engine does
-not: values without effect."""
+"""Fields of generation_config.json (or, without one, config.json) that transformers follows and this engine ignores,
+with their neutral values."""
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -63,10 +63,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
             str(folder), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers raises many types, all of which mean the same here
-        raise ModelLoadError(f"the tokenizer of {folder} cannot be loaded: {error}") from error
+        raise ModelLoadError(
+            f"the tokenizer of {folder} cannot be loaded ({error}); download its files again"
+        ) from error
     if not tokenizer.is_fast:
         raise ModelLoadError(f"{folder} has no tokenizer.json; save its tokenizer with transformers' save_pretrained")
-    # Taken back by the first call otherwise, which several threads may not do at the same time.
+    # Otherwise the first call resets both, which is not thread-safe.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
@@ -76,7 +78,7 @@ def _tokenizer_class(folder: Path) -> Any:
     if (folder / "tokenizer.json").is_file():
         name = _llama_class(folder)
         return PreTrainedTokenizerFast if name is None else getattr(transformers, name)
-    # It knows how to make one of older files, but importing it takes as long as importing torch.
+    # AutoTokenizer converts older files, but importing it takes as long as importing torch.
     from transformers import AutoTokenizer
 
     return AutoTokenizer
@@ -113,16 +115,18 @@ def end_of_sequence_ids(
     listed = (config if generation is None else generation).get("eos_token_id")
     ids = [] if listed is None else listed if isinstance(listed, list) else [listed]
     if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
-        raise ModelLoadError(f"eos_token_id={short_repr(listed)} in {folder} is not a token id or a list of them")
+        raise ModelLoadError(
+            f"eos_token_id={short_repr(listed)} in {folder} is not a token id or a list of them; correct it"
+        )
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         ids = [*ids, tokenizer.eos_token_id]
     return frozenset(token for token in ids if token < vocab_size)
 
 
 def warn_of_generation_settings(folder: Path, config: dict[str, Any]) -> None:
-    """Logs what generation_config.json, without that file config.json, asks for in vain.
+    """Warns of sampling settings in generation_config.json or, without one, config.json.
 
-    `SamplingParams` alone say how tokens are chosen.
+    Only `SamplingParams` say how tokens are sampled.
     """
     generation = read_json(folder, "generation_config.json")
     name_of_file, asked = ("config.json", config) if generation is None else ("generation_config.json", generation)
@@ -132,7 +136,9 @@ def warn_of_generation_settings(folder: Path, config: dict[str, Any]) -> None:
         if name in asked and asked[name] is not None and asked[name] != neutral
     ]
     if unfollowed:
-        logger.warning("%s: %s asks for what is not followed: %s", folder, name_of_file, ", ".join(unfollowed))
+        logger.warning(
+            "%s: settings in %s are ignored: %s; pass SamplingParams", folder, name_of_file, ", ".join(unfollowed)
+        )
 
 
 def check_text(tokenizer: PreTrainedTokenizerBase | None, text: str) -> PreTrainedTokenizerBase:
