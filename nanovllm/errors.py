@@ -12,6 +12,8 @@ NanoVLLMError
 ├── OutOfKVCacheError(MemoryError)         the pool cannot be made, or a request cannot fit in it alone
 ├── DeviceError(RuntimeError)              a GPU that runs nothing any more
 ├── WorkerError(RuntimeError)              a tensor-parallel worker died
+├── EngineProcessError(RuntimeError)       the process that an `AsyncLLM` has its engine in is gone, or failed
+│   └── EngineTimeoutError(TimeoutError)   it does not answer
 ├── GreenContextError(RuntimeError)        an SM partition that cannot be had
 └── HandoffError(RuntimeError)             a request's KV did not reach the decode device
     └── HandoffTimeout(TimeoutError)
@@ -25,6 +27,8 @@ __all__ = [
     "DeviceError",
     "EngineBusyError",
     "EngineClosedError",
+    "EngineProcessError",
+    "EngineTimeoutError",
     "GreenContextError",
     "HandoffError",
     "HandoffTimeout",
@@ -96,6 +100,14 @@ class DeviceError(NanoVLLMError, RuntimeError):
 
 class WorkerError(NanoVLLMError, RuntimeError):
     """A tensor-parallel worker died; the message carries its traceback."""
+
+
+class EngineProcessError(NanoVLLMError, RuntimeError):
+    """The process that an `AsyncLLM` or a server has its engine in is gone, or something in it failed."""
+
+
+class EngineTimeoutError(EngineProcessError, TimeoutError):
+    """The engine's process did not answer a question in time."""
 
 
 class GreenContextError(NanoVLLMError, RuntimeError):
