@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 import sys
@@ -84,6 +85,7 @@ class Server(uvicorn.Server):
 
 async def serve(llm: AsyncLLM, settings: ServerSettings, listening: socket.socket, *, shutdown_timeout_s: float) -> int:
     """Serves on a socket until it is told to stop; the exit status."""
+    gc.freeze()  # what is loaded stays: to look through it again and again would hold streams up
     await llm.metrics()  # the engine answers, and its end is noticed from here on
     gate = Gate(settings.max_open_requests)
     server = Server(make_app(llm, gate, settings), llm, gate, shutdown_timeout_s)
