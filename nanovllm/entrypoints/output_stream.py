@@ -99,7 +99,7 @@ class OutputStream(AsyncIterator[RequestOutput]):
         self._wake()
 
     def fail(self, error: Exception) -> None:
-        """Whoever waits for an output gets this error instead."""
+        """Raises this error in place of the next output."""
         if not self._is_over:
             self._failure = error
             self._wake()

@@ -15,6 +15,9 @@ from nanovllm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C before the server serves; after that it drains."""
+
 API_KEY_VARIABLE = "NANOVLLM_API_KEY"
 
 
@@ -53,8 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """Serves until a signal; the exit status.
 
     Raises:
-        ImportError: the packages of the extra `serve` are missing.
-        ConfigError: an option is refused.
+        ConfigError: an option is refused, or the packages of the extra `serve` are missing.
         ModelLoadError, ...: as `LLM`.
     """
     _check(args)
@@ -62,11 +64,14 @@ def run(args: argparse.Namespace) -> int:
         from nanovllm.entrypoints.async_llm import AsyncLLM
         from nanovllm.entrypoints.server.app import ServerSettings
         from nanovllm.entrypoints.server.lifetime import serve
-    except ModuleNotFoundError as missing:
-        raise ImportError(f"the server needs more packages ({missing}): pip install nanovllm[serve]") from missing
+    except ImportError as missing:
+        raise ConfigError(f"the server needs more packages ({missing}): pip install nanovllm[serve]") from missing
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with _listening(args.host, args.port) as listening:
-        llm = AsyncLLM(args.model, **engine_options(args))
+        try:
+            llm = AsyncLLM(args.model, **engine_options(args))
+        except KeyboardInterrupt:
+            return INTERRUPTED
         settings = ServerSettings(
             model_name=args.served_model_name or Path(args.model).name or args.model,
             api_key=args.api_key or os.environ.get(API_KEY_VARIABLE) or None,

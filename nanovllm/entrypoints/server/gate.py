@@ -1,4 +1,4 @@
-"""Who may come in: a limit to the requests that are open, and nobody once the server drains."""
+"""Lets requests in: so many at a time, and none once the server drains."""
 
 from __future__ import annotations
 
