@@ -206,6 +206,32 @@ def test_seeds_give_the_tokens_that_they_give_in_process(client, reference):
     assert [choice.text for choice in other.choices] != [each["text"] for each in expected]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_answers_with_penalties_and_biases(client, reference, stream):
+    messages = chat_body("introduce yourself")["messages"]
+    given = {"temperature": 1.5, "max_tokens": 20, "presence_penalty": 0.5, "frequency_penalty": 0.3, "seed": 5, "n": 3}
+    params = SamplingParams(**given, repetition_penalty=1.2, logit_bias={20: 3.0}, skip_special_tokens=False)
+    (expected,) = reference.chat(messages, params, use_tqdm=False)
+    more = {"repetition_penalty": 1.2, "skip_special_tokens": False}
+    found = client.chat.completions.create(
+        model="demo", messages=messages, **given, logit_bias={"20": 3}, extra_body=more, stream=stream
+    )
+    texts = ["", "", ""]
+    for part in found if stream else [found]:
+        for choice in part.choices:
+            texts[choice.index] += (choice.delta if stream else choice.message).content
+    assert texts == [each["text"] for each in expected["outputs"]]
+    if not stream:
+        assert found.usage.prompt_tokens == len(expected["prompt_token_ids"])
+
+
+@pytest.mark.parametrize("stop", ["37", "<|im_end|>"])
+def test_the_stop_may_be_part_of_the_text(client, stop):
+    more = {"include_stop_str_in_output": True, "skip_special_tokens": False}
+    answer = client.chat.completions.create(model="demo", **chat_body(PRIMES, stop=stop), extra_body=more)
+    assert answer.choices[0].message.content == (ANSWERS[PRIMES] + stop).partition(stop)[0] + stop
+
+
 def test_several_prompts_in_chunks(client, reference):
     prompts = ["The capital of", "Once upon a time", "Hello"]
     expected = reference.generate(prompts, SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)
@@ -264,11 +290,11 @@ def test_stop_tokens_and_template_options(client, server, reference):
 
 
 REFUSED = {
-    "n": 2,
-    "presence_penalty": 0.5,
-    "frequency_penalty": -1,
-    "repetition_penalty": 1.1,
-    "logit_bias": {"5": 1},
+    "n": 0,
+    "presence_penalty": 2.5,
+    "frequency_penalty": "much",
+    "repetition_penalty": 0,
+    "logit_bias": {"five": 1},
     "best_of": 3,
     "response_format": {"type": "json_object"},
     "tools": [{"type": "function", "function": {"name": "f"}}],
@@ -277,8 +303,8 @@ REFUSED = {
     "audio": {"voice": "alloy", "format": "wav"},
     "reasoning_effort": "low",
     "guided_regex": "a+",
-    "include_stop_str_in_output": True,
-    "skip_special_tokens": False,
+    "include_stop_str_in_output": "yes",
+    "prompt_logprobs": 1,
     "temprature": 1,
     "temperature": -1,
     "top_p": 2,
@@ -308,6 +334,7 @@ def test_what_is_not_served_is_refused_by_name(client, name):
 def test_values_that_ask_for_nothing_are_accepted(client):
     neutral = {
         "n": 1,
+        "best_of": 1,
         "presence_penalty": 0.0,
         "frequency_penalty": 0,
         "logit_bias": {},
@@ -324,8 +351,8 @@ def test_values_that_ask_for_nothing_are_accepted(client):
 
 
 def test_a_bool_is_not_the_number_that_it_equals(client):
-    with pytest.raises(openai.BadRequestError, match="n=True"):
-        client.chat.completions.create(model="demo", **chat_body("hello"), extra_body={"n": True})
+    with pytest.raises(openai.BadRequestError, match="best_of=True"):
+        client.chat.completions.create(model="demo", **chat_body("hello"), extra_body={"best_of": True})
 
 
 def test_errors_of_completions(client):

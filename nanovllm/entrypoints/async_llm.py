@@ -150,7 +150,7 @@ class AsyncLLM:
             add_special_tokens: those that the tokenizer puts around a text.
         """
         self._check_open()
-        params = self._intake.checked_params(sampling_params)
+        params = self._intake.checked_params(sampling_params, max_n=1)
         token_ids = await self.tokenize(prompt, add_special_tokens=add_special_tokens)
         self._attach()
         request_id = self._num_requests

@@ -155,15 +155,15 @@ class Chat(Answers):
 
     def __init__(self, name: str, model: str, names: TokenNames, *, wants_logprobs: bool) -> None:
         super().__init__(name, model, names, wants_logprobs=wants_logprobs)
-        self._has_begun = False
+        self._have_begun: set[int] = set()
 
     def _said(self, index: int, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text}}
 
     def _said_next(self, index: int, text: str) -> dict[str, Any]:
-        if self._has_begun:
+        if index in self._have_begun:
             return {"delta": {"content": text}}
-        self._has_begun = True
+        self._have_begun.add(index)
         return {"delta": {"role": "assistant", "content": text}}
 
     def _logprobs(self, index: int, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:

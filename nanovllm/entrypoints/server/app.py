@@ -26,7 +26,7 @@ from nanovllm.entrypoints.server.answers import Answers, Chat, Completion, Token
 from nanovllm.entrypoints.server.body import read_object
 from nanovllm.entrypoints.server.completions import CLIENT_HAS_LEFT, EventStream, Requests, answer_whole, events
 from nanovllm.entrypoints.server.gate import Gate
-from nanovllm.entrypoints.server.parameters import TEMPLATE_OPTIONS, Asked, chat_of, completion_of
+from nanovllm.entrypoints.server.parameters import TEMPLATE_OPTIONS, Asked, CompletionAsked, chat_of, completion_of
 from nanovllm.entrypoints.server.problems import Problem, json_response, problem_of
 from nanovllm.errors import NanoVLLMError, UnknownRequestError, short_repr
 
@@ -68,17 +68,17 @@ class Endpoints:
     async def completions(self, request: Request) -> Response:
         asked = completion_of(await self._body(request))
         self._check_model(asked.model)
-        requests = Requests(self._gate, len(asked.prompts))
+        requests = Requests(self._gate, len(asked.prompts), asked.params.n)
         try:
             for prompt in asked.prompts:
-                opened = await self._llm.open(prompt, asked.params, add_special_tokens=asked.add_special_tokens)
-                requests.streams.append(opened)
+                special = asked.add_special_tokens
+                await requests.open(self._llm, prompt, asked.params, add_special_tokens=special)
             answers = Completion(
                 self._name("cmpl", requests),
                 self._settings.model_name,
                 self._names,
                 wants_logprobs=asked.params.logprobs is not None,
-                echoes=[self._text_of(prompt) for prompt in asked.prompts] if asked.echoes else (),
+                echoes=self._echoes(asked),
             )
         except BaseException:
             requests.close()
@@ -88,10 +88,10 @@ class Endpoints:
     async def chat(self, request: Request) -> Response:
         asked = chat_of(await self._body(request), self._llm.max_model_len)
         self._check_model(asked.model)
-        requests = Requests(self._gate, 1)
+        requests = Requests(self._gate, 1, asked.params.n)
         try:
             prompt = await self._llm.render(asked.messages, **asked.template_options)
-            requests.streams.append(await self._llm.open(prompt, asked.params, add_special_tokens=False))
+            await requests.open(self._llm, prompt, asked.params, add_special_tokens=False)
         except BaseException:
             requests.close()
             raise
@@ -172,6 +172,10 @@ class Endpoints:
         if name is not None and name != self._settings.model_name:
             message = f"model {short_repr(name)} is not served here; {self._settings.model_name!r} is"
             raise Problem(404, message, param="model", code="model_not_found")
+
+    def _echoes(self, asked: CompletionAsked) -> list[str]:
+        """The text that each choice begins with, if any does."""
+        return [self._text_of(prompt) for prompt in asked.prompts for _ in range(asked.params.n) if asked.echoes]
 
     def _text_of(self, prompt: Prompt) -> str:
         if isinstance(prompt, str):

@@ -15,11 +15,15 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from nanovllm.engine.requests import Prompt
+from nanovllm.entrypoints.async_llm import AsyncLLM
 from nanovllm.entrypoints.output_stream import OutputStream
 from nanovllm.entrypoints.server.answers import Answers, Choice
 from nanovllm.entrypoints.server.gate import Gate
 from nanovllm.entrypoints.server.problems import json_response, problem_of
+from nanovllm.llm import one_by_one
 from nanovllm.outputs import RequestOutput
+from nanovllm.sampling_params import SamplingParams
 
 Result = TypeVar("Result")
 
@@ -28,17 +32,41 @@ CLIENT_HAS_LEFT = 499
 
 
 class Requests:
-    """The requests of one body, from the gate to the last of them. `close` whatever happens."""
+    """The requests of one body, from the gate to the last of them. `close` whatever happens.
 
-    def __init__(self, gate: Gate, count: int) -> None:
-        gate.enter(count)
+    Args:
+        gate: lets them in.
+        num_prompts: of the body.
+        n: requests for each of them.
+
+    Attributes:
+        streams: those of the first prompt, then those of the next, in the order of the answer's choices.
+
+    Raises:
+        Problem: the gate lets none in.
+    """
+
+    def __init__(self, gate: Gate, num_prompts: int, n: int) -> None:
+        gate.enter(num_prompts * n)
         self._gate = gate
-        self._count = count
+        self._count = num_prompts * n
+        self._n = n
         self.streams: list[OutputStream] = []
 
     @property
     def num_prompt_tokens(self) -> int:
-        return sum(stream.num_prompt_tokens for stream in self.streams)
+        """Tokens of the prompts, each counted once."""
+        return sum(stream.num_prompt_tokens for stream in self.streams[:: self._n])
+
+    async def open(self, llm: AsyncLLM, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool) -> None:
+        """Queues the requests of the next prompt.
+
+        Raises:
+            RequestError: prompt or parameters are refused.
+        """
+        token_ids = await llm.tokenize(prompt, add_special_tokens=add_special_tokens)
+        for each in one_by_one(params):
+            self.streams.append(await llm.open(token_ids, each))
 
     def close(self) -> None:
         """Aborts what still runs. A second call does nothing."""

@@ -14,23 +14,20 @@ from nanovllm.entrypoints.server.problems import Problem
 from nanovllm.errors import RequestError, short_repr
 from nanovllm.sampling_params import SamplingParams
 
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed", "min_tokens", "stop", "stop_token_ids", "ignore_eos")
+SAMPLING = (
+    *("temperature", "top_p", "top_k", "min_p", "seed", "n", "presence_penalty", "frequency_penalty"),
+    *("repetition_penalty", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "skip_special_tokens"),
+    "include_stop_str_in_output",
+)
 """Parameters that are those of `SamplingParams`, by the same names."""
 
 WITHOUT_EFFECT = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 """Words of the client's own about the request, which change no answer."""
 
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
     "use_beam_search": (False,),
     "length_penalty": (1,),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
@@ -65,7 +62,7 @@ NOT_SERVED_IN_CHATS: dict[str, tuple[Any, ...]] = {
 }
 
 STREAM_OPTIONS = ("include_usage", "include_obfuscation")
-IN_BOTH = ("model", "max_tokens", "stream", "stream_options", "logprobs", *SAMPLING, *WITHOUT_EFFECT)
+IN_BOTH = ("model", "max_tokens", "stream", "stream_options", "logprobs", "logit_bias", *SAMPLING, *WITHOUT_EFFECT)
 IN_COMPLETIONS = (*IN_BOTH, "prompt", "echo", "add_special_tokens")
 TEMPLATE_OPTIONS = ("chat_template_kwargs", "add_generation_prompt", "continue_final_message")
 IN_CHATS = (*IN_BOTH, "messages", "max_completion_tokens", "top_logprobs", *TEMPLATE_OPTIONS)
@@ -80,7 +77,7 @@ class Asked:
 
     Attributes:
         model: the name that it gives the model, None for whichever there is.
-        params: of each of its requests.
+        params: of each of its requests, with `n` answers to each prompt.
         streams: whether the answer comes as server-sent events.
         includes_usage: whether these end with the numbers of tokens.
     """
@@ -198,7 +195,16 @@ def _in_both(given: dict[str, Any]) -> dict[str, Any]:
 
 def _params(given: dict[str, Any], max_tokens: Any, logprobs: Any) -> SamplingParams:
     named = {name: given[name] for name in SAMPLING if name in given}
-    return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **named)
+    return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, logit_bias=_biases(given), **named)
+
+
+def _biases(given: dict[str, Any]) -> dict[int, Any]:
+    """`logit_bias` with token ids as integers: the names of a JSON object are texts."""
+    biases = given.get("logit_bias", {})
+    if not isinstance(biases, dict) or not all(name.isdecimal() and len(name) < 10 for name in biases):
+        message = f"logit_bias={short_repr(biases)} is not an object with token ids for names"
+        raise Problem(400, message, param="logit_bias")
+    return {int(name): bias for name, bias in biases.items()}
 
 
 def _flag(given: dict[str, Any], name: str, *, default: bool = False) -> bool:
