@@ -157,11 +157,13 @@ def test_a_request_that_is_left_is_aborted(llm):
                 break
         stream = await llm.open("Once", LONG)
         del stream  # before anything was taken
-        task = asyncio.create_task(collected(llm.generate("Once", LONG)))
-        await asyncio.sleep(0.05)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        opened = await llm.open("Once", LONG)
+        for outputs in (llm.generate("Once", LONG), opened):
+            task = asyncio.create_task(collected(outputs))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
         await at_rest(llm)
         assert (await llm.metrics())["decode_tokens"] < before + 500
 
@@ -289,8 +291,10 @@ def test_a_loop_that_is_gone_leaves_no_request_behind(llm):
         await anext(stream)
         return stream
 
+    before = asyncio.run(llm.metrics())["requests_ended"].get("abort", 0)
     stream = asyncio.run(main())
     asyncio.run(at_rest(llm))
+    assert asyncio.run(llm.metrics())["requests_ended"]["abort"] == before + 1
     del stream
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
+from nanovllm.entrypoints.server.chat_text import ChatText, ToolCall
 from nanovllm.outputs import RequestOutput, TokenLogprobs
 
 LEAST_LOGPROB = -9999.0
@@ -66,6 +68,8 @@ class Answers(ABC):
 
     whole_object = ""
     chunk_object = ""
+    _nothing: ClassVar[dict[str, Any]] = {}
+    """A chunk's part for the text, where there is none."""
 
     def __init__(
         self, name: str, model: str, names: TokenNames, *, wants_logprobs: bool, echoes: Sequence[str] = ()
@@ -83,7 +87,7 @@ class Answers(ABC):
                 "index": index,
                 **self._said(index, choice.text),
                 "logprobs": self._logprobs(index, choice.logprobs) if self._wants_logprobs else None,
-                "finish_reason": choice.finish_reason,
+                "finish_reason": self._finish_reason(index, choice.finish_reason),
             }
             for index, choice in enumerate(choices)
         ]
@@ -92,13 +96,17 @@ class Answers(ABC):
 
     def chunk(self, index: int, output: RequestOutput) -> dict[str, Any] | None:
         """A part of choice `index`; None if there is nothing to tell."""
-        if not (output.text or output.finished or (self._wants_logprobs and output.new_token_ids)):
+        has_logprobs = self._wants_logprobs and output.new_token_ids
+        if not (output.text or output.finished or has_logprobs):
+            return None
+        said = self._said_next(index, output.text, is_last=output.finished)
+        if said is None and not (output.finished or has_logprobs):
             return None
         choice = {
             "index": index,
-            **self._said_next(index, output.text),
+            **(said or self._nothing),
             "logprobs": self._logprobs(index, output.new_logprobs or ()) if self._wants_logprobs else None,
-            "finish_reason": output.finish_reason,
+            "finish_reason": self._finish_reason(index, output.finish_reason),
         }
         return {**self._head, "object": self.chunk_object, "choices": [choice]}
 
@@ -112,8 +120,11 @@ class Answers(ABC):
         """How a choice has its whole text."""
 
     @abstractmethod
-    def _said_next(self, index: int, text: str) -> dict[str, Any]:
-        """How a chunk has the next part of it."""
+    def _said_next(self, index: int, text: str, *, is_last: bool) -> dict[str, Any] | None:
+        """How a chunk has the next part of it; None if it says nothing yet."""
+
+    def _finish_reason(self, index: int, reason: str | None) -> str | None:
+        return reason
 
     @abstractmethod
     def _logprobs(self, index: int, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
@@ -124,11 +135,13 @@ class Completion(Answers):
     """Answers of /v1/completions."""
 
     whole_object = chunk_object = "text_completion"
+    _nothing: ClassVar[dict[str, Any]] = {"text": ""}
 
     def _said(self, index: int, text: str) -> dict[str, Any]:
         return {"text": self._echoes.pop(index, "") + text}
 
-    _said_next = _said
+    def _said_next(self, index: int, text: str, *, is_last: bool) -> dict[str, Any] | None:
+        return self._said(index, text)
 
     def _logprobs(self, index: int, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
         tokens = [self._names.of(entry.token_id) for entry in entries]
@@ -148,23 +161,50 @@ class Completion(Answers):
 
 
 class Chat(Answers):
-    """Answers of /v1/chat/completions."""
+    """Answers of /v1/chat/completions; `make_text` makes what splits the text of one choice."""
 
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
+    _nothing: ClassVar[dict[str, Any]] = {"delta": {"content": ""}}
 
-    def __init__(self, name: str, model: str, names: TokenNames, *, wants_logprobs: bool) -> None:
+    def __init__(
+        self, name: str, model: str, names: TokenNames, make_text: Callable[[], ChatText], *, wants_logprobs: bool
+    ) -> None:
         super().__init__(name, model, names, wants_logprobs=wants_logprobs)
-        self._have_begun: set[int] = set()
+        self._make_text = make_text
+        self._texts: dict[int, ChatText] = {}
+        self._num_calls: dict[int, int] = {}
 
     def _said(self, index: int, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}}
+        said = self._make_text().add(text, is_last=True)
+        message: dict[str, Any] = {"role": "assistant", "content": said.content or (None if said.calls else "")}
+        if said.reasoning:
+            message["reasoning_content"] = said.reasoning
+        if said.calls:
+            message["tool_calls"] = [_call(call) for call in said.calls]
+            self._num_calls[index] = len(said.calls)
+        return {"message": message}
 
-    def _said_next(self, index: int, text: str) -> dict[str, Any]:
-        if index in self._have_begun:
-            return {"delta": {"content": text}}
-        self._have_begun.add(index)
-        return {"delta": {"role": "assistant", "content": text}}
+    def _said_next(self, index: int, text: str, *, is_last: bool) -> dict[str, Any] | None:
+        begins = index not in self._texts
+        if begins:
+            self._texts[index] = self._make_text()
+        said = self._texts[index].add(text, is_last=is_last)
+        if not (said or begins):
+            return None
+        delta: dict[str, Any] = {"role": "assistant", "content": ""} if begins else {}
+        if said.content:
+            delta["content"] = said.content
+        if said.reasoning:
+            delta["reasoning_content"] = said.reasoning
+        if said.calls:
+            first = self._num_calls.get(index, 0)
+            delta["tool_calls"] = [{"index": place, **_call(call)} for place, call in enumerate(said.calls, first)]
+            self._num_calls[index] = first + len(said.calls)
+        return {"delta": delta}
+
+    def _finish_reason(self, index: int, reason: str | None) -> str | None:
+        return "tool_calls" if reason == "stop" and self._num_calls.get(index) else reason
 
     def _logprobs(self, index: int, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
         content = [
@@ -180,6 +220,11 @@ class Chat(Answers):
         name = self._names.of(token_id)
         has_text = name != f"token_id:{token_id}"
         return {"token": name, "logprob": _finite(logprob), "bytes": list(name.encode()) if has_text else None}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
 def usage_of(num_prompt_tokens: int, num_tokens: int) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hmac
 import secrets
 import time
@@ -24,6 +25,7 @@ from nanovllm.entrypoints.async_llm import AsyncLLM
 from nanovllm.entrypoints.prometheus import Collector
 from nanovllm.entrypoints.server.answers import Answers, Chat, Completion, TokenNames
 from nanovllm.entrypoints.server.body import read_object
+from nanovllm.entrypoints.server.chat_text import CALL, THINK, ChatText
 from nanovllm.entrypoints.server.completions import CLIENT_HAS_LEFT, EventStream, Requests, answer_whole, events
 from nanovllm.entrypoints.server.gate import Gate
 from nanovllm.entrypoints.server.parameters import TEMPLATE_OPTIONS, Asked, CompletionAsked, chat_of, completion_of
@@ -61,6 +63,7 @@ class Endpoints:
         self._gate = gate
         self._settings = settings
         self._names = TokenNames(llm.tokenizer)
+        self._template = "" if llm.tokenizer is None else str(llm.tokenizer.chat_template)
         self._started = int(time.time())
         self._run = secrets.token_hex(4)
         """Part of the names of answers, so that those of another run of the server are not taken for them."""
@@ -88,6 +91,9 @@ class Endpoints:
     async def chat(self, request: Request) -> Response:
         asked = chat_of(await self._body(request), self._llm.max_model_len)
         self._check_model(asked.model)
+        if asked.may_call and CALL not in self._template:
+            message = f"tools are not served: the model's chat template does not speak of {CALL}"
+            raise Problem(400, message, param="tools")
         requests = Requests(self._gate, 1, asked.params.n)
         try:
             prompt = await self._llm.render(asked.messages, **asked.template_options)
@@ -95,9 +101,18 @@ class Endpoints:
         except BaseException:
             requests.close()
             raise
-        wants_logprobs = asked.params.logprobs is not None
+        make_text = functools.partial(
+            ChatText,
+            finds_reasoning=THINK in self._template,
+            in_reasoning=prompt.rstrip().endswith(THINK),
+            finds_calls=asked.may_call,
+        )
         answers = Chat(
-            self._name("chatcmpl", requests), self._settings.model_name, self._names, wants_logprobs=wants_logprobs
+            self._name("chatcmpl", requests),
+            self._settings.model_name,
+            self._names,
+            make_text,
+            wants_logprobs=asked.params.logprobs is not None,
         )
         return await self._answer(request, requests, answers, asked)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanovllm.engine.requests import Prompt
+from nanovllm.entrypoints.server.chat_text import with_parsed_arguments
 from nanovllm.entrypoints.server.problems import Problem
 from nanovllm.errors import RequestError, short_repr
 from nanovllm.sampling_params import SamplingParams
@@ -46,9 +47,8 @@ NOT_SERVED_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = {**NOT_SERVED, "suffix":
 
 NOT_SERVED_IN_CHATS: dict[str, tuple[Any, ...]] = {
     **NOT_SERVED,
-    "tools": ([],),
     "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
+    "parallel_tool_calls": (True,),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -65,7 +65,7 @@ STREAM_OPTIONS = ("include_usage", "include_obfuscation")
 IN_BOTH = ("model", "max_tokens", "stream", "stream_options", "logprobs", "logit_bias", *SAMPLING, *WITHOUT_EFFECT)
 IN_COMPLETIONS = (*IN_BOTH, "prompt", "echo", "add_special_tokens")
 TEMPLATE_OPTIONS = ("chat_template_kwargs", "add_generation_prompt", "continue_final_message")
-IN_CHATS = (*IN_BOTH, "messages", "max_completion_tokens", "top_logprobs", *TEMPLATE_OPTIONS)
+IN_CHATS = (*IN_BOTH, "messages", "tools", "max_completion_tokens", "top_logprobs", *TEMPLATE_OPTIONS)
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's; a chat's answer is as long as the model's context allows."""
@@ -105,9 +105,16 @@ class CompletionAsked(Asked):
 
 @dataclass(frozen=True, kw_only=True)
 class ChatAsked(Asked):
-    """A body of /v1/chat/completions; `template_options` are keywords of `LLM.chat`."""
+    """A body of /v1/chat/completions.
+
+    Attributes:
+        messages: the conversation, as chat templates take it.
+        may_call: whether the model was given tools.
+        template_options: keywords of `LLM.chat`, the tools among them.
+    """
 
     messages: Any
+    may_call: bool
     template_options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -151,12 +158,28 @@ def chat_of(body: dict[str, Any], max_model_len: int) -> ChatAsked:
         if logprobs != 0:
             raise Problem(400, "top_logprobs needs logprobs=true; add it or leave both out", param="top_logprobs")
         logprobs = None
+    tools = _tools(given)
+    options = {name: given[name] for name in TEMPLATE_OPTIONS if name in given}
     return ChatAsked(
         **_in_both(given),
         params=_params(given, limits[0] if limits else max_model_len, logprobs),
-        messages=given["messages"],
-        template_options={name: given[name] for name in TEMPLATE_OPTIONS if name in given},
+        messages=with_parsed_arguments(given["messages"]),
+        may_call=bool(tools),
+        template_options={**options, "tools": tools} if tools else options,
     )
+
+
+def _tools(given: dict[str, Any]) -> list[Any]:
+    """The functions that the model may call; none with `tool_choice="none"`."""
+    tools = given.get("tools", [])
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Problem(400, f"tools={short_repr(tools)} is not a list of objects", param="tools")
+    for tool in tools:
+        function = tool.get("function")
+        if tool.get("type") != "function" or not isinstance(function, dict) or function.get("strict"):
+            message = f"tools has {short_repr(tool)}; functions alone are served, without strict=true"
+            raise Problem(400, message, param="tools")
+    return [] if given.get("tool_choice") == "none" else tools
 
 
 def _known(body: dict[str, Any], known: tuple[str, ...], not_served: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
