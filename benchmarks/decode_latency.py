@@ -20,10 +20,10 @@ from lib.streaming import streaming_bandwidth
 from nanovllm import LLM
 from nanovllm.errors import ends_with_message
 
-MOST_TOKENS = 1000
+MAX_TOKENS = 1000
 """Tokens of each request, which has to last until enough steps of a full batch were timed."""
-MOST_STEPS = MOST_TOKENS // 2
-MOST_TURNS = 100_000
+MAX_STEPS = MAX_TOKENS // 2
+MAX_TURNS = 100_000
 """Turns of the loop, in which that many tokens come with any batch."""
 NUM_UNTIMED = 10
 """Steps of `--steps` that are not timed: some, until the clock starts."""
@@ -38,8 +38,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     add_tensor_parallel(parser)
     args = parser.parse_args()
-    if not NUM_UNTIMED < args.steps <= MOST_STEPS:
-        parser.error(f"--steps {args.steps} is not above {NUM_UNTIMED} and at most {MOST_STEPS}")
+    if not NUM_UNTIMED < args.steps <= MAX_STEPS:
+        parser.error(f"--steps {args.steps} is not above {NUM_UNTIMED} and at most {MAX_STEPS}")
 
     num_ranks = args.tensor_parallel_size
     bandwidth = num_ranks * streaming_bandwidth()
@@ -69,14 +69,14 @@ def main() -> None:
 
 def measure(llm: LLM, batch: int, context: int, num_steps: int, *, streamed: bool) -> tuple[float, float]:
     """Milliseconds between the ends of two decode steps, and microseconds of host work per step."""
-    params = full_length(MOST_TOKENS, temperature=0.6)
+    params = full_length(MAX_TOKENS, temperature=0.6)
     prompts = [[1 + i % 1000] * (context - num_steps // 2) for i in range(batch)]
     timer = DecodeTimer(llm, batch, num_steps - NUM_UNTIMED)
     llm.add_step_listener(timer)
     request_ids = [llm.add_request(prompt, params) for prompt in prompts] if streamed else []
     with contextlib.suppress(Enough):
         if streamed:
-            for _ in range(MOST_TURNS):
+            for _ in range(MAX_TURNS):
                 llm.step()
         else:
             llm.generate(prompts, params, use_tqdm=False)

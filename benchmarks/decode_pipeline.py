@@ -58,7 +58,7 @@ def make_runner(args: argparse.Namespace) -> ModelRunner:
     device = resolve_device(args.device)
     spec = runner_spec(config, folder, read_json(folder, "config.json") or {}, device)
     pipeline = PipelineOptions(adaptive=True)
-    runner = ModelRunner(spec, device, is_decode_runner=True, max_step_tokens=64, pipeline=pipeline)
+    runner = ModelRunner(spec, device, is_decode_runner=True, max_prefill_tokens=64, pipeline=pipeline)
     with inside.on_stream(runner):
         runner.kv_pool.normal_()
     return runner
@@ -69,7 +69,7 @@ def time_turn(runner: ModelRunner, batch: int, context: int, run: Callable[[int]
     of such steps."""
     num_steps, timed_s, started = 0, 0.0, time.perf_counter()
     while time.perf_counter() - started < WARM_S + TIMED_S or not num_steps:
-        runner.decode.rows.pretend(batch, context)  # each step moves on by a token
+        runner.decode.rows.fill_with_dummies(batch, context)  # each step moves on by a token
         stopwatch = Stopwatch(runner.device)
         for step in range(NUM_REPLAYS):
             run(context + step)
@@ -123,7 +123,7 @@ def time_growing(
         times: dict[str, float] = {}
         time_turn(runner, batch, first, auto_of(paths, batch))  # to warm up
         for name in [*runs] * 2:
-            runner.decode.rows.pretend(batch, first)
+            runner.decode.rows.fill_with_dummies(batch, first)
             launched: collections.deque[Event] = collections.deque()
             stopwatch = Stopwatch(runner.device)
             for context in range(first, last):

@@ -25,7 +25,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.errors import ends_with_message
 
 SETTLING_S = 2.0
-MOST_STEADY_PER_S = 500
+MAX_STEADY_PER_S = 500
 """So many requests are made for a second of the steady load."""
 
 
@@ -106,7 +106,7 @@ def main() -> None:
     ) as llm:
         rng, vocab_size = random.Random(args.seed), vocab_size_of(llm)
         running: set[int] = set()
-        requests = make_requests(MOST_STEADY_PER_S * math.ceil(args.seconds), vocab_size, args, rng)
+        requests = make_requests(MAX_STEADY_PER_S * math.ceil(args.seconds), vocab_size, args, rng)
         settling = argparse.Namespace(**{**vars(args), "seconds": SETTLING_S})
         run(llm, requests, running, None, settling)
         freeze_garbage()

@@ -21,8 +21,8 @@ from lib.report import quantiles_ms, report
 from nanovllm import LLM, RequestOutput
 from nanovllm.errors import ends_with_message
 
-MOST_WAITING_PROMPTS = 4
-MOST_FIRST_TOKENS = 1024
+MAX_WAITING_PROMPTS = 4
+MAX_FIRST_TOKENS = 1024
 """Tokens of a steady request until all of them decode; they are not counted."""
 
 
@@ -35,7 +35,7 @@ class Flood:
         self._waiting: set[int] = set()
 
     def top_up(self) -> None:
-        while len(self._waiting) < MOST_WAITING_PROMPTS:
+        while len(self._waiting) < MAX_WAITING_PROMPTS:
             self._waiting.add(self._llm.add_request(next(self._prompts), self._params))
 
     def take(self, output: RequestOutput) -> None:
@@ -72,7 +72,7 @@ def decode(llm: LLM, steady: set[int], num_steps: int, flood: Flood, *, floods: 
 def measure(llm: LLM, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Gaps in each third, and what the devices did meanwhile."""
     rng, vocab_size = random.Random(0), vocab_size_of(llm)
-    params = full_length(4 * args.num_tokens + MOST_FIRST_TOKENS)
+    params = full_length(4 * args.num_tokens + MAX_FIRST_TOKENS)
     flood = Flood(llm, [random_prompt(rng, vocab_size, args.prompt_len) for _ in range(16)])
     steady = {llm.add_request(random_prompt(rng, vocab_size, args.context), params) for _ in range(args.num_decoding)}
     meters = {runner: BusyMeter(runner) for runner in dict.fromkeys((llm.prefill_runner, llm.decode_runner))}
@@ -116,7 +116,7 @@ def main() -> None:
     args = parse_args(parser)
     with LLM(
         **engine_options(args),
-        max_model_len=max(args.prompt_len, args.context + 4 * args.num_tokens + MOST_FIRST_TOKENS) + 64,
+        max_model_len=max(args.prompt_len, args.context + 4 * args.num_tokens + MAX_FIRST_TOKENS) + 64,
         enable_prefix_caching=False,
     ) as llm:
         thirds = measure(llm, args)

@@ -34,9 +34,9 @@ from nanovllm.engine.scheduling.step import BlockPair, Step
 from nanovllm.errors import ends_with_message
 from nanovllm.utils.device import Event
 
-MOST_DEVICE_GROWTH_MIB = 64
-MOST_PROCESS_GROWTH_MIB = 256
-MOST_REPEATED = 500
+MAX_DEVICE_GROWTH_MIB = 64
+MAX_PROCESS_GROWTH_MIB = 256
+MAX_REPEATED = 500
 
 
 class InjectedError(RuntimeError):
@@ -226,8 +226,8 @@ def soak(llm: LLM, faults: Faults, num_requests: int, args: argparse.Namespace, 
                 if plan.is_untouched and request[1].temperature == 0:
                     to_repeat.append((*request, got))
     if args.check_tokens:
-        wrong += _check_tokens(llm, to_repeat[:MOST_REPEATED])
-    return {"requests": num_added, **outcomes, "repeated": min(len(to_repeat), MOST_REPEATED), "wrong": wrong}
+        wrong += _check_tokens(llm, to_repeat[:MAX_REPEATED])
+    return {"requests": num_added, **outcomes, "repeated": min(len(to_repeat), MAX_REPEATED), "wrong": wrong}
 
 
 def _check_tokens(llm: LLM, to_repeat: Sequence[tuple[list[int], SamplingParams, list[int]]]) -> list[str]:
@@ -295,8 +295,8 @@ def main() -> None:
         late = memory_mib(llm)
         llm.scheduler.check_integrity()
         held = {
-            "prefill": llm.scheduler.placement.prefill_card.pool.num_held_blocks,
-            "decode": llm.scheduler.placement.decode_card.pool.num_held_blocks,
+            "prefill": llm.scheduler.placement.prefill_card.block_manager.num_held_blocks,
+            "decode": llm.scheduler.placement.decode_card.block_manager.num_held_blocks,
         }
         metrics = llm.metrics()
     wrong = early_counts.pop("wrong") + counts.pop("wrong")
@@ -307,7 +307,7 @@ def main() -> None:
     if counts["requests"] != counts["answered"] + counts["aborted"] + counts["failed"]:
         wrong.append(f"{counts} do not add up")
     wrong += [f"{number} blocks of the {pool} pool are still held" for pool, number in held.items() if number]
-    for name, most in (("process", MOST_PROCESS_GROWTH_MIB), ("device", MOST_DEVICE_GROWTH_MIB)):
+    for name, most in (("process", MAX_PROCESS_GROWTH_MIB), ("device", MAX_DEVICE_GROWTH_MIB)):
         growth = late.get(name, 0.0) - early.get(name, 0.0)
         if growth > most:
             wrong.append(f"memory of the {name} has grown by {growth:.0f} MiB")

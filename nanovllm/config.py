@@ -44,37 +44,39 @@ class EngineConfig:
         model: folder of a Hugging Face checkpoint, or its name on the Hugging Face hub (`org/name`): taken from the
             local cache or downloaded, safetensors, tokenizer and config only. A folder of that name wins;
             `HF_HUB_OFFLINE=1` looks into the cache alone.
-        max_num_batched_tokens: most tokens of one prefill step.
-        prefill_chunk_tokens: most tokens of a prefill step on a device that also decodes requests whose tokens are
-            looked at one by one: all but those of `generate` and `chat` without stop strings.
-        max_num_seqs: most requests that hold KV blocks at a time.
-        max_model_len: most tokens of a request, prompt and output; None takes 4096, or what the model allows if less.
+        max_num_batched_tokens: maximum number of prompt tokens in a step. The tokens that decode in it are not counted:
+            `max_num_seqs` bounds them.
+        prefill_chunk_tokens: the same limit on a device where streamed requests decode, if that is lower; streamed are
+            all requests but those of `generate` and `chat` without stop strings.
+        max_num_seqs: maximum number of requests that hold KV blocks at a time.
+        max_model_len: maximum length of a request in tokens, prompt and output; None takes 4096, or what the model
+            allows if that is less.
         gpu_memory_utilization: share of a GPU's memory that weights, workspace and KV pool may take together.
         tensor_parallel_size: GPUs that compute the model together, each in a process of its own; with `device="cpu"`
             processes on it.
         enforce_eager: run without CUDA graphs.
         kvcache_block_size: tokens in a KV block, a multiple of 16; None takes the attention backend's best.
-        num_kvcache_blocks: blocks of the KV pool, on each device; None measures what fits on a GPU; on a CPU it
+        num_kvcache_blocks: blocks of the KV pool, on each device; None takes what fits on a GPU; on a CPU it
             makes a pool of 512 MiB, or of one request of `max_model_len` tokens if that is more.
         device: `auto` (a GPU if there is one), `cuda`, `cuda:N` or `cpu`.
         dtype: `auto` (the checkpoint's on a GPU, float32 on a CPU), `float32`, `float16` or `bfloat16`.
         load_format: `auto` and `safetensors` read the checkpoint's weights; `dummy` makes random ones.
         attention_backend: `torch`, `triton`, `flash_attn`, or `auto`: `triton` on a GPU if it can serve there, else
             `torch`.
-        enable_prefix_caching: share the KV blocks of equal prompt beginnings.
+        enable_prefix_caching: share KV blocks between requests whose prompts begin with the same tokens.
         seed: requests without a seed of their own derive theirs from it, and `dummy` weights are drawn with it.
         step_timeout_s: seconds after which a step that has not ended is taken for a lost GPU: all requests end with a
             `DeviceError`.
         enable_two_gpu_pd: prefill on one GPU and decode on another; with `device="cpu"`, on two logical CPU devices.
         prefill_device_id, decode_device_id: two different GPUs, by torch's ids (after `CUDA_VISIBLE_DEVICES`).
-        kv_handoff: how KV crosses: `copy` (torch's copies, after each prefill step), `push` (the same by one kernel,
-            over peer access), `direct` (each layer's KV within the step, while the layer attends), or `auto`, which
-            takes `direct` where there is peer access.
+        kv_handoff: how KV is transferred to the decode GPU: `copy` (torch's copies, after each prefill step), `push`
+            (the same by one kernel, over peer access), `direct` (each layer's KV within the step, while the layer
+            attends), or `auto`, which takes `direct` where there is peer access.
         verify_kv_handoff: checksum every block on both sides; a difference is an error of its request. Slow.
         handoff_timeout_s: seconds after which a handoff that has not ended fails its request; one by `direct` ends with
             the prefill step.
-        max_handoff_backlog: most requests between the beginning of their prefill and the arrival of their KV; others
-            wait in the queue.
+        max_handoff_backlog: maximum number of requests between the beginning of their prefill and the arrival of their
+            KV; others wait in the queue.
         itl_target_ms: a request waits in the queue while a decode step with it would take longer, as predicted from
             the steps before; None for no such limit.
         enable_decode_pipeline: run attention and GEMMs of decode steps side by side on two SM partitions of the decode

@@ -1,4 +1,4 @@
-"""What `step()` and `generate_stream()` give out."""
+"""What `step()` and `generate_stream()` return."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+"""Why a request ended; `RequestOutput` says what each reason means, `metrics()["requests_ended"]` counts them."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class RequestOutput:
         text: the new text. It lags the tokens where they end inside a character, or where the text
             so far may be the beginning of a stop string.
         finished: whether this is the request's last output.
-        finish_reason: `stop` (end-of-sequence, stop token or stop string), `length`, `abort`, `error`, or None.
+        finish_reason: `stop` (end-of-sequence, stop token or stop string), `length` (`max_tokens` or `max_model_len`),
+            `abort`, `error`, or None while the request runs.
         error: the exception of a failed request, else None.
         new_logprobs: one entry for each of `new_token_ids` if the request asked for log-probabilities, else None.
         ttft_s: seconds from arrival to the first token, None before it.

@@ -25,9 +25,9 @@ class SamplingParams:
         top_k: keep the k most probable tokens; 0 or -1 keeps all.
         top_p: keep the smallest set of tokens whose probabilities reach this sum, in (0, 1].
         min_p: drop tokens less probable than this share of the most probable one, in [0, 1].
-        seed: makes the request's random numbers its own: the same tokens in any batch and mode.
-            None derives one from the engine's `seed` and the request's number.
-        max_tokens: most tokens to generate, at least 1.
+        seed: seed of the request's random numbers: it gives the same tokens in any batch and mode. None derives one
+            from the engine's `seed` and the request id.
+        max_tokens: maximum number of tokens to generate, at least 1.
         min_tokens: tokens to generate before any end-of-sequence token, stop token or stop string counts.
         stop: a string, or several, that end the request; the text ends before the first one found. Special tokens that
             a stop string names, alone or amid text, are those tokens as the model writes them.

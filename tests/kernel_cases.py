@@ -173,7 +173,7 @@ def check_fused(backend: Kernels, *, device: str, dtype: torch.dtype, size: int)
 
 
 def check_rows(backend: Kernels, *, device: str) -> None:
-    """Several steps of a decode batch with spare rows, by `backend` and by the reference."""
+    """Several steps of a decode batch with padding rows, by `backend` and by the reference."""
     reference, block_size, num_slots = torch_reference.Backend(), 16, 41
     generator = torch.Generator().manual_seed(0)
     slots = torch.cat((torch.randperm(num_slots - 1, generator=generator)[:20], torch.full((3,), num_slots - 1)))
@@ -197,7 +197,7 @@ def check_rows(backend: Kernels, *, device: str) -> None:
         tokens[:2] = -1  # no token: 0 is fed
         backend.advance_rows(slots, row_numbers, tokens, numbers, num_slots - 1)
         reference.advance_rows(slots, row_numbers, tokens, expected_numbers, num_slots - 1)
-        # The spare row's index is its own.
+        # The padding row's index is its own.
         assert torch.equal(numbers[:, :-1], expected_numbers[:, :-1])
         assert numbers[RowField.POSITION, -1] == 0
 
@@ -241,16 +241,16 @@ def check_steps(backend: Kernels, *, device: str, dtype: torch.dtype, block_size
             tables.append(request["table"])
             contexts.append(end)
             ends.append(ends[-1] + count)
-        num_tokens, num_spare = len(slots), rng.choice([0, 2, 5])
+        num_tokens, num_padding = len(slots), rng.choice([0, 2, 5])
         if is_decode:
-            slots += [num_blocks * block_size] * num_spare
-            ends += [num_tokens + row for row in range(1, num_spare + 1)]
+            slots += [num_blocks * block_size] * num_padding
+            ends += [num_tokens + row for row in range(1, num_padding + 1)]
         else:
-            slots += [(num_blocks + 1) * block_size - 1] * num_spare
-            ends += [num_tokens] * num_spare
-        positions += [0] * num_spare
-        contexts += [1 if is_decode else 0] * num_spare
-        tables += [[num_blocks]] * num_spare
+            slots += [(num_blocks + 1) * block_size - 1] * num_padding
+            ends += [num_tokens] * num_padding
+        positions += [0] * num_padding
+        contexts += [1 if is_decode else 0] * num_padding
+        tables += [[num_blocks]] * num_padding
         block_tables = torch.zeros(len(tables), max(map(len, tables)), dtype=torch.int32)
         for row, table in enumerate(tables):
             block_tables[row, : len(table)] = torch.tensor(table)

@@ -236,7 +236,7 @@ class Simulation:
         while len(self.prefills) < 2 and (step := self.scheduler.schedule_prefill()) is not None:
             self.prefills.append(step)
             self.admitted += [chunk.seq.request_id for chunk in step.chunks if chunk.start == 0]
-            took = 2 * MS + step.num_prompt_tokens / PREFILL_TOKENS_PER_S
+            took = 2 * MS + step.num_prefill_tokens / PREFILL_TOKENS_PER_S
             self.prefill_free_s = max(self.prefill_free_s, self.now) + took
             self.at(self.prefill_free_s, self.prefill_ended)
         running = self.scheduler._running

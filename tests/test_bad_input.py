@@ -43,7 +43,7 @@ def assert_intact(llm, expected=None):
         llm.step()
     assert llm.is_finished()
     llm.scheduler.check_integrity()
-    assert llm.scheduler.placement.decode_card.pool.num_held_blocks == 0
+    assert llm.scheduler.placement.decode_card.block_manager.num_held_blocks == 0
     answer = llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)[0]["token_ids"]
     assert answer == (expected or answer)
     assert len(answer) == GREEDY.max_tokens
@@ -712,7 +712,7 @@ def test_stream_that_is_dropped(llm, num_read):
         del stream
         gc.collect()
         assert llm.is_finished()
-        assert llm.scheduler.placement.decode_card.pool.num_held_blocks == 0
+        assert llm.scheduler.placement.decode_card.block_manager.num_held_blocks == 0
 
 
 def test_exception_in_a_users_loop(llm):
@@ -799,7 +799,7 @@ def test_use_after_close(tiny_path):
         with pytest.raises(EngineClosedError, match="this engine was closed; make a new one"):
             use()
     llm.scheduler.check_integrity()
-    assert llm.scheduler.placement.decode_card.pool.num_held_blocks == 0
+    assert llm.scheduler.placement.decode_card.block_manager.num_held_blocks == 0
 
 
 def test_an_exception_closes_the_context(tiny_path):

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM
 
 from nanovllm import LLM, ConfigError, ModelLoadError, SamplingParams
+from nanovllm.engine.execution import load_model
 from tests import tiny
 
 NUM_TOKENS = 8
@@ -298,6 +299,8 @@ ROWS = [
     Row("yarn, truncate null", config(rope_scaling={**YARN, "truncate": None}), "truncate=None"),
     Row("yarn, not truncated", config(rope_scaling={**YARN, "truncate": False, "beta_fast": 8, "beta_slow": 2})),
     Row("yarn, betas null", config(rope_scaling={**YARN, "beta_fast": None, "beta_slow": None})),
+    Row("yarn, betas tiny", config(rope_scaling={**YARN, "beta_fast": 1e-310}), "beta_fast=1e-310"),
+    Row("yarn, factor huge", config(rope_scaling={**YARN, "factor": 1e300}), "factor=1e+300"),
     Row("yarn, mscale", config(rope_scaling={**YARN, "mscale": 2.0, "mscale_all_dim": 0.5})),
     Row("yarn, mscale alone", config(rope_scaling={**YARN, "mscale": 2.0})),
     Row("yarn, attention_factor an integer", config(rope_scaling={**YARN, "attention_factor": 2})),
@@ -312,11 +315,13 @@ ROWS = [
     Row("max_position_embeddings null", config(max_position_embeddings=None), "max_position_embeddings=None"),
     Row("no head_dim", config(head_dim=DROPPED), "[128, 64], config.json implies [512, 64]"),
     Row("head_dim null", config(head_dim=None), "head_dim=None"),
+    Row("head_dim huge", config(head_dim=2**30), "GiB are missing"),
     Row("head_dim of hidden_size", config(head_dim=16), "shape [128, 64]"),
     Row("no num_key_value_heads", config(num_key_value_heads=DROPPED), "num_key_value_heads=32", "gqa1_tied"),
     Row("num_key_value_heads null", config(num_key_value_heads=None), variant="gqa1_tied"),
     Row("too many layers", config(num_hidden_layers=3, layer_types=None), "lacks tensors model.layers.2."),
     Row("too few layers", config(num_hidden_layers=1, layer_types=None), warned="model.layers.1."),
+    Row("layers without number", config(num_hidden_layers=2**31 - 1, layer_types=None), "GiB are missing"),
     Row("no num_hidden_layers", config(num_hidden_layers=DROPPED), "num_hidden_layers"),
     Row("another vocab_size", config(vocab_size=300), "[211, 64]"),
     Row("hidden_act null", config(hidden_act=None), "hidden_act=None"),
@@ -605,12 +610,25 @@ ROWS = [
         why_served="SamplingParams alone say how tokens are chosen; the warning names what is not followed",
         asked={"suppress_tokens": None},
     ),
+    Row(
+        "config.json that punishes repetition",
+        all_of(lambda folder: (folder / "generation_config.json").unlink(), config(repetition_penalty=1.3)),
+        warned="settings in config.json are ignored: repetition_penalty=1.3",
+        why_served="SamplingParams alone say how tokens are chosen; the warning names what is not followed",
+        asked={"repetition_penalty": 1.0},
+    ),
+    Row(
+        "config.json that punishes repetition beside a generation_config.json",
+        config(repetition_penalty=1.3),
+    ),
     Row("ends null", generation(eos_token_id=None)),
     Row("ends true", generation(eos_token_id=True), "eos_token_id=True"),
     Row("a length in generation_config.json", generation(max_length=20, max_new_tokens=3)),
     Row("a damaged generation_config.json", beside("generation_config.json", "{"), "generation_config.json"),
     Row("a tokenizer with more tokens", tokenizer(500)),
     Row("a damaged tokenizer", beside("tokenizer.json", "{"), "tokenizer"),
+    Row("a tokenizer of sentencepiece alone", beside("tokenizer.model", b"x"), warned="tokenizer.model, but no tokeni"),
+    Row("a tokenizer of sentencepiece beside", all_of(tokenizer(211), beside("tokenizer.model", b"x"))),
     # What is no file
     Row("config.json a folder", replaced("config.json", Path.mkdir), "config.json is a folder"),
     Row("config.json a fifo", replaced("config.json", os.mkfifo), "config.json is a fifo"),
@@ -702,6 +720,13 @@ def test_random_weights_need_none_of_the_folder(tiny_copy: Path) -> None:
     config(tie_word_embeddings=True)(tiny_copy)
     (tiny_copy / "model.safetensors").unlink()
     assert our_tokens(tiny_copy, load_format="dummy")
+
+
+def test_angles_that_do_not_fit_are_refused(tiny_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config(max_position_embeddings=2**31 - 1)(tiny_copy)
+    monkeypatch.setattr(load_model, "host_memory_bytes", lambda: 2**36)
+    with pytest.raises(ModelLoadError, match=r"angles of max_model_len=2147483647 256.00 GiB, .* 64.00 GiB free"):
+        LLM(str(tiny_copy), device="cpu", num_kvcache_blocks=16, max_model_len=2**31 - 1)
 
 
 def test_tied_head_of_its_own_on_two_devices_and_ranks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -28,7 +28,7 @@ def llm():
     with LLM(DEMO_MODEL_PATH, device="cpu") as llm:
         yield llm
         llm.scheduler.check_integrity()
-        assert llm.scheduler.placement.decode_card.pool.num_held_blocks == 0
+        assert llm.scheduler.placement.decode_card.block_manager.num_held_blocks == 0
 
 
 def test_every_answer_equals_the_written_one(llm):

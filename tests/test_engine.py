@@ -98,7 +98,7 @@ def test_abort_in_every_state_leaves_the_others_alone(checkpoint, llm):
         assert sum(output.finished for output in outputs[ids[3]]) == 1
         for index in (0, 1, 2, 4, 5):
             assert tokens_of(outputs[ids[index]]) == tiny.reference_tokens(reference, prompts[index], 20)
-        assert llm.scheduler.placement.decode_card.pool.num_held_blocks == 0
+        assert llm.scheduler.placement.decode_card.block_manager.num_held_blocks == 0
 
 
 def test_decode_goes_on_while_a_long_prompt_is_prefilled(llm):
@@ -138,10 +138,10 @@ def test_steps_are_launched_ahead_and_no_token_shows_after_a_stop_token(checkpoi
         stop = tokens.index(tokens[9]) + 1
         assert tokens_of(outputs[request_id]) == tokens[:stop]
         assert outputs[request_id][-1].finish_reason == "stop"
-    assert llm.scheduler.placement.decode_card.pool.num_held_blocks == 0 or llm._steps
+    assert llm.scheduler.placement.decode_card.block_manager.num_held_blocks == 0 or llm._steps
     while llm._steps:
         llm.step()
-    assert llm.scheduler.placement.decode_card.pool.num_held_blocks == 0
+    assert llm.scheduler.placement.decode_card.block_manager.num_held_blocks == 0
 
 
 class PaddedSteps:
@@ -163,7 +163,7 @@ class PaddedSteps:
 def test_padded_steps_give_the_same_tokens(checkpoint, monkeypatch, most_requests):
     path, reference = checkpoint("gqa2")
     for module in (prefill_executor, scheduler):
-        monkeypatch.setattr(module, "MOST_CHUNKS", most_requests)
+        monkeypatch.setattr(module, "MAX_CHUNKS", most_requests)
     prompts = tiny.random_prompts(8, seed=30) + tiny.random_prompts(4, seed=31, longest=40, shared=48)
     filtered = SamplingParams(temperature=0, max_tokens=20, min_tokens=1, top_k=5)
     with LLM(path, device="cpu", max_num_batched_tokens=50, max_num_seqs=6) as llm:
@@ -277,7 +277,7 @@ def test_a_failing_request_is_retried_once_and_the_others_go_on(checkpoint, llm,
             assert tokens_of(outputs[ids[2]]) == expected[: len(tokens_of(outputs[ids[2]]))]
         else:
             assert tokens_of(outputs[ids[index]]) == expected
-    assert llm.scheduler.placement.decode_card.pool.num_held_blocks == 0
+    assert llm.scheduler.placement.decode_card.block_manager.num_held_blocks == 0
 
 
 def test_a_request_that_outgrows_the_pool_ends_with_an_error_and_keeps_its_tokens(checkpoint):
@@ -329,7 +329,7 @@ def test_a_prompt_that_fills_the_pool_ends_even_if_it_is_preempted_at_its_first_
         outputs = drain(llm)[request_id]
         assert outputs[-1].finish_reason == "error"
         assert isinstance(outputs[-1].error, OutOfKVCacheError)
-        assert llm.scheduler.placement.decode_card.pool.num_held_blocks == 0
+        assert llm.scheduler.placement.decode_card.block_manager.num_held_blocks == 0
 
 
 def test_a_failed_step_leaves_no_tensors_alive(tiny_path):
@@ -434,8 +434,8 @@ def test_an_interrupt_at_any_line_of_the_engine_changes_no_token(checkpoint, two
         while llm._steps or llm._handoffs:
             llm.step()
         assert (
-            llm.scheduler.placement.decode_card.pool.num_held_blocks
-            == llm.scheduler.placement.prefill_card.pool.num_held_blocks
+            llm.scheduler.placement.decode_card.block_manager.num_held_blocks
+            == llm.scheduler.placement.prefill_card.block_manager.num_held_blocks
             == 0
         )
     for place, (request_id, answer) in enumerate(zip(ids, expected, strict=True)):
@@ -463,7 +463,7 @@ class InterruptedAtLine:
         # What `step` has in its hands when it is interrupted is lost, as it would be in its caller's.
         if "nanovllm/engine/" not in frame.f_code.co_filename or frame.f_code.co_name in (
             "_start_over",
-            "mend",
+            "repair",
             "step",
         ):
             return None
@@ -519,7 +519,7 @@ def test_an_interrupt_anywhere_loses_no_request_and_changes_no_token(checkpoint,
         while llm._steps or llm._handoffs:
             llm.step()
         assert (
-            llm.scheduler.placement.decode_card.pool.num_held_blocks
-            == llm.scheduler.placement.prefill_card.pool.num_held_blocks
+            llm.scheduler.placement.decode_card.block_manager.num_held_blocks
+            == llm.scheduler.placement.prefill_card.block_manager.num_held_blocks
             == 0
         )

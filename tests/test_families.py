@@ -161,6 +161,27 @@ def test_rotary_tables_equal_transformers(name):
     torch.testing.assert_close(ours.cos[near], cos[0, near, : head_dim // 2], rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize(
+    ("rope", "most"),
+    [
+        ({"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}, 512),
+        ({**tiny.YARN, "original_max_position_embeddings": 64}, 256),
+        (tiny.LLAMA3, 128),
+        ({"rope_type": "default", "rope_theta": 1e4}, 128),
+    ],
+    ids=lambda value: value["rope_type"] if isinstance(value, dict) else "",
+)
+def test_stretched_positions_are_served(tmp_path, rope, most):
+    model = tiny.make_reference(model_type="llama", max_position_embeddings=128, rope_parameters=rope)
+    path = tiny.save(model, tmp_path)
+    with pytest.raises(ConfigError, match=f"max_model_len={most + 1} is above the model's {most} positions"):
+        LLM(path, device="cpu", max_model_len=most + 1)
+    prompt = tiny.random_prompts(1, seed=3, longest=1, shared=most - 17)[0]
+    with LLM(path, device="cpu", max_model_len=most) as llm:
+        (answer,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
+    assert answer["token_ids"] == tiny.reference_tokens(model, prompt, 16)
+
+
 def test_a_window_bounds_what_is_served(checkpoint, tmp_path, caplog):
     model = tiny.make_reference(model_type="mistral", sliding_window=48)
     path = tiny.save(model, tmp_path)

@@ -56,7 +56,7 @@ def test_a_prefill_device_that_breaks_is_left_out_and_comes_back(checkpoint, clo
         else:
             llm.kv_transfer = FaultyTransfer(llm.kv_transfer, fault, lambda number: broken[0])
         assert_right(llm.generate(prompts, GREEDY, use_tqdm=False), prompts, reference)
-        assert llm.scheduler.placement.prefill_card.breaker.is_out
+        assert llm.scheduler.placement.prefill_card.breaker.is_open
         assert llm.metrics()["fallbacks"] == {"prefill device left out": 1}
         assert caplog.text.count("is left out for a while") == 1
         # While it is out nothing is tried there: no request fails.
@@ -72,7 +72,7 @@ def test_a_prefill_device_that_breaks_is_left_out_and_comes_back(checkpoint, clo
         broken[0] = False
         clock.now += 2 * circuit_breaker.FIRST_PAUSE_S
         assert_right(llm.generate(prompts, GREEDY, use_tqdm=False), prompts, reference)
-        assert not llm.scheduler.placement.prefill_card.breaker.is_out
+        assert not llm.scheduler.placement.prefill_card.breaker.is_open
         assert llm.metrics()["recoveries"] == 1
         assert_right(llm.generate(prompts, GREEDY, use_tqdm=False), prompts, reference)
         assert llm.counters.handoffs > handoffs + len(prompts)
@@ -90,7 +90,7 @@ def test_single_failures_leave_no_device_out(checkpoint):
     with two_devices(path, max_num_seqs=1) as llm:
         break_prefill(llm, every_other)
         assert_right(llm.generate(prompts, GREEDY, use_tqdm=False), prompts, reference)
-        assert not llm.scheduler.placement.prefill_card.breaker.is_out
+        assert not llm.scheduler.placement.prefill_card.breaker.is_open
         assert llm.metrics()["fallbacks"] == {}
 
 
@@ -210,7 +210,7 @@ def test_decode_failures_leave_the_prefill_device_in(checkpoint):
         llm.decode_runner.launch = failing
         assert_right(llm.generate(prompts, GREEDY, use_tqdm=False), prompts, reference)
         assert calls[0] > 8
-        assert not llm.scheduler.placement.prefill_card.breaker.is_out
+        assert not llm.scheduler.placement.prefill_card.breaker.is_open
 
 
 def test_requests_of_one_token_show_that_the_prefill_device_works(tiny_path, clock):
@@ -223,11 +223,11 @@ def test_requests_of_one_token_show_that_the_prefill_device_works(tiny_path, clo
             llm.generate(prompts[:1], one_token, use_tqdm=False)
             broken[0] = turn == 3
             llm.generate(prompts[1:2], one_token, use_tqdm=False)
-        assert not llm.scheduler.placement.prefill_card.breaker.is_out, (
+        assert not llm.scheduler.placement.prefill_card.breaker.is_open, (
             "two failures in a row are the most that there were"
         )
         llm.generate(prompts, one_token, use_tqdm=False)
-        assert llm.scheduler.placement.prefill_card.breaker.is_out
+        assert llm.scheduler.placement.prefill_card.breaker.is_open
         broken[0] = False
         clock.now += circuit_breaker.FIRST_PAUSE_S
         llm.generate(prompts, one_token, use_tqdm=False)

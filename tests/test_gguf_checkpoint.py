@@ -237,6 +237,14 @@ def tensor(name: str, values: np.ndarray | None) -> Callable[[Fields, Tensors], 
         (field(llama__attention__layer_norm_rms_epsilon=None), "has no field llama.attention.layer_norm_rms_epsilon"),
         (field(llama__vocab_size=200), "llama.vocab_size=200 is not supported, only 265 is"),
         (field(tokenizer__ggml__token_type=[4] * len(VOCABULARY)), "other types than normal"),
+        (field(tokenizer__ggml__token_type=[1]), "token_type is not a list of 265 types"),
+        (field(tokenizer__ggml__token_type=1), "token_type is not a list of 265 types"),
+        (field(tokenizer__chat_template=["a"]), r"chat_template=\['a'\] is not a text"),
+        (field(llama__attention__head_count=5), "embedding_length=48 is not a multiple of 5 heads"),
+        (field(llama__attention__head_count=16, llama__rope__dimension_count=3), "heads have 3 dimensions"),
+        (field(llama__block_count=3), "block_count=3, but it has tensors of 2 layers"),
+        (field(llama__block_count=2**31 - 1), "block_count=2147483647, but it has tensors of 2 layers"),
+        (field(llama__block_count=2**31), "block_count=2147483648 is not an integer from 1 to"),
         (field(tokenizer__ggml__tokens=["<|user|>", *VOCABULARY[1:]]), "has a token twice"),
         (field(tokenizer__ggml__merges=["h i"]), "merges do not fit the tokens"),
         (field(tokenizer__ggml__bos_token_id=999), "bos 999: the vocabulary has 265 tokens"),
@@ -276,6 +284,23 @@ def test_a_damaged_file_is_refused(tmp_path, tiny_gguf, damage):
         gguf_checkpoint.convert(path, tmp_path / "made")
     with pytest.raises(ModelLoadError, match="cannot be read as GGUF"):
         gguf_checkpoint.convert(tmp_path / "none.gguf", tmp_path / "made")
+
+
+def test_a_field_that_is_no_text_is_named(tmp_path, tiny_gguf):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(tiny_gguf.read_bytes().replace(b"hello", b"hell\xff"))
+    with pytest.raises(ModelLoadError, match=r"tokenizer\.ggml\.tokens cannot be read \(UnicodeDecodeError: "):
+        gguf_checkpoint.convert(path, tmp_path / "made")
+
+
+def test_the_other_order_of_bytes_is_refused(tmp_path, monkeypatch):
+    other = gguf.GGUFEndian.BIG if sys.byteorder == "little" else gguf.GGUFEndian.LITTLE
+    make = gguf.GGUFWriter
+    monkeypatch.setattr(gguf, "GGUFWriter", lambda path, arch: make(path, arch, endianess=other))
+    tensors = {name: values.copy() for name, values in tensors_of(make_model(True)).items()}  # swapped in place
+    path = write(tmp_path / "a.gguf", FIELDS, tensors)
+    with pytest.raises(ModelLoadError, match="the other order of bytes"):
+        gguf_checkpoint.convert(path, tmp_path / "made")
 
 
 @pytest.mark.parametrize("error", [OSError("the disk is full"), KeyboardInterrupt()], ids=["disk", "interrupt"])

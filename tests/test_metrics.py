@@ -145,7 +145,7 @@ def test_a_request_can_be_explained(tmp_path):
 
 
 def test_only_so_many_timelines_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(observer, "MOST_TIMELINES", 2)
+    monkeypatch.setattr(observer, "MAX_TIMELINES", 2)
     path = tiny.save(tiny.make_reference(seed=3), tmp_path)
     with LLM(path, device="cpu") as llm:
         llm.generate(tiny.random_prompts(3, seed=4), SamplingParams(max_tokens=2), use_tqdm=False)

@@ -60,8 +60,8 @@ def test_a_request_whose_logits_are_nan_ends_with_an_error(checkpoint, tiny_copy
             llm.step()
         llm.scheduler.check_integrity()
         assert (
-            llm.scheduler.placement.decode_card.pool.num_held_blocks
-            == llm.scheduler.placement.prefill_card.pool.num_held_blocks
+            llm.scheduler.placement.decode_card.block_manager.num_held_blocks
+            == llm.scheduler.placement.prefill_card.block_manager.num_held_blocks
             == 0
         )
 

@@ -155,7 +155,7 @@ def test_an_outage_tolerates_failures_between_successes():
     assert not card.failed(0.0)
     assert not card.failed(0.0)
     assert card.failed(0.0)
-    assert card.is_out
+    assert card.is_open
 
 
 # The rebalancer

@@ -74,11 +74,11 @@ class OnePool(RuleBasedStateMachine):
             assert chunk.lease.crosses == (card is not self.decode_card)
             num_blocks = len(chunk.lease.prefill.blocks)
             if chunk.lease.crosses:
-                assert num_blocks == card.pool.blocks_for(chunk.seq.num_tokens)
+                assert num_blocks == card.block_manager.blocks_for(chunk.seq.num_tokens)
             else:
-                assert num_blocks >= card.pool.blocks_for(chunk.seq.num_tokens)
+                assert num_blocks >= card.block_manager.blocks_for(chunk.seq.num_tokens)
             for _, target in chunk.handoff:
-                assert self.decode_pool._holders[target] == 1, "a handoff writes to a block that others hold"
+                assert self.decode_pool._ref_counts[target] == 1, "a handoff writes to a block that others hold"
             if chunk.handoff:
                 self.scheduler.hold(chunk.lease)
                 self.handoffs.append(chunk)
@@ -121,13 +121,13 @@ class OnePool(RuleBasedStateMachine):
         step = self.scheduler.schedule_decode()
         if step is None:
             return
-        self.decodes += (splits and self.scheduler.split(step)) or [step]
+        self.decodes += (splits and self.scheduler.halve(step)) or [step]
         underway = {chunk.lease for chunk in self.handoffs}
         assert underway.isdisjoint(step.leases), "a request decodes before its KV has arrived"
         written = [row.lease.decode.blocks[row.position // BLOCK_SIZE] for row in step.decode]
         assert len(set(written)) == len(written), "two requests write to one block"
         for row, block in zip(step.decode, written, strict=True):
-            assert self.decode_pool._holders[block] == 1, "a request writes to a block that others hold"
+            assert self.decode_pool._ref_counts[block] == 1, "a request writes to a block that others hold"
             assert row.output_index < row.seq.params.max_tokens, "a step beyond the request's length"
 
     @precondition(lambda self: self.decodes)
@@ -175,15 +175,17 @@ class OnePool(RuleBasedStateMachine):
         for step in self.decodes:
             for row in step.decode:
                 block = row.lease.decode.blocks[row.position // BLOCK_SIZE]
-                assert self.decode_pool._holders[block] == 1, "a decode step writes to a block that others may get"
+                assert self.decode_pool._ref_counts[block] == 1, "a decode step writes to a block that others may get"
         for chunk in self.handoffs:
             for source, target in chunk.handoff:
-                assert chunk.lease.prefill.card.pool._holders[source], "a handoff reads a block that others may get"
-                assert self.decode_pool._holders[target] == 1, "a handoff writes to a block that others may get"
+                assert chunk.lease.prefill.card.block_manager._ref_counts[source], (
+                    "a handoff reads a block that others may get"
+                )
+                assert self.decode_pool._ref_counts[target] == 1, "a handoff writes to a block that others may get"
         for card, prefills in self.prefills.items():
             for chunk in (chunk for prefill in prefills for chunk in prefill.chunks):
                 written = chunk.lease.prefill.blocks[chunk.start // BLOCK_SIZE : -(-chunk.end // BLOCK_SIZE)]
-                assert all(map(card.pool._holders.__getitem__, written)), (
+                assert all(map(card.block_manager._ref_counts.__getitem__, written)), (
                     "a prefill writes to a block that others may get"
                 )
 
@@ -276,13 +278,13 @@ def test_chunks_are_small_only_while_others_decode():
 
 
 def test_a_prefill_step_has_at_most_so_many_requests(monkeypatch):
-    monkeypatch.setattr("nanovllm.engine.scheduler.MOST_CHUNKS", 3)
+    monkeypatch.setattr("nanovllm.engine.scheduler.MAX_CHUNKS", 3)
     scheduler, _ = scheduler_with(40, *([[place] * 2 for place in range(8)]), prefill_chunk_tokens=100)
     assert [len(run_prefill(scheduler)) for _ in range(3)] == [3, 3, 2]
 
 
 def test_the_first_request_of_a_step_waits_for_few_others_if_it_is_streamed(monkeypatch):
-    monkeypatch.setattr("nanovllm.engine.scheduler.ENOUGH_PREFILL_TOKENS", 10)
+    monkeypatch.setattr("nanovllm.engine.scheduler.MAX_STREAMED_PREFILL_TOKENS", 10)
     scheduler, _ = scheduler_with(40, [1] * 6, [2] * 20, [3] * 4)
     assert run_prefill(scheduler) == [(0, 0, 6), (1, 0, 4)]
     scheduler, seqs = scheduler_with(40, [1] * 30, [2] * 20)
@@ -368,13 +370,13 @@ def test_a_request_that_outgrows_the_pool_ends_by_name():
     assert {seq.request_id for seq in failed} == {0, 1}
     assert all("raise num_kvcache_blocks" in str(seq.error) for seq in failed)
     assert first.num_tokens == second.num_tokens == 3 * BLOCK_SIZE + 1
-    assert scheduler.placement.decode_card.pool.num_held_blocks == 0
+    assert scheduler.placement.decode_card.block_manager.num_held_blocks == 0
 
 
 def test_a_hash_hit_with_other_tokens_is_no_hit():
     pool = BlockManager(8, BLOCK_SIZE)
     seq = make_sequence(0, list(range(8)))
-    table = pool.take((), 2)
+    table = pool.allocate((), 2)
     pool.cache(seq, table, 0, 8)
     assert pool.match_prefix(make_sequence(1, list(range(8))), 8) == table
     forged = make_sequence(2, [9] * 8)
@@ -385,11 +387,11 @@ def test_a_hash_hit_with_other_tokens_is_no_hit():
 def test_free_blocks_without_content_are_given_out_first_then_the_oldest():
     pool = BlockManager(4, BLOCK_SIZE)
     old, new = make_sequence(0, [1] * 4), make_sequence(1, [2] * 4)
-    first, second = pool.take((), 1), pool.take((), 1)
+    first, second = pool.allocate((), 1), pool.allocate((), 1)
     pool.cache(old, first, 0, 4)
     pool.cache(new, second, 0, 4)
     pool.free(first)
     pool.free(second)
-    assert set(pool.take((), 3)) == {2, 3, *first}
+    assert set(pool.allocate((), 3)) == {2, 3, *first}
     assert pool.match_prefix(old, 4) == []
     assert pool.match_prefix(new, 4) == second

@@ -207,7 +207,7 @@ def test_greedy_tokens_equal_transformers(even, name, size, mode):
         while llm._steps:
             llm.step()
         llm.scheduler.check_integrity()
-        assert llm.scheduler.placement.decode_card.pool.num_held_blocks == 0
+        assert llm.scheduler.placement.decode_card.block_manager.num_held_blocks == 0
         assert (llm.scheduler.num_preemptions > 0) == (mode == "preempted")
     assert_no_process_is_left()
     for prompt, answer in zip(prompts + prompts[4:], answers + again, strict=True):

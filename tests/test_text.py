@@ -16,7 +16,7 @@ from nanovllm import LLM, EngineClosedError, RequestError, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine.requests import RequestIntake
 from nanovllm.engine.text.request_text import StreamedText, Vocabulary
-from nanovllm.engine.text.stops import MOST_MARKS, StopFinder, has_marks, mark
+from nanovllm.engine.text.stops import MAX_MARKS, StopFinder, has_marks, mark
 from nanovllm.engine.text.token_bound import TokenBound
 from tests import tiny
 from tests.tokenizers_made import KINDS, SPECIAL
@@ -215,7 +215,7 @@ def test_a_stop_within_an_open_run_of_bytes_is_found_at_once():
 
 def test_stop_strings_name_more_special_tokens_than_can_be_told_apart():
     tokenizer = KINDS["byte_level"]()
-    names = [f"<|{number}|>" for number in range(MOST_MARKS)]
+    names = [f"<|{number}|>" for number in range(MAX_MARKS)]
     tokenizer.backend_tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
     intake = RequestIntake(tokenizer, len(tokenizer), 100, 100, frozenset(), 0)
     assert intake.checked_params(SamplingParams(stop=names[1:]))

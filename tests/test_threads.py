@@ -42,8 +42,8 @@ def at_rest(llm):
     assert llm.is_finished()
     llm.scheduler.check_integrity()
     assert (
-        llm.scheduler.placement.decode_card.pool.num_held_blocks
-        == llm.scheduler.placement.prefill_card.pool.num_held_blocks
+        llm.scheduler.placement.decode_card.block_manager.num_held_blocks
+        == llm.scheduler.placement.prefill_card.block_manager.num_held_blocks
         == 0
     )
     assert {**llm._outputs.sequences, **llm._outputs._texts, **llm._outputs._inboxes} == {}
@@ -623,7 +623,7 @@ def test_what_is_put_twice_or_taken_at_once_is_there_once():
 def test_an_abort_of_a_request_that_waits_in_the_mailbox_is_kept(tiny_path, monkeypatch, interrupted):
     """Also where the loop is broken off before it has taken the request in."""
     with make(tiny_path, False) as llm:
-        monkeypatch.setattr(loop, "MOST_ARRIVALS_PER_TURN", 0)
+        monkeypatch.setattr(loop, "MAX_ARRIVALS_PER_TURN", 0)
         request_id = llm.add_request([1, 2, 3], GREEDY)
         llm.abort(request_id)
         with pytest.raises(UnknownRequestError):

@@ -29,7 +29,7 @@ def test_greedy_tokens_equal_transformers(checkpoint, variant, mode):
     with LLM(path, device="cpu", **MODES[mode]) as llm:
         answers = llm.generate(prompts, GREEDY, use_tqdm=False)
         llm.scheduler.check_integrity()
-        assert llm.scheduler.placement.decode_card.pool.num_held_blocks == 0
+        assert llm.scheduler.placement.decode_card.block_manager.num_held_blocks == 0
         if mode.startswith("preempted"):
             assert llm.scheduler.num_preemptions > 0
     for prompt, answer in zip(prompts, answers, strict=True):

@@ -322,7 +322,7 @@ def test_a_link_stays_one_and_a_second_close_writes_nothing(tiny_path, tmp_path)
 
 
 def test_it_holds_so_many_events_and_says_once_that_it_is_full(tiny_path, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(trace, "MOST_EVENTS", 10)
+    monkeypatch.setattr(trace, "MAX_EVENTS", 10)
     path = tmp_path / "trace.json"
     with LLM(tiny_path, trace=path, **ONE) as llm:
         answers = llm.generate([[1, 2, 3]] * 2, GREEDY, use_tqdm=False)
@@ -330,7 +330,7 @@ def test_it_holds_so_many_events_and_says_once_that_it_is_full(tiny_path, tmp_pa
     (spans,) = rows_of(path).values()
     assert len(spans) == 10
     assert tracks_of(path) == {}
-    assert caplog.text.count("the trace has its most events, 10") == 1
+    assert caplog.text.count("the trace is full (10 events)") == 1
 
 
 def test_a_tracer_takes_rows_of_any_name_and_shows_no_overlap(tmp_path):

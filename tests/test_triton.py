@@ -54,7 +54,7 @@ def kernel_cases(capability: int):
                     yield "_decode_kernel", dtype, constants, {"num_warps": 4 if wide else 1}
             for changes in ({}, NO_NORM, NO_ROPE, {**NO_NORM, **NO_ROPE}, NINE_HEADS):
                 yield "_norm_rotate_store_kernel", dtype, {**STORE, "HEAD_DIM": head_dim, **changes}, {}
-    chunks = {"CHUNK_TILES": 32, "PROGRAMS_PER_SM": 2, "MOST_PROGRAMS_PER_SM": 16, "PADDED_REQUESTS": 512}
+    chunks = {"CHUNK_TILES": 32, "PROGRAMS_PER_SM": 2, "MAX_PROGRAMS_PER_SM": 16, "PADDED_REQUESTS": 512}
     yield "_share_out_kernel", "words", {"TILE": 32, "ends": None, "NUM_KV_HEADS": 8, **chunks}, {}
     yield "_share_out_kernel", "words", {"TILE": 64, "NUM_KV_HEADS": None, **chunks}, {}
     for dtype in FLOAT_TYPES:
@@ -96,7 +96,7 @@ INTEGER_POINTERS = {
     "row_numbers": "*i64",
 }
 COUNTS = {"num_inputs", "num_outputs", "words", "size", "num_tokens", "num_tiles"}
-INTEGERS = {"place", "num_requests", "num_sms", "num_rows", "num_stored", "max_blocks", "spare_row", "first_token"}
+INTEGERS = {"place", "num_requests", "num_sms", "num_rows", "num_stored", "max_blocks", "padding_row", "first_token"}
 FLOAT_POINTERS = {"partial", "log_sums", "cos", "sin", "best", "scores", "temperatures", "row_temperatures"}
 
 

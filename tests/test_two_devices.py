@@ -65,8 +65,8 @@ def assert_whole(llm: LLM) -> None:
     while llm._steps:
         llm.step()
     llm.scheduler.check_integrity()
-    assert llm.scheduler.placement.prefill_card.pool.num_held_blocks == 0
-    assert llm.scheduler.placement.decode_card.pool.num_held_blocks == 0
+    assert llm.scheduler.placement.prefill_card.block_manager.num_held_blocks == 0
+    assert llm.scheduler.placement.decode_card.block_manager.num_held_blocks == 0
 
 
 @pytest.mark.parametrize("caching", [True, False], ids=["cached", "poisoned"])
@@ -186,7 +186,9 @@ def test_nothing_is_shared_between_the_devices(tiny_path):
         prefill, decode = llm.prefill_runner, llm.decode_runner
         assert prefill is not decode
         assert prefill.device != decode.device
-        assert llm.scheduler.placement.prefill_card.pool is not llm.scheduler.placement.decode_card.pool
+        assert (
+            llm.scheduler.placement.prefill_card.block_manager is not llm.scheduler.placement.decode_card.block_manager
+        )
         assert prefill.kv_pool.data_ptr() != decode.kv_pool.data_ptr()
         theirs = decode.model.checkpoint_tensors()
         for name, weight in prefill.model.checkpoint_tensors().items():
@@ -200,7 +202,7 @@ def test_nothing_is_shared_between_the_devices(tiny_path):
 def test_one_device_is_the_same_loop_with_one_runner(tiny_path):
     with LLM(tiny_path, device="cpu") as llm:
         assert llm.prefill_runner is llm.decode_runner
-        assert llm.scheduler.placement.prefill_card.pool is llm.scheduler.placement.decode_card.pool
+        assert llm.scheduler.placement.prefill_card.block_manager is llm.scheduler.placement.decode_card.block_manager
         llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)
         assert llm.counters.handoffs == 0
 
@@ -247,7 +249,7 @@ def test_a_copy_that_never_ends_times_out_with_both_sides_state(checkpoint, capl
         assert "handoff_timeout_s=0.05" in caplog.text
         # What the copy may still write to is held until it ends, and then free.
         llm.scheduler.check_integrity()
-        assert llm.scheduler.placement.decode_card.pool.num_held_blocks > 0
+        assert llm.scheduler.placement.decode_card.block_manager.num_held_blocks > 0
         faulty.unstall()
         llm.step()
         assert_whole(llm)
@@ -634,7 +636,7 @@ def test_auto_runs_the_pipeline_where_it_measured_faster(checkpoint, monkeypatch
     monkeypatch.setattr(
         decode_calibrator.DecodeCalibrator, "_candidates", lambda *args: [Arrangement((0, 0), Cut.GEMMS)]
     )
-    monkeypatch.setattr(decode_calibrator.DecodeCalibrator, "_heat", lambda paths, run: None)
+    monkeypatch.setattr(decode_calibrator.DecodeCalibrator, "_warm_up", lambda paths, run: None)
     monkeypatch.setattr(decode_calibrator.DecodeCalibrator, "_time", lambda paths, run: timed(run))
 
     def timed(run):

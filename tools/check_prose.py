@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-MOST_COLUMNS = 120
+MAX_COLUMNS = 120
 
 LIST_ITEM = re.compile(r"(\s*)([-*+]|\d+[.)])(\s+)(?=\S)")
 NOT_PROSE = re.compile(r"\s*(#|\||!\[|<!--|>|---)")
@@ -68,7 +68,7 @@ def wrapped(lines: list[str]) -> list[str]:
     filled: list[list[str]] = [[]]
     for word in words:
         taken = len(indent) + sum(len(each) + 1 for each in filled[-1])
-        if filled[-1] and taken + len(word) > MOST_COLUMNS:
+        if filled[-1] and taken + len(word) > MAX_COLUMNS:
             filled.append([filled[-1].pop()] if MARKER.fullmatch(word) and len(filled[-1]) > 1 else [])
         filled[-1].append(word)
     return [(indent if place else start) + " ".join(line) for place, line in enumerate(filled)]
@@ -89,7 +89,7 @@ def too_wide(text: str) -> list[int]:
         for block in blocks(text)
         if block.is_prose
         for place, line in enumerate(block.lines)
-        if len(line) > MOST_COLUMNS and len(UNBREAKABLE.findall(line)) > 1 + bool(LIST_ITEM.match(line))
+        if len(line) > MAX_COLUMNS and len(UNBREAKABLE.findall(line)) > 1 + bool(LIST_ITEM.match(line))
     ]
 
 
@@ -105,7 +105,7 @@ def main() -> int:
             continue
         for number in too_wide(text):
             num_wide += 1
-            print(f"{page.relative_to(ROOT)}:{number}: more than {MOST_COLUMNS} columns")
+            print(f"{page.relative_to(ROOT)}:{number}: more than {MAX_COLUMNS} columns")
     if num_wide:
         print("python tools/check_prose.py --write wraps them")
     return int(num_wide > 0)

@@ -13,7 +13,7 @@ from lib.report import quantile
 from nanovllm import LLM, SamplingParams
 
 Lengths = Callable[[random.Random], int]
-MOST_SETTLING_S = 60.0
+MAX_SETTLING_S = 60.0
 
 
 def lognormal(mean: float, sigma: float, lowest: int, highest: int) -> Lengths:
@@ -129,10 +129,10 @@ def generate_timed(
 def settle(llm: LLM) -> None:
     """Runs the loop until no request is left, nor a step or a copy of one that has ended.
 
-    What these still hold is waited for no longer than MOST_SETTLING_S: whether it is lost is for the caller to say.
+    What these still hold is waited for no longer than MAX_SETTLING_S: whether it is lost is for the caller to say.
     """
     while not llm.is_finished():
         llm.step()
     started = time.perf_counter()
-    while llm.metrics()["leases"] and time.perf_counter() - started < MOST_SETTLING_S:
+    while llm.metrics()["leases"] and time.perf_counter() - started < MAX_SETTLING_S:
         llm.step()

@@ -1,6 +1,6 @@
-"""Tracks who holds which block of one KV pool, and which blocks hold KV that others may share.
+"""Counts the references to each block of one KV pool, and knows which blocks hold KV that requests may share.
 
-Knows nothing about tensors or devices: each pool has a manager of its own.
+Knows nothing about tensors or devices. Each pool has a block manager of its own.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class CachedBlock:
 class BlockManager:
     """Reference counts and prefix cache of one pool.
 
-    A block is free (no holder) or held. A free block keeps its cached content until it is given out anew; blocks
-    without content are given out first, then those freed longest ago.
+    A block is free (no reference) or held. A free block keeps its cached content until it is allocated again; blocks
+    without content are allocated first, then those freed longest ago.
     """
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
@@ -45,8 +45,8 @@ class BlockManager:
         self.reset(())
 
     def reset(self, tables: abc.Iterable[abc.Sequence[int]]) -> None:
-        """Starts anew: `tables` hold their blocks, all others are free, and no content is known."""
-        self._holders = [0] * self.num_blocks
+        """Starts over: the blocks of `tables` are held, all others are free, and the prefix cache is empty."""
+        self._ref_counts = [0] * self.num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(self.num_blocks))
         self._contents: dict[int, CachedBlock] = {}
         self._block_of_hash: dict[int, int] = {}
@@ -62,7 +62,7 @@ class BlockManager:
         return self.num_blocks - len(self._free)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that `num_tokens` tokens fill, the last one perhaps in part."""
+        """Number of blocks that `num_tokens` tokens need; the last one may be partly filled."""
         return -(-num_tokens // self.block_size)
 
     def match_prefix(self, seq: HashedTokens, max_tokens: int) -> list[int]:
@@ -77,29 +77,29 @@ class BlockManager:
             matched.append(block)
         return matched
 
-    def can_take(self, cached: abc.Sequence[int], num_blocks: int) -> bool:
-        """Whether `take` would find enough free blocks."""
+    def can_allocate(self, cached: abc.Sequence[int], num_blocks: int) -> bool:
+        """Whether `allocate` would find enough free blocks."""
         num_new = num_blocks - len(cached)
-        return num_new + sum(self._holders[block] == 0 for block in cached) <= len(self._free)
+        return num_new + sum(self._ref_counts[block] == 0 for block in cached) <= len(self._free)
 
-    def take(self, cached: abc.Sequence[int], num_blocks: int) -> list[int]:
-        """Holds the `cached` blocks and new ones, `num_blocks` in all, in that order; `can_take` was asked before."""
+    def allocate(self, cached: abc.Sequence[int], num_blocks: int) -> list[int]:
+        """Takes references to the `cached` blocks, then to new ones: `num_blocks` in all. Call `can_allocate` first."""
         self.share(cached)
-        return [*cached, *(self._take_free() for _ in range(num_blocks - len(cached)))]
+        return [*cached, *(self._pop_free() for _ in range(num_blocks - len(cached)))]
 
     def share(self, blocks: abc.Iterable[int]) -> None:
-        """Adds a holder to each block."""
+        """Adds a reference to each block."""
         for block in blocks:
-            if self._holders[block] == 0:
+            if self._ref_counts[block] == 0:
                 del self._free[block]
-            self._holders[block] += 1
+            self._ref_counts[block] += 1
 
     def free(self, blocks: abc.Sequence[int]) -> None:
-        """Takes a holder from each block; the last blocks of a request are the first to be given out again."""
+        """Drops a reference to each block; the last blocks of a request are the first to be allocated again."""
         for block in reversed(blocks):
-            assert self._holders[block] > 0, f"block {block} is freed but nobody holds it"
-            self._holders[block] -= 1
-            if self._holders[block] == 0:
+            assert self._ref_counts[block] > 0, f"block {block} is freed but has no references"
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block] == 0:
                 self._free[block] = None
                 if block not in self._contents:
                     self._free.move_to_end(block, last=False)
@@ -115,28 +115,30 @@ class BlockManager:
                 self._block_of_hash[block_hash] = block
 
     def forget(self, blocks: abc.Iterable[int]) -> None:
-        """What these blocks hold is found no more; whoever shares them already goes on doing so."""
+        """Removes these blocks from the prefix cache; requests that share them already keep them."""
         for block in blocks:
             content = self._contents.pop(block, None)
             if content is not None:
                 del self._block_of_hash[content.block_hash]
 
     def check_integrity(self, tables: abc.Iterable[abc.Sequence[int]]) -> None:
-        """Asserts that `tables`, all there are, account for every holder, and that free + held == total."""
-        holders = Counter(block for table in tables for block in table)
-        for block, count in enumerate(self._holders):
-            assert count == holders[block], f"block {block} counts {count} holders, tables show {holders[block]}"
-            assert (count == 0) == (block in self._free), f"block {block} with {count} holders: free list is wrong"
+        """Asserts that the block `tables` of all leases account for every reference, and free + held == total."""
+        references = Counter(block for table in tables for block in table)
+        for block, count in enumerate(self._ref_counts):
+            assert count == references[block], (
+                f"block {block} counts {count} references, tables have {references[block]}"
+            )
+            assert (count == 0) == (block in self._free), f"block {block} with {count} references: free list is wrong"
         for block_hash, block in self._block_of_hash.items():
             assert self._contents[block].block_hash == block_hash, f"prefix cache entry of block {block} is stale"
         assert len(self._contents) == len(self._block_of_hash), "a cached block has no hash entry"
 
-    def _take_free(self) -> int:
+    def _pop_free(self) -> int:
         block, _ = self._free.popitem(last=False)
         content = self._contents.pop(block, None)
         if content is not None:
             del self._block_of_hash[content.block_hash]
-        self._holders[block] = 1
+        self._ref_counts[block] = 1
         return block
 
     def _tokens_of(self, seq: HashedTokens, index: int) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.distributed.tensor_parallel import Workers
 from nanovllm.engine.execution.kv_transfer import KVTransfer, NoTransfer, PeerTransfer, resolve_handoff
+from nanovllm.engine.execution.load_model import weight_bytes
 from nanovllm.engine.execution.runner_spec import PipelineOptions, RunnerSpec
 from nanovllm.engine.execution.worker_group import WorkerGroup
 from nanovllm.engine.model_runner import ModelRunner
@@ -39,12 +40,12 @@ from nanovllm.models.decoder import CausalLM
 from nanovllm.models.description import ModelDescription
 from nanovllm.utils.checkpoint import checkpoint_folder, read_json
 from nanovllm.utils.device import Device, DeviceClock, resolve_device, resolve_device_pair
-from nanovllm.utils.loader import differ
+from nanovllm.utils.loader import tensors_differ
 
 logger = logging.getLogger(__name__)
 
-ONE_AT_A_TIME = threading.Lock()
-"""While one thread captures a CUDA graph, another may not: the first one's capture fails."""
+BUILD_LOCK = threading.Lock()
+"""Held while an engine is built: a CUDA graph capture fails if another thread captures at the same time."""
 
 DEFAULT_MAX_MODEL_LEN = 4096
 
@@ -76,8 +77,8 @@ def build_engine(config: EngineConfig) -> EngineParts:
     spec = runner_spec(config, folder, hf_config, devices[0])
     tokenizer = load_tokenizer(folder)
     eos_ids = end_of_sequence_ids(folder, hf_config, tokenizer, spec.model_config.vocab_size)
-    warn_of_generation_settings(folder)
-    with ONE_AT_A_TIME:
+    warn_of_generation_settings(folder, hf_config)
+    with BUILD_LOCK:
         prefill_runner, decode_runner, kv_transfer = build_runners(config, spec, devices)
     try:
         return _parts(config, prefill_runner, decode_runner, kv_transfer, tokenizer, eos_ids, tracer)
@@ -96,13 +97,13 @@ def _parts(
     tracer: Tracer | None,
 ) -> EngineParts:
     spec = decode_runner.spec
-    placement = place(config, prefill_runner, decode_runner)
+    placement = build_placement(config, prefill_runner, decode_runner)
     runner_of = {placement.prefill_card: prefill_runner, placement.decode_card: decode_runner}
     runners = Runners({card: runner_of[card] for card in placement.cards})
     scheduler = build_scheduler(config, placement)
     options = resolved_options(config, prefill_runner, decode_runner, kv_transfer)
     logger.info("resolved options: %s", ", ".join(f"{name}={value}" for name, value in options.items()))
-    pools = [card.pool for card in scheduler.cards]
+    pools = [card.block_manager for card in scheduler.cards]
     intake = RequestIntake(
         tokenizer=tokenizer,
         vocab_size=spec.model_config.vocab_size,
@@ -130,7 +131,7 @@ def _parts(
 def resolved_options(
     config: EngineConfig, prefill_runner: ModelRunner, decode_runner: ModelRunner, kv_transfer: KVTransfer
 ) -> dict[str, Any]:
-    """Every option and what it has come to; of the number of blocks and of SMs there may be several."""
+    """Every option by name with its resolved value; numbers of blocks and of SMs may be several."""
     spec, runners = decode_runner.spec, {"prefill": prefill_runner, "decode": decode_runner}
     pipeline = decode_runner.get_pipeline_statistics()
     return dataclasses.asdict(config) | {
@@ -151,7 +152,7 @@ def resolved_options(
 
 
 def resolve_devices(config: EngineConfig) -> tuple[Device, Device]:
-    """Prefill device and decode device; the same one twice unless there are to be two.
+    """Prefill device and decode device; the same device twice without `enable_two_gpu_pd`.
 
     Raises:
         ConfigError: a device does not exist.
@@ -165,10 +166,10 @@ def resolve_devices(config: EngineConfig) -> tuple[Device, Device]:
 
 
 def runner_spec(config: EngineConfig, folder: Path, hf_config: dict[str, Any], device: Device) -> RunnerSpec:
-    """What the runners have in common, with every `auto` and None of the options resolved."""
+    """The spec that the runners share, with every `auto` and None of the options resolved."""
     model_class, model_config = resolve_model(hf_config)
     if config.load_format != "dummy":
-        model_config = with_head_of_its_own(folder, model_class, model_config)
+        model_config = with_untied_lm_head(folder, model_class, model_config)
     check_ranks(config.tensor_parallel_size, model_config, device)
     dtype = resolve_dtype(config.dtype, hf_config, device)
     needs = BackendRequirements(device.kind, dtype, model_config.head_dim, config.kvcache_block_size)
@@ -200,13 +201,13 @@ def runner_spec(config: EngineConfig, folder: Path, hf_config: dict[str, Any], d
     )
 
 
-def with_head_of_its_own(folder: Path, model_class: type[CausalLM], model_config: ModelDescription) -> ModelDescription:
-    """The config without tied embeddings where the checkpoint has a head that is not its embedding.
+def with_untied_lm_head(folder: Path, model_class: type[CausalLM], model_config: ModelDescription) -> ModelDescription:
+    """The description, with `tie_word_embeddings` unset if the checkpoint's `lm_head` and embedding differ.
 
     Raises:
         ModelLoadError: the weights cannot be read.
     """
-    if not model_config.tie_word_embeddings or not differ(folder, *model_class.tied_tensors):
+    if not model_config.tie_word_embeddings or not tensors_differ(folder, *model_class.tied_tensors):
         return model_config
     embedding, head = model_class.tied_tensors
     logger.warning(
@@ -221,9 +222,9 @@ def with_head_of_its_own(folder: Path, model_class: type[CausalLM], model_config
 
 
 def model_memory(model: str, dtype: str = "auto") -> tuple[int, int]:
-    """Bytes of a checkpoint's weights, as its config.json says, and of the KV of a token, on a GPU.
+    """Bytes of a checkpoint's weights and of one token's KV on a GPU, computed from its config.json.
 
-    No weights are read, nor downloaded.
+    Reads and downloads no weights.
 
     Raises:
         ModelLoadError: the checkpoint cannot be served.
@@ -232,9 +233,9 @@ def model_memory(model: str, dtype: str = "auto") -> tuple[int, int]:
     hf_config = read_json(folder, "config.json") or {}
     model_class, config = resolve_model(hf_config)
     resolved = resolve_dtype(dtype, hf_config, Device("cuda", 0))
-    made = model_class(config, torch_reference.Backend(), 1, dtype=resolved, device=torch.device("meta"))
-    weight_bytes = sum(weight.nbytes for weight in made.checkpoint_tensors().values())
-    return weight_bytes, 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * resolved.itemsize
+    token_elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    weights = weight_bytes(model_class, config, torch_reference.Backend(), resolved)
+    return weights, token_elements * resolved.itemsize
 
 
 def resolve_dtype(option: str, hf_config: dict[str, Any], device: Device) -> torch.dtype:
@@ -256,14 +257,16 @@ def resolve_dtype(option: str, hf_config: dict[str, Any], device: Device) -> tor
 
 
 def resolve_max_model_len(option: int | None, model_config: ModelDescription) -> int:
-    """The longest request: as asked for, else 4096, the model's limit or its window.
+    """Maximum tokens of a request: as asked for, else the least of 4096, the model's limit and its window.
 
     Raises:
         ConfigError: more than the model's positions, or more than its layers attend to.
     """
-    rope = model_config.rope
-    stretched = int(rope.original_max_positions * rope.factor) if rope.rope_type == "yarn" else 0
-    most = max(model_config.max_position_embeddings, stretched)
+    rope, most = model_config.rope, model_config.max_position_embeddings
+    # Models of the time before llama3 give the positions before they were stretched, or those after: Vicuna's 16k says
+    # 4096. Which of the two it is the config does not tell.
+    unstretched = {"linear": most, "yarn": rope.original_max_positions}.get(rope.rope_type, 0)
+    most = max(most, int(unstretched * rope.factor))
     window = model_config.sliding_window
     if option is None:
         default = min(DEFAULT_MAX_MODEL_LEN, most)
@@ -286,7 +289,7 @@ def resolve_max_model_len(option: int | None, model_config: ModelDescription) ->
 def build_runners(
     config: EngineConfig, spec: RunnerSpec, devices: tuple[Device, Device]
 ) -> tuple[ModelRunner, ModelRunner, KVTransfer]:
-    """Prefill runner, decode runner and what carries KV between them; on one device the two are one object.
+    """Prefill runner, decode runner and the KV transfer between them; on one device both runners are one object.
 
     This is the one place that asks how many devices there are.
     """
@@ -295,7 +298,9 @@ def build_runners(
         runner = build_ranks(config, spec, decode_device)
         return runner, runner, NoTransfer()
     if prefill_device == decode_device:
-        runner = ModelRunner(spec, decode_device, is_decode_runner=True, max_step_tokens=config.max_num_batched_tokens)
+        runner = ModelRunner(
+            spec, decode_device, is_decode_runner=True, max_prefill_tokens=config.max_num_batched_tokens
+        )
         return runner, runner, NoTransfer()
     method = resolve_handoff(config.kv_handoff, prefill_device, decode_device)
     # A request that failed once is prefilled here, in chunks.
@@ -310,13 +315,13 @@ def build_runners(
             adaptive=config.pipeline_mode == "auto",
         )
     decode_runner = ModelRunner(
-        spec, decode_device, is_decode_runner=True, max_step_tokens=chunk_tokens, pipeline=pipeline
+        spec, decode_device, is_decode_runner=True, max_prefill_tokens=chunk_tokens, pipeline=pipeline
     )
     prefill_runner = ModelRunner(
         spec,
         prefill_device,
         is_decode_runner=False,
-        max_step_tokens=config.max_num_batched_tokens,
+        max_prefill_tokens=config.max_num_batched_tokens,
         weights_of=decode_runner,
         push_to=decode_runner if method == "direct" else None,
     )
@@ -325,10 +330,10 @@ def build_runners(
 
 
 def build_ranks(config: EngineConfig, spec: RunnerSpec, device: Device) -> ModelRunner:
-    """The first rank of several, which has the others follow.
+    """The runner of rank 0; the other ranks run in worker processes and follow it.
 
     Raises:
-        WorkerError: one of them did not start; with its traceback.
+        WorkerError: a rank did not start; the message has its traceback.
     """
     make_runner = functools.partial(_rank_runner, spec, config.max_num_batched_tokens, device)
     workers = Workers(spec.num_ranks, make_runner, functools.partial(_device_of, device), config.step_timeout_s)
@@ -352,23 +357,23 @@ def _device_of(first: Device, rank: int) -> Device:
 
 
 def _rank_runner(
-    spec: RunnerSpec, max_step_tokens: int, first: Device, ranks: Ranks, workers: WorkerGroup | None = None
+    spec: RunnerSpec, max_prefill_tokens: int, first: Device, ranks: Ranks, workers: WorkerGroup | None = None
 ) -> ModelRunner:
     return ModelRunner(
         spec,
         _device_of(first, ranks.rank),
         is_decode_runner=True,
-        max_step_tokens=max_step_tokens,
+        max_prefill_tokens=max_prefill_tokens,
         ranks=ranks,
         workers=workers,
     )
 
 
 def check_ranks(num_ranks: int, config: ModelDescription, device: Device) -> None:
-    """Whether a model can be computed by so many ranks.
+    """Checks that the model can be divided among `num_ranks` ranks.
 
     Raises:
-        ConfigError: there are not as many GPUs, or something of the model cannot be divided so.
+        ConfigError: there are not as many GPUs, or they do not divide heads, FFN rows or vocabulary.
     """
     num_gpus = torch.cuda.device_count() if device.is_cuda else num_ranks
     if num_ranks > num_gpus:
@@ -381,12 +386,12 @@ def check_ranks(num_ranks: int, config: ModelDescription, device: Device) -> Non
         )
 
 
-def place(config: EngineConfig, prefill_runner: ModelRunner, decode_runner: ModelRunner) -> Placement:
-    """A card for each runner, with a block manager for its pool, and what each is for."""
+def build_placement(config: EngineConfig, prefill_runner: ModelRunner, decode_runner: ModelRunner) -> Placement:
+    """A card for each runner, with a block manager for its pool, and the roles of the cards."""
 
     def make_card(runner: ModelRunner, label: str) -> Card:
-        pool = BlockManager(runner.num_kv_blocks, runner.block_size, config.enable_prefix_caching)
-        return Card(str(runner.device), f"{label} {runner.device}", pool, runner.max_prompt_tokens)
+        block_manager = BlockManager(runner.num_kv_blocks, runner.block_size, config.enable_prefix_caching)
+        return Card(str(runner.device), f"{label} {runner.device}", block_manager, runner.max_prefill_tokens)
 
     if prefill_runner is decode_runner:
         card = make_card(decode_runner, "device")

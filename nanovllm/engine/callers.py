@@ -17,15 +17,16 @@ from collections import deque
 from nanovllm.errors import EngineBusyError
 from nanovllm.outputs import RequestOutput
 
-MOST_WAIT_S = 0.1
-"""Longest sleep of a call that waits before it looks around again: one that was interrupted may have woken nobody."""
+MAX_WAIT_S = 0.1
+"""Maximum sleep of a waiting call before it checks again: a call that was interrupted may have woken nobody."""
 
 
 class Call:
     """A call of a public method on its thread's stack, for as long as it is in `with call.on_stack:`.
 
-    That is a lock of the interpreter's own, which `with` lets go of however the block ends: Python hears no signal
-    between taking such a lock and the block, nor between the block and letting go. Nobody ever waits for it.
+    `on_stack` is a lock of the interpreter's own, which `with` releases however the block ends: Python runs no signal
+    handler between acquiring such a lock and the block, nor between the block and the release. No thread ever waits
+    for this lock.
     """
 
     def __init__(self) -> None:
@@ -40,7 +41,7 @@ class Call:
 
 
 class Inbox:
-    """Outputs of requests on their way to whoever waits for them.
+    """Outputs of requests on their way to the call that waits for them.
 
     Args:
         call: the call that waits for them, and after which nobody does; None if others may come for them.
@@ -99,10 +100,10 @@ class Inbox:
             self._bell.put(None)
 
     def wait(self) -> None:
-        """Waits until somebody rings, MOST_WAIT_S at most. A ring that came late ends the next wait at once."""
+        """Waits until somebody rings, MAX_WAIT_S at most. A ring that came late ends the next wait at once."""
         if not self.outputs:
             with contextlib.suppress(queue.Empty):
-                self._bell.get(timeout=MOST_WAIT_S)
+                self._bell.get(timeout=MAX_WAIT_S)
 
 
 class _Turn:
@@ -136,7 +137,7 @@ class Turns:
         self._waiting: dict[Call, Inbox] = {}
 
     def take(self, call: Call) -> bool:
-        """Begins a turn of `call` if nobody else has the turn; whether it did."""
+        """Begins a turn of `call` if no other call has the turn. Returns whether it began."""
         mine = _Turn(call)
         last = self._last()
         if not last.is_over or last.followed_by(mine) is not mine:
@@ -161,7 +162,7 @@ class Turns:
         return bool(self._waiting)
 
     def wait(self, call: Call, inbox: Inbox) -> None:
-        """Waits until somebody wakes this call, MOST_WAIT_S at most.
+        """Waits until somebody wakes this call, MAX_WAIT_S at most.
 
         Raises:
             EngineBusyError: it would wait for itself.
@@ -179,7 +180,7 @@ class Turns:
             self._waiting.pop(call, None)
 
     def wake_all(self) -> None:
-        """Lets the calls that wait look around: there may be outputs, the turn may be free, or the engine closed."""
+        """Wakes all waiting calls: there may be outputs, the turn may be free, or the engine closed."""
         for inbox in list(self._waiting.values()):
             inbox.ring()
 

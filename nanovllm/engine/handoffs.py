@@ -1,4 +1,4 @@
-"""Handoffs under way: sends the blocks that prefill steps complete, and notices what has arrived, failed or is late."""
+"""Handoffs under way: sends the blocks that prefill steps complete, and notices which arrive, fail or are late."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Handoffs:
 
     Args:
         transfer: carries the blocks.
-        scheduler: is told of what holds a lease, and of what has arrived.
+        scheduler: is told of copies that touch a lease's blocks, and of blocks that have arrived.
         outputs: is told of requests that fail.
         observer: is told of handoffs.
         runners: tell whether an error means that a device is lost.
-        steps: those in flight, for messages.
-        timeout_s: seconds after the end of its prefill step at which a handoff fails.
+        steps: the steps in flight, for messages.
+        timeout_s: seconds from the end of its prefill step after which a handoff fails.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Handoffs:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether a copy has not ended in its time, so that nobody should wait for those behind it."""
+        """Whether a handoff has timed out: nothing should wait for its copies, or for those queued behind them."""
         return any(handoff.timed_out for handoff in self.under_way)
 
     def awaited(self) -> list[Handoff]:
@@ -78,14 +78,14 @@ class Handoffs:
             self._observer.handoff_sent(chunk.seq, chunk.handoff)
 
     def step_ended(self, step: Step) -> None:
-        """Notes when the time of the step's blocks runs out."""
+        """Starts the timeout of the handoffs of a step that has ended."""
         for handoff in self.under_way:
             if handoff.step is step:
                 handoff.computed_s = time.perf_counter()
                 handoff.deadline_s = handoff.computed_s + self._timeout_s
 
     def collect(self) -> bool:
-        """Takes in what has arrived or failed, and fails what is late; whether that moved a request on."""
+        """Takes in handoffs that have ended, and fails late ones. Returns whether that moved a request on."""
         has_progressed = False
         for handoff in list(self.under_way):
             if handoff.handle.is_done():
@@ -100,25 +100,25 @@ class Handoffs:
         return has_progressed
 
     def fail_waiting(self, seq: Sequence) -> None:
-        """Ends a request that waits for blocks which a copy without end holds."""
+        """Ends a request that waits for blocks of a handoff that never ends."""
         assert self.under_way, f"request {seq.request_id} waits for nothing that will ever happen"
         message = f"request {seq.request_id} waits for blocks that a handoff without end holds"
         error = HandoffTimeout(f"{message}: {self._timeout_message(self.under_way[0])}")
         self._outputs.finish(seq, "error", error=error)
 
     def forget(self) -> list[Lease]:
-        """Forgets all handoffs, after an interrupt, but for those whose copies do not end; the leases of these.
+        """Forgets all handoffs, after an interrupt, unless one is stuck: then copies may still write to their blocks.
 
-        One entry for each copy that may still write to its blocks.
+        Returns the leases of those handoffs, one entry for each.
         """
-        # Copies behind one that does not end may still write to their blocks.
+        # Copies queued behind a stuck one may still write to their blocks.
         self.under_way = self.under_way if self.is_stuck else []
         for handoff in self.under_way:
             handoff.timed_out = handoff.lease.stuck = True
         return [handoff.lease for handoff in self.under_way]
 
     def drop(self) -> list[Handoff]:
-        """Forgets all handoffs, of which no device will tell any more."""
+        """Forgets and returns all handoffs: nobody will collect them."""
         dropped, self.under_way = self.under_way, []
         return dropped
 
@@ -140,7 +140,7 @@ class Handoffs:
     def _timeout_message(self, handoff: Handoff) -> str:
         cards = (handoff.source, handoff.target)
         prefill_state, decode_state = (
-            f"{card.pool.num_held_blocks} of {card.pool.num_blocks} blocks held" for card in cards
+            f"{card.block_manager.num_held_blocks} of {card.block_manager.num_blocks} blocks held" for card in cards
         )
         return (
             f"{self._observer.about_handoff(handoff.seq)}: {len(handoff.pairs)} blocks, from {handoff.pairs[0][0]} to "

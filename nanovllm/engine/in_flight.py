@@ -17,7 +17,7 @@ from nanovllm.engine.sequence import Sequence
 
 @dataclass(frozen=True)
 class InFlight:
-    """A launched step, the handle to collect it by, and when its launch began and returned.
+    """A launched step, its handle, and when its launch began and returned.
 
     Moments are those of `time.perf_counter()`, in seconds.
     """
@@ -29,7 +29,7 @@ class InFlight:
 
     @property
     def queue(self) -> abc.Hashable:
-        """Steps with the same one end in the order of their launch: those of one stream of one card."""
+        """Card and stream: steps of one queue end in the order of their launch."""
         return self.step.card, self.handle.stream
 
 
@@ -73,7 +73,7 @@ class StepsInFlight:
         return ended
 
     def late(self, timeout_s: float) -> InFlight | None:
-        """A step that is the first in its queue and has not ended in so many seconds, None if there is none."""
+        """A step that has been the first of its queue for `timeout_s` and has not ended; None if there is none."""
         now, seen = time.perf_counter(), set()
         for work in self._steps:
             if work.queue in seen:
@@ -85,7 +85,7 @@ class StepsInFlight:
         return None
 
     def drop(self) -> list[InFlight]:
-        """Forgets all steps, which nobody will collect."""
+        """Forgets and returns all steps: nobody will collect them."""
         dropped, self._steps = self._steps, []
         return dropped
 
@@ -97,13 +97,13 @@ class Handoff:
     seq: Sequence
     lease: Lease
     step: Step
-    """The step that computes the blocks; the handoff's time runs from its end."""
+    """The step that computes the blocks; the handoff's timeout runs from its end."""
     target: Card
-    """The card that they go to."""
+    """The card whose pool receives the blocks."""
     pairs: abc.Sequence[BlockPair]
     handle: TransferHandle
     computed_s: float | None = None
-    """When that step was seen to have ended."""
+    """When that step was collected; None before."""
     deadline_s: float = math.inf
     timed_out: bool = False
 

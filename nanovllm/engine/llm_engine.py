@@ -1,6 +1,6 @@
 """The engine as its users see it: requests go in from any thread, and one call at a time runs the loop for all.
 
-What a turn of the loop does is in `loop.py`; what comes of tokens, in `output_processor.py`.
+`loop.py` has what a turn of the loop does; `output_processor.py`, what becomes of tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nanovllm.engine.handoffs import Handoffs
 from nanovllm.engine.in_flight import StepsInFlight
 from nanovllm.engine.loop import Loop
 from nanovllm.engine.mailbox import Abort, Mailbox, NewRequest
-from nanovllm.engine.observer import MOST_TIMELINES
+from nanovllm.engine.observer import MAX_TIMELINES
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.recovery import Recovery
 from nanovllm.engine.requests import Prompt
@@ -56,10 +56,10 @@ class LLMEngine:
         ModelLoadError: the checkpoint cannot be served.
         BackendUnavailableError: the attention backend that was asked for cannot serve.
         OutOfKVCacheError: the KV pool does not fit.
-        WorkerError: one of several ranks did not start.
+        WorkerError: a tensor-parallel rank did not start.
     """
 
-    # Until it is made there is nothing to close.
+    # Until `__init__` has ended there is nothing to close.
     _closed = _is_torn_down = True
 
     def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
@@ -79,7 +79,7 @@ class LLMEngine:
         self._turns = Turns()
         self._mailbox = Mailbox()
         self._inbox = Inbox()
-        """Outputs of requests of `add_request`, for `step`."""
+        """Outputs of requests from `add_request`; `step` returns them."""
         self._outputs = OutputProcessor(self.scheduler, self._observer)
         self._steps = StepsInFlight()
         self._handoffs = Handoffs(
@@ -113,7 +113,7 @@ class LLMEngine:
 
     @property
     def kv_transfer(self) -> KVTransfer:
-        """What carries KV between the pools; another one may be set while no handoff is under way."""
+        """Carries KV between the pools. May be replaced while no handoff is under way."""
         return self._handoffs.transfer
 
     @kv_transfer.setter
@@ -121,7 +121,7 @@ class LLMEngine:
         self._handoffs.transfer = transfer
 
     def __del__(self) -> None:
-        # Nobody has closed it, and other ranks would be left behind; or a close was broken off.
+        # It was never closed, and other ranks would be left running; or an interrupt broke off `close`.
         if not self._is_torn_down and (self._closed or self.config.tensor_parallel_size > 1):
             self.close()
 
@@ -133,7 +133,7 @@ class LLMEngine:
         Raises:
             RequestError: the prompt or a parameter is refused; nothing was queued.
             DeviceError: a GPU was lost; a new process is needed.
-            WorkerError: another rank was; the same.
+            WorkerError: another rank was lost; a new process is needed.
             EngineClosedError: the engine was closed.
         """
         self._check_open()
@@ -171,7 +171,7 @@ class LLMEngine:
         """Launches what can be launched and returns what has completed since the last call, perhaps nothing.
 
         Waits for a device only when there was nothing to launch. While another thread runs the loop, in `generate`
-        say, waits a moment for what comes of it.
+        for example, waits briefly for outputs of that.
 
         Raises:
             EngineClosedError: the engine was closed.
@@ -190,7 +190,7 @@ class LLMEngine:
             raise
 
     def explain(self, request_id: int) -> Timeline:
-        """What a request waits or has waited for; `str` of it is a table. The last MOST_TIMELINES that ended are kept.
+        """What a request waits or has waited for; `str` makes a table. The last MAX_TIMELINES that ended are kept.
 
         Raises:
             UnknownRequestError: no request has this id, or it ended long ago.
@@ -202,7 +202,7 @@ class LLMEngine:
             timeline = self._observer.timeline(number)
         if timeline is None:
             raise UnknownRequestError(
-                f"request {short_repr(request_id)} is not known, or ended before the last {MOST_TIMELINES} that did"
+                f"request {short_repr(request_id)} is not known, or ended before the last {MAX_TIMELINES} that did"
             )
         return timeline
 
@@ -228,7 +228,7 @@ class LLMEngine:
     def add_step_listener(self, listener: StepListener) -> None:
         """Has `listener` called with a `StepReport` for every step from now on, soon after it has ended.
 
-        That is in the thread of whichever call runs the loop, between two of its turns. An exception of the listener
+        It is called in the thread of whichever call runs the loop, between two turns. An exception of the listener
         comes out of that call (`step`, `generate`, ...) and harms no other request. From within, `add_request`, `abort`
         and `close` may be called.
 
@@ -270,7 +270,7 @@ class LLMEngine:
                 self._turns.end(call)
 
     def _tear_down(self) -> None:
-        """Closes what the engine is made of; after an interrupt, once more."""
+        """Closes the engine's parts; after an interrupt, `close` runs this again."""
         if self._is_torn_down:
             return
         unfinished = list(self._outputs.sequences.values())
@@ -339,7 +339,7 @@ class LLMEngine:
         return NewRequest(seq, text, inbox)
 
     def _abandon(self, inbox: Inbox) -> None:
-        """Ends what is still running of the inbox's requests: nobody waits for their outputs any more."""
+        """Aborts the unfinished requests of an inbox: nobody waits for their outputs any more."""
         inbox.is_closed = True
         self._mailbox.closed_inboxes.append(inbox)
         inbox.ring()
@@ -357,16 +357,16 @@ class LLMEngine:
             self._turns.wake_all()
 
     def _run_or_wait(self, call: Call, inbox: Inbox) -> None:
-        """Runs one turn of the loop; waits for something in the inbox if another call has the turn."""
+        """Runs one turn of the loop, or waits for an output in the inbox if another call has the turn."""
         self._check_open()
         if not self._took_turn(call, self._loop.run_turn, self._step_listeners.tell):
             self._turns.wait(call, inbox)
         self._check_open()
 
     def _read_mail(self) -> None:
-        """Takes in what calls have posted, unless another call has the turn, or waits and may have it: then that will.
+        """Takes in what calls have posted, unless another call has the turn or waits for it: then that one does.
 
-        So calls that post never stand in the way of those that run the loop.
+        This keeps calls that only post from delaying those that run the loop.
         """
         if not self._turns.is_awaited:
             call = Call()
@@ -376,7 +376,10 @@ class LLMEngine:
             self._turns.wake_all()
 
     def _took_turn(self, call: Call, work: Callable[[], None], then: Callable[[], None] | None = None) -> bool:
-        """Does `work`, and `then` once the state is whole, if nobody else has the turn; whether it did."""
+        """Runs `work`, then `then`, if no other call has the turn. Returns whether it did.
+
+        `then` runs when the state is consistent again.
+        """
         if not self._turns.take(call):
             return False
         try:
@@ -398,7 +401,7 @@ def _close(reference: weakref.ref[LLMEngine]) -> None:
 
 
 def _as_integer(given: object) -> int | None:
-    """A request id of any integer type; None for what is none, bools among it."""
+    """A request id as an int, from any integer type; None for other types and bools."""
     try:
         return None if isinstance(given, bool) else operator.index(given)  # type: ignore[arg-type] # that is the question
     except TypeError:

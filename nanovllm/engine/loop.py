@@ -16,26 +16,26 @@ from nanovllm.engine.scheduling.step import Step
 from nanovllm.engine.step_listeners import StepListeners
 from nanovllm.errors import DeviceError
 
-MOST_ARRIVALS_PER_TURN = 256
+MAX_ARRIVALS_PER_TURN = 256
 """New requests that a turn takes in: those that come faster wait in the mailbox, and decode steps go on."""
 
 TURNS_PER_SWEEP = 64
-"""After so many turns of the loop the engine looks for requests whose callers are gone without a word."""
+"""Turns from one search for requests whose callers are gone without having closed their inbox to the next."""
 
 
 class Loop:
-    """Moves all requests on, a turn at a time. Whoever calls has the turn: see `Turns`.
+    """Moves all requests on, one turn at a time. The caller must have the turn: see `Turns`.
 
     Args:
         runners: run the steps.
-        scheduler: forms them.
+        scheduler: forms the steps.
         steps, handoffs: the work in flight.
         outputs: is given the tokens.
         mailbox: what calls have posted.
         observer: is told of steps.
-        listeners: likewise.
-        handoff_timeout_s: how long nothing may happen while requests wait for the blocks of a stuck copy.
-        step_timeout_s: in how many seconds a step has ended, or its device is lost.
+        listeners: are told of steps that have ended.
+        handoff_timeout_s: seconds without progress after which a request that waits for blocks of a stuck copy ends.
+        step_timeout_s: seconds after which a step that has not ended means that its device is lost.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Loop:
         self._turns_until_sweep = TURNS_PER_SWEEP
         self._last_progress_s = time.perf_counter()
         self._gap: tuple[Step, float] | None = None
-        """The decode step that was queued right behind the last one when that ended, and when that was."""
+        """The decode step that was already queued when the last step of its card ended, and the time of that end."""
 
     def run_turn(self) -> None:
         """One turn: launch what can be launched, else wait; then collect what has ended."""
@@ -94,7 +94,7 @@ class Loop:
     def take_in_mail(self) -> None:
         """Takes in new requests, aborts, and requests that nobody waits for any more."""
         mail = self._mailbox
-        for _ in range(min(len(mail.arrived), MOST_ARRIVALS_PER_TURN)):
+        for _ in range(min(len(mail.arrived), MAX_ARRIVALS_PER_TURN)):
             self._take_in(mail.arrived[0])
             mail.arrived.popleft()
         for _ in range(len(mail.aborts)):
@@ -133,7 +133,7 @@ class Loop:
     # Steps
 
     def launch_steps(self) -> bool:
-        """Launches what each card can be given now; whether there was anything."""
+        """Launches every step that a card can be given now. Returns whether there was one."""
         launched = False
         for card in self._scheduler.cards:
             in_flight = [work.step for work in self._steps.on(card)]
@@ -144,7 +144,7 @@ class Loop:
         return launched
 
     def _launch(self, step: Step) -> bool:
-        """Launches a step. If that fails, its halves, until the request that makes it fail stands alone."""
+        """Launches a step. If that fails, launches its halves, until the failing request is alone in a step."""
         runner, error, began_s = self._runners[step.card], None, time.perf_counter()
         try:
             handle = runner.launch(step)
@@ -160,7 +160,7 @@ class Loop:
                 self._handoffs.send(step, handle.event)
             return True
         self._undo_launch(step)
-        halves = self._scheduler.split(step)
+        halves = self._scheduler.halve(step)
         if halves is not None:
             launched = [self._launch(half) for half in halves]
             return any(launched)
@@ -172,9 +172,9 @@ class Loop:
         return False
 
     def _undo_launch(self, step: Step) -> None:
-        """Waits for what a step had launched before it failed: it may be writing to its blocks, and to decode rows.
+        """Waits for the work that a step had launched before it failed: it may write to KV blocks and decode rows.
 
-        The rows are sent anew, once the host has the tokens of the steps before.
+        The rows are sent again, once the host has the tokens of earlier steps.
         """
         runner = self._runners[step.card]
         runner.synchronize(copies=not self._handoffs.is_stuck)
@@ -191,16 +191,18 @@ class Loop:
     def _collect(self, work: InFlight) -> None:
         step, counters = work.step, self._observer.counters
         tokens = work.handle.collect()
-        self._runners[step.card].check_workers()  # what waited for a rank that is gone was ended, with anything in it
+        self._runners[
+            step.card
+        ].check_workers()  # collectives with a rank that is gone were ended, and their results mean nothing
         self._steps.remove(work)
         self._observer.step_ended(work)
         self._listeners.step_ended(work)
         self._progressed()
         if step.chunks:
             counters.prefill_steps += 1
-            counters.prefill_tokens += step.num_prompt_tokens
-            counting = [self._scheduler.prefill_done(chunk) for chunk in step.chunks]
-            self._outputs.take_tokens_after_chunks(counting, step, tokens.after_chunks)
+            counters.prefill_tokens += step.num_prefill_tokens
+            live = [self._scheduler.prefill_done(chunk) for chunk in step.chunks]
+            self._outputs.take_tokens_after_chunks(live, step, tokens.after_chunks)
             self._handoffs.step_ended(step)
         if step.decode:
             counters.decode_steps += 1
@@ -210,7 +212,7 @@ class Loop:
             self._outputs.take_decoded_tokens(step, tokens.after_decode)
 
     def _observe_gap(self, step: Step) -> None:
-        """Tells the admission policy what a decode step took, if its card did nothing else since the step before."""
+        """Tells the admission policy how long a decode step took, if it was queued when the step before it ended."""
         admission, now = self._scheduler.admission, time.perf_counter()
         if admission.itl_target_s is None:
             return
@@ -222,7 +224,7 @@ class Loop:
     # Nothing to launch
 
     def _wait(self) -> None:
-        """Until a step or a handoff has ended, or a handoff's time is up."""
+        """Waits until a step or a handoff has ended, or a handoff is late."""
         handoffs = self._handoffs.awaited()
         if not self._steps and not handoffs:
             self._give_up_on_stuck_blocks()
@@ -237,7 +239,7 @@ class Loop:
             time.sleep(0)
 
     def _give_up_on_stuck_blocks(self) -> None:
-        """Nothing runs: if nothing has for `handoff_timeout_s`, the oldest request waits for blocks of a stuck copy."""
+        """Ends the oldest request if nothing has run for `handoff_timeout_s`: it waits for blocks of a stuck copy."""
         time.sleep(1e-3)
         waiting = self._scheduler.unfinished()
         if waiting and time.perf_counter() - self._last_progress_s >= self._handoff_timeout_s:
@@ -245,7 +247,7 @@ class Loop:
             self._progressed()
 
     def _check_steps_end(self) -> None:
-        """Raises DeviceError if the first step on a device has had its time, WorkerError if a rank is gone."""
+        """Raises DeviceError if a step is late, WorkerError if a rank is gone."""
         self._runners.check_workers()
         late = self._steps.late(self._step_timeout_s)
         if late is not None:

@@ -1,4 +1,4 @@
-"""What calls have asked of the loop and it has not taken in yet. Each post is one operation, done or not done."""
+"""Requests and aborts that calls have posted and the loop has not taken in yet. A post is one atomic operation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class NewRequest:
 
 @dataclass(frozen=True)
 class Abort:
-    """A request to end where it is; nobody is told of its end if nobody knows its id."""
+    """Asks the loop to abort a request. If `is_known` is False, no caller has its id, and nobody is told."""
 
     seq: Sequence
     is_known: bool
@@ -30,14 +30,14 @@ class Abort:
 class Mailbox:
     """Posts of calls in any thread, which the loop reads at the beginning of a turn.
 
-    A post is taken out only after it has been acted on: what an interrupt breaks off is acted on once more.
+    A post is removed only after it was acted on: if an interrupt breaks that off, the loop acts on it again.
     """
 
     def __init__(self) -> None:
         self.arrived: deque[NewRequest] = deque()
         self.aborts: deque[Abort] = deque()
         self.aborting: set[Sequence] = set()
-        """Requests that callers have aborted and that are still to be ended."""
+        """Requests whose abort is posted and not acted on yet."""
         self.early_aborts: dict[int, Abort] = {}
         """Aborts, by request id, of requests that have not been taken in yet; kept by the loop."""
         self.closed_inboxes: deque[Inbox] = deque()

@@ -27,7 +27,7 @@ from nanovllm.engine.execution.tasks import StepTask
 from nanovllm.engine.execution.worker_group import NoWorkers, WorkerGroup
 from nanovllm.engine.observability.pipeline_statistics import lines
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement
-from nanovllm.engine.scheduling.step import MOST_CHUNKS, BlockPair, Step
+from nanovllm.engine.scheduling.step import MAX_CHUNKS, BlockPair, Step
 from nanovllm.errors import DeviceError, HandoffError, short_repr
 from nanovllm.layers.ranks import OneRank, Ranks
 from nanovllm.layers.sampler import SampledTokens
@@ -44,12 +44,12 @@ class ModelRunner:
         spec: model and sizes.
         device: where everything lives; whichever device is current elsewhere does not matter.
         is_decode_runner: whether decode steps run here (they may run beside prefill steps).
-        max_step_tokens: most tokens of prompts in a step; workspace for them is kept free.
+        max_prefill_tokens: maximum number of prompt tokens in a step; workspace for them is kept free.
         weights_of: a runner to copy the weights from, instead of reading them.
         push_to: a runner into whose pool prefill steps push the blocks that they hand over; of the same spec.
         pipeline: how decode steps use SM partitions, None for plain decode.
-        ranks: those that compute the model together; every one of them makes its runner at the same time.
-        workers: on the first rank, the others.
+        ranks: all ranks that compute the model together; each makes its runner at the same time.
+        workers: the other ranks, on rank 0.
 
     Attributes:
         model: the weights.
@@ -58,7 +58,7 @@ class ModelRunner:
         clock: times steps and copies, for a trace; None if there is none.
 
     Raises:
-        GreenContextError: the SMs can be split, but not as `pipeline` has it.
+        GreenContextError: the SMs can be split, but not as `pipeline` asks.
         ModelLoadError: the weights cannot be loaded or do not fit.
         OutOfKVCacheError: the KV pool does not fit.
     """
@@ -69,7 +69,7 @@ class ModelRunner:
         device: Device,
         *,
         is_decode_runner: bool,
-        max_step_tokens: int,
+        max_prefill_tokens: int,
         weights_of: ModelRunner | None = None,
         push_to: ModelRunner | None = None,
         pipeline: PipelineOptions | None = None,
@@ -79,29 +79,29 @@ class ModelRunner:
         self.spec = spec
         self.device = device
         self.is_decode_runner = is_decode_runner
-        self.max_prompt_tokens = max_step_tokens
+        self.max_prefill_tokens = max_prefill_tokens
         self.clock: DeviceClock | None = None
         self._ranks = OneRank() if ranks is None else ranks
         self._workers = NoWorkers() if workers is None else workers
         with device.current():
             self.stream = torch.cuda.Stream(device.index) if device.is_cuda else None
-            # What is pushed beside a layer gets SMs before the layer's own thread blocks that still wait for one.
+            # High priority: thread blocks of a push get free SMs before the waiting thread blocks of the layer.
             self.copy_stream = torch.cuda.Stream(device.index, priority=-1) if device.is_cuda else None
         with self.on(self.stream):
             their_model = None if weights_of is None else weights_of.model
             self.model: CausalLM = load_model(spec, device, self._ranks, their_model)
-            # None waits in a collective, which must end in time, for one that loads longer.
+            # All ranks meet here, since a collective would time out if one of them loads longer.
             self._ranks.all_reduce_min(0)
             forward = ForwardPass(device, spec, self._ranks, self.model)
-            # Lanes take memory, which the pool is to leave free.
+            # Before the pool is sized, since lanes take memory.
             paths = self._make_decode_paths(pipeline) if is_decode_runner else None
             self.num_kv_blocks = self._num_kv_blocks(forward)
-            # One block more than there are to give out: what pads a step is written to it.
+            # The last block is the padding block.
             self.kv_pool: torch.Tensor = make_kv_pool(spec, device, self.num_kv_blocks + 1)
             push = NoPush() if push_to is None else PushToPool(push_to.kv_pool, self.copy_stream)
             if push_to is not None and device.is_cuda:
                 enable_peer_access(device, push_to.device)
-            self.prefill = PrefillExecutor(forward, self.kv_pool, max_step_tokens, push)
+            self.prefill = PrefillExecutor(forward, self.kv_pool, max_prefill_tokens, push)
             self.decode = NoDecode(device) if paths is None else DecodeExecutor(forward, self.kv_pool, paths)
             self._capture(forward)
         self.synchronize()  # other streams are about to read the weights and write to the pool
@@ -113,7 +113,7 @@ class ModelRunner:
     # Steps
 
     def launch(self, step: Step) -> StepHandle:
-        """Starts a step, here and on the other ranks; nothing here waits for the device."""
+        """Launches a step, here and on the other ranks; does not wait for the device."""
         with self.on(self.stream):
             began = None if self.clock is None else self.clock.record_moment()
             prefill = decode = None
@@ -126,29 +126,29 @@ class ModelRunner:
                 return StepHandle(self.device, self.stream, self._run(task), began)
 
     def run(self, task: StepTask) -> None:
-        """A rank's share of a step, made by the first rank. All ranks sample the same tokens; the first gives them."""
+        """Runs this rank's share of a step, made by rank 0. All ranks sample the same tokens; rank 0 returns them."""
         with self.on(self.stream):
             for _ in self._run(task):
                 pass
 
     def _run(self, task: StepTask) -> abc.Iterator[SampledTokens | None]:
-        """What the chunks and the decode rows sample, on the device: the second may overwrite the first."""
+        """What the chunks, then what the decode rows sample, on the device; the second may overwrite the first."""
         yield None if task.prefill is None else self.prefill.run(task.prefill)
         yield None if task.decode is None else self.decode.run(task.decode)
 
     def run_decode_core(self, size: int, arrangement: Arrangement | None = None) -> StepOutput:
         """One decode step over the first `size` rows of the batch, on the device alone: no host value is read.
 
-        By the pipeline, arranged so, or plain.
+        It runs on the pipeline in the given arrangement, or plain for None.
         """
         return self.decode.run_core(size, arrangement)
 
     def forget_device_batch(self) -> None:
-        """What a decode step that could not be launched has left of the batch on the device is not used again."""
+        """Discards the batch on the device, which a step that failed to launch may have left in any state."""
         self.decode.forget()
 
     def take_lane_times(self) -> None:
-        """Takes in lane times of decode steps that have ended, for metrics and the trace."""
+        """Reads the lane times of timed decode steps that have ended, for metrics and the trace."""
         with self.on(self.stream):
             self.decode.take_lane_times()
 
@@ -161,7 +161,7 @@ class ModelRunner:
             return self.decode.paths.get_statistics()
 
     def print_pipeline_statistics(self) -> None:
-        """The same as a table."""
+        """Prints `get_pipeline_statistics` as a table."""
         print("\n".join(lines(self.get_pipeline_statistics(), str(self.device))))  # noqa: T201 - what it is for
 
     # Copies of KV blocks
@@ -186,30 +186,30 @@ class ModelRunner:
         """
         if method not in COPY_METHODS:
             raise HandoffError(f"method={short_repr(method)} is not one of {', '.join(COPY_METHODS)}")
-        for block, goal in pairs:
-            if not (0 <= block < self.num_kv_blocks and 0 <= goal < other.num_kv_blocks):
+        for block, target_block in pairs:
+            if not (0 <= block < self.num_kv_blocks and 0 <= target_block < other.num_kv_blocks):
                 raise HandoffError(
-                    f"blocks ({block}, {goal}) are not below ({self.num_kv_blocks}, {other.num_kv_blocks}), "
-                    "what the two pools have"
+                    f"blocks ({block}, {target_block}) do not exist; the pools have {self.num_kv_blocks} and "
+                    f"{other.num_kv_blocks} blocks"
                 )
         with other.on(other.copy_stream), self.on(self.copy_stream):
             wait_event(self.copy_stream, after)
             try:
                 COPY_METHODS[method](self, other, pairs)
             except BaseException:
-                # Nobody will know of the copies that were launched: they must not be left to write later.
+                # No handle will exist for copies that were launched: they must not write later.
                 self.synchronize()
                 other.synchronize()
                 raise
             return (self if method == "push" else other).record_copy_event()
 
     def record_copy_event(self) -> Event:
-        """An event after all copies that were launched on this device."""
+        """An event that is done when all copies launched on this device so far have ended."""
         with self.on(self.copy_stream):
             return self.device.record_event()
 
     def record_copy_moment(self, after: Event | None = None) -> Moment | None:
-        """When this device's copies have got here, and `after` is done; None if nothing is timed."""
+        """The moment when all copies launched so far, and `after`, are done; None if nothing is timed."""
         if self.clock is None:
             return None
         with self.on(self.copy_stream):
@@ -217,13 +217,13 @@ class ModelRunner:
             return self.clock.record_moment()
 
     def wait_for(self, event: Event) -> None:
-        """What is launched here from now on runs after `event`, of any device."""
+        """Makes all steps that are launched here from now on run after `event`, of any device."""
         wait_event(self.stream, event)
 
     def checksum_blocks(self, blocks: abc.Sequence[int], after: Event) -> torch.Tensor:
-        """One number for each block and layer, [N, num_layers] int64 on the host, computed after `after`; waits for it.
+        """A checksum of each layer of each block, [N, num_layers] int64 on the host, computed after `after`; waits.
 
-        Any changed word shows.
+        It changes with any word of the block.
         """
         with self.on(self.copy_stream):
             wait_event(self.copy_stream, after)
@@ -233,19 +233,19 @@ class ModelRunner:
         """Waits for all steps, and copies, that were launched here.
 
         Raises:
-            DeviceError: they do not end within `step_timeout_s`.
+            DeviceError: the work does not end within `step_timeout_s`.
         """
         step_timeout_s = self.spec.step_timeout_s
         deadline_s = time.monotonic() + step_timeout_s
         for stream in (self.stream, self.copy_stream if copies else None):
-            # Not by the driver, in which an interrupt is not heard.
+            # Polls, since Python handles no interrupt inside a driver call.
             while stream is not None and not stream.query():
                 if time.monotonic() > deadline_s:
                     late = DeviceError(f"{self.device} is lost: its work has not ended within {step_timeout_s=}")
                     raise self._workers.diagnose(late)
                 self._workers.check()
                 time.sleep(0)
-        self._workers.check()  # what waited for one that is gone was ended
+        self._workers.check()  # collectives with a rank that is gone were ended
 
     # Other ranks, and the end
 
@@ -254,7 +254,7 @@ class ModelRunner:
         self._workers.check()
 
     def diagnose(self, error: DeviceError) -> BaseException:
-        """What it means that this device is late: with other ranks, that one of them is."""
+        """The cause of a step on this device that does not end: with tensor parallelism, perhaps another rank."""
         return self._workers.diagnose(error)
 
     def close_workers(self) -> None:
@@ -262,10 +262,14 @@ class ModelRunner:
         self._workers.close()
 
     def close(self) -> None:
-        """Gives weights and pool back, which nothing may be using; the runner is of no use afterwards."""
+        """Frees weights and pool, which nothing may be using; the runner cannot be used afterwards."""
         with self.on(self.stream):
             self.decode.close()
-            for name in ("model", "kv_pool", "prefill"):  # an interrupt may come between, and `close` once more
+            for name in (
+                "model",
+                "kv_pool",
+                "prefill",
+            ):  # an interrupt may strike in between, and `close` be called again
                 vars(self).pop(name, None)
             self._ranks.close()
             if self.device.is_cuda:
@@ -273,7 +277,7 @@ class ModelRunner:
 
     @contextlib.contextmanager
     def on(self, stream: torch.cuda.Stream | None) -> abc.Iterator[None]:
-        """Makes this device and one of its streams, none on a CPU, the current ones; a caller's autocast is left."""
+        """Makes this device and a stream of it (None on a CPU) current, in inference mode, without autocast."""
         on_stream = contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
         kind = self.device.kind
         as_written = (
@@ -290,8 +294,10 @@ class ModelRunner:
 
     def _num_kv_blocks(self, forward: ForwardPass) -> int:
         spec = self.spec
-        most_rows = max(spec.max_num_seqs if self.is_decode_runner else 1, MOST_CHUNKS)
-        num_tokens = max(self.max_prompt_tokens, spec.max_num_seqs) if self.is_decode_runner else self.max_prompt_tokens
+        most_rows = max(spec.max_num_seqs if self.is_decode_runner else 1, MAX_CHUNKS)
+        num_tokens = (
+            max(self.max_prefill_tokens, spec.max_num_seqs) if self.is_decode_runner else self.max_prefill_tokens
+        )
 
         def run_largest_step(kv_pool: torch.Tensor) -> None:
             largest = largest_step(

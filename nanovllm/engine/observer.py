@@ -1,4 +1,4 @@
-"""What an engine tells of its work: metrics, timelines, a trace, lines of the log. Changes nothing of the work."""
+"""Observes an engine's work: metrics, timelines, the trace, log lines. Has no influence on the work."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from nanovllm.engine.sequence import Sequence, SequenceStatus
 
 logger = logging.getLogger(__name__)
 
-MOST_TIMELINES = 1000
-"""How many timelines of ended requests are kept: enough to ask what just happened."""
+MAX_TIMELINES = 1000
+"""Timelines of ended requests that are kept."""
 
 
 @dataclass
@@ -36,14 +36,14 @@ class Counters:
 
 
 class Observer:
-    """Is told of what the engine does, and tells of it when asked.
+    """Records what the engine does, and reports it when asked.
 
     Args:
-        scheduler: whose state is told of.
+        scheduler: whose state `metrics` reports.
         decode_paths: how decode steps run.
-        block_bytes: of a KV block.
-        handoff_name: how KV crosses.
-        tracer: what to write a trace with; None for none.
+        block_bytes: bytes of a KV block.
+        handoff_name: name of the KV transfer.
+        tracer: collects the trace; None for none.
         verifies_handoffs: whether blocks that arrive are compared with those that left.
     """
 
@@ -119,7 +119,7 @@ class Observer:
             self._log_blocks(what, handoff.seq, handoff.pairs)
 
     def dropped(self, steps: abc.Iterable[InFlight], handoffs: abc.Iterable[Handoff]) -> None:
-        """Steps that have ended, and handoffs that may have, which nobody will collect."""
+        """Traces steps and handoffs that nobody will collect; the steps, and perhaps the handoffs, have ended."""
         for work in steps:
             self.step_ended(work)
         for handoff in handoffs:
@@ -129,15 +129,15 @@ class Observer:
     def request_ended(self, seq: Sequence) -> None:
         self.times.has_ended(seq, seq.finish_reason or "error")
         self._timelines[seq.request_id] = seq.timeline
-        if len(self._timelines) > MOST_TIMELINES:
+        if len(self._timelines) > MAX_TIMELINES:
             self._timelines.popitem(last=False)
         if self._tracer is not None:
             self._tracer.add_request(seq)
 
     def log_prefill_health(self) -> None:
-        """Says, once, that the prefill device is left out, or works again."""
+        """Logs, once each time, that the prefill device is left out, or works again."""
         card = self._placement.prefill_card
-        was_out, self._prefill_is_out = self._prefill_is_out, card.breaker.is_out
+        was_out, self._prefill_is_out = self._prefill_is_out, card.breaker.is_open
         if self._prefill_is_out and not was_out:
             self._fallbacks["prefill device left out"] += 1
             logger.warning("%s is left out for a while, %s prefills alone", card, self._placement.decode_card)
@@ -146,7 +146,7 @@ class Observer:
             logger.warning("%s works again", card)
 
     def close(self, unfinished: abc.Iterable[Sequence]) -> None:
-        """Writes the trace, these requests with it."""
+        """Writes the trace, with these requests in it."""
         if self._tracer is None:
             return
         for seq in unfinished:
@@ -157,14 +157,17 @@ class Observer:
     # What is asked
 
     def timeline(self, request_id: int) -> Timeline | None:
-        """The timeline of one of the last MOST_TIMELINES requests that ended, None for others."""
+        """The timeline of one of the last MAX_TIMELINES requests that ended, None for others."""
         return self._timelines.get(request_id)
 
     def metrics(self) -> dict[str, Any]:
         """See `LLMEngine.metrics`."""
         scheduler, counters, times = self._scheduler, self.counters, self.times
         states = scheduler.num_by_status()
-        pools = {"prefill": self._placement.prefill_card.pool, "decode": self._placement.decode_card.pool}
+        pools = {
+            "prefill": self._placement.prefill_card.block_manager,
+            "decode": self._placement.decode_card.block_manager,
+        }
         paths = self._decode_paths
         stages, arrangement = paths.lane_times, paths.current
         return {

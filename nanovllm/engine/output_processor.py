@@ -1,6 +1,6 @@
-"""What requests have said: turns tokens into text, finds stops, and gives outputs to whoever waits for them.
+"""Appends sampled tokens to requests, turns them into text, finds stops, and emits outputs to the calls that wait.
 
-The one writer of a request's tokens, text and what was emitted of it. Knows nothing of devices.
+Nothing else writes a request's output tokens, text and emission state. Knows nothing of devices.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class OutputProcessor:
         """The streamed requests of the batch whose step was the last to end."""
 
     def add(self, new: NewRequest) -> None:
-        """Lists a request; a second time changes nothing."""
+        """Takes in a request; adding it again changes nothing."""
         request_id = new.seq.request_id
         self._texts[request_id], self._inboxes[request_id] = new.text, new.inbox
         new.inbox.request_ids.add(request_id)
@@ -66,40 +66,43 @@ class OutputProcessor:
 
     # Tokens
 
-    def take_tokens_after_chunks(self, counting: list[bool], step: Step, sampled: SampledOnHost) -> None:
-        """Gives requests whose prompt a step has completed the token after it.
+    def take_tokens_after_chunks(self, live: list[bool], step: Step, sampled: SampledOnHost) -> None:
+        """Appends the first sampled token to each request whose last chunk was in a step.
 
         Args:
-            counting: for each of the step's chunks, whether it still counts.
+            live: for each of the step's chunks, whether its request still has the lease that the chunk ran under.
             step: the step.
             sampled: a token for each chunk that is the last of its prompt.
         """
-        last = [(chunk.seq, counts) for chunk, counts in zip(step.chunks, counting, strict=True) if chunk.is_last]
+        last = [(chunk.seq, is_live) for chunk, is_live in zip(step.chunks, live, strict=True) if chunk.is_last]
         assert len(last) == len(sampled.token_ids), "a token for each request whose prompt is complete"
-        for index, (seq, counts) in enumerate(last):
-            if counts:
+        for index, (seq, is_live) in enumerate(last):
+            if is_live:
                 self._observer.times.got_token(seq)
                 self.append(seq, int(sampled.token_ids[index]), sampled.logprobs_of(index))
 
     def take_decoded_tokens(self, step: Step, sampled: SampledOnHost) -> None:
-        """Gives the requests of a step's decode part their next token, but for those that have ended meanwhile."""
+        """Appends the next token to the requests of a step's decode part, except to those that have ended meanwhile."""
         rows, batch, token_ids = step.decode, step.decode.batch, sampled.token_ids.tolist()
-        are_last, complete_blocks = rows.are_last(sampled.token_ids), rows.complete_blocks(step.card.pool.block_size)
-        counts = np.ones(len(batch), dtype=bool)
+        are_last, complete_blocks = (
+            rows.are_last(sampled.token_ids),
+            rows.complete_blocks(step.card.block_manager.block_size),
+        )
+        live = np.ones(len(batch), dtype=bool)
         if rows.ended_leases:
-            counts[:] = [seq.lease is lease for seq, lease in zip(batch.seqs, batch.leases, strict=True)]
-        self._observer.times.got_tokens(batch.token_time_indices[counts])
+            live[:] = [seq.lease is lease for seq, lease in zip(batch.seqs, batch.leases, strict=True)]
+        self._observer.times.got_tokens(batch.token_time_indices[live])
         # Most tokens are only appended. `deque` runs the appends in C: a Python loop over 256 rows takes five times as
         # long, in every step.
-        only_append = (counts & ~(are_last | complete_blocks | batch.checks_every_token)).tolist()
+        only_append = (live & ~(are_last | complete_blocks | batch.checks_every_token)).tolist()
         appended = map(
             list.append, itertools.compress(batch.token_lists, only_append), itertools.compress(token_ids, only_append)
         )
         deque(appended, maxlen=0)
-        one_by_one = counts & (are_last | complete_blocks | batch.checks_every_token)
+        one_by_one = live & (are_last | complete_blocks | batch.checks_every_token)
         if batch.checks_every_token.any():
             streamed = self._streamed_rows(batch)
-            at_once = counts & streamed.are_simple & ~are_last
+            at_once = live & streamed.are_simple & ~are_last
             left = streamed.emit(at_once.nonzero()[0].tolist(), token_ids)
             one_by_one &= ~at_once
             one_by_one[left] = True
@@ -115,7 +118,7 @@ class OutputProcessor:
         return self._streamed
 
     def append(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> None:
-        """Gives a request its next token and ends it if that was the last.
+        """Appends a token to a request, and ends the request if that was its last token.
 
         Args:
             seq: the request.
@@ -152,7 +155,7 @@ class OutputProcessor:
         self.emit(seq, text_delta)
 
     def fail(self, seq: Sequence, error: Exception) -> None:
-        """Something went wrong for this request alone: it is recomputed, or ends if it was before."""
+        """Handles an error of one request: the first is answered by a retry, the second ends it."""
         has_ended = self._scheduler.fail(seq, error)
         logger.warning("request %d failed (%s); %s", seq.request_id, error, "giving up" if has_ended else "retrying")
         self._observer.log_prefill_health()
@@ -160,7 +163,7 @@ class OutputProcessor:
             self.emit(seq)
 
     def _end_without_token(self, seq: Sequence) -> None:
-        """Ends a request whose logits are not finite. It is not tried again: nobody else shares KV that may be bad."""
+        """Ends a request whose logits are not finite, without a retry, and removes its KV from the prefix cache."""
         error = NonFiniteLogitsError(
             f"request {seq.request_id}: the logits of output token {seq.num_output_tokens} are NaN or infinite; "
             "check the checkpoint, or try another dtype (float16 overflows where bfloat16 and float32 do not)"
@@ -177,7 +180,7 @@ class OutputProcessor:
     # Outputs
 
     def emit(self, seq: Sequence, text_delta: str = "") -> None:
-        """Emits the tokens that were not emitted before; the last output has the rest of the text."""
+        """Emits the tokens that were not emitted yet; a request's last output has the rest of its text."""
         if seq.is_finished:
             is_first_time, seq.finished_s = seq.finished_s is None, time.perf_counter()
             try:
@@ -203,7 +206,7 @@ class OutputProcessor:
             ttft_s=None if seq.first_token_s is None else seq.first_token_s - seq.arrival_s,
             latency_s=None if seq.finished_s is None else seq.finished_s - seq.arrival_s,
         )
-        # In this order, so that `mend` can tell what an interrupt left undone.
+        # In this order, so that `repair` can tell what an interrupt left undone.
         seq.output = output
         self._inboxes[seq.request_id].put(output)
         self._mark_emitted(seq)
@@ -216,19 +219,19 @@ class OutputProcessor:
             if inbox is not None:
                 inbox.request_ids.discard(seq.request_id)
             self._inboxes.pop(seq.request_id, None)
-            self.sequences.pop(seq.request_id, None)  # last, so that `mend` finds what is left
+            self.sequences.pop(seq.request_id, None)  # last, so that `repair` finds what is left
         seq.output = None
 
     # Requests that nobody waits for any more
 
     def abort_unknown(self, seq: Sequence) -> None:
-        """Aborts a request whose id nobody was given, and tells nobody."""
+        """Aborts a request whose id no caller has; its output reaches nobody."""
         self._inboxes[seq.request_id].request_ids.discard(seq.request_id)
         self._inboxes[seq.request_id] = Inbox()
         self.finish(seq, "abort")
 
     def abort_all_of(self, inbox: Inbox) -> None:
-        """Aborts the requests whose outputs go there."""
+        """Aborts the unfinished requests of an inbox."""
         for request_id in sorted(inbox.request_ids):
             seq = self.sequences.get(request_id)
             if seq is not None and not seq.is_finished:
@@ -242,22 +245,22 @@ class OutputProcessor:
 
     # After an interrupt
 
-    def mend(self) -> None:
-        """Makes good what an interrupt broke off; all requests that have not ended are waiting.
+    def repair(self) -> None:
+        """Repairs what an interrupt broke off; all unfinished requests have the state WAITING.
 
         A streamed request that was just being given a token is aborted, since a piece of its text may be lost.
         """
         for seq in self._without_emitted():
             is_half_emitted = seq.is_streamed and seq.num_emitted_tokens != seq.num_tokens
             if not seq.is_finished and (is_half_emitted or (seq.num_output_tokens and not seq.is_streamed)):
-                # Its last token may be half taken in. Unless it is aborted, that is sampled again, and is the same.
+                # Its last token may be half taken in: it is dropped, and sampled again with the same result.
                 seq.token_ids.pop()
                 del seq.logprobs[seq.num_output_tokens :]
             if seq.is_finished or is_half_emitted:
                 self._end_interrupted(seq)
 
     def fail_all(self, error: Exception) -> None:
-        """Ends all requests, which are waiting, with this error."""
+        """Ends all unfinished requests, which have the state WAITING, with this error."""
         for seq in self.unfinished():
             self._scheduler.finish(seq, "error", error)
         for seq in self._without_emitted():
@@ -273,9 +276,9 @@ class OutputProcessor:
         self.emit(seq)
 
     def _without_emitted(self) -> list[Sequence]:
-        """All requests but the one whose output has reached its inbox without that being noted, which it is now.
+        """All requests, except one whose output had reached its inbox without being marked as emitted; marks it.
 
-        All are asked before anything else is emitted: an inbox remembers only what came last.
+        This is asked of all requests before anything is emitted: an inbox remembers only its last output.
         """
         return [seq for seq in list(self.sequences.values()) if not self._was_emitted(seq)]
 

@@ -34,9 +34,9 @@ class MicroBatch:
     """Tensors that the other lane may still read, by the lane that made them."""
 
     def run(self, step: PlanStep, layers: Sequence[DecoderLayer], kv_pool: torch.Tensor, num_sms: int | None) -> None:
-        """The pieces of a step, on the current stream of so many SMs, which waits for what the step waits for."""
-        # What this lane made in its last step was read by the step of the other lane that this one waits for: only now
-        # may its memory be used again, by what this lane launches next.
+        """Runs the pieces of a plan step on the current stream, which has `num_sms` SMs and waits for earlier steps."""
+        # Tensors of this lane's last step were read by the step of the other lane that this one waits for. Only now may
+        # their memory be used again, by what this lane launches next.
         self.kept[step.lane].clear()
         for layer, piece in step.pieces:
             getattr(self, f"_{piece}")(layers[layer], kv_pool[:, layer], num_sms)
@@ -71,11 +71,11 @@ class PipelineScheduler:
 
     Args:
         model: whose layers run.
-        green_manager: where the lanes come from.
+        green_manager: makes the lanes.
         enable_profiling: time all steps of the plan, not only those of some layers; changes no token.
         num_micro_batches: parts of a batch that take turns; no more than it has rows.
-        cut: what runs on which lane.
-        in_order: run the plan on the current stream alone, step by step: the reference that lanes are compared with.
+        cut: which pieces run on which lane.
+        in_order: run the plan on the current stream alone, step by step: the reference for tests of the lanes.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class PipelineScheduler:
         metadata: AttentionMetadata,
         arrangement: Arrangement | None = None,
     ) -> torch.Tensor:
-        """One decode step's layers; the same as the model's `forward`, of one token of each of B requests.
+        """Runs all layers of one decode step; equal to the model's `forward` with one token of each of B requests.
 
         Args:
             input_ids, positions: [B] int64.
@@ -118,12 +118,12 @@ class PipelineScheduler:
             Hidden states [B, hidden_size] after the final norm.
 
         Raises:
-            GreenContextError: the lanes cannot be had.
+            GreenContextError: the driver refuses the lanes.
         """
         layers = self.model.model.layers
         lanes = self.green_manager.allocate(None if arrangement is None else arrangement.split)
         num_sms = {lane: sms or None for lane, sms in zip(Lane, lanes.split, strict=True)}
-        micro_batches = self._split(input_ids, positions, metadata, num_sms[Lane.ATTENTION])
+        micro_batches = self._micro_batches(input_ids, positions, metadata, num_sms[Lane.ATTENTION])
         plan = self._plan(len(layers), len(micro_batches), self.cut if arrangement is None else arrangement.cut)
         self.clock.begin(plan, len(layers))
 
@@ -152,10 +152,10 @@ class PipelineScheduler:
             self._plans[num_micro_batches, cut] = plan
         return self._plans[num_micro_batches, cut]
 
-    def _split(
+    def _micro_batches(
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata, num_sms: int | None
     ) -> list[MicroBatch]:
-        """Rows in parts of equal size, give or take one, each with attention metadata of its own."""
+        """The rows in micro-batches of nearly equal size, each with attention metadata of its own."""
         num_rows = len(input_ids)
         num_parts = min(self.num_micro_batches, num_rows)
         ends = [num_rows * part // num_parts for part in range(num_parts + 1)]
@@ -183,7 +183,7 @@ class PipelineScheduler:
 def _run_on_streams(
     plan: Sequence[PlanStep], streams: Mapping[Lane, torch.cuda.Stream | None], run: Callable[[int], None]
 ) -> None:
-    """Each step on its lane's stream, ordered by events; the current stream waits for the lanes, and they for it."""
+    """Runs each step on its lane's stream, ordered by events; lanes start and end with the current stream."""
     current = torch.cuda.current_stream()
     done: dict[int, torch.cuda.Event] = {}
     waited_for = {index for step in plan for index in step.wait_for}
@@ -207,9 +207,9 @@ def _run_on_streams(
 
 
 def _run_on_logical_lanes(plan: Sequence[PlanStep], eager_lane: Lane, run: Callable[[int], None]) -> None:
-    """A step of `eager_lane` whenever there is one that need not wait, else one of the other: as early as can be.
+    """Runs a step of `eager_lane` whenever one need not wait, else one of the other lane.
 
-    It is an order that streams may take: a step of that lane that does not wait for all that it needs runs too early.
+    Streams may take this order, too. It runs a step that does not wait for all that it needs too early, which shows.
     """
     lanes = sorted(Lane, key=lambda lane: lane is not eager_lane)
     queues = {lane: deque(index for index, step in enumerate(plan) if step.lane is lane) for lane in lanes}

@@ -1,6 +1,6 @@
-"""What is left when a turn of the loop was broken off, by an interrupt or an error that is no request's own.
+"""Recovers after an interrupt, or an error of no single request, has broken off a turn of the loop.
 
-Nothing but the requests and their tokens is trusted then: all wait to be recomputed, or end if a device is lost.
+Only the requests and their tokens are trusted then: all requests wait to be recomputed, or end if a device is lost.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Recovery:
-    """Keeps an engine's state whole. Everything here may be interrupted, and is then done once more.
+    """Keeps an engine's state consistent. Everything here may be interrupted, and then runs again.
 
     Args:
         runners: run the work that is under way.
@@ -30,7 +30,7 @@ class Recovery:
         observer: is told of work that nobody will collect.
 
     Attributes:
-        device_error: why nothing runs any more; None as long as the devices work.
+        device_error: why no step can run any more; None while the devices work.
     """
 
     def __init__(
@@ -51,29 +51,29 @@ class Recovery:
         self._outputs = outputs
         self._mailbox = mailbox
         self._observer = observer
-        self._is_whole = True
-        """Whether the last turn ran to its end, or what broke it off has been mended."""
+        self._is_consistent = True
+        """Whether the last turn ran to its end, or was repaired after it was broken off."""
 
     def guard(self, work: Callable[[], None]) -> None:
-        """Does what changes the state of requests; if that is broken off, mends it, and all end if a device is lost."""
+        """Runs `work`, which changes requests. If it raises, repairs the state, or ends all if a device is lost."""
         try:
-            self._mend()
-            self._is_whole = False
+            self._repair()
+            self._is_consistent = False
             work()
-            self._is_whole = True
+            self._is_consistent = True
         except BaseException as error:
             lost = self._runners.lost_device(error)
             if lost is not None:
                 self.end_all(lost)
                 return
             try:
-                self._mend()
+                self._repair()
             except (DeviceError, WorkerError) as lost_meanwhile:
                 self.end_all(lost_meanwhile)
             raise
 
     def settle(self) -> None:
-        """Waits for the devices before the engine is closed, and gives up those that are lost."""
+        """Waits for the devices before the engine is closed; gives up on them if one is lost."""
         try:
             for runner in self._runners:
                 runner.synchronize()
@@ -87,21 +87,21 @@ class Recovery:
 
     def end_all(self, error: DeviceError | WorkerError) -> None:
         """Ends every request with this error: nothing will run any more."""
-        self._is_whole = False
+        self._is_consistent = False
         logger.error("%s; all requests end", error)
         self.give_up_devices(error)
         self._take_in_arrived()
         self._scheduler.start_over(self._outputs.unfinished(), ())
         self._outputs.fail_all(error)
-        self._is_whole = True
+        self._is_consistent = True
 
     def give_up_devices(self, error: DeviceError | WorkerError) -> None:
-        """Leaves what is on the devices, and under way there, to the end of the process."""
+        """Leaves everything on the devices, work in flight included, allocated until the process ends."""
         self.device_error = error
         leak_until_exit(*self._runners, self._steps.drop(), self._handoffs, self._handoffs.drop())
 
-    def _mend(self) -> None:
-        if self._is_whole:
+    def _repair(self) -> None:
+        if self._is_consistent:
             return
         if self.device_error is None:
             self._start_over()
@@ -119,13 +119,13 @@ class Recovery:
         self._steps.drop()
         self._take_in_arrived()
         self._scheduler.start_over(self._outputs.unfinished(), stuck)
-        self._outputs.mend()
-        self._is_whole = True
+        self._outputs.repair()
+        self._is_consistent = True
 
     def _take_in_arrived(self) -> None:
         while self._mailbox.arrived:
             self._outputs.add(self._mailbox.arrived[0])
             self._mailbox.arrived.popleft()
-        # What these are about has been taken in now: the next turn acts on them.
+        # Their requests have been taken in now: the next turn acts on the aborts.
         self._mailbox.aborts.extend(self._mailbox.early_aborts.values())
         self._mailbox.early_aborts.clear()

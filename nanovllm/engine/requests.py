@@ -1,4 +1,4 @@
-"""Checks prompts and parameters and makes requests of them. Nothing that passes here can fail for what it says."""
+"""Checks prompts and parameters and makes requests of them. No request that passes can fail because of them later."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from nanovllm.sampling_params import MAX_N, SamplingParams
 Prompt = str | abc.Sequence[int]
 
 CHARACTERS_PER_TOKEN = 8
-"""A text with more than these for each token that would fit is looked at before it is tokenized: most texts have four
-or five, and to tokenize what is far too long would take seconds and gigabytes."""
+"""A text with more characters per token that fits is checked before it is tokenized: most texts have four or five, and
+tokenizing one that is far too long would take seconds and gigabytes."""
 
 
 @dataclass(frozen=True)
 class RequestIntake:
-    """What this engine accepts.
+    """Checks and makes the requests of one engine.
 
     Attributes:
         tokenizer: the checkpoint's, None if it has none.
-        vocab_size: token ids are below it.
-        max_model_len: most tokens of prompt and output.
-        pool_tokens: what the smaller of the KV pools holds.
+        vocab_size: token ids are 0 to vocab_size - 1.
+        max_model_len: maximum number of tokens of prompt and output.
+        pool_tokens: tokens that the smaller of the KV pools holds.
         eos_ids: the checkpoint's end-of-sequence tokens.
-        seed: where requests without a seed get theirs from.
+        seed: the engine's; requests without a seed derive theirs from it.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
@@ -56,15 +56,17 @@ class RequestIntake:
         return TokenBound(self.tokenizer)
 
     def checked_params(self, params: object, max_n: int = MAX_N) -> SamplingParams:
-        """The parameters of a request, the defaults for None; `max_n` is how many answers there may be.
+        """The parameters of a request, the defaults for None; `n` may be `max_n` at most.
 
         Raises:
-            RequestError: they are of another type, or do not fit this checkpoint.
+            RequestError: `params` is of another type, or does not fit this checkpoint.
         """
         if params is None:
             return SamplingParams()
         if not isinstance(params, SamplingParams):
-            raise RequestError(f"sampling_params={short_repr(params)} is not a SamplingParams")
+            raise RequestError(
+                f"sampling_params={short_repr(params)} is not a SamplingParams; pass one, or None for the defaults"
+            )
         if params.n > max_n:
             raise RequestError(f"n={params.n}: a stream, or a request of `add_request`, has one answer; add {params.n}")
         for token_id in params.stop_token_ids or ():
@@ -89,12 +91,12 @@ class RequestIntake:
         """Token ids of a prompt that can be served.
 
         Raises:
-            RequestError: it is empty, too long, or not text or token ids of this vocabulary.
+            RequestError: the prompt is empty, too long, or neither text nor token ids of this vocabulary.
         """
         if isinstance(prompt, str):
             token_ids = self._tokenized(prompt, add_special_tokens) if prompt else []
         elif isinstance(prompt, (list, tuple)):
-            # In a flood of prompts, the loop that decodes should not look at every token.
+            # Without a Python loop over the tokens: in a flood of prompts it would delay decode steps.
             are_plain = set(map(type, prompt)) <= {int}
             token_ids = list(prompt) if are_plain else [_integer(token) for token in prompt]
         else:

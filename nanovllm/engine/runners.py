@@ -1,4 +1,4 @@
-"""The runners of all cards, and what an error means for them."""
+"""The runner of each card, and whether an error means that a device is lost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Runners:
     """One runner for each card.
 
     Args:
-        by_card: in the order in which cards are given work.
+        by_card: runners, in the order in which cards are given work.
     """
 
     def __init__(self, by_card: abc.Mapping[Card, ModelRunner]) -> None:
@@ -31,7 +31,7 @@ class Runners:
             runner.check_workers()
 
     def lost_device(self, error: BaseException) -> DeviceError | WorkerError | None:
-        """What an error of work on the devices means if one of them will never run anything again."""
+        """The error to end all requests with if `error` means that a device is lost, else None."""
         if isinstance(error, (DeviceError, WorkerError)):
             return error
         if not isinstance(error, Exception):
@@ -43,7 +43,7 @@ class Runners:
         return None
 
     def raise_if_lost(self, error: Exception) -> None:
-        """Raises DeviceError or WorkerError if an error means that nothing will run any more."""
+        """Raises DeviceError or WorkerError if `error` means that a device is lost."""
         lost = self.lost_device(error)
         if lost is not None:
             raise lost from error

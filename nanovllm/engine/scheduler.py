@@ -1,4 +1,4 @@
-"""Chooses the next step; queues and preempts requests; accounts for KV blocks. Decides only: no torch, no devices.
+"""Chooses the next step, queues and preempts requests, and accounts for KV blocks. No torch, no devices.
 
 A request waits, gets a lease (its blocks on the card that decodes it, and on the card that prefills it, which may be
 the same), is prefilled in chunks, handed off and decoded.
@@ -17,7 +17,7 @@ from nanovllm.engine.scheduling.decode_batch import DecodeRow
 from nanovllm.engine.scheduling.decode_set import DecodeSet
 from nanovllm.engine.scheduling.lease import Allocation, Lease
 from nanovllm.engine.scheduling.placement import Placement
-from nanovllm.engine.scheduling.step import MOST_CHUNKS, BlockPair, PrefillChunk, Step
+from nanovllm.engine.scheduling.step import MAX_CHUNKS, BlockPair, PrefillChunk, Step
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.errors import OutOfKVCacheError
 from nanovllm.outputs import FinishReason
@@ -28,26 +28,26 @@ DECODE_STEPS_AHEAD = 2
 """Decode steps in flight: one that runs and one queued behind it, launched before the first one's tokens are seen."""
 
 PREFILL_STEPS_AHEAD = 2
-"""Prefill steps in flight on a card that only prefills, for the same reason. Where decode steps wait for them, one."""
+"""Prefill steps in flight on a card that only prefills, for the same reason. On a card that also decodes, it is one."""
 
-ENOUGH_PREFILL_TOKENS = 4096
-"""If any request of a prefill step is streamed, the step is capped at this many tokens: larger steps are no faster, and
-the first prompt would wait for the last."""
+MAX_STREAMED_PREFILL_TOKENS = 4096
+"""Token budget of a prefill step with a streamed request: larger steps give no more tokens per second, and the first
+prompt would wait for the last."""
 
 
 @dataclass(frozen=True)
 class SchedulerLimits:
     prefill_chunk_tokens: int
-    """Most tokens of prompts in a step of a card where a streamed request decodes."""
+    """Maximum number of prompt tokens in a step of a card on which a streamed request decodes."""
     max_num_seqs: int
 
 
 class Scheduler:
     """First come, first served: a request is never overtaken by a younger one for a lease.
 
-    Whoever launches a scheduled step or a handoff reports its end (`prefill_done`, `decode_done`, `release`), so that
-    blocks in use by work in flight are freed only after it. Steps may be launched ahead; those of one card end in the
-    order of their launch.
+    The caller launches scheduled steps and handoffs and reports their end (`prefill_done`, `decode_done`, `release`),
+    so that blocks in use by work in flight are freed only after it. Steps may be launched ahead; those of one card end
+    in the order of their launch.
     """
 
     def __init__(self, limits: SchedulerLimits, admission: AdmissionPolicy, placement: Placement) -> None:
@@ -56,22 +56,22 @@ class Scheduler:
         self.placement = placement
         self.num_preemptions = 0
         self.num_queried_tokens = 0
-        """Tokens of requests that got a lease, and were looked up in the prefix cache of where they are prefilled."""
+        """Tokens of requests that got a lease, looked up in the prefix cache of their prefill card."""
         self.num_hit_tokens = 0
         self._clear()
 
     def _clear(self) -> None:
-        """No requests, no work in flight."""
+        """Resets the state: no requests, no work in flight."""
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._prefilling: list[Sequence] = []
         self._prefill_backlog: set[Sequence] = set()
         """Requests between the start of their prefill and the arrival of their KV."""
         self._handing_off: dict[Sequence, None] = {}
-        """Those of them whose prefill has ended, in that order."""
+        """Requests of the backlog whose prefill has ended, in that order."""
         self._decoding = {card: DecodeSet(card) for card in self.cards}
         self._draining_leases: list[Lease] = []
-        """Leases that nobody wants any more and that work in flight still touches."""
+        """Leases that have ended while work in flight still touches their blocks."""
         self._prefilled: dict[Sequence, None] = {}
         self._outgrown: list[Sequence] = []
 
@@ -83,7 +83,7 @@ class Scheduler:
     # Entering and leaving
 
     def add(self, seq: Sequence) -> None:
-        """Queues a request in the place of its arrival."""
+        """Queues a request, in order of arrival."""
         seq.timeline.mark("waits for a lease (its turn)")
         bisect.insort(self._waiting, seq, key=_request_id)
 
@@ -110,7 +110,10 @@ class Scheduler:
         self.num_preemptions += 1
 
     def fail(self, seq: Sequence, error: Exception) -> bool:
-        """Something went wrong for this request alone: the first time it is recomputed. Whether it has ended."""
+        """Handles an error of one request: preempts it, to be retried, the first time, and ends it the second time.
+
+        Returns whether the request has ended.
+        """
         if seq in self._prefill_backlog and seq.lease is not None:
             self.placement.prefill_failed(seq.lease)
         seq.failures += 1
@@ -132,15 +135,15 @@ class Scheduler:
 
     @property
     def num_leases(self) -> int:
-        """Those that requests hold, and those that they have given up and work in flight still touches."""
+        """Number of leases: those that requests hold, and ended ones whose blocks work in flight still touches."""
         return len(self._running) + len(self._draining_leases)
 
     @property
     def predicted_itl_s(self) -> float | None:
-        """What a decode step will take with all that decode or are under way; None without any, or if unknown."""
+        """Predicted seconds of a decode step with all running requests; None if there are none, or it is unknown."""
         if self.admission.itl_target_s is None:
             return None
-        # Another thread may ask at any moment, such as when no request has a token left to decode.
+        # Other threads may read this at any moment, even when no request has a token left to decode.
         num_rows, num_tokens = len(self._running), self._num_tokens_ahead()
         return self.admission.expected_s(num_rows, num_tokens) if num_rows and num_tokens else None
 
@@ -166,23 +169,23 @@ class Scheduler:
     def schedule_prefill(self, card: Card | None = None) -> Step | None:
         """The next chunks of the requests that are prefilled on `card`, by default the one that prefills.
 
-        None if there is nothing to run, or no lease to be had.
+        None if there is nothing to run, or no request can get a lease.
         """
         card = self.placement.prefill_card if card is None else card
-        self._join_arrived()  # chunks are small where a streamed request decodes
+        self._join_arrived()  # first, since chunks are small while a streamed request decodes
         candidates = self._prefill_candidates(card)
         seq = next(candidates, None)
         if seq is None:
             return None
-        budget = self._prompt_budget(card)
+        budget = self._prefill_token_budget(card)
         step, num_tokens = Step(card), 0
         while seq is not None:
             chunk = self._next_chunk(seq, budget - num_tokens)
             step.chunks.append(chunk)
             num_tokens += chunk.num_tokens
             if seq.is_streamed:
-                budget = min(budget, ENOUGH_PREFILL_TOKENS)
-            is_full = num_tokens >= budget or len(step.chunks) == MOST_CHUNKS
+                budget = min(budget, MAX_STREAMED_PREFILL_TOKENS)
+            is_full = num_tokens >= budget or len(step.chunks) == MAX_CHUNKS
             seq = None if is_full else next(candidates, None)
         return step
 
@@ -205,14 +208,14 @@ class Scheduler:
     # Steps and copies that have ended
 
     def prefill_done(self, chunk: PrefillChunk) -> bool:
-        """The chunk has run: its full blocks are shareable where it ran.
+        """A chunk has run: its full blocks may be shared on the card where it ran.
 
-        Returns whether it still counts: False if the request has ended or lost its lease meanwhile.
+        Returns whether the chunk is live: False if its request has ended or lost its lease meanwhile.
         """
         seq, lease = chunk.seq, chunk.lease
-        counts = seq.lease is lease
-        if counts:
-            lease.prefill.card.pool.cache(seq, lease.prefill.blocks, chunk.start, chunk.end)
+        is_live = seq.lease is lease
+        if is_live:
+            lease.prefill.card.block_manager.cache(seq, lease.prefill.blocks, chunk.start, chunk.end)
             if chunk.is_last and not chunk.handoff:
                 self.placement.prefill_worked(lease)
             if chunk.is_last:
@@ -222,60 +225,58 @@ class Scheduler:
             elif _has_tokens_to_prefill(seq):
                 seq.timeline.mark("prefill queue")
         self.release(lease)
-        return counts
+        return is_live
 
     def blocks_arrived(self, lease: Lease) -> None:
-        """A handoff of blocks of the lease has ended well."""
+        """A handoff of blocks of the lease has succeeded."""
         self.placement.prefill_worked(lease)
         self.release(lease)
 
     def decode_done(self, step: Step) -> None:
-        """The decode part has run: the KV of the tokens it was fed is in its card's pool.
-
-        It still counts for those of its requests that have the same lease as then.
-        """
+        """The decode part of a step has run: the KV of the tokens that it was fed is in the card's pool."""
         self._decoding[step.card].rows_ended(step.decode)
         for lease in step.decode.ended_leases:
             self.release(lease)
 
     def token_appended(self, seq: Sequence) -> None:
-        """A decoding request got a token: the block that its predecessor filled, if it did, is shareable."""
+        """A request got a token: if it decodes and the KV of the token before completes a block, that may be shared."""
         num_computed = seq.num_tokens - 1
         if seq.status is SequenceStatus.DECODING:
             assert seq.lease is not None, f"request {seq.request_id} decodes without a lease"
             allocation = seq.lease.decode
-            pool = allocation.card.pool
-            if num_computed % pool.block_size == 0:
-                pool.cache(seq, allocation.blocks, num_computed - pool.block_size, num_computed)
+            block_manager = allocation.card.block_manager
+            if num_computed % block_manager.block_size == 0:
+                start = num_computed - block_manager.block_size
+                block_manager.cache(seq, allocation.blocks, start, num_computed)
 
     def forget_cached_blocks(self, seq: Sequence) -> None:
-        """The KV of a running request may be wrong: its blocks are shared no more."""
+        """Removes the blocks of a running request from the prefix cache: its KV may be wrong."""
         assert seq.lease is not None, f"request {seq.request_id} has no blocks"
         for allocation in seq.lease.allocations:
-            allocation.card.pool.forget(allocation.blocks)
+            allocation.card.block_manager.forget(allocation.blocks)
 
     # Work in flight
 
-    def split(self, step: Step) -> abc.Sequence[Step] | None:
-        """Two smaller steps to launch instead of one that could not be; None if it has a single request."""
+    def halve(self, step: Step) -> abc.Sequence[Step] | None:
+        """Two smaller steps to launch instead of one that failed to launch; None for a single request."""
         halves = step.halves()
         if halves is not None and step.decode:
-            self._decoding[step.card].rows_split(step.decode, [half.decode for half in halves if half.decode])
+            self._decoding[step.card].rows_halved(step.decode, [half.decode for half in halves if half.decode])
         return halves
 
     def cancel(self, step: Step) -> None:
-        """A step that could not be launched never will be."""
+        """Gives up a step that failed to launch."""
         for chunk in step.chunks:
             self.release(chunk.lease)
         if step.decode:
             self.decode_done(step)
 
     def hold(self, lease: Lease, num_works: int = 1) -> None:
-        """Work that touches the lease's blocks was launched."""
+        """Counts launched work that touches the lease's blocks."""
         lease.in_flight += num_works
 
     def release(self, lease: Lease) -> None:
-        """Such work has ended."""
+        """Counts one piece of that work as ended; frees the blocks of an ended lease after the last one."""
         assert lease.in_flight > 0, "no work is in flight on this lease"
         lease.in_flight -= 1
         if lease.in_flight == 0 and lease in self._draining_leases:
@@ -283,9 +284,9 @@ class Scheduler:
             _free(lease)
 
     def start_over(self, unfinished: abc.Sequence[Sequence], stuck: abc.Sequence[Lease]) -> None:
-        """Whatever state an interrupt left: all requests wait to be recomputed, and all work has ended.
+        """Resets the state after an interrupt: all requests wait to be recomputed, and no work is in flight.
 
-        Only the leases of `stuck`, one entry for each copy that may still touch their blocks, go on holding them.
+        Only the leases of `stuck`, one entry for each copy that may still touch their blocks, keep their blocks.
         """
         for seq in unfinished:
             if seq.lease is not None:
@@ -299,34 +300,36 @@ class Scheduler:
         for lease in self._draining_leases:
             lease.in_flight = stuck.count(lease)
         for card in self.cards:
-            card.pool.reset(_blocks_on(card, self._draining_leases))
+            card.block_manager.reset(_blocks_on(card, self._draining_leases))
 
     def check_integrity(self) -> None:
         """Asserts that every block of all pools is accounted for."""
         leases = [*self._draining_leases, *(seq.lease for seq in self._running if seq.lease is not None)]
         for card in self.cards:
-            card.pool.check_integrity(_blocks_on(card, leases))
+            card.block_manager.check_integrity(_blocks_on(card, leases))
         for seq in self._running:
             assert seq.lease is not None, f"request {seq.request_id} is {seq.status} without a lease"
         under_way = {seq for seq in self._running if seq.status is not SequenceStatus.DECODING}
-        assert self._prefill_backlog == under_way, "who is under way and who is counted as such differ"
+        assert self._prefill_backlog == under_way, (
+            "the backlog is not the set of requests that are prefilled or handed off"
+        )
         handing_off = {seq for seq in self._running if seq.status is SequenceStatus.HANDING_OFF}
-        assert self._handing_off.keys() == handing_off, "who is handed off and who is listed as such differ"
+        assert self._handing_off.keys() == handing_off, "the list of handoffs is not the set of requests in HANDING_OFF"
         for seq in self._waiting:
             assert seq.lease is None, f"waiting request {seq.request_id} holds a lease"
             assert seq.status is SequenceStatus.WAITING, f"request {seq.request_id} waits but is {seq.status}"
 
     # Inside
 
-    def _prompt_budget(self, card: Card) -> int:
-        """Most tokens of prompts in the card's next step."""
+    def _prefill_token_budget(self, card: Card) -> int:
+        """Maximum number of prompt tokens in the card's next step."""
         decodes_streamed = self.placement.decodes(card) and any(
             seq.is_streamed and seq.status is SequenceStatus.DECODING for seq in self._running
         )
         return (
-            min(card.max_prompt_tokens, self.limits.prefill_chunk_tokens)
+            min(card.max_prefill_tokens, self.limits.prefill_chunk_tokens)
             if decodes_streamed
-            else card.max_prompt_tokens
+            else card.max_prefill_tokens
         )
 
     def _prefill_candidates(self, card: Card) -> abc.Iterator[Sequence]:
@@ -335,12 +338,12 @@ class Scheduler:
         for seq in list(self._prefilling):
             if seq.lease is not None and seq.lease.prefill.card is card:
                 yield seq
-        # Once for all that are admitted here: whoever runs is looked at.
+        # Computed once for all requests admitted here, since it visits every running request.
         num_tokens_ahead = self._num_tokens_ahead() if self._waiting and self.admission.itl_target_s is not None else 0
         while self._waiting and self._may_admit(self._waiting[0], num_tokens_ahead):
             seq = self._waiting[0]
             decode_card = self.placement.decode_card_of(seq)
-            if decode_card.pool.blocks_for(seq.num_tokens) > decode_card.pool.num_blocks:
+            if decode_card.block_manager.blocks_for(seq.num_tokens) > decode_card.block_manager.num_blocks:
                 self._outgrew(seq, decode_card)
             elif self.placement.prefill_card_of(seq) is card and self._admit(seq, card, decode_card):
                 self._waiting.remove(seq)
@@ -374,25 +377,27 @@ class Scheduler:
         return decoding + sum(seq.num_tokens_ahead(LOOK_AHEAD_STEPS) for seq in list(self._prefill_backlog))
 
     def _admit(self, seq: Sequence, prefill_card: Card, decode_card: Card) -> bool:
-        """Grants blocks on the card that decodes and on the one that prefills, or none."""
+        """Grants a lease, with blocks on both cards, if both pools have enough. Returns whether it did."""
         is_one_card = prefill_card is decode_card
-        # A prefill must run at least the last token to have logits; what is handed off may all be there already.
+        # A prefill must compute at least the last token, for its logits; blocks to hand off may all be cached already.
         most_cached = seq.num_tokens - 1 if is_one_card else seq.num_tokens
-        cached = decode_card.pool.match_prefix(seq, most_cached)
+        cached = decode_card.block_manager.match_prefix(seq, most_cached)
         num_leased = self._lease_blocks(seq, decode_card)
-        hit = cached if is_one_card else prefill_card.pool.match_prefix(seq, seq.num_tokens - 1)
-        num_prefilled = prefill_card.pool.blocks_for(seq.num_tokens)
-        if not decode_card.pool.can_take(cached, num_leased):
+        hit = cached if is_one_card else prefill_card.block_manager.match_prefix(seq, seq.num_tokens - 1)
+        num_prefilled = prefill_card.block_manager.blocks_for(seq.num_tokens)
+        if not decode_card.block_manager.can_allocate(cached, num_leased):
             seq.timeline.mark(f"waits for a lease ({num_leased} blocks of the decode pool)")
             return False
-        if not is_one_card and not prefill_card.pool.can_take(hit, num_prefilled):
+        if not is_one_card and not prefill_card.block_manager.can_allocate(hit, num_prefilled):
             seq.timeline.mark(f"waits for a lease ({num_prefilled} blocks of the prefill pool)")
             return False
-        decode = Allocation(decode_card, decode_card.pool.take(cached, num_leased))
-        prefill = decode if is_one_card else Allocation(prefill_card, prefill_card.pool.take(hit, num_prefilled))
+        decode = Allocation(decode_card, decode_card.block_manager.allocate(cached, num_leased))
+        prefill = (
+            decode if is_one_card else Allocation(prefill_card, prefill_card.block_manager.allocate(hit, num_prefilled))
+        )
         seq.lease = Lease(prefill, decode, num_handed_off_blocks=len(cached))
         self.placement.prefill_began(seq.lease)
-        seq.num_prefilled_tokens = len(hit) * prefill_card.pool.block_size
+        seq.num_prefilled_tokens = len(hit) * prefill_card.block_manager.block_size
         self.num_queried_tokens += seq.num_tokens
         self.num_hit_tokens += seq.num_prefilled_tokens
         seq.status = SequenceStatus.PREFILLING
@@ -408,10 +413,10 @@ class Scheduler:
         return True
 
     def _lease_blocks(self, seq: Sequence, card: Card) -> int:
-        """The request's blocks plus one to grow into, if it may grow that far and the pool has one."""
-        needed = card.pool.blocks_for(seq.num_tokens)
-        # The KV of the last token is not needed.
-        most = max(needed, min(card.pool.blocks_for(seq.max_num_tokens - 1), card.pool.num_blocks))
+        """Number of blocks for the request plus one to grow into, if request and pool allow so many."""
+        needed = card.block_manager.blocks_for(seq.num_tokens)
+        # The KV of a request's last token is never stored.
+        most = max(needed, min(card.block_manager.blocks_for(seq.max_num_tokens - 1), card.block_manager.num_blocks))
         return min(needed + 1, most)
 
     def _next_chunk(self, seq: Sequence, budget: int) -> PrefillChunk:
@@ -425,26 +430,26 @@ class Scheduler:
         return PrefillChunk(seq, seq.lease, start, end, is_last, self._handoff_pairs(seq, seq.lease, end, is_last))
 
     def _handoff_pairs(self, seq: Sequence, lease: Lease, end: int, is_last: bool) -> tuple[BlockPair, ...]:
-        """Blocks that are complete once the tokens before `end` are computed, and that the decode pool lacks."""
+        """Blocks to send once the tokens before `end` are computed: complete ones that the decode pool lacks."""
         if not lease.crosses or seq.num_tokens + 1 == seq.max_num_tokens:
             return ()
-        first, pool = lease.num_handed_off_blocks, lease.decode.card.pool
-        complete = pool.blocks_for(end) if is_last else end // pool.block_size
+        first, block_manager = lease.num_handed_off_blocks, lease.decode.card.block_manager
+        complete = block_manager.blocks_for(end) if is_last else end // block_manager.block_size
         last = max(first, complete)
         lease.num_handed_off_blocks = last
         return tuple(zip(lease.prefill.blocks[first:last], lease.decode.blocks[first:last], strict=True))
 
     def _join_arrived(self) -> None:
-        """Requests whose prefill has ended and whose blocks have all arrived decode from now on."""
+        """Moves requests on to decode whose prefill has ended and whose blocks have all arrived."""
         arrived = [seq for seq in self._handing_off if seq.lease is not None and not seq.lease.in_flight]
         for seq in arrived:
             self.handoff_done(seq)
 
     def handoff_done(self, seq: Sequence) -> None:
-        """All KV of the request is where it decodes: it is shareable there, and the blocks elsewhere return."""
+        """All KV of a request is on its decode card: it may be shared there, and the prefill blocks are freed."""
         lease = seq.lease
         assert lease is not None, f"request {seq.request_id} is handed off without a lease"
-        lease.decode.card.pool.cache(seq, lease.decode.blocks, 0, seq.num_prefilled_tokens)
+        lease.decode.card.block_manager.cache(seq, lease.decode.blocks, 0, seq.num_prefilled_tokens)
         logger.debug(
             "request %d: releases %d blocks that it was prefilled into, joins decode with %d",
             seq.request_id,
@@ -452,7 +457,7 @@ class Scheduler:
             len(lease.decode.blocks),
         )
         if lease.crosses:
-            lease.prefill.card.pool.free(lease.prefill.blocks)
+            lease.prefill.card.block_manager.free(lease.prefill.blocks)
             lease.prefill = lease.decode
         seq.status = SequenceStatus.DECODING
         del self._handing_off[seq]
@@ -461,18 +466,18 @@ class Scheduler:
         self._decoding[lease.decode.card].join(DecodeRow(seq, lease, seq.num_tokens - 1))
 
     def _grow(self, row: DecodeRow) -> bool:
-        """Makes room for the KV of the token at the row's position; False if it cannot decode in this step."""
+        """Makes room for the KV of the token at the row's position. Returns False if the row sits this step out."""
         seq, allocation = row.seq, row.lease.decode
         card = allocation.card
-        needed = row.position // card.pool.block_size + 1
+        needed = row.position // card.block_manager.block_size + 1
         while needed > len(allocation.blocks):
-            if needed > card.pool.num_blocks:
-                # What it has sampled and not yet shown comes first.
+            if needed > card.block_manager.num_blocks:
+                # Its tokens in flight, if any, are taken in first.
                 if seq.num_tokens == row.position + 1:
                     self._outgrew(seq, card)
                 return False
-            if card.pool.can_take((), 1):
-                allocation.blocks += card.pool.take((), 1)
+            if card.block_manager.can_allocate((), 1):
+                allocation.blocks += card.block_manager.allocate((), 1)
             elif any(lease.holds_on(card) and not lease.stuck for lease in self._draining_leases):
                 self._decoding[card].waits_for_blocks = True
                 return False
@@ -487,7 +492,7 @@ class Scheduler:
     def _outgrew(self, seq: Sequence, card: Card) -> None:
         error = OutOfKVCacheError(
             f"request {seq.request_id} has {seq.num_tokens} tokens and cannot grow: the KV pool of "
-            f"{card.pool.num_blocks} blocks of {card.pool.block_size} tokens holds no more; "
+            f"{card.block_manager.num_blocks} blocks of {card.block_manager.block_size} tokens holds no more; "
             "raise num_kvcache_blocks or gpu_memory_utilization, or lower max_tokens"
         )
         self.finish(seq, "error", error)
@@ -512,7 +517,7 @@ class Scheduler:
 
 def _free(lease: Lease) -> None:
     for allocation in lease.allocations:
-        allocation.card.pool.free(allocation.blocks)
+        allocation.card.block_manager.free(allocation.blocks)
 
 
 def _blocks_on(card: Card, leases: abc.Iterable[Lease]) -> list[list[int]]:

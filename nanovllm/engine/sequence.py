@@ -1,4 +1,4 @@
-"""One request's state: its tokens, the lease of its KV blocks, how far it has come. No torch, no devices."""
+"""The state of one request: its tokens, the lease of its KV blocks, its progress. No torch, no devices."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Sequence:
     seed: int
     arrival_s: float
     max_num_tokens: int
-    """Tokens of prompt and output at which it ends by length."""
+    """Number of prompt and output tokens at which the request ends by length."""
     stop_token_ids: frozenset[int] = frozenset()
     """All tokens that end this request: its own and, unless ignored, the checkpoint's."""
     is_streamed: bool = True
-    """Whether its tokens are looked at as they come, not only at its end: someone wants them, or they may stop it."""
+    """Whether its tokens are checked and emitted as they come, not only at its end."""
 
     status: SequenceStatus = SequenceStatus.WAITING
     token_ids: list[int] = field(init=False)
@@ -54,17 +54,17 @@ class Sequence:
     failures: int = 0
 
     num_emitted_tokens: int = field(init=False)
-    """Tokens that are known outside: the prompt and what was given out."""
+    """Tokens that callers know: the prompt and what was emitted."""
     output: RequestOutput | None = None
-    """What is being given out."""
+    """The output that is being emitted, None otherwise."""
     timeline: Timeline = field(init=False)
     token_time_index: int | None = None
-    """Where the time of its last token is kept, once it has one."""
+    """Index into `TokenTimes`; None before the first token."""
     first_token_s: float | None = None
     finished_s: float | None = None
 
     in_graph_position: int = field(init=False)
-    """Position of the token fed from which on sampling needs temperature, seed and index alone."""
+    """Position of the token fed from which on sampling needs only temperature, seed and output index, as in graphs."""
     _block_hashes: list[int] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
@@ -73,7 +73,7 @@ class Sequence:
         self.num_emitted_tokens = len(self.token_ids)
         params = self.params
         needs_more = params.needs_filter or params.needs_counts or bool(params.biases) or params.logprobs is not None
-        # Whatever min_tokens is beyond that, the request ends by length before.
+        # A request ends by length before a larger min_tokens matters.
         first_index = self.max_num_tokens if needs_more else min(params.min_tokens, self.max_num_tokens)
         self.in_graph_position = self.num_prompt_tokens - 1 + first_index
 

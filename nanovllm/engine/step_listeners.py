@@ -1,4 +1,4 @@
-"""Tells listeners of steps that have ended. Knows nothing of requests and their tokens; no torch."""
+"""Reports steps that have ended to listeners. Knows nothing of requests and their tokens. No torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class StepReport:
     """A step that has ended, as the loop saw it. Moments are those of `time.perf_counter()`, in seconds.
 
     Attributes:
-        kind: what the step did for its requests.
+        kind: which parts the step had.
         device: where it ran, such as `cuda:1`.
         num_requests: requests that were in it, those included that have ended since its launch.
         num_tokens: tokens of prompts that it computed, and decoded tokens of requests that had not ended; as many as
@@ -74,18 +74,18 @@ class StepListeners:
         self._waited_s += time.perf_counter() - started_s
 
     def step_ended(self, work: InFlight) -> None:
-        """Notes a step before its tokens are taken in, which may end requests of the next one."""
+        """Notes a step. Called before its tokens are taken in, which may end requests of the next step."""
         if not self._listeners:
             return
         step, ended_s = work.step, time.perf_counter()
         waited_s, self._waited_s = self._waited_s, 0.0
-        num_tokens = step.num_prompt_tokens + step.decode.num_live
+        num_tokens = step.num_prefill_tokens + step.decode.num_live
         self._reports.append(
             StepReport(step.kind, step.card.name, step.num_requests, num_tokens, work.launched_s, ended_s, waited_s)
         )
 
     def tell(self) -> None:
-        """Gives out what was noted; the rest next time if a listener raises."""
+        """Calls the listeners with all noted reports; if one raises, the rest are kept for the next call."""
         while self._reports:
             report = self._reports.popleft()
             for listener in tuple(self._listeners):

@@ -12,13 +12,13 @@ from collections import abc, deque
 import numpy as np
 
 from nanovllm.engine.callers import Inbox
-from nanovllm.engine.scheduling.decode_batch import MOST_STOP_IDS, HostDecodeBatch
+from nanovllm.engine.scheduling.decode_batch import MAX_STOP_IDS, HostDecodeBatch
 from nanovllm.engine.text.request_text import RequestText
 from nanovllm.outputs import RequestOutput
 
 
 class StreamedRows:
-    """What emitting the tokens of one batch takes.
+    """Emits tokens of the streamed requests of one batch, without Python per row.
 
     Args:
         batch: the decode batch.
@@ -40,7 +40,7 @@ class StreamedRows:
                 lookup is not None
                 and seq.is_streamed
                 and seq.params.logprobs is None
-                and len(seq.stop_token_ids) <= MOST_STOP_IDS
+                and len(seq.stop_token_ids) <= MAX_STOP_IDS
                 for seq, lookup in zip(batch.seqs, lookups, strict=True)
             ],
             dtype=bool,
@@ -48,14 +48,14 @@ class StreamedRows:
         """[B] bool: rows of streamed requests that may be emitted here, token by token."""
 
     def emit(self, indices: list[int], token_ids: list[int]) -> list[int]:
-        """Gives rows their next tokens and emits these.
+        """Appends the next tokens to rows and emits them.
 
         Args:
             indices: rows of the batch that are simple, whose tokens end nothing.
-            token_ids: of all rows of the batch.
+            token_ids: sampled tokens of all rows of the batch.
 
         Returns:
-            The rows that were left alone: the text of their token depends on others.
+            The rows that were left out, since the text of their token depends on other tokens.
         """
         rows, deltas, left = [], [], []
         for index in indices:

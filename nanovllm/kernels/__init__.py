@@ -1,7 +1,7 @@
 """Attention over a paged KV pool and the element-wise work around it: the interface and the backends behind it.
 
-`resolve_backend` picks one and can say why not another. Backends are imported only when asked for, so that none of
-triton and flash_attn needs to be installed.
+`resolve_backend` picks a backend and says why it passed over others. Backends are imported only when asked for, so
+neither triton nor flash_attn needs to be installed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nanovllm.errors import BackendUnavailableError
 
 
 class RowField(IntEnum):
-    """What the device keeps of a decoding request, in rows of a [NUM_ROW_FIELDS, num_slots] int64 tensor."""
+    """What the device stores of decoding requests, as rows of a [NUM_ROW_FIELDS, num_stored] int64 tensor."""
 
     LAST_TOKEN = 0
     POSITION = 1
@@ -29,7 +29,7 @@ class RowField(IntEnum):
 NUM_ROW_FIELDS = len(RowField)
 
 NO_FINITE_TOKEN = -1
-"""Sampled where logits are not finite: the host ends the request, the device goes on with some token until then."""
+"""Sampled where logits are not finite. The host ends the request; until then the device feeds token 0."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class AttentionMetadata:
     """Where the tokens of one step belong. B requests, T tokens in all, one after another.
 
     Attributes:
-        slot_mapping: [T] int64, the pool slot of each token: block id * block size + place in the block.
+        slot_mapping: [T] int64, the pool slot of each token: block id * block size + offset in the block.
         block_tables: [B, max_blocks] int32, each request's blocks in token order; what lies beyond its context
             is never read.
         context_lens: [B] int32, tokens of each request up to and with this step's last.
         query_starts: [B + 1] int32, where each request's tokens begin in T.
-        max_query_len: most tokens that one request has in this step.
+        max_query_len: the largest number of tokens of one request in this step.
         max_context_len: the largest of `context_lens`, or a bound of it.
         work_split: the result of the backend's `split_work` for this step, None to have each layer compute it. It is
             computed from the other fields. Its kernel must not be the immediate predecessor of `attend` (overlapped
@@ -69,7 +69,7 @@ class AttentionMetadata:
 
 
 class Kernels(Protocol):
-    """One way to store and attend to paged KV.
+    """The interface of a backend: stores and attends to paged KV, and does the work around it.
 
     `kv_cache` is one layer's view of the pool, [num_blocks, 2, num_kv_heads, block_size, head_dim]: keys at 0,
     values at 1. Block strides exceed the block's own size, since a block is contiguous over all layers.
@@ -77,7 +77,7 @@ class Kernels(Protocol):
 
     name: str
     is_capturable: bool
-    """Whether steps run in a CUDA graph: no value is read back to the host."""
+    """Whether steps can be captured in a CUDA graph: no value is read back to the host."""
 
     def norm_rotate_store(
         self,
@@ -109,7 +109,7 @@ class Kernels(Protocol):
         """
 
     def split_work(self, metadata: AttentionMetadata, num_kv_heads: int) -> torch.Tensor | None:
-        """How `attend` shares out the work of a step, made once for all layers; None if it needs no such thing."""
+        """How `attend` divides a step's work among thread blocks, made once for all layers; None if it needs none."""
 
     def attend(
         self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata, scale: float
@@ -133,7 +133,7 @@ class Kernels(Protocol):
         bias: torch.Tensor | None,
         num_sms: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`linear` of `add_rms_norm`, whose weight and eps are `norm`, and the sum."""
+        """`linear` of the norm of `x + residual`, and that sum; `norm` is the weight and eps of `add_rms_norm`."""
 
     def norm_gated_linear(
         self,
@@ -144,7 +144,7 @@ class Kernels(Protocol):
         bias: torch.Tensor | None,
         num_sms: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`silu_and_mul` of `norm_linear`, and the sum."""
+        """`silu_and_mul` of what `norm_linear` gives, and the sum."""
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
@@ -199,17 +199,17 @@ class Kernels(Protocol):
         gathered: torch.Tensor,
         token_ids: torch.Tensor,
         fields: torch.Tensor,
-        spare_row: int,
+        padding_row: int,
     ) -> None:
         """Makes `fields` what the next step is fed: the sampled [B] int64 tokens (0 for a negative one), a position on.
 
-        The spare row, which may be there several times, stays at its first position.
+        The padding row, which `indices` may hold several times, stays at its first position.
         """
 
 
 @dataclass(frozen=True)
 class BackendRequirements:
-    """What an engine needs of a backend; `block_size` None lets the backend choose."""
+    """What an engine needs of a backend; a `block_size` of None lets the backend choose."""
 
     device_type: str
     dtype: torch.dtype

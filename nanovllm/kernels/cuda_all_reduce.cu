@@ -6,7 +6,7 @@
 //   RANKS, RANK   how many there are, and which one this is
 //   THREADS       of a thread block
 //   PIECES        that a thread adds up where there are no flags
-//   MOST_BLOCKS   for which there is room in an inbox
+//   MAX_BLOCKS   for which there is room in an inbox
 //   KIND          of the numbers: 0 float32, 1 float16, 2 bfloat16
 
 using u32 = unsigned int;
@@ -84,17 +84,17 @@ __device__ uint4 rounded_piece(const Sums& sums) {
     return make_uint4(rounded(sums, 0), rounded(sums, 1), rounded(sums, 2), rounded(sums, 3));
 }
 
-// An inbox has a part for LL packets, [2][RANKS][MOST_BLOCKS][2][THREADS], one for pieces without flags,
-// [2][RANKS][MOST_BLOCKS][PIECES][THREADS], and what thread blocks of other ranks have come to, [RANKS][MOST_BLOCKS].
+// An inbox has a part for LL packets, [2][RANKS][MAX_BLOCKS][2][THREADS], one for pieces without flags,
+// [2][RANKS][MAX_BLOCKS][PIECES][THREADS], and what thread blocks of other ranks have come to, [RANKS][MAX_BLOCKS].
 // A thread block counts its sums, of both kernels, and has places of its own, one half for odd rounds and one for even
 // ones: when a rank is at one round, all others have ended the one before the last, so nothing is overwritten that is
 // still to be read. That holds as long as all sums of a rank are on one stream, and every kernel between two of them
 // waits for the one before it has ended.
-constexpr u64 LABELLED = 2ull * RANKS * MOST_BLOCKS * 2 * THREADS;
-constexpr u64 PLAIN = 2ull * RANKS * MOST_BLOCKS * PIECES * THREADS;
+constexpr u64 LABELLED = 2ull * RANKS * MAX_BLOCKS * 2 * THREADS;
+constexpr u64 PLAIN = 2ull * RANKS * MAX_BLOCKS * PIECES * THREADS;
 
 __device__ u64 place_of(u32 round, int rank, int pieces) {
-    return (((round & 1) * RANKS + rank) * static_cast<u64>(MOST_BLOCKS) + blockIdx.x) * pieces * THREADS + threadIdx.x;
+    return (((round & 1) * RANKS + rank) * static_cast<u64>(MAX_BLOCKS) + blockIdx.x) * pieces * THREADS + threadIdx.x;
 }
 
 // `x`, whose place the sums take, has `num_pieces` of 16 bytes; a thread adds up one of them.
@@ -147,8 +147,8 @@ all_reduce_plain(uint4* x, uint4* const* inboxes, u32* rounds, const volatile u3
     }
     __syncthreads();
     if (threadIdx.x < RANKS && threadIdx.x != RANK) {
-        u32* theirs = reinterpret_cast<u32*>(inboxes[threadIdx.x] + LABELLED + PLAIN) + RANK * MOST_BLOCKS + blockIdx.x;
-        u32* here = reinterpret_cast<u32*>(inboxes[RANK] + LABELLED + PLAIN) + threadIdx.x * MOST_BLOCKS + blockIdx.x;
+        u32* theirs = reinterpret_cast<u32*>(inboxes[threadIdx.x] + LABELLED + PLAIN) + RANK * MAX_BLOCKS + blockIdx.x;
+        u32* here = reinterpret_cast<u32*>(inboxes[RANK] + LABELLED + PLAIN) + threadIdx.x * MAX_BLOCKS + blockIdx.x;
         asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(theirs), "r"(round) : "memory");
         for (u32 tries = 1;; ++tries) {
             u32 reached;

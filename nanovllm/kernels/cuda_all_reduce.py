@@ -1,7 +1,7 @@
-"""Sums of what the ranks of a model have, by GPUs that write into each other's memory: CUDA C++ for sm_90 and later.
+"""All-reduce among GPUs that write into each other's memory, in CUDA C++ for sm_90 and later.
 
-A decode step asks for two sums a layer, and NCCL takes 7 us for one of a token's hidden states, these kernels 2. They
-are in `cuda_all_reduce.cu`. The caller makes the tensors' device the current one.
+A decode step has two all-reduces per layer. For the hidden states of one token NCCL takes 7 us and these kernels, in
+`cuda_all_reduce.cu`, take 2. The caller makes the tensors' device the current one.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from nanovllm.utils.nvrtc import Kernel, compile_source
 from nanovllm.utils.peer_memory import PeerMemory
 
 NUM_THREADS = 256
-MOST_BLOCKS = 256
+MAX_BLOCKS = 256
 PIECE_BYTES = 16
 NUM_PIECES = 4
-"""Pieces that a thread adds up where numbers cross without flags."""
-MOST_LL_BYTES = 2**19
-MOST_BYTES_SENT = NUM_THREADS * MOST_BLOCKS * NUM_PIECES * PIECE_BYTES
-"""Most bytes sent to all other ranks together; larger sums are left to NCCL, which sends each number once."""
+"""Pieces that a thread adds up in the plain protocol."""
+MAX_LL_BYTES = 2**19
+MAX_BYTES_SENT = NUM_THREADS * MAX_BLOCKS * NUM_PIECES * PIECE_BYTES
+"""Maximum bytes sent to all other ranks together; NCCL, which sends each number once, takes larger tensors."""
 LL, PLAIN = "all_reduce_ll", "all_reduce_plain"
 NOTHING = "-"
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -32,14 +32,14 @@ Exchange = Callable[[str], list[str]]
 
 
 class PeerAllReduce:
-    """The sums of this rank and its peers, each a process of this host, all at the same time in the same order.
+    """All-reduce of this rank and its peers, processes of this host, which all call the same in the same order.
 
     Args:
-        rank, size: which one of how many.
-        exchange: gives every rank the texts of all of them, by rank.
+        rank, size: this rank, and the number of ranks.
+        exchange: gathers a text from each rank, by rank.
 
     Raises:
-        BackendUnavailableError: some rank cannot do it; every one raises it then.
+        BackendUnavailableError: some rank cannot do it; all ranks raise it then.
     """
 
     def __init__(self, rank: int, size: int, exchange: Exchange) -> None:
@@ -48,13 +48,13 @@ class PeerAllReduce:
         self._given_up = torch.zeros(
             1, dtype=torch.int32, device="cpu", pin_memory=True
         )  # kernels look at the host's memory
-        self._rounds = torch.zeros(MOST_BLOCKS, dtype=torch.int32, device=self._device)
+        self._rounds = torch.zeros(MAX_BLOCKS, dtype=torch.int32, device=self._device)
         self._inbox: PeerMemory | None = None
         handle, failure = NOTHING, NOTHING
         try:
             _kernel(LL, size, rank, torch.bfloat16, self._device)
             bytes_of_block = 2 * NUM_THREADS * (2 + NUM_PIECES) * PIECE_BYTES + 4
-            self._inbox = PeerMemory(size * MOST_BLOCKS * bytes_of_block)
+            self._inbox = PeerMemory(size * MAX_BLOCKS * bytes_of_block)
             handle = self._inbox.handle
         except BackendUnavailableError as error:
             failure = str(error)
@@ -74,12 +74,12 @@ class PeerAllReduce:
 
     def can_serve(self, x: torch.Tensor) -> bool:
         """Whether `all_reduce` is for this contiguous tensor."""
-        is_small = (self._size - 1) * x.nbytes <= MOST_BYTES_SENT
+        is_small = (self._size - 1) * x.nbytes <= MAX_BYTES_SENT
         return is_small and x.dtype in KINDS and x.nbytes % PIECE_BYTES == x.data_ptr() % PIECE_BYTES == 0
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' tensors, in the place of this one; every rank gets the same bits."""
-        name, at_a_time = (LL, 1) if x.nbytes <= MOST_LL_BYTES else (PLAIN, NUM_PIECES)
+        name, at_a_time = (LL, 1) if x.nbytes <= MAX_LL_BYTES else (PLAIN, NUM_PIECES)
         num_pieces = x.nbytes // PIECE_BYTES
         num_blocks = -(-num_pieces // (NUM_THREADS * at_a_time))
         kernel = _kernel(name, self._size, self._rank, x.dtype, self._device)
@@ -87,11 +87,11 @@ class PeerAllReduce:
         return x
 
     def give_up(self) -> None:
-        """Ends kernels that wait for a rank that is gone, within a millisecond each; sums mean nothing from now on."""
+        """Ends kernels that wait for a rank that is gone, within a millisecond each; later results mean nothing."""
         self._given_up[0] = 1
 
     def close(self) -> None:
-        """No sum may be under way, on any rank."""
+        """Frees the inbox. No all-reduce may be in flight, on any rank."""
         if self._inbox is not None:
             self._inbox.close()
 
@@ -121,7 +121,7 @@ def _compiled(size: int, rank: int, dtype: torch.dtype, architecture: str) -> by
         "RANK": rank,
         "THREADS": NUM_THREADS,
         "PIECES": NUM_PIECES,
-        "MOST_BLOCKS": MOST_BLOCKS,
+        "MAX_BLOCKS": MAX_BLOCKS,
         "KIND": KINDS[dtype],
     }
     defined = "".join(f"#define {name} {value}\n" for name, value in constants.items())

@@ -1,8 +1,8 @@
 """GEMMs for a part of a GPU's SMs, in CUDA C++ for Hopper (sm_90a): float16 and bfloat16.
 
-What a partition asks of them beside a lane that streams KV: tiles as wide as makes their number a whole number of turns
-of the SMs that there are, few reads of the L2 cache (thread blocks of a cluster share the weights that they fetch), and
-enough tiles on their way to wait for memory. The kernel is `cuda_gemm.cu`.
+Beside a lane that streams KV, such a GEMM needs tiles whose number is a whole number of waves over its SMs, few reads
+of the L2 cache (thread blocks of a cluster share the weights that they fetch), and enough tiles in flight to cover the
+latency of memory. The kernel is `cuda_gemm.cu`.
 
 The caller makes the tensors' device the current one.
 """
@@ -21,27 +21,27 @@ TILE_M = 128
 TILE_K = 64
 WIDEST = 256
 NARROWEST = 96
-"""Rows of weights; and a multiple of what any cluster asks for."""
+"""Weight rows of a tile; a multiple of what any cluster needs."""
 CLUSTERS = (4, 2)
 """Thread blocks that fetch weights together, the best first."""
-FEWEST_TOKENS = 128
-"""With fewer, half of each tile would be computed for nothing."""
+MIN_TOKENS = 128
+"""Fewest tokens for these kernels: with fewer, half of each tile or more would be padding."""
 NUM_THREADS = 384
 SHARED_BYTES = 227 * 1024 - 256
 """Shared memory of an SM in bytes, less what the kernel's barriers take."""
 OTHER_BYTES = 1024 + 8 * 16 * 144
-"""Bytes of shared memory for aligning tiles and for outputs on their way."""
+"""Bytes of shared memory for aligning tiles and for outputs in flight."""
 
 
 def can_serve(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `shared_linear` is for this GEMM: not for few tokens, float32, other GPUs than Hopper's, odd sizes."""
     is_half = x.dtype in (torch.bfloat16, torch.float16) and weight.dtype == x.dtype
     is_even = x.shape[1] % 8 == 0 and weight.shape[0] % 16 == 0
-    return is_half and is_even and x.shape[0] >= FEWEST_TOKENS and _is_hopper(x.device)
+    return is_half and is_even and x.shape[0] >= MIN_TOKENS and _is_hopper(x.device)
 
 
 def shared_linear(x: torch.Tensor, weight: torch.Tensor, num_sms: int, *, is_gated: bool = False) -> torch.Tensor:
-    """x W^T of [T, in] and [out, in], by `num_sms` thread blocks that stay, one on each SM.
+    """x W^T of [T, in] and [out, in], by `num_sms` persistent thread blocks, one on each SM.
 
     If it is gated, silu of the first half of that times the second half, [T, out / 2].
 
@@ -97,8 +97,8 @@ def _is_hopper(device: torch.device) -> bool:
 def tile_width(num_weights: int, at_a_time: int, step: int) -> int:
     """How many weight rows a tile has, of `num_weights`, if `at_a_time` tiles side by side are computed at a time.
 
-    It is a multiple of `step`, and takes the least time, all in all: a turn of tiles takes as long as they are wide,
-    and a little, as each begins and ends.
+    It is the multiple of `step` with the least time in all: a wave of tiles takes as long as they are wide, and a
+    little for its beginning and end.
     """
 
     def cost(width: int) -> int:
@@ -121,7 +121,7 @@ def _kernel(width: int, cluster: int, is_gated: bool, dtype: torch.dtype, device
 
 
 def num_stages(width: int) -> int:
-    """Number of tiles on their way that fit into shared memory, with what aligning them may take."""
+    """Pipeline stages: tiles in flight that fit into shared memory, alignment included."""
     return (SHARED_BYTES - OTHER_BYTES) // _stage_bytes(width)
 
 

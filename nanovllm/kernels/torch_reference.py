@@ -1,4 +1,4 @@
-"""Every kernel in plain torch: the definition of right, on any device. Slow on purpose: one request at a time."""
+"""Every kernel in plain torch: the reference for correctness, on any device. Slow on purpose: one request at a time."""
 
 from __future__ import annotations
 
@@ -133,12 +133,12 @@ class Backend:
         gathered: torch.Tensor,
         token_ids: torch.Tensor,
         fields: torch.Tensor,
-        spare_row: int,
+        padding_row: int,
     ) -> None:
         fields[RowField.LAST_TOKEN, indices] = token_ids.clamp(min=0)
         fields[RowField.POSITION, indices] = gathered[RowField.POSITION] + 1
         fields[RowField.OUTPUT_INDEX, indices] = gathered[RowField.OUTPUT_INDEX] + 1
-        fields[RowField.POSITION, spare_row] = 0
+        fields[RowField.POSITION, padding_row] = 0
 
 
 def store_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
@@ -162,10 +162,10 @@ def gather_context(
 def gumbel_noise(
     seeds: torch.Tensor, output_indices: torch.Tensor, num_tokens: int, first_token: int = 0
 ) -> torch.Tensor:
-    """Standard Gumbel noise of tokens from the first one on, [B, num_tokens] float32, of [B] int64 seeds and indices.
+    """Standard Gumbel noise, [B, num_tokens] float32, of tokens from `first_token` on, for [B] int64 seeds and indices.
 
-    A hash of (seed, output index, token id), so that a request draws the same numbers in any batch, on any device,
-    and again after it was preempted.
+    It is a hash of (seed, output index, token id), so that a request draws the same numbers in any batch, on any
+    device, and again after it was preempted.
     """
     key = _mix((seeds & _MASK32) ^ 0x9E3779B9)
     key = _mix(key ^ ((seeds >> 32) & _MASK32))

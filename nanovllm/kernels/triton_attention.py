@@ -1,4 +1,5 @@
-"""Paged attention in Triton: prefill over a cached prefix, decode in chunks. float32, float16, bfloat16.
+"""Paged attention in Triton: prefill over a cached prefix, and split-KV decode (flash-decoding), whose splits are here
+called chunks. float32, float16, bfloat16.
 
 On GPUs that have it (sm_90 on), 16-bit KV is read through the tensor memory accelerator, else by pointers.
 
@@ -22,21 +23,21 @@ DEFAULT_BLOCK_SIZE = 64
 HEAD_DIMS = (64, 128)
 LOG2_E = 1.4426950408889634
 DECODE_TILE = 16
-"""Tokens of a tile of the decode kernel: many programs fit on an SM, and each has a tile to wait for."""
+"""Tokens of a tile of the decode kernel: so small that many programs fit on an SM, each with loads in flight."""
 FEW_REQUESTS = 8
 FEW_REQUESTS_TILE = 32
-"""Below this many requests an SM has few programs, and larger tiles take fewer turns."""
+"""Below this many requests an SM has few programs, and larger tiles take fewer iterations."""
 DECODE_STAGES = 3
-"""One more than the tiles on their way to a program."""
+"""One more than the tiles in flight of a program."""
 CHUNK_TOKENS = 1024
-"""Tokens of a chunk in which loading well outweighs getting started."""
+"""Tokens of a chunk that is long enough for its start-up not to matter."""
 PROGRAMS_PER_SM = 2
-"""With shorter chunks than that, decode attention makes this many: enough to keep an SM's memory requests coming."""
-MOST_PROGRAMS_PER_SM = 16
-"""With longer ones it makes this many: SMs that are done early find something left to do."""
+"""Programs per SM with chunks of up to CHUNK_TOKENS: enough to keep loads in flight."""
+MAX_PROGRAMS_PER_SM = 16
+"""Programs per SM with longer chunks: so many that SMs that end early find more work."""
 COMBINED_CHUNKS = 4
 PREFILL_TILE_M = 64
-PREFILL_TILE_N = triton_fused.MOST_TILE_TOKENS
+PREFILL_TILE_N = triton_fused.MAX_TILE_TOKENS
 PREFILL_STAGES = 3
 
 
@@ -87,7 +88,7 @@ def _share_out(
     num_kv_heads: int | None = None,
     num_sms: int | None = None,
 ) -> torch.Tensor:
-    """[B + 1] int32: units of work before each request, and of all.
+    """[B + 1] int32: units of work before each request, and in all.
 
     A unit is a tile of a prompt, or, if `num_kv_heads` is given, a chunk of a KV head's context; then there follow
     B * num_kv_heads zeros, in which `attend` counts the chunks that are done, and which it leaves 0. `lengths` are
@@ -106,7 +107,7 @@ def _share_out(
         TILE=tile,
         CHUNK_TILES=CHUNK_TOKENS // tile,
         PROGRAMS_PER_SM=PROGRAMS_PER_SM,
-        MOST_PROGRAMS_PER_SM=MOST_PROGRAMS_PER_SM,
+        MAX_PROGRAMS_PER_SM=MAX_PROGRAMS_PER_SM,
         PADDED_REQUESTS=_padded(num_requests),
         **overlap(lengths.device),
     )
@@ -162,7 +163,7 @@ def _decode(
     num_kv_heads, block_size = kv_cache.shape[2:4]
     group = num_heads // num_kv_heads
     # The chunks of an even share, and for each head of each request one that is shorter.
-    num_programs = MOST_PROGRAMS_PER_SM * (metadata.num_sms or _num_sms(query.device)) + num_requests * num_kv_heads
+    num_programs = MAX_PROGRAMS_PER_SM * (metadata.num_sms or _num_sms(query.device)) + num_requests * num_kv_heads
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     partial = torch.empty(num_programs, group, head_dim, dtype=torch.float32, device=query.device)
     log_sums = torch.empty(num_programs, group, dtype=torch.float32, device=query.device)
@@ -206,7 +207,7 @@ def _decode_tile(num_requests: int) -> int:
 
 
 def _padded(num_requests: int) -> int:
-    """Few different ones: each is a variant of the kernel to compile."""
+    """A power of two, 64 or more: each different value compiles a variant of the kernel."""
     return max(64, triton.next_power_of_2(num_requests))
 
 
@@ -236,11 +237,11 @@ def _share_out_kernel(
     TILE: tl.constexpr,
     CHUNK_TILES: tl.constexpr,
     PROGRAMS_PER_SM: tl.constexpr,
-    MOST_PROGRAMS_PER_SM: tl.constexpr,
+    MAX_PROGRAMS_PER_SM: tl.constexpr,
     PADDED_REQUESTS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Pieces of work before each request, and all of them; a request's length is given, or where it ends and begins."""
+    """Units of work before each request, and in all; a request's length is given, or where it ends and begins."""
     begin(OVERLAPS)
     requests = tl.arange(0, PADDED_REQUESTS)
     there = requests < num_requests
@@ -251,7 +252,7 @@ def _share_out_kernel(
     if NUM_KV_HEADS is not None:
         num_tiles = tl.sum(units, 0) * NUM_KV_HEADS
         chunk = tl.minimum(tl.cdiv(num_tiles, PROGRAMS_PER_SM * num_sms), CHUNK_TILES)
-        chunk = tl.maximum(chunk, tl.cdiv(num_tiles, MOST_PROGRAMS_PER_SM * num_sms))
+        chunk = tl.maximum(chunk, tl.cdiv(num_tiles, MAX_PROGRAMS_PER_SM * num_sms))
         units = tl.cdiv(units, chunk)
         for head in range(NUM_KV_HEADS):
             tl.store(starts + num_requests + 1 + head * num_requests + requests, 0, mask=there)
@@ -261,7 +262,7 @@ def _share_out_kernel(
 
 @triton.jit
 def _request_of(unit, starts, num_requests, TIMES: tl.constexpr, PADDED_REQUESTS: tl.constexpr):
-    """The request whose units, each counted TIMES times, have this one among them."""
+    """The request that a unit belongs to, if each of its units counts TIMES times."""
     requests = tl.arange(0, PADDED_REQUESTS)
     firsts = tl.load(starts + requests, mask=requests < num_requests, other=0x7FFFFFFF // TIMES)
     return tl.sum((firsts * TIMES <= unit).to(tl.int32), 0) - 1
@@ -287,7 +288,7 @@ def _places(
 
 @triton.jit
 def _attend_tile(q, k, v, maximum, total, accumulator, scale_log2, visible=None):
-    """One tile more of an online softmax, base 2; `visible` says which keys a query attends to, all if it is None."""
+    """Adds a tile to an online softmax, base 2; `visible` says which keys a query attends to, None for all."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if visible is not None:
         scores = tl.where(visible, scores, float("-inf"))
@@ -361,7 +362,7 @@ def _prefill_kernel(
             place = block * block_rows + kv_head * BLOCK_SIZE + tile * TILE_N % BLOCK_SIZE
             k = kv_rows.load([place, 0])
             v = kv_rows.load([place + value_offset, 0])
-            # A turn before its tile, whose own loads then wait for nothing; that of the next tile, or of this one's.
+            # One iteration before its tile, so that the loads of the tile need not wait for it.
             block = tl.load(table + tl.minimum((tile + 1) * TILE_N, context_len - 1) // BLOCK_SIZE)
         else:
             cached = _places(table, tile, context_len, kv_head, block_stride, BLOCK_SIZE, HEAD_DIM, TILE_N)
@@ -457,7 +458,7 @@ def _decode_kernel(
             place = block * block_rows + kv_head * BLOCK_SIZE + tile * TILE % BLOCK_SIZE
             k = kv_rows.load([place, 0])
             v = kv_rows.load([place + value_offset, 0])
-            # A turn before its tile, whose own loads then wait for nothing.
+            # One iteration before its tile, so that the loads of the tile need not wait for it.
             block = tl.load(table + tl.minimum(tile + 1, num_tiles - 1) * TILE // BLOCK_SIZE)
         else:
             cached = _places(table, tile, context_len, kv_head, block_stride, BLOCK_SIZE, HEAD_DIM, TILE)
@@ -511,7 +512,7 @@ def _combine(
     HEAD_DIM: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Weighs a KV head's chunks by their share of the softmax, some at a time."""
+    """Combines a KV head's chunks by their share of the softmax, CHUNKS at a time."""
     group = tl.arange(0, triton.next_power_of_2(GROUP))
     dims = tl.arange(0, HEAD_DIM)
     there = group < GROUP

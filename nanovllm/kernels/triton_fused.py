@@ -1,4 +1,4 @@
-"""The work beside attention and large GEMMs, one kernel for each piece of it: float32, float16, bfloat16.
+"""Fused kernels for the work beside attention and large GEMMs: float32, float16, bfloat16.
 
 The caller makes the tensors' device the current one: Triton launches on the current device.
 """
@@ -18,7 +18,7 @@ from nanovllm.kernels.triton_overlap import begin, overlap
 VOCAB_TILE = 4096
 ELEMENT_TILE = 1024
 VECTOR_TILE_ROWS = 4
-MOST_TILE_TOKENS = 64
+MAX_TILE_TOKENS = 64
 """Attention reads keys and values in tiles of this many tokens, or of a fraction of them."""
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -26,10 +26,10 @@ LN_2 = tl.constexpr(0.6931471805599453)
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, num_sms: int | None = None
 ) -> torch.Tensor:
-    """x W^T + b of [T, in] and [out, in]: for one token a stream of the weights, for more of them torch's GEMM.
+    """x W^T + b of [T, in] and [out, in]: a GEMV kernel for one token, torch's GEMM for more.
 
-    cuBLAS takes 5 to 12 us for a single token where reading the weights takes 1 to 3. It always chooses for the whole
-    GPU: on a part of it, a GEMM of our own serves many tokens.
+    cuBLAS takes 5 to 12 us for a single token where reading the weights takes 1 to 3. It always picks tiles for the
+    whole GPU, so on an SM partition `cuda_gemm` serves many tokens.
     """
     if num_sms is not None and bias is None and cuda_gemm.can_serve(x, weight):
         return cuda_gemm.shared_linear(x, weight, num_sms)
@@ -157,8 +157,8 @@ def norm_rotate_store(
     """Norms and rotates query and key heads, or does one of the two or neither, stores keys and values in the pool,
     returns the query heads.
 
-    What is left out is None, which is compiled as such: each choice is a kernel of its own.
-    What follows a request's last value in its tile of the pool is set to 0, for the attention kernels to read.
+    Arguments that are None are left out at compile time: each choice is a kernel of its own. What follows a request's
+    last value in its tile of the pool is set to 0, since the attention kernels read whole tiles.
     """
     num_kv_heads, block_size, head_dim = kv_cache.shape[2:]
     num_tokens = qkv.shape[0]
@@ -182,7 +182,7 @@ def norm_rotate_store(
         PADDED_KV_HEADS=triton.next_power_of_2(num_kv_heads),
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
-        KV_TILE=math.gcd(block_size, MOST_TILE_TOKENS),
+        KV_TILE=math.gcd(block_size, MAX_TILE_TOKENS),
         **overlap(qkv.device),
     )
     return query
@@ -441,8 +441,8 @@ def _norm_rotate_store_kernel(
     place += NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
     tl.store(place + dims, values, mask=kv_there)
 
-    # The values that follow in the tile are zero until there are tokens: attention reads whole tiles. It is up to the
-    # last token of a request, unless an earlier step has come into the tile and done it.
+    # The values that follow in the tile are zero until there are tokens: attention reads whole tiles. The last token of
+    # a request clears them, unless an earlier step has reached the tile and done so.
     if (following != slot + 1) & ((slot % KV_TILE == 0) | (previous == slot - 1)):
         nothing = tl.zeros([PADDED_KV_HEADS, HEAD_DIM], kv_cache.dtype.element_ty)
         for ahead in range(1, KV_TILE - (slot % KV_TILE).to(tl.int32)):
@@ -459,7 +459,7 @@ def _mix(x):
 
 @triton.jit
 def _log2(x, IS_CUDA: tl.constexpr):
-    """The GPU's own logarithm, of one instruction; Triton's takes twenty."""
+    """The GPU's own approximate logarithm, one instruction; Triton's takes twenty."""
     if IS_CUDA:
         x = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:

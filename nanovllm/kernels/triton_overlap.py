@@ -1,8 +1,8 @@
 """Lets a kernel start while the one before it on its stream ends (programmatic dependent launch, sm_90 on).
 
 Such a kernel calls `begin` before it reads what the kernel before it wrote, and before it writes at all. When it
-starts, the kernel before it has got past `begin` itself, so all kernels before that one have ended: what those wrote,
-a step's positions and block tables for example, it may read at once.
+starts, the kernel before it has passed its own `begin`, so all kernels before that one have ended: what they wrote, a
+step's positions and block tables for example, may be read at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def is_sm_90_or_later(device: torch.device) -> bool:
 
 
 def overlap(device: torch.device) -> dict[str, Any]:
-    """The keyword arguments to launch a kernel with."""
+    """Keyword arguments for the launch of a kernel."""
     overlaps = is_sm_90_or_later(device)
     return {"OVERLAPS": overlaps, "launch_pdl": overlaps}
 

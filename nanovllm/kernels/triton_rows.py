@@ -1,4 +1,4 @@
-"""The decode batch's rows, before and after a step, in one kernel each: torch would take twenty.
+"""Gathers the decode batch's rows before a step and advances them after it, in one kernel each instead of twenty.
 
 The caller makes the tensors' device the current one: Triton launches on the current device.
 """
@@ -19,7 +19,7 @@ TILE_ROWS = 128
 def gather_rows(
     indices: torch.Tensor, fields: torch.Tensor, temperatures: torch.Tensor, block_tables: torch.Tensor, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The rows at these indices, with where their tokens go; of the block tables as much as is in use."""
+    """The rows at these indices, with slot mapping and context lengths; copies only the used part of block tables."""
     num_rows, max_blocks = len(indices), block_tables.shape[1]
     gathered = fields.new_empty(NUM_ROW_FIELDS, num_rows)
     row_temperatures = temperatures.new_empty(num_rows)
@@ -49,11 +49,11 @@ def gather_rows(
 
 
 def advance_rows(
-    indices: torch.Tensor, gathered: torch.Tensor, token_ids: torch.Tensor, fields: torch.Tensor, spare_row: int
+    indices: torch.Tensor, gathered: torch.Tensor, token_ids: torch.Tensor, fields: torch.Tensor, padding_row: int
 ) -> None:
-    """What the next step is fed: the sampled tokens, 0 for a negative one, a position further.
+    """Makes `fields` the input of the next step: the sampled tokens (0 for a negative one), one position further.
 
-    The spare row stays at its first position.
+    The padding row stays at its first position.
     """
     num_rows = len(indices)
     _advance_rows_kernel[(triton.cdiv(num_rows, TILE_ROWS),)](
@@ -63,7 +63,7 @@ def advance_rows(
         fields,
         num_rows,
         fields.shape[1],
-        spare_row,
+        padding_row,
         LAST_TOKEN=RowField.LAST_TOKEN.value,
         POSITION=RowField.POSITION.value,
         OUTPUT_INDEX=RowField.OUTPUT_INDEX.value,
@@ -118,7 +118,7 @@ def _advance_rows_kernel(
     fields,
     num_rows,
     num_stored,
-    spare_row,
+    padding_row,
     LAST_TOKEN: tl.constexpr,
     POSITION: tl.constexpr,
     OUTPUT_INDEX: tl.constexpr,
@@ -133,5 +133,5 @@ def _advance_rows_kernel(
     output_index = tl.load(gathered + OUTPUT_INDEX * num_rows + rows, mask=there, other=0) + 1
     token = tl.load(token_ids + rows, mask=there, other=0)
     tl.store(fields + LAST_TOKEN * num_stored + index, tl.maximum(token, 0), mask=there)
-    tl.store(fields + POSITION * num_stored + index, tl.where(index == spare_row, 0, position), mask=there)
+    tl.store(fields + POSITION * num_stored + index, tl.where(index == padding_row, 0, position), mask=there)
     tl.store(fields + OUTPUT_INDEX * num_stored + index, output_index, mask=there)

@@ -1,4 +1,4 @@
-"""What a stream knows of where and when it runs: the GPU's own clock, and the SMs; within CUDA graphs too."""
+"""When and where a stream runs: reads the GPU's own clock, and SM ids, on the stream, in CUDA graphs too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def stamp(stamps: torch.Tensor, place: int) -> None:
 
 
 def sms_of_streams(streams: Sequence[torch.cuda.Stream], *, captured: bool) -> list[set[int]]:
-    """The SMs that each of some streams of the current device runs on, found by running there, in a graph if asked."""
+    """The SMs that each of some streams of the current device runs on, found by a kernel, in a graph if `captured`."""
     notes = [torch.full((NUM_PROGRAMS,), -1, dtype=torch.int32, device="cuda") for _ in streams]
 
     def note() -> None:
@@ -45,7 +45,7 @@ def sms_of_streams(streams: Sequence[torch.cuda.Stream], *, captured: bool) -> l
 
 @triton.jit
 def _note_sm_kernel(sms):
-    """Each program notes its SM, and stays there long enough for the others to need theirs."""
+    """Each program notes its SM, and runs long enough for the others to need other SMs."""
     sm = tl.inline_asm_elementwise("mov.u32 $0, %smid;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     total = 0.0
     for turn in range(2000):

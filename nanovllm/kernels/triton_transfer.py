@@ -13,7 +13,7 @@ NUM_PROGRAMS = 64
 """Enough to fill the link between two GPUs (measured on NVLink: 32 reach 80 %, 64 all of it), few enough to leave
 the device to the prefill that is running."""
 NUM_PROGRAMS_BESIDE = 16
-"""For a layer's KV, which crosses while the layer attends: the fewer, the less they take from that."""
+"""For a layer's KV, which is pushed while the layer attends: few, so that they take little from attention."""
 WORDS_PER_PIECE = 4096
 
 
@@ -23,8 +23,8 @@ def push_blocks(source: torch.Tensor, target: torch.Tensor, blocks: torch.Tensor
     Args:
         source: a pool, or one layer's view of it, [num_blocks, ...], each block contiguous; on the current device.
         target: the same of another pool, on a device that this one may write to.
-        blocks: [1 + 2 * any] int64 on the source's device: the number of pairs and the pairs (block, block there).
-        num_programs: thread blocks to do it with.
+        blocks: [1 + 2 N or more] int64 on the source's device: N, then N pairs (block of source, block of target).
+        num_programs: number of thread blocks.
     """
     words_per = 4 // source.element_size()
     _push_kernel[(num_programs,)](

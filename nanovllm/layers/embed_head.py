@@ -13,7 +13,7 @@ from nanovllm.utils.weight import Weight
 class TokenEmbedding(nn.Module):
     """[num_tokens] int64 -> [num_tokens, hidden_size]; `project` is the transposed use, as output head.
 
-    Of several ranks each holds as many rows of the vocabulary.
+    The rows are divided evenly among the ranks.
     """
 
     def __init__(
@@ -37,5 +37,5 @@ class TokenEmbedding(nn.Module):
         return torch.mm(hidden, self.weight.T, out=out)
 
     def checkpoint_tensor(self) -> Weight:
-        """The weight, of which each rank has the rows of its tokens."""
+        """The weight; each rank has the rows of its part of the vocabulary."""
         return Weight(self.weight, part_of(self.ranks, 0))

@@ -30,7 +30,7 @@ class GatedFfnConfig:
 
     @property
     def divided(self) -> dict[str, int]:
-        """What ranks divide among them: how many there are, by what they are called."""
+        """Sizes that the number of ranks must divide, by name."""
         return {"FFN rows": self.intermediate_size}
 
     def num_parameters(self, hidden_size: int) -> int:
@@ -40,12 +40,12 @@ class GatedFfnConfig:
     def make(
         self, hidden_size: int, backend: Kernels, ranks: Ranks, *, dtype: torch.dtype, device: torch.device
     ) -> GatedFfn:
-        """The FFN of one layer, or this rank's part of it, without its values."""
+        """The FFN of one layer, or this rank's part of it, with uninitialized weights."""
         return GatedFfn(self, hidden_size, backend, ranks, dtype=dtype, device=device)
 
 
 class GatedFfn(nn.Module):
-    """`GatedFfnConfig` of one layer; each rank has some rows of gate and up and computes a term of the sum."""
+    """The gated FFN of one layer. Each rank has some rows of gate and up; an all-reduce adds up the ranks' outputs."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class GatedFfn(nn.Module):
         self.gate_up_proj = Linear(
             hidden_size, [rows, rows], backend, bias=config.gate_up_bias, dtype=dtype, device=device
         )
-        # What it adds is to be in the sum over the ranks once.
+        # Only on rank 0, since the all-reduce must add the bias once.
         down_bias = config.down_bias and ranks.rank == 0
         self.down_proj = Linear(rows, [hidden_size], backend, bias=down_bias, dtype=dtype, device=device)
 
@@ -75,7 +75,7 @@ class GatedFfn(nn.Module):
         return self.ranks.all_reduce(self.down_proj(activated, num_sms)), residual
 
     def checkpoint_tensors(self) -> dict[str, Weight]:
-        """Names within the FFN, as Hugging Face has them, and where they are."""
+        """The FFN's weights by their Hugging Face names within the FFN."""
         return {
             **self.gate_up_proj.checkpoint_tensors(["gate_proj", "up_proj"], part_of(self.ranks, 0)),
             **self.down_proj.checkpoint_tensors(["down_proj"], part_of(self.ranks, 1)),

@@ -42,13 +42,13 @@ class Linear(nn.Module):
     def forward_normed(
         self, x: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm, num_sms: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """y of the norm of `x + residual`, and the sum."""
+        """The layer applied to the norm of `x + residual`, and that sum."""
         return self.backend.norm_linear(x, residual, (norm.weight, norm.eps), self.weight, self.bias, num_sms)
 
     def forward_gated(
         self, x: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm, num_sms: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """silu(first half of y) * second half, of the same; SwiGLU's gate and up."""
+        """SwiGLU's gate and up of the norm of `x + residual`: silu(first half of y) * second half; and that sum."""
         return self.backend.norm_gated_linear(x, residual, (norm.weight, norm.eps), self.weight, self.bias, num_sms)
 
     def checkpoint_tensors(self, names: Sequence[str], part: Part | None) -> dict[str, Weight]:

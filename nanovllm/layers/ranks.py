@@ -10,22 +10,22 @@ from nanovllm.utils.weight import Part
 
 
 class Ranks(Protocol):
-    """This rank, how many there are, and what they do together: every rank calls the same, in the same order."""
+    """This rank, the number of ranks, and their collectives, which all ranks call in the same order."""
 
     rank: int
     size: int
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of all ranks' tensors, on each of them; may be the same tensor."""
+        """The sum of all ranks' tensors, on each rank; may be computed in place."""
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """[N, n] on each rank -> [N, size * n] on all, side by side by rank."""
 
     def all_reduce_min(self, number: int) -> int:
-        """The smallest of all ranks' numbers; however long it takes until all are here."""
+        """The smallest of all ranks' numbers; waits without limit until all ranks call it."""
 
     def close(self) -> None:
-        """They do nothing together any more."""
+        """Ends the collectives: none may follow."""
 
 
 class OneRank:
@@ -48,5 +48,5 @@ class OneRank:
 
 
 def part_of(ranks: Ranks, dim: int) -> Part | None:
-    """What this rank holds of a tensor that is divided along `dim`; None, all of it, for a rank alone."""
+    """This rank's part of a tensor that is divided along `dim`; None, for all of it, if there is one rank."""
     return None if ranks.size == 1 else Part(dim, ranks.rank, ranks.size)

@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al., 2021): default, linear, YaRN and Llama 3 frequencies.
 
-Tables of angles only; kernels rotate by them. A table belongs to one model on one device; layers are given it.
+Only makes tables of cosines and sines; kernels rotate by them. One table serves all layers of a model on a device.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ class RopeConfig:
         head_dim: dimensions that are rotated, in pairs (i, i + head_dim / 2).
         theta: base of the geometric series of frequencies.
         rope_type: one of `ROPE_TYPES`.
-        factor: how much longer contexts are than in training (all but default).
+        factor: ratio of the extended context length to that of training (all but default).
         original_max_positions: context length in training (yarn, llama3).
-        beta_fast, beta_slow: turns over the original context above which a pair is kept, below which it is
+        beta_fast, beta_slow: rotations over the original context above which a pair is kept, below which it is
             interpolated (yarn).
-        attention_factor: scale of the rotated vectors; None takes YaRN's 0.1 ln(factor) + 1.
-        mscale, mscale_all_dim: coefficients in place of the 0.1 above, as a ratio of two such scales.
-        truncate: whether the borders of YaRN's ramp are rounded to whole pairs.
-        low_freq_factor, high_freq_factor: turns over the original context below which a pair is interpolated, above
+        attention_factor: scale of the rotated vectors; None takes YaRN's 0.1 ln(factor) + 1 (yarn).
+        mscale, mscale_all_dim: if both are set and `attention_factor` is not, the scale is the ratio of
+            0.1 mscale ln(factor) + 1 to the same with `mscale_all_dim` (yarn).
+        truncate: whether both ends of YaRN's ramp are rounded to whole pairs (yarn).
+        low_freq_factor, high_freq_factor: rotations over the original context below which a pair is interpolated, above
             which it is kept (llama3).
     """
 
@@ -48,9 +49,12 @@ class RopeConfig:
 
 
 class RotaryEmbedding:
-    """A table of cosines and sines, float32 [max_positions, head_dim / 2] each."""
+    """A table of cosines and sines, float32 [max_positions, head_dim / 2] each; on the meta device without values."""
 
     def __init__(self, config: RopeConfig, max_positions: int, device: torch.device) -> None:
+        if device.type == "meta":  # of which there may be too many for any machine
+            self.cos = self.sin = torch.empty(max_positions, config.head_dim // 2, device=device)
+            return
         frequencies, scale = inverse_frequencies(config)
         # In float32, as trained models have it: positions times frequencies, then cosine and sine.
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32, device="cpu"), frequencies)
@@ -69,31 +73,33 @@ def inverse_frequencies(config: RopeConfig) -> tuple[torch.Tensor, float]:
     if config.rope_type == "llama3":
         kept, scale = _llama3_kept_share(config, frequencies), 1.0
     else:
-        assert config.rope_type == "yarn", f"rope type {config.rope_type} was let through by the model's config"
+        assert config.rope_type == "yarn", f"rope type {config.rope_type} was not refused by `rope_config`"
         kept, scale = _yarn_kept_share(config), _yarn_attention_factor(config)
     return frequencies * kept + frequencies / config.factor * (1.0 - kept), scale
 
 
 def _llama3_kept_share(config: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:
-    """How much of its trained frequency each pair keeps, by its turns over the original context; a ramp between.
+    """Share of its trained frequency that each pair keeps: 0 below `low_freq_factor` rotations, 1 above the high one.
 
-    As Llama 3.1 was published (Grattafiori et al., 2024, arXiv 2407.21783); the figures are in its config.json.
+    From Llama 3.1 (Grattafiori et al., 2024, arXiv 2407.21783); its config.json has the factors.
     """
-    turns = config.original_max_positions * frequencies / (2 * math.pi)
-    return ((turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)).clamp(0.0, 1.0)
+    num_rotations = config.original_max_positions * frequencies / (2 * math.pi)
+    return ((num_rotations - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)).clamp(
+        0.0, 1.0
+    )
 
 
 def _yarn_kept_share(config: RopeConfig) -> torch.Tensor:
-    """How much of its trained frequency each pair keeps: 1 for fast pairs, 0 for slow ones, a ramp between.
+    """Share of its trained frequency that each pair keeps: 1 for fast pairs, 0 for slow ones, a ramp between them.
 
     Peng et al., 2023 (arXiv 2309.00071), section 3.2.
     """
 
-    def pair_with_turns(turns: float) -> float:
-        wavelength = config.original_max_positions / (turns * 2 * math.pi)
+    def pair_with_rotations(num_rotations: float) -> float:
+        wavelength = config.original_max_positions / (num_rotations * 2 * math.pi)
         return config.head_dim * math.log(wavelength) / (2 * math.log(config.theta))
 
-    low, high = pair_with_turns(config.beta_fast), pair_with_turns(config.beta_slow)
+    low, high = pair_with_rotations(config.beta_fast), pair_with_rotations(config.beta_slow)
     if config.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, config.head_dim - 1)

@@ -13,15 +13,15 @@ from nanovllm.kernels import Kernels
 from nanovllm.layers.ranks import Ranks
 
 SORTED_ROWS = 64
-"""Rows that are sorted, or whose log-probabilities are computed, at a time: both take many times their memory."""
+"""Rows of logits that are sorted, or turned into log-probabilities, at a time: both need several copies of them."""
 
 IN_PROMPT = 1 << 14
-"""Is added to the count of a token that the prompt has."""
+"""Added to the count of a token that is in the prompt."""
 
 
 @dataclass(frozen=True)
 class Penalties:
-    """What tokens cost for having come before, of B rows.
+    """Presence, frequency and repetition penalties of B rows.
 
     Attributes:
         counts: [N, vocab_size / ranks] int16, how often a row has sampled this rank's tokens, with IN_PROMPT.
@@ -43,9 +43,9 @@ class SamplingInputs:
     Attributes:
         temperatures: [B] float32, 0 for greedy rows.
         seeds: [B] int64, the requests' seeds.
-        output_indices: [B] int64, how many tokens each request has sampled before.
-        filters: top_k [B] int64 (the vocabulary size where unused), top_p and min_p [B] float32; None if no row
-            filters.
+        output_indices: [B] int64, how many output tokens each request has before this one.
+        filters: top_k [B] int64 (the vocabulary size where unused), top_p and min_p [B] float32; None if no row uses
+            them.
         banned: rows and token ids, [N] int64 each, that may not be sampled; None for none.
         biases: rows and token ids, [N] int64 each, and what is added to their logits, [N] float32; None for none.
         penalties: None for none.
@@ -74,7 +74,14 @@ class SampledTokens:
 
 
 def sample(logits: torch.Tensor, inputs: SamplingInputs, backend: Kernels, ranks: Ranks) -> SampledTokens:
-    """One token for each row of logits of any float type, of which `logits` is this rank's [B, vocab_size / ranks]."""
+    """Samples one token for each row.
+
+    Args:
+        logits: [B, vocab_size / ranks] of any float type, this rank's part of the vocabulary.
+        inputs: parameters of the B rows.
+        backend: samples by temperature.
+        ranks: all of them call this together, and get the same tokens.
+    """
     extras = (inputs.filters, inputs.banned, inputs.biases, inputs.num_logprobs, inputs.penalties)
     if all(extra is None for extra in extras):
         arguments = (inputs.temperatures, inputs.seeds, inputs.output_indices, ranks.rank * logits.shape[1])
@@ -95,7 +102,7 @@ def sample(logits: torch.Tensor, inputs: SamplingInputs, backend: Kernels, ranks
         columns = (inputs.temperatures, *inputs.filters)
         allowed = torch.cat([_filter(allowed[rows].float(), *(column[rows] for column in columns)) for rows in chunks])
     drawn, _ = backend.sample_tokens(allowed, inputs.temperatures, inputs.seeds, inputs.output_indices)
-    # What filters sum up may differ in its last bit from GPU to GPU: the first rank's word holds.
+    # The sums in filters may differ in the last bit between GPUs, so all ranks take the token of rank 0.
     token_ids = ranks.all_gather(drawn.unsqueeze(1))[:, 0]
     if inputs.num_logprobs is None:
         return SampledTokens(token_ids)
@@ -104,7 +111,7 @@ def sample(logits: torch.Tensor, inputs: SamplingInputs, backend: Kernels, ranks
 
 
 def _best_of_ranks(token_ids: torch.Tensor, scores: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """[B] tokens of the best scores; equal ones go to the lower token, as they do within a rank."""
+    """[B] tokens with the best scores over all ranks; of equal scores the lower token wins, as within a rank."""
     if ranks.size == 1:
         return token_ids
     pairs = torch.stack((scores.view(torch.int32), token_ids.int()), dim=1)
@@ -139,8 +146,8 @@ def _filter(
     """Minus infinity for the tokens that min_p, top_k or top_p (of what top_k leaves) rule out."""
     ordered, order = logits.sort(dim=-1, descending=True)
     probabilities = (ordered / torch.where(temperatures == 0.0, 1.0, temperatures).unsqueeze(1)).softmax(dim=-1)
-    ranks = torch.arange(logits.shape[1], device=logits.device)
-    keep = (ranks < top_k.unsqueeze(1)) & (probabilities >= min_p.unsqueeze(1) * probabilities[:, :1])
+    places = torch.arange(logits.shape[1], device=logits.device)
+    keep = (places < top_k.unsqueeze(1)) & (probabilities >= min_p.unsqueeze(1) * probabilities[:, :1])
     kept = torch.where(keep, probabilities, 0.0)
     kept = kept / kept.sum(dim=-1, keepdim=True)
     top_p = top_p.unsqueeze(1)

@@ -46,14 +46,14 @@ def positive(config: dict[str, Any], name: str, default: int | None = None) -> i
 
 
 def number(config: dict[str, Any], name: str, default: float | None = None) -> float:
-    """A field that is a positive number, the default if it is left out.
+    """A field that is a positive number, the default if it is left out; of a size whose products are numbers, too.
 
     Raises:
         ModelLoadError: it is something else.
     """
     value = config.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1e300:
-        raise ModelLoadError(f"config.json: {name}={short_repr(value)} is not a positive number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-200 <= value <= 1e200:
+        raise ModelLoadError(f"config.json: {name}={short_repr(value)} is not a positive number (1e-200 to 1e200)")
     return float(value)
 
 

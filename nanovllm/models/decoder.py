@@ -23,11 +23,11 @@ from nanovllm.utils.weight import Weight
 
 QKV_NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 BIASES_OF_SUMS = ("self_attn.o_proj.bias", "mlp.down_proj.bias")
-"""What is added to a sum over the ranks; the first of them has it."""
+"""Biases that are added to an all-reduced output; only rank 0 has them."""
 
 
 class DecoderLayer(nn.Module):
-    """One layer. Hidden states and residual travel apart: the norms add them.
+    """One layer. Hidden states and residual are passed separately: the norms add them.
 
     `rotary` is None for a layer whose heads are not rotated.
     """
@@ -51,7 +51,7 @@ class DecoderLayer(nn.Module):
         self.qkv_proj = Linear(
             hidden, [query_size, kv_size, kv_size], backend, bias=config.qkv_bias, dtype=dtype, device=device
         )
-        # What it adds is to be in the sum over the ranks once.
+        # Only on rank 0, since the all-reduce must add the bias once.
         output_bias = config.output_bias and ranks.rank == 0
         self.o_proj = Linear(query_size, [hidden], backend, bias=output_bias, dtype=dtype, device=device)
         self.attention = PagedAttention(dim, eps, rotary, backend, qk_norm=config.qk_norm, dtype=dtype, device=device)
@@ -69,7 +69,7 @@ class DecoderLayer(nn.Module):
     def store_kv(
         self, qkv: torch.Tensor, positions: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
-        """Norms and rotates the heads, where the model does, and stores their KV; the query heads, [T, num_heads,
+        """Norms and rotates the heads, if the model does, and stores their KV. Returns the query heads, [T, num_heads,
         head_dim]."""
         return self.attention.store_kv(qkv, positions, kv_cache, metadata)
 
@@ -116,7 +116,7 @@ class DecoderLayer(nn.Module):
         return self.forward_ffn_stage(hidden, residual)
 
     def checkpoint_tensors(self) -> dict[str, Weight]:
-        """Names within the layer, as Hugging Face has them, and where they are."""
+        """The layer's weights by their Hugging Face names within the layer."""
         norms = {"input_layernorm": self.input_layernorm, "post_attention_layernorm": self.post_attention_layernorm}
         return {
             **self.qkv_proj.checkpoint_tensors(QKV_NAMES, part_of(self.ranks, 0)),
@@ -197,11 +197,11 @@ class CausalLM(nn.Module):
         backend: attends to the KV pool.
         max_positions: length of the rotary table.
         dtype, device: of all weights.
-        ranks: those that compute it together, each with its part of the heads, of the FFN and of the vocabulary.
+        ranks: all ranks that compute the model together, each with its part of heads, FFN and vocabulary.
     """
 
     tied_tensors = ("model.embed_tokens.weight", "lm_head.weight")
-    """The two that are one where `tie_word_embeddings` is set; a checkpoint then has either, or both alike."""
+    """The tensors that are one if `tie_word_embeddings` is set; a checkpoint then has one of them, or both, equal."""
 
     def __init__(
         self,
@@ -244,7 +244,7 @@ class CausalLM(nn.Module):
         return self.model(input_ids, positions, kv_pool, metadata)
 
     def compute_logits(self, hidden: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        """[N, hidden_size] -> [N, vocab_size / ranks], those of this rank's tokens, in `out` if given."""
+        """[N, hidden_size] -> [N, vocab_size / ranks], this rank's part of the vocabulary, in `out` if given."""
         return self.lm_head.project(hidden, out=out)
 
     def forward_attention_stage(
@@ -266,7 +266,7 @@ class CausalLM(nn.Module):
         return self.model.forward_ffn_stage(layer, hidden, residual)
 
     def checkpoint_tensors(self) -> dict[str, Weight]:
-        """Every tensor name that a checkpoint must have, and where this rank has it, or its part of it."""
+        """The weights, or this rank's parts, by the tensor names that a checkpoint must have."""
         tensors = {
             "model.embed_tokens.weight": self.model.embed_tokens.checkpoint_tensor(),
             "model.norm.weight": Weight(self.model.norm.weight),
@@ -278,7 +278,7 @@ class CausalLM(nn.Module):
         return tensors
 
     def substitute_checkpoint_tensors(self) -> dict[str, str]:
-        """Names that a checkpoint may lack, and the tensors that are the same."""
+        """Names that a checkpoint may lack, and the names of the equal tensors to take instead."""
         return dict([self.tied_tensors]) if self.config.tie_word_embeddings else {}
 
     def ignored_checkpoint_tensors(self) -> set[str]:

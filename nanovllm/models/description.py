@@ -32,9 +32,9 @@ class ModelDescription:
     Attributes:
         vocab_size: tokens, rows of embedding and output head.
         hidden_size: width of the hidden states.
-        num_hidden_layers: of them.
+        num_hidden_layers: number of layers.
         num_attention_heads, num_key_value_heads: query heads, and key and value heads that groups of them share.
-        head_dim: of each head; `hidden_size / num_attention_heads` in many models, not in all.
+        head_dim: size of each head; `hidden_size / num_attention_heads` in many models, not in all.
         rms_norm_eps: of all norms.
         max_position_embeddings: longest context that the model was made for.
         tie_word_embeddings: whether the output head is the embedding.
@@ -44,7 +44,7 @@ class ModelDescription:
         rope: the frequencies of the rotary embedding.
         layers_without_rope: layers whose heads are not rotated, by index.
         sliding_window: number of tokens that a layer attends to at most, None if all layers attend to all. Attention
-            here is always to all, which is the same up to a context of so many tokens, and no longer one is served.
+            here is always to all, which is the same for contexts up to the window; longer ones are not served.
         ffn: the feed-forward part of every layer.
     """
 
@@ -74,7 +74,7 @@ class ModelDescription:
 
     @property
     def divided(self) -> dict[str, int]:
-        """What ranks of tensor parallelism divide evenly: how many there are, by what they are called."""
+        """Sizes that `tensor_parallel_size` must divide, by name."""
         return {
             "attention heads": self.num_attention_heads,
             "KV heads": self.num_key_value_heads,
@@ -154,8 +154,9 @@ class Family:
         model_type: as `config.json` has it.
         architectures: names that `config.json` may have with it: the causal language model, and the base model alone,
             which holds all weights where embeddings are tied.
-        models: which models people know are of it.
-        read: describes a checkpoint by the object in its `config.json`; raises ModelLoadError for what it has not.
+        models: well-known models of the family.
+        read: describes a checkpoint by the object in its `config.json`; raises ModelLoadError for what is not
+            supported.
     """
 
     model_type: str

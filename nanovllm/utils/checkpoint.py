@@ -117,7 +117,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelLoadError(f"{path} cannot be read ({error})") from error
+        raise ModelLoadError(f"{path} cannot be read ({error}); check the file and its permissions") from error
     except (ValueError, RecursionError) as error:
         if is_lfs_pointer(path):
             raise ModelLoadError(f"{path} is a pointer of Git LFS, not the file itself; run git lfs pull") from error
@@ -168,7 +168,7 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def first_names(names: list[str]) -> str:
-    """The first three of them and how many more there are."""
+    """The first three names and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(name[:200] for name in names[:3]) + more
 
@@ -180,7 +180,9 @@ def _shards(folder: Path, index: dict[str, Any]) -> list[Path]:
     names = sorted({str(shard) for shard in shards.values()})
     outside = [name for name in names if Path(name).name != name]
     if outside:
-        raise ModelLoadError(f"the index of {folder} names files outside the folder: {', '.join(outside)}")
+        raise ModelLoadError(
+            f"the index of {folder} names files outside the folder: {', '.join(outside)}; download the index again"
+        )
     files = [find_file(folder, name) for name in names]
     missing = [name for name, file in zip(names, files, strict=True) if file is None]
     if missing:

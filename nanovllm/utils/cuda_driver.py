@@ -1,4 +1,4 @@
-"""Calls of the CUDA driver, by cuda-python, with its codes as errors."""
+"""Calls of the CUDA driver, by cuda-python; error codes become exceptions."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from nanovllm.errors import BackendUnavailableError
 
 
 def call_driver(name: str, *arguments: Any) -> Any:
-    """What a function of the driver gives besides its code.
+    """The result of a driver function, without its error code.
 
     Raises:
-        BackendUnavailableError: the code is not that of success.
+        BackendUnavailableError: the call failed.
     """
     from cuda.bindings import driver
 

@@ -1,4 +1,4 @@
-"""Devices by an index of our own, their events and memory. Knows nothing about models or requests.
+"""Devices with an index of their own, their events and memory. Knows nothing about models or requests.
 
 `torch.device("cpu", 1)` is the same device as `cpu`; a `Device` keeps its index, so that several logical CPU devices
 can stand for several GPUs.
@@ -22,7 +22,7 @@ from nanovllm.errors import ConfigError
 
 
 class DoneEvent:
-    """The event of work that has ended when the call that launched it returns, as on a CPU."""
+    """The event of work on a CPU, which has ended when the call that launched it returns."""
 
     def query(self) -> bool:
         return True
@@ -33,8 +33,8 @@ class DoneEvent:
 
 Event = torch.cuda.Event | DoneEvent
 
-MOST_S_FROM_BASE = 1.0
-"""Events tell the milliseconds between two of them in float32: of a second, to a tenth of a microsecond."""
+MAX_S_FROM_BASE = 1.0
+"""Events give the milliseconds between two of them in float32: over one second, to a tenth of a microsecond."""
 NUM_BASE_TRIES = 3
 
 
@@ -48,7 +48,7 @@ def leak_until_exit(*objects: object) -> None:
 
 
 class Stopwatch:
-    """Times what is launched on a device's current stream between its making and `stop`; waits for nothing."""
+    """Times what is launched on a device's current stream from its creation to `stop`; does not wait."""
 
     def __init__(self, device: Device) -> None:
         self._start = self._moment(device)
@@ -63,7 +63,7 @@ class Stopwatch:
         return self._end.query() if isinstance(self._end, torch.cuda.Event) else self._end is not None
 
     def seconds(self) -> float:
-        """Once that has ended, how long it took."""
+        """How long that took, once it has ended."""
         start, end = self._start, self._end
         if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
             return start.elapsed_time(end) / 1e3
@@ -81,7 +81,7 @@ class Stopwatch:
 
 
 def wait_event(stream: torch.cuda.Stream | None, event: Event | None) -> None:
-    """What is launched on `stream` from now on runs after `event`; nothing to do on a CPU, or for no event."""
+    """Makes work launched on `stream` from now on run after `event`. Does nothing on a CPU, or without an event."""
     if stream is not None and isinstance(event, torch.cuda.Event):
         stream.wait_event(event)
 
@@ -114,7 +114,7 @@ class Device:
             yield
 
     def record_event(self) -> Event:
-        """An event after everything launched on this device's current stream."""
+        """An event that is done after everything launched so far on this device's current stream."""
         if not self.is_cuda:
             return DoneEvent()
         event = torch.cuda.Event()
@@ -122,9 +122,9 @@ class Device:
         return event
 
     def lost_reason(self) -> str | None:
-        """Why nothing will ever run on this GPU again in this process, None if it works; waits for nothing.
+        """Why this GPU will never run anything again in this process; None if it works. Does not wait.
 
-        An error of a kernel leaves a CUDA context in which every call fails.
+        A kernel error leaves a CUDA context in which every call fails.
         """
         if not self.is_cuda:
             return None
@@ -153,8 +153,8 @@ class Device:
 class DeviceClock:
     """Tells when work on a device begins or ends, in seconds of `time.perf_counter()`.
 
-    A GPU's events know how long they were after another one, the base, whose time the host has seen. The clocks of host
-    and GPU drift apart, so there is a new base every second, for which the host waits some microseconds.
+    A GPU event gives its time since another event, the base, whose time the host knows. The clocks of host and GPU
+    drift apart, so there is a new base every second, for which the host waits some microseconds.
     """
 
     def __init__(self, device: Device) -> None:
@@ -162,12 +162,12 @@ class DeviceClock:
         self._base: torch.cuda.Event | None = None
         self._base_s = 0.0
         if device.is_cuda:
-            # Nothing else runs on it, so that an event there is done when the GPU has heard of it.
+            # Nothing else runs on this stream, so an event there is done as soon as the GPU reads it.
             self._stream = torch.cuda.Stream(device.index, priority=-1)
             self._renew_base()
 
     def record_moment(self) -> Moment:
-        """Now on a CPU; on a GPU when its current stream gets here."""
+        """The moment when the device's current stream has run everything launched so far; on a CPU, now."""
         if not self._device.is_cuda:
             return Moment(self, time.perf_counter())
         event = torch.cuda.Event(enable_timing=True)
@@ -175,9 +175,9 @@ class DeviceClock:
         return Moment(self, event)
 
     def seconds_of(self, event: torch.cuda.Event) -> float:
-        """When it was; waits for it."""
+        """The time of an event, in seconds of `time.perf_counter()`; waits for the event."""
         event.synchronize()
-        if time.perf_counter() - self._base_s > MOST_S_FROM_BASE:
+        if time.perf_counter() - self._base_s > MAX_S_FROM_BASE:
             self._renew_base()
         return self._seconds_by_base(event)
 
@@ -197,7 +197,7 @@ class DeviceClock:
                 tightest = (after_s - before_s, before_s, after_s, event)
         assert tightest is not None, "there is at least one try"
         _, before_s, after_s, event = tightest
-        # The old base's word is taken as far as it is possible: steps that follow each other should go on doing so.
+        # The time by the old base is kept as far as possible, so that consecutive steps stay consecutive.
         guess_s = (before_s + after_s) / 2 if self._base is None else self._seconds_by_base(event)
         self._base, self._base_s = event, min(max(guess_s, before_s), after_s)
 
@@ -232,7 +232,7 @@ def driver_version() -> str | None:
 
 
 def copy_bandwidth(source: Device, target: Device, num_bytes: int = 2**28) -> float:
-    """Bytes per second of copies of one GPU's memory to another's, the best of some."""
+    """Bytes per second of copies from one GPU's memory to another's, the best of five."""
     here = torch.empty(num_bytes, dtype=torch.uint8, device=source.torch_device)
     there = torch.empty(num_bytes, dtype=torch.uint8, device=target.torch_device)
     best_ms = float("inf")
@@ -257,7 +257,7 @@ def resolve_device_pair(option: str, first: int, second: int) -> tuple[Device, D
     """Two GPUs by their ids, or two logical CPU devices if `option` is `cpu`.
 
     Raises:
-        ConfigError: there are fewer than two GPUs, or not these two.
+        ConfigError: there are fewer than two GPUs, or one of the ids does not exist.
     """
     if option == "cpu":
         return Device("cpu", first), Device("cpu", second)

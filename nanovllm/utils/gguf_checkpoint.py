@@ -62,6 +62,9 @@ def convert(source: Path, folder: Path) -> None:
     check_target(folder)
     reader = _read(source)
     with _refusing(source):
+        if reader.byte_order != "I":
+            # gguf reads its fields, but takes its tensors for numbers in this machine's order.
+            raise ModelLoadError("its numbers have the other order of bytes than this machine's")
         fields = _Fields(reader)
         vocabulary = fields.texts("tokenizer.ggml.tokens")
         config = _config(fields, len(vocabulary), is_tied=all(t.name != "output.weight" for t in reader.tensors))
@@ -90,15 +93,18 @@ class _Fields:
     def value(self, name: str, default: Any = REQUIRED) -> Any:
         self._read.add(name)
         if name in self._fields:
-            return self._fields[name].contents()
+            try:
+                return self._fields[name].contents()
+            except Exception as error:  # as when it is opened: many types, one meaning
+                raise ModelLoadError(f"{name} cannot be read ({type(error).__name__}: {error})") from error
         if default is REQUIRED:
             raise ModelLoadError(f"it has no field {name}")
         return default
 
     def integer(self, name: str, default: Any = REQUIRED, least: int = 1) -> int:
         value = self.value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ModelLoadError(f"{name}={short_repr(value)} is not an integer from {least} on")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+            raise ModelLoadError(f"{name}={short_repr(value)} is not an integer from {least} to 2**31 - 1")
         return value
 
     def number(self, name: str, default: Any = REQUIRED) -> float:
@@ -148,7 +154,11 @@ def _config(fields: _Fields, vocab_size: int, *, is_tied: bool) -> LlamaConfig:
     fields.expect("llama.vocab_size", vocab_size, vocab_size)
     hidden_size = fields.integer("llama.embedding_length")
     num_heads = fields.integer("llama.attention.head_count")
+    if hidden_size % num_heads:
+        raise ModelLoadError(f"llama.embedding_length={hidden_size} is not a multiple of {num_heads} heads")
     head_dim = fields.integer("llama.attention.key_length", hidden_size // num_heads)
+    if head_dim % 2:
+        raise ModelLoadError(f"heads have {head_dim} dimensions; rotary embedding needs pairs")
     fields.expect("llama.attention.value_length", head_dim, head_dim)
     fields.expect("llama.rope.dimension_count", head_dim, head_dim)
     special = _special_tokens(fields)
@@ -180,8 +190,13 @@ def _tokenizer(fields: _Fields, vocabulary: list[str], config: LlamaConfig) -> P
     for name in ("add_bos_token", "add_eos_token", "add_space_prefix"):
         fields.expect(f"tokenizer.ggml.{name}", False, False)
     types = fields.value("tokenizer.ggml.token_type")
-    if len(types) != len(vocabulary) or not {*types} <= {NORMAL_TOKEN, CONTROL_TOKEN}:
+    if not isinstance(types, list) or len(types) != len(vocabulary):
+        raise ModelLoadError(f"tokenizer.ggml.token_type is not a list of {len(vocabulary)} types, one for each token")
+    if not {*types} <= {NORMAL_TOKEN, CONTROL_TOKEN}:
         raise ModelLoadError("tokenizer.ggml.token_type has other types than normal (1) and control (3) tokens")
+    template = fields.value("tokenizer.chat_template", None)
+    if template is not None and not isinstance(template, str):
+        raise ModelLoadError(f"tokenizer.chat_template={short_repr(template)} is not a text")
     if len({*vocabulary}) != len(vocabulary):
         raise ModelLoadError("tokenizer.ggml.tokens has a token twice")
     merges = [merge.partition(" ") for merge in fields.texts("tokenizer.ggml.merges")]
@@ -212,7 +227,7 @@ def _tokenizer(fields: _Fields, vocabulary: list[str], config: LlamaConfig) -> P
         tokenizer_object=made,
         model_max_length=config.max_position_embeddings,
         clean_up_tokenization_spaces=False,
-        chat_template=fields.value("tokenizer.chat_template", None),
+        chat_template=template,
         **{f"{name}_token": vocabulary[index] for name, index in special.items()},
     )
 
@@ -231,12 +246,16 @@ def _tensors(reader: gguf.GGUFReader, config: LlamaConfig) -> dict[str, torch.Te
     """All tensors by their names in transformers, which knows from the config which there are and their shapes."""
     import gguf
 
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    num_layers = len({name.split(".")[1] for name in stored if name.startswith("blk.")})
+    # First, since making a model of any number of layers may take for ever.
+    if num_layers != config.num_hidden_layers:
+        raise ModelLoadError(f"llama.block_count={config.num_hidden_layers}, but it has tensors of {num_layers} layers")
     with torch.device("meta"):
         expected = LlamaForCausalLM(config).state_dict()
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    stored = {tensor.name: tensor for tensor in reader.tensors}
     sources = {name: names.get_name(name, try_suffixes=(".weight",)) for name in expected}
     missing = sorted(str(source) for source in sources.values() if source not in stored)
     if missing:

@@ -1,8 +1,8 @@
 """SM partitions of one GPU (CUDA green contexts): streams whose kernels run on some of its SMs. Driver calls only.
 
-What a driver grants is a multiple of what the GPU is built of: on Hopper (driver 580) counts are rounded up to a
-multiple of 8, 12 to 16 and 100 to 104, and what is left over can be a partition too, whatever its count: 132 SMs
-split into 32 and 100, 48 and 84, 64 and 68. So only one of two counts needs to be such a multiple if both together
+A driver grants SMs in units: on Hopper (driver 580) counts are rounded up to a multiple of 8, 12 to 16 and 100 to 104.
+The SMs left over can be a partition, too, whatever their count: 132 SMs split into 32 and 100, 48 and 84, 64 and 68. So
+    only one of two counts needs to be such a multiple if both together
 are all SMs. Partitions of one split share no SM.
 
     with torch.cuda.device(0):
@@ -32,7 +32,7 @@ class Partition:
     """Some SMs of a GPU, until it is destroyed.
 
     Attributes:
-        num_sms: as granted.
+        num_sms: number of SMs, as granted.
         stream: handle of a non-blocking stream on them.
     """
 
@@ -45,17 +45,17 @@ def count_sms(device_index: int) -> int:
     """How many SMs the GPU has.
 
     Raises:
-        GreenContextError: there is no driver that knows SM partitions, or it refuses.
+        GreenContextError: the driver or cuda-python does not support SM partitions, or the call failed.
     """
     driver = _driver()
     return int(_sm_resource(driver, device_index)[1].sm.smCount)
 
 
 def split_device_green_ctx_by_sm_count(device_index: int, sm_counts: Sequence[int]) -> list[Partition]:
-    """Partitions of at least so many SMs, no SM in two of them; what is left over stays idle.
+    """Disjoint partitions of at least the given numbers of SMs; SMs left over stay idle.
 
-    The device must have been used before: it has a primary context then. The counts that were granted may be larger
-    than those asked for, up to the next multiple of what the GPU is built of.
+    The device must have been used before, so that it has a primary context. The granted counts may be larger than those
+    asked for, up to the next multiple of the unit that the driver grants.
 
     Args:
         device_index: as CUDA counts devices in this process.
@@ -93,9 +93,9 @@ def destroy(partitions: Sequence[Partition]) -> None:
 
 
 def _best_split(driver: Any, all_sms: Any, sm_counts: Sequence[int], asked: str) -> list[Any]:
-    """Resources of so many SMs, or of at least so many if that cannot be.
+    """Resources with exactly these SM counts if the driver grants them, else with at least these.
 
-    What is left over may have any count: counts that are not granted in their order may be with the first cut off last.
+    The last resource may have any count, so counts that are not granted in the given order may be in the reverse one.
     """
     found: list[list[Any]] = []
     errors: list[GreenContextError] = []
@@ -114,7 +114,7 @@ def _best_split(driver: Any, all_sms: Any, sm_counts: Sequence[int], asked: str)
 
 
 def _split(driver: Any, left: Any, sm_counts: Sequence[int], asked: str) -> list[Any]:
-    """Resources of at least so many SMs, cut off one after the other."""
+    """Resources of at least these SM counts, split off one after the other."""
     resources: list[Any] = []
     for count in sm_counts:
         if left is None or count > left.sm.smCount:
@@ -185,10 +185,10 @@ def _sm_resource(driver: Any, device_index: int) -> tuple[Any, Any]:
 
 
 def _checked(driver: Any, call: str, result: tuple[Any, ...], about: str) -> Any:
-    """What a driver call gave besides its code; several things as a tuple.
+    """The result of a driver call, without its error code; a tuple if there are several values.
 
     Raises:
-        GreenContextError: the code is not that of success.
+        GreenContextError: the call failed.
     """
     code, *values = result
     if int(code) != 0:

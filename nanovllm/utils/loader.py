@@ -1,4 +1,4 @@
-"""Reads the tensors of a checkpoint's safetensors into a model's weights. Runs no code of it, reads no pickles."""
+"""Reads the tensors of a checkpoint's safetensors into a model's weights. Runs no code of the checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nanovllm.utils.weight import Weight
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PREFIX = "model."
-"""What a causal language model puts before the names of its base model; either may have been saved."""
+"""Prefix of the base model's names in a causal language model; a checkpoint may have names of either."""
 RECOMPUTED = "rotary_emb.inv_freq"
 """Name of a buffer that older checkpoints hold, although config.json implies it."""
 COMPARED_BYTES = 64 * 1024**2
@@ -27,7 +27,7 @@ COMPARED_BYTES = 64 * 1024**2
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor is, and its name there."""
+    """The file that has a tensor, and its name in the file."""
 
     path: Path
     name: str
@@ -42,7 +42,7 @@ def load_weights(
     """Copies every tensor of a checkpoint, or its part, into the weight of its name, converting its type.
 
     Args:
-        folder: of the checkpoint.
+        folder: the checkpoint's.
         targets: weights by name.
         ignored: names that a checkpoint may have and that are not loaded.
         substitutes: for a name that the checkpoint may lack, the one whose tensor is taken then.
@@ -69,7 +69,7 @@ def load_weights(
     return unused
 
 
-def differ(folder: Path, first: str, second: str) -> bool:
+def tensors_differ(folder: Path, first: str, second: str) -> bool:
     """Whether a checkpoint has both of these tensors and they differ.
 
     Raises:
@@ -93,7 +93,7 @@ def differ(folder: Path, first: str, second: str) -> bool:
 def fill_randomly(targets: Mapping[str, Weight], seed: int) -> None:
     """Random weights in place of a checkpoint's: norms near 1, biases small, the rest normal with deviation 0.02.
 
-    A tensor's depend on its name and the seed alone, and parts are those of the same tensors.
+    A tensor's values depend only on its name and the seed; a rank's part is a part of the same tensor.
     """
     for name, weight in targets.items():
         own_seed = xxhash.xxh64(name.encode(), seed=seed).intdigest() >> 1
@@ -101,7 +101,7 @@ def fill_randomly(targets: Mapping[str, Weight], seed: int) -> None:
 
 
 def _stored_tensors(folder: Path, known: Collection[str]) -> dict[str, StoredTensor]:
-    """The tensors of a folder by the names that a model knows them by."""
+    """The tensors of a folder, by the names that the model has for them."""
     stored: dict[str, StoredTensor] = {}
     for path in weight_files(folder):
         with _open(path) as tensors:
@@ -123,7 +123,8 @@ def _known_name(own_name: str, known: Collection[str]) -> str:
 
 def _twice(folder: Path, name: str, first: StoredTensor, second: StoredTensor) -> str:
     if first.name == second.name:
-        return f"tensor {name!r} is in both {first.path.name} and {second.path.name} of {folder}"
+        files = f"{first.path.name} and {second.path.name}"
+        return f"tensor {name!r} is in both {files} of {folder}; take one of them out"
     return f"{folder} has two tensors for {name!r}: {first.name!r} and {second.name!r}; take one of them out"
 
 
@@ -158,13 +159,17 @@ def _copy(path: Path, name: str, tensors: Any, target: Weight) -> None:
     try:
         stored = tensors.get_slice(name)
         if stored.get_shape() != shape:
-            raise ModelLoadError(f"{path}: tensor {name!r} has shape {stored.get_shape()}, config.json implies {shape}")
+            raise ModelLoadError(
+                f"{path}: tensor {name!r} has shape {stored.get_shape()}, config.json implies {shape}; "
+                "download both again"
+            )
         tensor = stored[target.index]
     except (SafetensorError, OSError) as error:
         raise ModelLoadError(f"{path}: tensor {name!r} cannot be read ({error}); download it again") from error
     if tensor.dtype not in WEIGHT_DTYPES:
         raise ModelLoadError(
-            f"{path}: tensor {name!r} is {tensor.dtype}; weights are served in a float type of 16 bits or more"
+            f"{path}: tensor {name!r} is {tensor.dtype}; weights are served in a float type of 16 bits or more; "
+            "convert them"
         )
     target.store(tensor)
 
@@ -174,4 +179,6 @@ def _check_all_there(folder: Path, missing: list[str], unused: list[str]) -> Non
         near = difflib.get_close_matches(missing[0], unused, n=1)
         hint = f"; is {near[0]!r} meant?" if near else ""
         tensors = f"tensor{'s' if len(missing) > 1 else ''} {first_names(missing)}"
-        raise ModelLoadError(f"{folder} lacks {tensors}, which config.json implies{hint}")
+        raise ModelLoadError(
+            f"{folder} lacks {tensors}, which config.json implies{hint}; download the checkpoint again"
+        )

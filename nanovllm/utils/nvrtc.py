@@ -16,8 +16,8 @@ def compile_source(source: str, name: str, architecture: str) -> bytes:
     """The machine code of a CUDA C++ source. Needs no GPU.
 
     Args:
-        source: with no includes but those that NVRTC brings.
-        name: of the source, for messages.
+        source: without includes, except those that NVRTC has.
+        name: name of the source in messages.
         architecture: such as `sm_90a`.
 
     Raises:
@@ -64,19 +64,19 @@ class Kernel:
 
         self._driver = driver
         self._shared_bytes = shared_bytes
-        torch.cuda.current_stream()  # the device's context is there from now on
+        torch.cuda.current_stream()  # makes the device's context
         self._module = call_driver("cuModuleLoadData", cubin)
         self._function = call_driver("cuModuleGetFunction", self._module, name.encode())
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         call_driver("cuFuncSetAttribute", self._function, attribute, shared_bytes)
 
     def launch(self, num_blocks: int, num_threads: int, arguments: Sequence[Any], *, cluster: int = 1) -> None:
-        """On the current stream; the kernel itself waits for the one before it (programmatic dependent launch).
+        """Launches on the current stream; the kernel itself waits for the one before it (programmatic launch).
 
         Args:
             num_blocks, num_threads: of a one-dimensional grid and block.
             arguments: tensors (their addresses), integers (32 bits) and what `tensor_map` gives.
-            cluster: thread blocks of a cluster.
+            cluster: thread blocks per cluster.
         """
         values = [_argument(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*[address for address, _ in values])
@@ -84,7 +84,7 @@ class Kernel:
         call_driver("cuLaunchKernelEx", config, self._function, ctypes.addressof(pointers), 0)
 
     def max_clusters(self, num_threads: int, cluster: int) -> int:
-        """How many clusters of thread blocks run at a time on the SMs that the current stream has."""
+        """How many clusters of thread blocks run at the same time on the SMs of the current stream."""
         config = self._config(cluster, num_threads, cluster)
         return int(call_driver("cuOccupancyMaxActiveClusters", self._function, config))
 
@@ -105,11 +105,11 @@ class Kernel:
 
 
 def tensor_map(matrix: torch.Tensor, box: tuple[int, int]) -> Any:
-    """What the copy engine needs to know of a matrix of 16-bit values to fetch boxes of it, of 128-byte rows, swizzled.
+    """A tensor map, by which TMA fetches swizzled boxes with rows of 128 bytes from a matrix of 16-bit values.
 
     Args:
-        matrix: [rows, columns], rows of a multiple of 16 bytes; what a box has beyond them is zero.
-        box: rows, up to 256, and columns of what is fetched at a time.
+        matrix: [rows, columns], rows of a multiple of 16 bytes; a box is filled with zeros beyond them.
+        box: rows (up to 256) and columns of a box.
     """
     from cuda.bindings import driver
 
@@ -137,7 +137,7 @@ def tensor_map(matrix: torch.Tensor, box: tuple[int, int]) -> Any:
 
 
 def _argument(argument: Any) -> tuple[int, Any]:
-    """Where an argument's value lies, and what must be kept for it to lie there."""
+    """The address of an argument's value, and the object that must be kept alive for it."""
     if isinstance(argument, torch.Tensor):
         address = ctypes.c_uint64(argument.data_ptr())
         return ctypes.addressof(address), address

@@ -16,18 +16,18 @@ class PeerMemory:
 
     def __init__(self, num_bytes: int) -> None:
         self._opened: list[int] = []
-        torch.cuda.synchronize()  # the device's context is there from now on
+        torch.cuda.synchronize()  # makes the device's context
         self.address = int(call_driver("cuMemAlloc", num_bytes))
         call_driver("cuMemsetD8", self.address, 0, num_bytes)
         torch.cuda.synchronize()
 
     @property
     def handle(self) -> str:
-        """What another process opens it by."""
+        """The handle by which another process opens this memory."""
         return bytes(call_driver("cuIpcGetMemHandle", self.address).reserved).hex()
 
     def open(self, handle: str) -> int:
-        """Where another process's memory is for kernels of this one, until this memory is closed.
+        """Maps another process's memory; its address for kernels of this process, until `close` or `close_others`.
 
         Raises:
             BackendUnavailableError: the driver refuses.
@@ -42,12 +42,12 @@ class PeerMemory:
         return address
 
     def close_others(self) -> None:
-        """Other processes' memory, which nothing here may be using any more."""
+        """Unmaps other processes' memory, which nothing here may be using any more."""
         for address in self._opened:
             call_driver("cuIpcCloseMemHandle", address)
         self._opened.clear()
 
     def close(self) -> None:
-        """This memory, which nobody may have open, and others'."""
+        """Unmaps other processes' memory and frees this one, which no process may have open."""
         self.close_others()
         call_driver("cuMemFree", self.address)

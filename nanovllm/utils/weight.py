@@ -1,6 +1,6 @@
-"""A checkpoint's tensor in its place: the data that a layer computes with, and which part of the tensor they are.
+"""A checkpoint's tensor, or a rank's part of it, where a layer has it.
 
-Whatever reads, fills, copies or counts weights does so through it, and knows nothing of how a layer holds them.
+All code that reads, fills, copies or counts weights uses `Weight`, and knows nothing of how a layer stores them.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import torch
 
 @dataclass(frozen=True)
 class Part:
-    """Which part of a checkpoint's tensor a rank holds: the `rank`th of `size` equal ones along `dim`."""
+    """The part of a checkpoint's tensor that a rank has: number `rank` of `size` equal parts along `dim`."""
 
     dim: int
     rank: int
     size: int
 
     def whole_shape(self, shape: torch.Size) -> torch.Size:
-        """The shape of the whole tensor of which `shape` is a part's."""
+        """The shape of the whole tensor, given the shape of a part."""
         return torch.Size(n * self.size if dim == self.dim else n for dim, n in enumerate(shape))
 
     def index(self, whole_shape: Sequence[int]) -> tuple[slice, ...]:
-        """What takes the part out of a whole tensor."""
+        """The index of the part in the whole tensor."""
         length = whole_shape[self.dim] // self.size
         return (*[slice(None)] * self.dim, slice(self.rank * length, (self.rank + 1) * length))
 
@@ -35,7 +35,7 @@ class Weight:
 
     Attributes:
         data: view of the layer's parameter; what is stored there is converted to its type.
-        part: which part of the tensor they are, None for all of it.
+        part: which part of the tensor the data is, None for all of it.
     """
 
     data: torch.Tensor
@@ -43,7 +43,7 @@ class Weight:
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes on this rank, in bytes."""
+        """Bytes of the data on this rank."""
         return self.data.nbytes
 
     @property
@@ -53,7 +53,7 @@ class Weight:
 
     @property
     def index(self) -> tuple[slice, ...]:
-        """What takes the data out of the checkpoint's tensor."""
+        """The index of the data in the checkpoint's tensor."""
         return (slice(None),) if self.part is None else self.part.index(self.whole_shape)
 
     def store(self, values: torch.Tensor) -> None:
@@ -61,11 +61,11 @@ class Weight:
         self.data.copy_(values)
 
     def copy_from(self, other: Weight) -> None:
-        """Takes over what the same weight of another runner holds."""
+        """Copies the same weight of another runner."""
         self.data.copy_(other.data)
 
     def fill_normal(self, mean: float, deviation: float, seed: int) -> None:
-        """Draws the whole tensor, of which each rank keeps its part."""
+        """Draws normal values of the whole tensor, of which each rank keeps its part."""
         generator = torch.Generator(self.data.device).manual_seed(seed)
         if self.part is None:
             self.data.normal_(mean, deviation, generator=generator)

@@ -1,7 +1,7 @@
-"""The ranks of a model in processes of their own: starts them, tells them of every task, notices when one is gone.
+"""Tensor parallelism: one process per rank. Starts the workers, sends them every task, notices when one is gone.
 
-The first rank is the engine's own process. What others need crosses a private pipe: arrays that the host would send to
-its device, and nothing else; tokens are sampled by every rank alike.
+Rank 0 is the engine's own process. A task goes to each worker through a private pipe; it has the arrays that the host
+would send to its device, and nothing else. All ranks sample the same tokens.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ logger = logging.getLogger(__name__)
 
 READY = "ready"
 START_TIMEOUT_S = 600.0
-"""For all ranks to load their weights and capture their graphs."""
+"""Seconds for all ranks to load their weights and capture their graphs."""
 CLOSE_TIMEOUT_S = 5.0
 LAST_WORDS_S = 3.0
-"""How long a failed worker may take to say why it failed."""
+"""Seconds that a failed worker may take to send its traceback."""
 
 NCCL_ENVIRONMENT = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
@@ -51,21 +51,21 @@ NCCL_ENVIRONMENT = {
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "NCCL_SOCKET_IFNAME": "lo",
 }
-"""Torch's watchdog would end the engine's process where a WorkerError is wanted; and no rank is on another host."""
+"""Turns off torch's watchdog, which would end the engine's process where a WorkerError is wanted. Keeps NCCL local."""
 
 MakeRunner = Callable[["ProcessRanks"], ModelRunner]
 
 
 class ProcessRanks:
-    """A rank among processes of one host, by NCCL between GPUs and gloo between CPUs, with a process group of its own.
+    """A rank among processes of one host, with a process group of its own: NCCL between GPUs, gloo between CPUs.
 
-    Small sums between GPUs that can write into each other's memory are `PeerAllReduce`'s.
+    `PeerAllReduce` does small all-reduces between GPUs that can write into each other's memory.
 
     Args:
         folder: where the ranks find each other; only this user may write to it.
-        rank, size: which one of how many.
-        device: this rank's.
-        timeout_s: after which a collective that has not ended is an error.
+        rank, size: this rank, and the number of ranks.
+        device: of this rank.
+        timeout_s: seconds after which a collective that has not ended is an error.
     """
 
     def __init__(self, folder: str, rank: int, size: int, device: Device, timeout_s: float) -> None:
@@ -93,20 +93,20 @@ class ProcessRanks:
             self._group = dist.ProcessGroupGloo(self._store, rank, size, options)
         self._device = device.torch_device
         self._sums, self._gathers = dist.AllreduceOptions(), AllgatherOptions()
-        # On the stream that asks for it, not on one of NCCL's own.
+        # Collectives run on the current stream, not on one of NCCL's own.
         self._sums.asyncOp = self._gathers.asyncOp = not device.is_cuda
 
     def connect(self) -> None:
-        """Meets the others, while they are known to be there. `abort`, from another thread, ends it."""
+        """Connects to the other ranks; waits for all of them. `abort`, from another thread, ends the wait."""
         nothing = torch.zeros(1, 1, dtype=torch.float32, device=self._device)
-        self._exchange("here")  # NCCL would wait for one that is not
+        self._exchange("here")  # NCCL would wait for ever for a rank that is gone
         self.all_gather(nothing)  # the first collective connects
         if self._device.type == "cuda":
             with torch.cuda.device(self._device):
                 try:
                     self._peers = PeerAllReduce(self.rank, self.size, self._exchange)
                 except BackendUnavailableError as error:
-                    logger.warning("all sums over ranks are NCCL's, small ones take longer so: %s", error)
+                    logger.warning("all-reduce falls back to NCCL, which is slower for small tensors: %s", error)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         x, group = x.contiguous(), self._live_group()
@@ -125,7 +125,7 @@ class ProcessRanks:
         return min(map(int, self._exchange(str(number))))
 
     def abort(self) -> None:
-        """Ends collectives that wait for a rank that is gone: on GPUs they would wait for ever. Waits for nothing."""
+        """Ends collectives that wait for a rank that is gone, on GPUs for ever otherwise. Returns at once."""
         with self._lock:
             if self._is_aborted:
                 return
@@ -138,7 +138,7 @@ class ProcessRanks:
                 self._aborting.start()
 
     def close(self) -> None:
-        """No collective may follow, and no graph hold one; the other ranks have ended."""
+        """Destroys the process group. No collective follows, no graph holds one, and the other ranks have ended."""
         self.abort()
         if self._aborting is not None:
             self._aborting.join(CLOSE_TIMEOUT_S)
@@ -149,13 +149,13 @@ class ProcessRanks:
         self._group = self._peers = None
 
     def _live_group(self) -> Any:
-        """One that was aborted would connect anew, and wait for ranks that are gone."""
+        """The process group, unless it was aborted: then it would reconnect, and wait for ranks that are gone."""
         if self._is_aborted:
             raise RuntimeError("a rank is gone")
         return self._group
 
     def _exchange(self, text: str) -> list[str]:
-        """The texts of all ranks, which all of them give here."""
+        """Gathers a text from each rank, by rank; all ranks call this together."""
         self._num_exchanges += 1
         names = [f"{self._num_exchanges} of {rank}" for rank in range(self.size)]
         self._store.set(names[self.rank], text)
@@ -169,13 +169,13 @@ class Workers:
     """The other ranks of an engine, each in a process that ends when this one does.
 
     Args:
-        size: ranks, this one included.
-        make_runner: a worker's runner, of its ranks; picklable.
-        device_of: by rank.
-        timeout_s: for what ranks do together.
+        size: number of ranks, this one included.
+        make_runner: makes a worker's runner, given its `ProcessRanks`; picklable.
+        device_of: gives the device of a rank.
+        timeout_s: seconds that a collective, or sending a task, may take.
 
     Raises:
-        WorkerError: one of them did not start; with its traceback.
+        WorkerError: a rank did not start; the message has its traceback.
     """
 
     def __init__(
@@ -213,19 +213,19 @@ class Workers:
             raise
 
     def started(self) -> None:
-        """All have loaded and captured what they need; from now on `timeout_s` holds."""
+        """Notes that all ranks have loaded and captured what they need; from now on `timeout_s` holds."""
         self._start_timer.cancel()
 
     @contextlib.contextmanager
     def dispatch(self, task: StepTask) -> Iterator[None]:
-        """Tells the workers of a task, which is run within."""
+        """Sends a task to the workers; the caller runs it within the `with` block."""
         self.check()
         with _without_interrupts():
             try:
                 for pipe in self._pipes:
                     pipe.send(task)
                 yield
-            # Some rank did what others did not: from here on they would answer each other's questions.
+            # Some rank ran what others did not: their next collectives would not match.
             except Exception as error:
                 raise self.diagnose(error) from error
             except BaseException as error:
@@ -233,21 +233,21 @@ class Workers:
                 raise
 
     def check(self) -> None:
-        """Asks whether all are there, and waits for nothing.
+        """Checks that all workers are running; does not wait.
 
         Raises:
-            WorkerError: one is not; with its traceback, if it left one.
+            WorkerError: one is gone; the message has its traceback, if it sent one.
         """
         pairs = list(zip(self._pipes, self._processes, strict=True))
         if self._failure is None and any(_is_gone(*pair) for pair in pairs):
-            # The first to fail leaves the others with broken connections: what was said first tells most.
+            # The first failure breaks the others' connections: the earliest traceback is the cause.
             words = [_last_words(rank, *pair) for rank, pair in enumerate(pairs, start=1) if _is_gone(*pair)]
             self._failure = min(words)[1]
         if self._failure is not None:
             raise WorkerError(self._failure)
 
     def diagnose(self, error: BaseException) -> WorkerError:
-        """What an error of this rank means: often that another one is gone, which it may say within a moment."""
+        """The cause of an error on this rank: often another rank is gone, whose traceback may take a while."""
         deadline_s = time.monotonic() + LAST_WORDS_S
         while time.monotonic() < deadline_s:
             try:
@@ -259,7 +259,7 @@ class Workers:
         return WorkerError(self._failure)
 
     def close(self) -> None:
-        """Ends all workers: those that do not end by themselves are killed, and after a failure all of them."""
+        """Ends all workers; kills those that do not end by themselves, and after a failure all of them."""
         atexit.unregister(self.close)
         self._closing = True
         self._start_timer.cancel()
@@ -281,20 +281,20 @@ class Workers:
             if self._failure is not None and self._ranks is not None:
                 self._ranks.abort()
             if self._joining is not None:
-                # While the files that it looks at are there: it would wait for them, and come back to an interpreter
-                # that ends, which takes the process with it.
+                # Joined before the files that the thread polls are removed: it would wait for them, and wake up in
+                # an interpreter that is shutting down, which aborts the process.
                 self._joining.join(CLOSE_TIMEOUT_S)
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def abandon(self) -> None:
-        """Ends all workers at once, and this rank's part in what they do together; no graph may hold any of it."""
+        """Kills all workers and destroys this rank's process group; no graph may hold a collective of it."""
         self._failure = self._failure or "the engine has given up"
         self.close()
         if self._ranks is not None:
             self._ranks.close()
 
     def _joined(self, size: int, device: Device) -> ProcessRanks:
-        """Meets the others; in a thread, so that one that fails meanwhile is noticed."""
+        """Connects rank 0 to the workers, in a thread, so that a worker that fails meanwhile is noticed."""
         failed: list[Exception] = []
 
         def join() -> None:
@@ -346,7 +346,7 @@ def _work(
     make_runner: MakeRunner,
     pipe: multiprocessing.connection.Connection,
 ) -> None:
-    """A worker's life."""
+    """The main function of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine decides what an interrupt ends
     threading.Thread(target=_leave_if_orphaned, args=(folder, None), daemon=True).start()
     status = 0
@@ -362,19 +362,19 @@ def _work(
         status = 1
         with contextlib.suppress(OSError):
             pipe.send((time.monotonic(), traceback.format_exc()))
-        _leave_if_orphaned(folder, wait_s=0.1)  # then it has failed since the engine is gone
-    # Not by the interpreter, which would wait for collectives that will not end.
+        _leave_if_orphaned(folder, wait_s=0.1)  # the engine being gone may be the cause
+    # Not a normal exit: the interpreter would wait for collectives that will not end.
     os._exit(status)
 
 
 def _wait(work: Any) -> None:
-    """For a collective; there is nothing to wait for if it runs on the stream that asked for it."""
+    """Waits for a collective, unless it runs on the current stream (`work` is None)."""
     if work is not None:
         work.wait()
 
 
 def _leave_if_orphaned(folder: str, wait_s: float | None) -> None:
-    """Ends this process if the engine's has ended, or does so within that time, and leaves nothing."""
+    """Ends this process and removes the folder if the engine's process ends within `wait_s`, None for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has a parent"
     parent.join(wait_s)
@@ -384,12 +384,12 @@ def _leave_if_orphaned(folder: str, wait_s: float | None) -> None:
 
 
 def _is_gone(pipe: Any, process: Any) -> bool:
-    """Whether a worker has ended, or is about to: one that runs says nothing."""
+    """Whether a worker has ended or is about to: a running worker sends nothing."""
     return pipe.poll() or process.exitcode is not None
 
 
 def _received(pipe: Any) -> Any:
-    """What a worker has said, None if nothing."""
+    """What a worker has sent, None if nothing."""
     try:
         return pipe.recv() if pipe.poll() else None
     except (EOFError, OSError):
@@ -397,7 +397,7 @@ def _received(pipe: Any) -> Any:
 
 
 def _last_words(rank: int, pipe: Any, process: Any) -> tuple[float, str]:
-    """When a worker said why it ends, and what; one that says nothing was ended before all others."""
+    """When a worker failed, and a message with its traceback; a worker that sent none was killed, and comes first."""
     said = _received(pipe)
     process.join(LAST_WORDS_S)
     how = f"rank {rank} is gone (exit status {process.exitcode})"
@@ -405,17 +405,17 @@ def _last_words(rank: int, pipe: Any, process: Any) -> tuple[float, str]:
 
 
 def _bound_sends(pipe: Any, timeout_s: float) -> None:
-    """A worker that reads no more is an error, not something to wait for."""
+    """Bounds how long a send may block: a worker that no longer reads is an error."""
     with socket.socket(fileno=os.dup(pipe.fileno())) as end:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", max(int(timeout_s), 1), 0))
 
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Ctrl-C is heard afterwards: in between, one rank would have done what the others have not."""
+    """Defers Ctrl-C to the end of the block: otherwise one rank might have run what the others have not."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield  # an interrupt does not strike here
+        yield  # no interrupt is raised in this thread
         return
     heard: list[tuple[int, FrameType | None]] = []
     signal.signal(signal.SIGINT, lambda number, frame: heard.append((number, frame)))

@@ -1,4 +1,4 @@
-"""CUDA graphs of steps, one for each size to pad to. Knows nothing of what a step does."""
+"""CUDA graphs of steps, one for each bucket. Knows nothing of what a step does."""
 
 from __future__ import annotations
 
@@ -39,9 +39,12 @@ def bucket_for(sizes: list[int], size: int) -> int:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """[B, vocab_size / ranks] logits of a step's rows, and what was sampled from them by temperature, seed and index.
+    """What a step computed for its B rows.
 
-    Of a step on lanes, also when these were busy.
+    Attributes:
+        logits: [B, vocab_size / ranks].
+        sampled: the tokens sampled from them by temperature, seed and output index.
+        lane_moments: when the lanes were busy, None for a step that did not run on lanes.
     """
 
     logits: torch.Tensor
@@ -50,7 +53,7 @@ class StepOutput:
 
 
 class EagerSteps:
-    """Runs `step(size)` as it is, where there are no graphs."""
+    """Runs `step(size)` eagerly, where there are no graphs."""
 
     def __init__(self, step: Callable[[int], StepOutput]) -> None:
         self.replay = step
@@ -63,7 +66,7 @@ class StepGraphs:
         what: the kind of step, for the log.
         step: runs a step of `size` on the current stream, all of it on the device.
         sizes: the buckets, ascending.
-        pool: memory that the graphs of a stream share: one runs at a time.
+        pool: memory pool that the graphs share, since only one of them runs at a time.
         warm_all: run every size once before it is captured, where sizes use kernels of their own.
     """
 
@@ -85,7 +88,7 @@ class StepGraphs:
             if size in warmed_up:
                 step(size)
             graph = torch.cuda.CUDAGraph()
-            # NCCL asks for its events on a thread of its own meanwhile.
+            # Thread-local: NCCL's watchdog thread queries events meanwhile.
             capturing = torch.cuda.graph(
                 graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
             )

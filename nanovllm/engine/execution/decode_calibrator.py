@@ -32,15 +32,15 @@ CALIBRATED_BATCHES = (256, 512, 768, 1024, 1536, 2048)
 CALIBRATED_CONTEXTS = (128, 256, 384, 512, 768, 1024, 2048)
 CALIBRATED_ATTENTION_SM = (28, 32, 36, 56, 64)
 CALIBRATED_CUTS = (Cut.GEMMS, Cut.REST)
-"""What the decode pipeline is timed for. Smaller batches it has never been worth."""
+"""What the decode pipeline is timed for; it has never paid for smaller batches."""
 NUM_TIMED_STEPS = 4
-HEATING_S = 0.4
-"""Seconds that a GPU's clocks take to come down to what its power allows."""
+WARM_UP_S = 0.4
+"""Seconds until a GPU's clocks have come down to what its power limit allows."""
 
 
 Steps = StepGraphs | EagerSteps
 MakeSteps = Callable[[list[int], Arrangement | None], Steps]
-"""Makes the steps of some batch sizes by one arrangement; plain ones for None."""
+"""Makes the steps of the given batch sizes in one arrangement, or plain ones for None."""
 
 
 class DecodeCalibrator:
@@ -50,8 +50,8 @@ class DecodeCalibrator:
         device: where they run.
         spec: sizes of the model.
         pipeline: whose arrangements are timed.
-        rows: the decode batch, which stands for requests meanwhile.
-        make_steps: makes what is timed.
+        rows: the decode batch, filled with dummy requests meanwhile.
+        make_steps: makes the steps to time.
         synchronize: waits for all steps that were launched on the device.
         profiles: whether the lanes of every step are timed.
     """
@@ -78,8 +78,8 @@ class DecodeCalibrator:
     def calibrate(self, options: PipelineOptions, largest: int) -> tuple[Calibration, Arrangement | None]:
         """Times batches of up to `largest` requests where there is something to choose or show.
 
-        Returns the calibration, which may be empty, and how the pipeline is always arranged, None if that is to be
-        chosen.
+        Returns the calibration, which may be empty, and the one arrangement for all steps, None if the rebalancer is to
+        choose among several.
         """
         given = Arrangement(self._pipeline.green_manager.split, self._pipeline.cut)
         batches = [batch for batch in CALIBRATED_BATCHES if batch <= largest]
@@ -97,9 +97,9 @@ class DecodeCalibrator:
         return calibration, calibration.best_of_all() if calibration.points else given
 
     def _candidates(self, options: PipelineOptions) -> list[Arrangement]:
-        """How the pipeline may be arranged, as far as the driver grants it; the split may have been given.
+        """The arrangements to time: those that the driver grants, with the given split if there is one.
 
-        Not at all on a CPU, whose lanes are there to check the order of a plan.
+        There are none on a CPU, whose lanes only serve to check the order of a plan.
         """
         manager = self._pipeline.green_manager
         if not manager.num_sms:
@@ -121,8 +121,8 @@ class DecodeCalibrator:
         return True
 
     def _calibrated(self, arrangements: list[Arrangement], batches: list[int]) -> Calibration:
-        """What an engine before this one measured, or what is measured now."""
-        # Each of the steps that are timed moves on by a token.
+        """The calibration: kept on disk by an earlier engine, or measured now."""
+        # Each timed step adds a token to the contexts.
         longest = self._spec.max_model_len - NUM_TIMED_STEPS
         if longest < 1:
             return Calibration()
@@ -161,27 +161,27 @@ class DecodeCalibrator:
 
     def _measured(self, arrangements: list[Arrangement], batches: list[int], contexts: list[int]) -> list[Measured]:
         paths = {arrangement: self._make_steps(batches, arrangement) for arrangement in (None, *arrangements)}
-        self._heat(functools.partial(paths[None].replay, batches[-1]))
+        self._warm_up(functools.partial(paths[None].replay, batches[-1]))
         points = []
         for batch, context in itertools.product(batches, contexts):
             seconds = {}
             for arrangement, steps in paths.items():
-                self._rows.pretend(batch, context)
+                self._rows.fill_with_dummies(batch, context)
                 seconds[arrangement] = self._time(functools.partial(steps.replay, batch))
             pipelined_s = {arrangement: seconds[arrangement] for arrangement in arrangements}
             points.append(Measured(batch, context, seconds[None], pipelined_s))
         self._rows.forget()
         return points
 
-    def _heat(self, run: Callable[[], object]) -> None:
-        """Keeps the GPU busy until it runs at the clocks that it will run at."""
+    def _warm_up(self, run: Callable[[], object]) -> None:
+        """Keeps the GPU busy until its clocks have come down to their value under load."""
         started = time.perf_counter()
-        while time.perf_counter() - started < HEATING_S:
+        while time.perf_counter() - started < WARM_UP_S:
             run()
             self._synchronize()
 
     def _time(self, run: Callable[[], object]) -> float:
-        """Seconds of a run; the median of some, back to back."""
+        """Median seconds of a run, over NUM_TIMED_STEPS of them back to back."""
         stopwatches = []
         for _ in range(NUM_TIMED_STEPS):
             stopwatch = Stopwatch(self._device)

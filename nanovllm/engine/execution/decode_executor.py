@@ -25,7 +25,7 @@ class DecodeExecutor:
     Args:
         forward: the model.
         kv_pool: where KV is stored; its last block pads batches.
-        paths: the ways in which steps can run; `prepare` makes them.
+        paths: the ways in which steps can run; `prepare` makes their steps.
     """
 
     def __init__(self, forward: ForwardPass, kv_pool: torch.Tensor, paths: DecodePaths) -> None:
@@ -49,11 +49,11 @@ class DecodeExecutor:
         return self.rows.max_num_rows
 
     def prepare(self, graph_pool: Any) -> None:
-        """Measures, or reads what was measured before, and makes the steps that will be needed."""
+        """Calibrates the pipeline, if there is one, and makes the steps that will be needed."""
         self.paths.prepare(self.rows, self.run_core, graph_pool)
 
     def make_task(self, rows: DecodeRows) -> DecodeTask:
-        """What every rank is to be told of these rows."""
+        """The task that has every rank decode these rows."""
         sampling = None
         if not rows.samples_in_graph:
             indices = [(row.seq, row.output_index) for row in rows]
@@ -61,7 +61,7 @@ class DecodeExecutor:
         return DecodeTask(self.rows.changes(rows), len(rows), rows.num_tokens / len(rows), sampling)
 
     def run(self, task: DecodeTask) -> SampledTokens:
-        """A token for each row."""
+        """Runs a task; [num_rows] sampled tokens."""
         self.rows.apply(task.changes)
         if task.changes.counted is not None:
             self._counts.set(task.changes.counted)
@@ -80,7 +80,7 @@ class DecodeExecutor:
     def run_core(self, size: int, arrangement: Arrangement | None = None) -> StepOutput:
         """One step over the first `size` rows of the batch, on the device alone: no host value is read.
 
-        By the pipeline, arranged so, or plain.
+        It runs on the pipeline in the given arrangement, or plain for None.
         """
         inputs, lane_moments = self.rows.gather(size), None
         if arrangement is not None:
@@ -98,11 +98,11 @@ class DecodeExecutor:
         return StepOutput(output.logits, output.sampled, lane_moments)
 
     def forget(self) -> None:
-        """What a step that could not be launched has left of the batch on the device is not used again."""
+        """Discards the batch on the device, which a step that failed to launch may have left in any state."""
         self.rows.forget()
 
     def take_lane_times(self) -> None:
-        """Takes in lane times of steps that have ended."""
+        """Reads the lane times of timed steps that have ended."""
         self.paths.take_times()
 
     def close(self) -> None:

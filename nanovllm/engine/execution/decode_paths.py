@@ -1,7 +1,7 @@
-"""How decode steps run on one device: plain, or on two lanes, arranged in one of several ways.
+"""How decode steps run on one device: plain, or on two lanes in one of several arrangements.
 
-Makes what will be needed, lets the rebalancer choose while steps run, and falls back to what works. What each way costs
-is measured by `DecodeCalibrator`. Knows nothing of requests.
+Makes the steps of all arrangements that may be needed, lets the rebalancer choose one while they run, and falls back
+to what works. `DecodeCalibrator` measures what each costs. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from nanovllm.utils.device import Device, DeviceClock, Stopwatch
 logger = logging.getLogger(__name__)
 
 DECIDE_EVERY = 8
-"""Steps between two decisions; the first of them is timed."""
+"""Steps from one decision to the next; the first of them is timed."""
 
 
 @dataclass(frozen=True)
 class _TimedStep:
-    """A step that was launched, and the copies of its lanes' moments that are on the way to the host."""
+    """A launched step that is timed; its lanes' moments are on the way to the host."""
 
     size: int
     context: float
@@ -78,7 +78,7 @@ class DecodePaths:
         options: how steps use SM partitions, None for plain decode.
 
     Raises:
-        GreenContextError: the SMs can be split, but not as `options` has it.
+        GreenContextError: the SMs can be split, but not as `options` asks.
     """
 
     def __init__(
@@ -116,16 +116,16 @@ class DecodePaths:
         self._last_good: Arrangement | None = None
         self._timed: deque[_TimedStep] = deque()
         self.tracer: Tracer | None = None
-        """Is told when lanes were busy in the steps that are timed."""
+        """Receives spans of the lanes for each timed step; None without a trace."""
         self.clock: DeviceClock | None = None
-        """Tells the tracer when."""
+        """Converts the lanes' moments to the tracer's time."""
 
     def prepare(self, rows: DeviceDecodeBatch, run_step: RunStep, graph_pool: Any) -> None:
-        """Measures, or reads what was measured before, and makes all steps that will be needed.
+        """Calibrates the pipeline, if there is one, and makes all steps that will be needed.
 
         Args:
             rows: the batch that steps run over.
-            run_step: what is run, or captured.
+            run_step: runs one step, or is captured in a graph.
             graph_pool: memory for the graphs of plain steps; None if there are no graphs.
         """
         self._rows, self._run_step, self._graph_pool = rows, run_step, graph_pool
@@ -137,14 +137,17 @@ class DecodePaths:
                 self._prepare_pipeline(self._options)
             except (RuntimeError, BackendUnavailableError) as error:  # a capture that the driver refuses, say
                 self.steps, self.rebalancer = {}, None
-                traceback.clear_frames(error.__traceback__)  # they hold graphs over lanes that are about to go
+                traceback.clear_frames(
+                    error.__traceback__
+                )  # its frames hold graphs over lanes that are about to be destroyed
                 self._fall_back(str(error))
         self.steps[None] = self._make_steps(self.sizes, None)
 
     def replay(self, num_rows: int, mean_context: float) -> StepOutput:
-        """One decode step of the first rows of the batch, by what is chosen now for contexts of so many tokens.
+        """Runs one decode step of the first `num_rows` rows of the batch.
 
-        If that fails, by what has worked before, in the end plain.
+        The rebalancer chooses the arrangement by bucket and `mean_context`, in tokens. If it fails to launch, the step
+        runs in the arrangement that worked last, and if that fails too, plain.
         """
         size = bucket_for(self.sizes, num_rows)
         if self.rebalancer is None:
@@ -160,7 +163,7 @@ class DecodePaths:
             anchor = None if self.clock is None or wanted is None else Anchor(self.clock, self.device)
             output, arrangement = self._run(size, wanted)
             stopwatch.stop()
-            if arrangement == wanted:  # else it has taken the time of what failed, too
+            if arrangement == wanted:  # else the time includes the failed attempt
                 lanes = output.lane_moments
                 moments = None if lanes is None else lanes.moments.to("cpu", non_blocking=True)
                 self._timed.append(_TimedStep(size, mean_context, arrangement, stopwatch, lanes, moments, anchor))
@@ -171,7 +174,7 @@ class DecodePaths:
 
     @property
     def current(self) -> Arrangement | None:
-        """How the last steps ran, None if plain."""
+        """The arrangement that was chosen last, None for plain decode."""
         return self._chosen
 
     @property
@@ -180,10 +183,10 @@ class DecodePaths:
         return 0 if pipeline is None else pipeline.green_manager.stats()["rebalances"]
 
     def force(self, arrangement: Arrangement | None) -> None:
-        """Runs steps so (None: plain), whatever the rebalancer would choose, as far as they can; for tests.
+        """Runs all steps that can in this arrangement (None: plain), not in the rebalancer's choice; for tests.
 
         Raises:
-            ConfigError: no step was made for it.
+            ConfigError: no steps were made for it.
         """
         if arrangement not in self.steps:
             raise ConfigError(f"{arrangement} is not ready; there are {', '.join(map(str, self.steps))}")
@@ -230,14 +233,14 @@ class DecodePaths:
         return steps is not None and (isinstance(steps, EagerSteps) or size in steps.sizes)
 
     def _run(self, size: int, wanted: Arrangement | None) -> tuple[StepOutput, Arrangement | None]:
-        """A step, and how it ran. One that fails has changed nothing that another would not write anew."""
+        """Runs a step; its output and the arrangement that it ran in. A failed attempt leaves nothing behind."""
         for arrangement in dict.fromkeys((wanted, self._last_good, None)):
             if arrangement is None:
                 break
             if not self._has(arrangement, size):
                 continue
             try:
-                if arrangement == self._chosen:  # else it is tried for a step
+                if arrangement == self._chosen:  # else this step is a trial
                     self._rebalance(arrangement)
                 output = self.steps[arrangement].replay(size)
             except RuntimeError as error:
@@ -249,7 +252,7 @@ class DecodePaths:
         return self.steps[None].replay(size), None
 
     def _rebalance(self, arrangement: Arrangement) -> None:
-        """Makes the split the current one. Its lanes were made with its steps, so nothing waits for that."""
+        """Makes the arrangement's split the current one; its lanes exist already, so this does not wait."""
         assert self.pipeline is not None, "an arrangement is of a pipeline"
         manager = self.pipeline.green_manager
         if manager.split != arrangement.split:
@@ -274,7 +277,7 @@ class DecodePaths:
             logger.warning("%s: %s works again", self.device, arrangement)
 
     def take_times(self) -> None:
-        """Takes in times of the steps that have ended; waits for none."""
+        """Gives the rebalancer the times of timed steps that have ended; does not wait."""
         rebalancer = self.rebalancer
         while rebalancer is not None and self._timed and self._timed[0].stopwatch.is_done():
             step = self._timed.popleft()
@@ -299,10 +302,10 @@ class DecodePaths:
     # At the start
 
     def _make_pipeline(self, options: PipelineOptions) -> PipelineScheduler | None:
-        """None, with a line in the log, where SMs cannot be split: decode is plain then.
+        """The pipeline; None, with a warning, where SMs cannot be split at all.
 
         Raises:
-            GreenContextError: they can be, but not as the options have it.
+            GreenContextError: SMs can be split, but not as the options ask.
         """
         try:
             manager = GreenManager(self.device, options.attention_sm, options.ffn_sm, enable_rebalance=True)
@@ -367,12 +370,12 @@ class DecodePaths:
         self._rows.pad(self._rows.max_num_rows)
         if arrangement is None:
             return StepGraphs("decode", step, sizes, self._graph_pool)
-        # Memory of their own: a capture that fails leaves its pool of no use.
+        # A memory pool of their own: a failed capture makes its pool unusable.
         pool = torch.cuda.graph_pool_handle()
         return StepGraphs(f"decode {arrangement}", step, sizes, pool, warm_all=True)
 
     def _try(self, steps: Steps) -> None:
-        """Runs the largest step once: what cannot run is to be known at the start."""
+        """Runs the largest step once, so that an arrangement that cannot run is found at the start."""
         self._rows.pad(self._rows.max_num_rows)
         steps.replay(self._rows.max_num_rows)
         self._synchronize()

@@ -1,4 +1,4 @@
-"""The decode batch as it lives on the device: a row for every decoding request, of which the host sends only changes.
+"""The decode batch on the device: a row for every decoding request. The host sends only what changes.
 
 Tokens sampled by one step feed the next one here, so a step can be launched before the host has seen the tokens of
 the step before it.
@@ -44,14 +44,14 @@ class DecodeInputs:
 
 @dataclass(frozen=True)
 class RowChanges:
-    """What a step changes of the batch on the device; None where nothing.
+    """What a step changes in the batch on the device; None for no change.
 
     Attributes:
-        joined: [N, ...] int64, of each request that is new: its row, the row's fields, block table.
-        temperatures: [N] float32, theirs.
-        counted: the tokens so far of the new requests that have penalties.
-        grown: [3, N] int64, blocks that requests got: row, index in the block table, block.
-        order: [max_num_rows + 1] int64, the rows of the batch in its order.
+        joined: [N, NUM_UPLOADED_FIELDS + max_blocks] int64, one for each new request: its row, fields and block table.
+        temperatures: [N] float32, of the new requests.
+        counted: token counts of the new requests that have penalties.
+        grown: [3, N] int64, new blocks of requests that grew: row, index in the block table, block.
+        order: [max_num_rows + 1] int64, the rows that make up the batch, in order.
     """
 
     joined: np.ndarray | None = None
@@ -62,9 +62,9 @@ class RowChanges:
 
 
 class DeviceDecodeBatch:
-    """Rows for `max_num_rows` requests and a spare one, which pads a batch to a bucket.
+    """Rows for `max_num_rows` requests and a padding row, which fills a batch up to a bucket.
 
-    A request keeps its row for as long as its lease lasts. The spare row's tokens go to block `spare_block`.
+    A request keeps its row for as long as its lease lasts. The padding row's KV goes to block `padding_block`.
     """
 
     def __init__(
@@ -74,30 +74,32 @@ class DeviceDecodeBatch:
         max_num_rows: int,
         max_model_len: int,
         block_size: int,
-        spare_block: int,
+        padding_block: int,
     ) -> None:
         self.device = device
         self.backend = backend
         self.block_size = block_size
         self.max_model_len = max_model_len
         self.max_num_rows = max_num_rows
-        self.spare_row = max_num_rows
-        self._spare_block = spare_block
+        self.padding_row = max_num_rows
+        self._padding_block = padding_block
         num_rows, where = max_num_rows + 1, device.torch_device
         max_blocks = -(-max_model_len // block_size)
         self._fields = torch.zeros(NUM_ROW_FIELDS, num_rows, dtype=torch.int64, device=where)
         self._temperatures = torch.zeros(num_rows, dtype=torch.float32, device=where)
         self._block_tables = torch.zeros(num_rows, max_blocks, dtype=torch.int32, device=where)
-        self._block_tables[self.spare_row] = spare_block
+        self._block_tables[self.padding_row] = padding_block
         self._query_starts = torch.arange(num_rows + 1, dtype=torch.int32, device=where)
-        self._order = torch.full((num_rows,), self.spare_row, dtype=torch.int64, device=where)
+        self._order = torch.full((num_rows,), self.padding_row, dtype=torch.int64, device=where)
         self._batch_sent: list[Lease] | None = None
         self._row_of: dict[Lease, int] = {}
         self._num_blocks_sent = [0] * num_rows
 
     def changes(self, rows: DecodeRows) -> RowChanges:
-        """What the device is to be told so that the rows' batch is the one to run: new requests, new blocks and, if it
-        changed, who is in it. Whoever cannot tell it calls `forget`."""
+        """The changes that make the batch of `rows` the one to run: new requests and blocks, and the order if changed.
+
+        They count as sent: a caller that cannot apply them calls `forget`.
+        """
         leases = rows.batch.leases
         if leases is self._batch_sent:
             grown = self._grown((self._row_of[leases[index]], leases[index]) for index in rows.grown)
@@ -107,12 +109,12 @@ class DeviceDecodeBatch:
         counted = count_tokens((self._row_of[row.lease], row.seq) for row in new)
         order = [self._row_of[lease] for lease in leases]
         grown = self._grown(zip(order, leases, strict=True))
-        padding = [self.spare_row] * (len(self._order) - len(order))
+        padding = [self.padding_row] * (len(self._order) - len(order))
         self._batch_sent = leases
         return RowChanges(joined, temperatures, counted, grown, np.array(order + padding, dtype=np.int64))
 
     def apply(self, changes: RowChanges) -> None:
-        """Tells the device, here or on another rank."""
+        """Sends changes to the device; on each rank."""
         if changes.joined is not None and changes.temperatures is not None:
             sent = self.device.tensor(changes.joined)
             at = sent[:, 0]
@@ -126,22 +128,22 @@ class DeviceDecodeBatch:
             self._order.copy_(self.device.tensor(changes.order))
 
     def forget(self) -> None:
-        """Nobody knows what the rows hold: all requests are sent anew, by the last of the tokens that the host has."""
+        """Discards all rows, whose state is unknown: every request is sent again, with its last token on the host."""
         self._batch_sent = None
         self._row_of = {}
 
     def pad(self, size: int) -> None:
-        """Makes `size` spare rows the batch: for warm-up and capture."""
+        """Makes the batch `size` times the padding row: for warm-up and capture."""
         self._batch_sent = None
-        self._order[:size] = self.spare_row
+        self._order[:size] = self.padding_row
 
-    def pretend(self, size: int, context: int) -> None:
-        """Makes `size` requests of `context` tokens in random blocks the batch: to time a step of them."""
+    def fill_with_dummies(self, size: int, context: int) -> None:
+        """Fills the batch with `size` dummy requests of `context` tokens in random blocks, to time a step."""
         self.forget()
         where = self._block_tables.device
         self._order[:size] = torch.arange(size, device=where)
         self._fields[RowField.POSITION, :size] = context - 1
-        self._block_tables[:size] = torch.randint(self._spare_block, self._block_tables[:size].shape, device=where)
+        self._block_tables[:size] = torch.randint(self._padding_block, self._block_tables[:size].shape, device=where)
 
     def gather(self, size: int) -> DecodeInputs:
         """The inputs of the next step; runs on the device alone, so that it can be captured."""
@@ -161,19 +163,19 @@ class DeviceDecodeBatch:
         return DecodeInputs(rows, fields, metadata, sampling)
 
     def advance(self, inputs: DecodeInputs, token_ids: torch.Tensor) -> None:
-        """The sampled tokens are what the next step is fed; on the device alone."""
-        self.backend.advance_rows(inputs.rows, inputs.fields, token_ids, self._fields, self.spare_row)
+        """Makes the sampled [B] tokens the input of the next step; runs on the device alone."""
+        self.backend.advance_rows(inputs.rows, inputs.fields, token_ids, self._fields, self.padding_row)
 
     def first(self, num_rows: int) -> torch.Tensor:
         """[num_rows] int64: the first rows of the batch."""
         return self._order[:num_rows]
 
     def correct(self, token_ids: torch.Tensor) -> None:
-        """The first rows of the batch have sampled these, [N] int64, instead of what `advance` was told."""
+        """Replaces the tokens that `advance` took for the first N rows of the batch by these, [N] int64."""
         self._fields[RowField.LAST_TOKEN].index_copy_(0, self._order[: len(token_ids)], token_ids.clamp(min=0))
 
     def _joined(self, joined: list[DecodeRow]) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Gives each a row; what fills it."""
+        """Assigns a row to each new request; `joined` and `temperatures` of the changes."""
         if not joined:
             return None, None
         self._row_of = {lease: index for lease, index in self._row_of.items() if not lease.ended}
@@ -191,7 +193,7 @@ class DeviceDecodeBatch:
         return uploads, temperatures
 
     def _grown(self, held: Iterable[tuple[int, Lease]]) -> np.ndarray | None:
-        """The blocks that the leases of these rows got since: [3, N], row, index in the block table, block."""
+        """Blocks that the leases of these rows got since they were last sent: `grown` of the changes."""
         sent = self._num_blocks_sent
         grown = [
             (row, index, lease.decode.blocks[index])

@@ -23,7 +23,7 @@ class ForwardPass:
     Args:
         device: where the model is.
         spec: its sizes and kernels.
-        ranks: those that compute it together.
+        ranks: all ranks that compute the model together.
         model: the model.
     """
 
@@ -35,7 +35,7 @@ class ForwardPass:
         self._logits: torch.Tensor | None = None
 
     def share_logits(self, most_rows: int) -> None:
-        """Has all graphs leave their logits, which are large, in one place. They must run one at a time."""
+        """Makes all graphs write their logits, which are large, to one buffer. Graphs must run one at a time."""
         vocab_size = self.spec.model_config.vocab_size // self.ranks.size
         where = self.device.torch_device
         self._logits = torch.empty(most_rows, vocab_size, dtype=self.spec.dtype, device=where)
@@ -46,7 +46,7 @@ class ForwardPass:
         kv_pool: torch.Tensor,
         after_store: Callable[[torch.Tensor], None] | None = None,
     ) -> StepOutput | None:
-        """The whole pass; None if no row of it is sampled. `after_store` is called with each layer's KV once stored."""
+        """Runs the pass; None if no row is sampled. `after_store` is called with each layer's KV once it is stored."""
         metadata = self.split_work(inputs.metadata)
         if after_store is not None:
             metadata = dataclasses.replace(metadata, after_store=after_store)
@@ -56,7 +56,7 @@ class ForwardPass:
         return self.sample(hidden[inputs.sampled_rows], inputs.sampling)
 
     def split_work(self, metadata: AttentionMetadata) -> AttentionMetadata:
-        """The metadata with the attention kernel's division of work, if it has one."""
+        """The metadata with the attention backend's division of the step's work, if it makes one."""
         split = self.spec.attention.backend.split_work(metadata, self.spec.num_kv_heads)
         return dataclasses.replace(metadata, work_split=split)
 
@@ -74,10 +74,10 @@ class ForwardPass:
         counts: torch.Tensor | None = None,
         count_rows: torch.Tensor | None = None,
     ) -> SampledTokens:
-        """The tokens of a step's first rows: those it has sampled, or others by all of their parameters.
+        """The tokens of the first `num_rows` rows: as the step sampled them, or sampled again by `sampling`.
 
-        Steps sample by temperature, seed and index; where some request filters, wants log-probabilities, has penalties
-        or biases, or may not stop yet, only the host knows how. `counts` and `count_rows`: see `Penalties`.
+        Steps sample by temperature, seed and output index alone. Where some request uses another parameter, the tokens
+        of all rows are sampled again from the step's logits. `counts` and `count_rows`: see `Penalties`.
         """
         if sampling is None:
             return SampledTokens(output.sampled.token_ids[:num_rows])

@@ -50,12 +50,12 @@ def num_kv_blocks(
     max_step_tokens: int,
     run_largest_step: Callable[[torch.Tensor], None],
 ) -> int:
-    """The blocks of a device's pool, one left out that pads steps; the same for all ranks.
+    """Number of KV blocks to allocate on a device, the padding block not counted; the same on all ranks.
 
     Args:
         spec: model and sizes.
         device: has the weights already.
-        ranks: agree on the least.
+        ranks: agree on the smallest number.
         max_step_tokens: tokens of the largest step.
         run_largest_step: runs it over a pool of one block.
 
@@ -77,7 +77,7 @@ def num_kv_blocks(
     needed = (num_blocks + 1) * spec.block_bytes
     if needed > available:
         raise OutOfKVCacheError(
-            f"a KV pool of {num_blocks} blocks and a spare one takes {needed / GIB:.2f} GiB, but {where} leaves "
+            f"a KV pool of {num_blocks} blocks and a padding block takes {needed / GIB:.2f} GiB, but {where} leaves "
             f"{max(available, 0) / GIB:.2f} GiB for it; {remedy}"
         )
     num_blocks = ranks.all_reduce_min(num_blocks)
@@ -93,7 +93,7 @@ def host_memory_bytes() -> int:
 def _gpu_bytes_for_pool(
     spec: RunnerSpec, device: Device, max_step_tokens: int, run_largest_step: Callable[[torch.Tensor], None]
 ) -> int:
-    """What `gpu_memory_utilization` leaves beside weights, the workspace of the largest step and other users."""
+    """Bytes that `gpu_memory_utilization` leaves after weights, the largest step's workspace and other processes."""
     torch.cuda.reset_peak_memory_stats(device.index)
     before = torch.cuda.memory_allocated(device.index)
     try:

@@ -1,4 +1,7 @@
-"""Carries KV blocks from the prefill pool to the decode pool. Told which blocks; decides nothing about requests."""
+"""Carries KV blocks from the prefill pool to the decode pool. Is told which blocks; decides nothing about requests.
+
+`KVTransfer` and `TransferHandle` are the interface: an engine takes any other transfer by `llm.kv_transfer = ...`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class PoolOwner(Protocol):
-    """What a transfer needs of a runner: copies between its pool and another's; see `ModelRunner`."""
+    """What `PeerTransfer` needs of a runner; see `ModelRunner`."""
 
     def sync_kv_cache_to(
         self, other: Any, pairs: abc.Sequence[BlockPair], *, method: str = "copy", after: Event | None = None
@@ -33,33 +36,43 @@ class TransferHandle(Protocol):
     """Blocks on their way."""
 
     def is_done(self) -> bool:
-        """Whether the copies have ended; asks, does not wait."""
+        """Whether the copies have ended; does not wait."""
 
     def wait(self) -> None:
-        """Called once, when done: what the decode device runs from now on sees the blocks.
+        """Orders the decode device's later work after the copies. Called once, after `is_done` was true.
 
         Raises:
-            HandoffError: they did not arrive as they left.
+            HandoffError: the blocks did not arrive as they left.
         """
 
     def moments(self) -> tuple[float, float] | None:
         """When the copies began and ended, in seconds of `time.perf_counter()`; waits for them.
 
-        None if that is not timed, or they were part of the step that computed the blocks.
+        None if they are not timed, or were part of the step that computed the blocks.
         """
 
 
 class KVTransfer(Protocol):
-    """One way to carry blocks."""
+    """One way to carry blocks from the prefill pool to the decode pool.
+
+    Attributes:
+        name: how logs and messages name it.
+    """
 
     name: str
 
     def send(self, pairs: abc.Sequence[BlockPair], after: Event) -> TransferHandle:
-        """Sends blocks, once the work that computes them (`after`) has ended; waits for nothing itself."""
+        """Sends blocks, on the device after the event of the step that computes them. Returns at once.
+
+        Args:
+            pairs: (block of the prefill pool, block of the decode pool). All of them stay held until the handle is
+                done.
+            after: done when the blocks are computed.
+        """
 
 
 class NoTransfer:
-    """For one pool, where every block is where it is needed."""
+    """The transfer of an engine with one pool, where nothing is ever sent."""
 
     name = "none"
 
@@ -74,7 +87,7 @@ class PeerTransfer:
         source, target: the runners.
         method: `copy`, `push`, `staged` (through pinned host memory), or `direct`: the source pushes blocks in the step
             that computes them.
-        verify: compare checksums of every layer of every block, on both sides, once it has arrived.
+        verify: compare checksums of every layer of every block on both sides, once the blocks have arrived.
     """
 
     def __init__(self, source: PoolOwner, target: PoolOwner, method: str, *, verify: bool) -> None:
@@ -89,7 +102,7 @@ class PeerTransfer:
             return _PeerHandle(self._source, self._target, to_verify, after)
         began = self._source.record_copy_moment(after)
         arrived = self._source.sync_kv_cache_to(self._target, pairs, method=self.name, after=after)
-        # Torch's copies across GPUs are their source's.
+        # Torch runs copies across GPUs on the source's stream.
         ended = (self._target if self.name == "staged" else self._source).record_copy_moment()
         return _PeerHandle(self._source, self._target, to_verify, arrived, began, ended)
 
@@ -116,14 +129,14 @@ class _PeerHandle:
             return
         # The blocks that were sent are held, and not written again, until the handoff is over.
         sent = self._source.checksum_blocks([block for block, _ in self._to_verify], self._arrived)
-        arrived = self._target.checksum_blocks([goal for _, goal in self._to_verify], self._arrived)
+        arrived = self._target.checksum_blocks([target_block for _, target_block in self._to_verify], self._arrived)
         wrong = (sent != arrived).nonzero()
         if len(wrong):
             row, layer = wrong[0].tolist()
-            block, goal = self._to_verify[row]
+            block, target_block = self._to_verify[row]
             raise HandoffError(
-                f"block {goal} of the decode pool differs in layer {layer} from block {block} of the prefill pool, "
-                f"which was sent there ({len(wrong)} of {sent.numel()} block layers differ)"
+                f"block {target_block} of the decode pool differs in layer {layer} from block {block} of the prefill "
+                f"pool, which was sent there ({len(wrong)} of {sent.numel()} block layers differ)"
             )
 
     def moments(self) -> tuple[float, float] | None:
@@ -133,7 +146,7 @@ class _PeerHandle:
 
 
 def resolve_handoff(option: str, source: Device, target: Device) -> str:
-    """The method behind `kv_handoff`: as asked for, else the fastest that these devices allow.
+    """The `PeerTransfer` method for option `kv_handoff`: as asked for; `auto` takes the fastest that works here.
 
     Raises:
         ConfigError: `push` or `direct` was asked for on GPUs without peer access.

@@ -15,18 +15,18 @@ class LayerPush(Protocol):
     """Whether steps push blocks at all."""
 
     def after_store(self, pushed_blocks: torch.Tensor) -> Callable[[torch.Tensor], None]:
-        """What is called in each layer, in order, once its KV is stored.
+        """The function that each layer calls, in order, once its KV is stored.
 
         Args:
             pushed_blocks: pairs of blocks as in `block_list`, on the device.
         """
 
     def join(self) -> None:
-        """The current stream waits for what was pushed."""
+        """Makes the current stream wait for what was pushed."""
 
 
 class NoPush:
-    """Where copies carry the blocks after the step, or there is nowhere to carry them."""
+    """The layer push of runners whose steps push nothing: blocks are copied after the step, or stay where they are."""
 
     is_on = False
 
@@ -40,7 +40,7 @@ class NoPush:
 class PushToPool:
     """Stores each layer's KV in another runner's pool while the layer attends to it.
 
-    Beside GEMMs it would hold them up for as long as it takes: they count on every SM for an equal share.
+    Pushing beside GEMMs instead would delay them by the whole time of the push: each SM has an equal share of a GEMM.
 
     Args:
         pool: [num_blocks, num_layers, ...], of the other runner.
@@ -59,10 +59,10 @@ class PushToPool:
         def push(kv_cache: torch.Tensor) -> None:
             target = next(targets)
             if self._copy_stream is None:
-                blocks, goals = pushed_blocks[1 : 1 + 2 * int(pushed_blocks[0])].view(-1, 2).unbind(1)
-                target[goals] = kv_cache[blocks]
+                blocks, target_blocks = pushed_blocks[1 : 1 + 2 * int(pushed_blocks[0])].view(-1, 2).unbind(1)
+                target[target_blocks] = kv_cache[blocks]
                 return
-            # It needs triton, which a machine without GPUs may lack.
+            # Imported here: a machine without GPUs may lack triton.
             from nanovllm.kernels.triton_transfer import NUM_PROGRAMS_BESIDE, push_blocks
 
             self._copy_stream.wait_stream(torch.cuda.current_stream())

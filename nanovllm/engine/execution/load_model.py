@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import torch
@@ -9,8 +10,11 @@ import torch
 from nanovllm.engine.execution.kv_pool import GIB, host_memory_bytes
 from nanovllm.engine.execution.runner_spec import RunnerSpec
 from nanovllm.errors import ModelLoadError
+from nanovllm.kernels import Kernels
 from nanovllm.layers.ranks import Ranks
+from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.decoder import CausalLM
+from nanovllm.models.description import ModelDescription
 from nanovllm.utils.checkpoint import first_names
 from nanovllm.utils.device import Device
 from nanovllm.utils.loader import fill_randomly, load_weights
@@ -19,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(spec: RunnerSpec, device: Device, ranks: Ranks, weights_of: CausalLM | None = None) -> CausalLM:
-    """A rank's part of the model, with the weights of `weights_of`, those of the checkpoint, or random ones.
+    """A rank's part of the model, with weights copied from `weights_of`, read from the checkpoint, or random.
 
     Raises:
         ModelLoadError: the weights cannot be loaded or do not fit.
@@ -44,6 +48,24 @@ def load_model(spec: RunnerSpec, device: Device, ranks: Ranks, weights_of: Causa
     return model
 
 
+def weight_bytes(
+    model_class: type[CausalLM],
+    config: ModelDescription,
+    backend: Kernels,
+    dtype: torch.dtype,
+    ranks: Ranks | None = None,
+) -> int:
+    """Memory that the weights of a model take, or a rank's part of them; nothing is allocated.
+
+    One layer is looked at, all being alike: a config may name any number of layers, and each takes time to make.
+    """
+    one_layer = dataclasses.replace(config, num_hidden_layers=1)
+    made = model_class(one_layer, backend, 1, dtype=dtype, device=torch.device("meta"), ranks=ranks)
+    weights = made.checkpoint_tensors()
+    in_layer = sum(weight.nbytes for name, weight in weights.items() if name.startswith("model.layers."))
+    return sum(weight.nbytes for weight in weights.values()) + (config.num_hidden_layers - 1) * in_layer
+
+
 def _make_model(spec: RunnerSpec, device: torch.device, ranks: Ranks) -> CausalLM:
     return spec.model_class(
         spec.model_config,
@@ -56,11 +78,15 @@ def _make_model(spec: RunnerSpec, device: torch.device, ranks: Ranks) -> CausalL
 
 
 def _check_weights_fit(spec: RunnerSpec, device: Device, ranks: Ranks) -> None:
-    weights = _make_model(spec, torch.device("meta"), ranks).checkpoint_tensors()
-    needed = sum(weight.nbytes for weight in weights.values())
+    weights = weight_bytes(spec.model_class, spec.model_config, spec.attention.backend, spec.dtype, ranks)
+    table = RotaryEmbedding(spec.model_config.rope, spec.max_model_len, torch.device("meta"))
+    angles = table.cos.nbytes + table.sin.nbytes
+    needed = weights + angles
     available = device.memory_info()[0] if device.is_cuda else host_memory_bytes()
     if needed > available:
         raise ModelLoadError(
-            f"the weights take {needed / GIB:.2f} GiB, {device} has {available / GIB:.2f} GiB free: "
-            f"{(needed - available) / GIB:.2f} GiB are missing; free memory there or choose another device"
+            f"the weights take {weights / GIB:.2f} GiB and the rotary angles of max_model_len={spec.max_model_len} "
+            f"{angles / GIB:.2f} GiB, {device} has {available / GIB:.2f} GiB free: "
+            f"{(needed - available) / GIB:.2f} GiB are missing; free memory there, choose another device or lower "
+            "max_model_len"
         )

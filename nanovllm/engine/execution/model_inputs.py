@@ -44,7 +44,7 @@ def block_list(pairs: abc.Sequence[BlockPair]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SamplingArrays:
-    """`SamplingInputs` before they are on a device."""
+    """`SamplingInputs` on the host."""
 
     temperatures: np.ndarray
     seeds: np.ndarray
@@ -60,8 +60,8 @@ class SamplingArrays:
         """On a device; `counts` and `rows` are those of `Penalties`, None if there are no penalties."""
         penalties = None
         if self.penalties is not None:
-            assert counts is not None, "whoever has penalties counts tokens"
-            assert rows is not None, "whoever has penalties has rows of counts"
+            assert counts is not None, "a request with penalties has its tokens counted"
+            assert rows is not None, "a request with penalties has a row of counts"
             penalties = Penalties(counts, rows, *map(device.tensor, self.penalties))
         filters, banned, biases = self.filters, self.banned, self.biases
         return SamplingInputs(
@@ -77,7 +77,12 @@ class SamplingArrays:
 
 
 def sampling_arrays(rows: abc.Sequence[tuple[Sequence, int]], vocab_size: int) -> SamplingArrays:
-    """All sampling parameters of a row for each request and index of the output token to be sampled."""
+    """All sampling parameters of some rows.
+
+    Args:
+        rows: for each row, its request and the index of the output token to sample.
+        vocab_size: `top_k` of rows that do not use it.
+    """
     params = [seq.params for seq, _ in rows]
     filters = None
     if any(p.needs_filter for p in params):
@@ -134,7 +139,10 @@ def _biases(params: abc.Sequence[SamplingParams]) -> tuple[np.ndarray, np.ndarra
 def largest_step(
     device: torch.device, *, num_tokens: int, num_rows: int, block_size: int, max_model_len: int, vocab_size: int
 ) -> ModelInputs:
-    """A prefill step of so many tokens and sampled rows, all of them reading and writing block 0: to measure memory."""
+    """The inputs of a prefill step of `num_tokens` tokens and `num_rows` sampled rows, to measure its memory.
+
+    All tokens are read from and written to block 0.
+    """
     lengths = torch.full((num_rows,), num_tokens // num_rows, dtype=torch.int32, device="cpu")
     lengths[0] += num_tokens - int(lengths.sum())
     positions = torch.cat([torch.arange(n, device="cpu") for n in lengths.tolist()]) % max_model_len

@@ -1,4 +1,4 @@
-"""One prefill step on the device, in tensors that stay where they are, so that a graph can be captured over them."""
+"""One prefill step on the device, in buffers with fixed addresses, so that a graph can be captured over them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from nanovllm.utils.device import Device
 NUM_TOKEN_COLUMNS = 3
 """Numbers sent for each token: its id, position and slot."""
 NUM_REQUEST_COLUMNS = 6
-"""Numbers sent for each request: context length, end in the step, sampled row, seed, output index, temperature; its
-blocks follow."""
+"""Numbers sent for each request: context length, end in the step, sampled row, seed, output index, temperature. The
+block table follows."""
 
 
 class PrefillBuffers:
     """Room for steps of at most `max_num_tokens` tokens of `max_num_requests` requests.
 
-    A step is padded with tokens of no request, which go to `spare_block`, and with requests of no tokens. The
-    blocks that it hands over are part of it if `pushes`.
+    A step is padded with tokens of no request, whose KV goes to `padding_block`, and with requests without tokens.
+    Blocks to hand over are sent with the step if `pushes`.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class PrefillBuffers:
         max_num_requests: int,
         max_model_len: int,
         block_size: int,
-        spare_block: int,
+        padding_block: int,
         *,
         pushes: bool,
     ) -> None:
@@ -43,8 +43,8 @@ class PrefillBuffers:
         self.max_num_requests = max_num_requests
         self.max_model_len = max_model_len
         self.block_size = block_size
-        # The last one: after it there is nothing to clear.
-        self._spare_slot = (spare_block + 1) * block_size - 1
+        # The last slot of the block: the KV store clears what follows a token in its tile.
+        self._padding_slot = (padding_block + 1) * block_size - 1
         self._max_blocks = -(-max_model_len // block_size)
         self._num_request_numbers = max_num_requests * (NUM_REQUEST_COLUMNS + self._max_blocks)
         self._pushes = pushes
@@ -53,16 +53,16 @@ class PrefillBuffers:
         self._numbers = torch.zeros(size, dtype=torch.int64, device=device.torch_device)
 
     def pack(self, chunks: abc.Sequence[PrefillChunk], size: int) -> np.ndarray:
-        """What the device is to be told of these chunks, padded to `size` tokens: [N] int64."""
+        """The upload for these chunks, padded to `size` tokens: [N] int64."""
         num_numbers = self._num_request_numbers + NUM_TOKEN_COLUMNS * size
         pushed = block_list([pair for chunk in chunks for pair in chunk.handoff] if self._pushes else [])
         numbers = np.zeros(num_numbers + len(pushed), dtype=np.int64)
         numbers[num_numbers:] = pushed
-        requests, tokens = self._split(numbers, size)
+        requests, tokens = self._views(numbers, size)
         context_lens, ends, sampled_rows, seeds, output_indices, temperatures = requests[:NUM_REQUEST_COLUMNS]
         tables = requests[NUM_REQUEST_COLUMNS:].T
         token_ids, positions, slots = tokens
-        slots[:] = self._spare_slot
+        slots[:] = self._padding_slot
         end, num_sampled = 0, 0
         for row, chunk in enumerate(chunks):
             seq, table = chunk.seq, np.array(chunk.lease.prefill.blocks, dtype=np.int64)
@@ -84,12 +84,12 @@ class PrefillBuffers:
         return numbers
 
     def send(self, numbers: np.ndarray) -> None:
-        """What `pack` says, here or on another rank: one copy."""
+        """Copies an upload of `pack` to the device, in one copy; on each rank."""
         self._numbers[: len(numbers)].copy_(self.device.tensor(numbers))
 
     def gather(self, size: int, num_sampled: int) -> ModelInputs:
         """The inputs of the step, padded to `size` tokens and `num_sampled` sampled rows; runs on the device alone."""
-        requests, tokens = self._split(self._numbers, size)
+        requests, tokens = self._views(self._numbers, size)
         context_lens, ends, sampled_rows, seeds, output_indices, temperatures = requests[:NUM_REQUEST_COLUMNS]
         token_ids, positions, slots = tokens
         metadata = AttentionMetadata(
@@ -113,8 +113,8 @@ class PrefillBuffers:
             self._numbers[first_pushed:] if self._pushes else None,
         )
 
-    def _split(self, numbers, size):  # type: ignore[no-untyped-def] # numpy and torch alike
-        """[columns, max_num_requests] and [NUM_TOKEN_COLUMNS, size] views of the numbers of a step."""
+    def _views(self, numbers, size):  # type: ignore[no-untyped-def] # numpy and torch alike
+        """[columns, max_num_requests] and [NUM_TOKEN_COLUMNS, size] views of an upload."""
         requests = numbers[: self._num_request_numbers].reshape(-1, self.max_num_requests)
         first, last = self._num_request_numbers, self._num_request_numbers + NUM_TOKEN_COLUMNS * size
         return requests, numbers[first:last].reshape(NUM_TOKEN_COLUMNS, size)

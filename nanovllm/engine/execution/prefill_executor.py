@@ -1,4 +1,4 @@
-"""Runs the prompt part of steps: chunks of prompts, from buffers that stay where they are, by graphs if there are."""
+"""Runs the prefill part of steps: chunks of prompts, from buffers with fixed addresses, by CUDA graphs if there are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nanovllm.engine.execution.model_inputs import sampling_arrays
 from nanovllm.engine.execution.prefill_buffers import PrefillBuffers
 from nanovllm.engine.execution.tasks import PrefillTask
 from nanovllm.engine.execution.token_counts import TokenCounts, count_tokens
-from nanovllm.engine.scheduling.step import MOST_CHUNKS, PrefillChunk
+from nanovllm.engine.scheduling.step import MAX_CHUNKS, PrefillChunk
 from nanovllm.layers.sampler import SampledTokens
 
 
@@ -24,11 +24,11 @@ class PrefillExecutor:
     Args:
         forward: the model.
         kv_pool: where KV is stored; its last block pads steps.
-        max_prompt_tokens: most tokens of a step.
-        push: what becomes of the blocks that a step hands over.
+        max_prefill_tokens: maximum number of tokens in a step.
+        push: whether and how steps push the blocks that they hand over.
     """
 
-    def __init__(self, forward: ForwardPass, kv_pool: torch.Tensor, max_prompt_tokens: int, push: LayerPush) -> None:
+    def __init__(self, forward: ForwardPass, kv_pool: torch.Tensor, max_prefill_tokens: int, push: LayerPush) -> None:
         self._forward = forward
         self._kv_pool = kv_pool
         self._push = push
@@ -36,8 +36,8 @@ class PrefillExecutor:
         block_size = spec.attention.block_size
         self.buffers = PrefillBuffers(
             forward.device,
-            min(max_prompt_tokens, num_blocks * block_size),  # the KV of a step's tokens is in the pool
-            min(MOST_CHUNKS, spec.max_num_seqs),
+            min(max_prefill_tokens, num_blocks * block_size),  # the KV of a step's tokens is in the pool
+            min(MAX_CHUNKS, spec.max_num_seqs),
             spec.max_model_len,
             block_size,
             num_blocks,
@@ -46,11 +46,11 @@ class PrefillExecutor:
         self.graphs: StepGraphs | None = None
 
     def capture(self, graph_pool: Any) -> None:
-        """Captures a graph for each size. The first tokens of block 0 are written to; no request has it yet."""
+        """Captures a graph for each bucket. This writes to block 0, which no request holds yet."""
         self.graphs = StepGraphs("prefill", self.run_core, token_buckets(self.buffers.max_num_tokens), graph_pool)
 
     def make_task(self, chunks: abc.Sequence[PrefillChunk], *, samples_in_graph: bool) -> PrefillTask:
-        """What every rank is to be told of these chunks."""
+        """The task that has every rank run these chunks."""
         num_tokens = sum(chunk.num_tokens for chunk in chunks)
         last = [(chunk.seq, chunk.end - chunk.seq.num_prompt_tokens) for chunk in chunks if chunk.is_last]
         size = num_tokens if self.graphs is None else self.graphs.size_for(num_tokens)
@@ -60,7 +60,7 @@ class PrefillExecutor:
         return PrefillTask(self.buffers.pack(chunks, size), size, len(last), sampling, counted)
 
     def run(self, task: PrefillTask) -> SampledTokens | None:
-        """A token for each prompt that the chunks complete; None if they complete none."""
+        """Runs a task; a token for each prompt that its chunks complete, None if they complete none."""
         self.buffers.send(task.packed)
         if self.graphs is not None:
             output: StepOutput | None = self.graphs.replay(task.size)
@@ -77,9 +77,9 @@ class PrefillExecutor:
         return self._forward.sampled_tokens(output, task.num_sampled, task.sampling, counts.tensor, rows)
 
     def run_core(self, size: int) -> StepOutput:
-        """The buffered step, padded to `size` tokens and to all the requests that there could be."""
+        """Runs the step in the buffers, padded to `size` tokens and to the maximum number of requests."""
         output = self._run(size, self.buffers.max_num_requests)
-        assert output is not None, "a step that is padded to some requests samples for them"
+        assert output is not None, "a step that is padded to at least one request samples a token"
         return output
 
     def _run(self, size: int, num_sampled: int) -> StepOutput | None:

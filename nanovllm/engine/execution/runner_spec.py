@@ -1,4 +1,4 @@
-"""What runners of one engine have in common, and how one of them uses its SMs."""
+"""The spec that the runners of one engine share, and the options of the decode pipeline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nanovllm.utils.device import Device
 
 @dataclass(frozen=True)
 class RunnerSpec:
-    """What runners of one engine have in common."""
+    """Model, sizes and limits that the runners of one engine share."""
 
     folder: Path
     model_class: type[CausalLM]
@@ -33,7 +33,7 @@ class RunnerSpec:
     num_ranks: int = 1
 
     def uses_graphs(self, device: Device) -> bool:
-        """Whether steps run from CUDA graphs there."""
+        """Whether steps on the device run from CUDA graphs."""
         return device.is_cuda and self.attention.backend.is_capturable and not self.enforce_eager
 
     @property
@@ -51,8 +51,14 @@ class RunnerSpec:
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """How a decode device's SMs are split, None where that is to be chosen; how many micro-batches take turns; whether
-    every step's lanes are timed; and whether the pipeline runs only where it is faster than plain decode."""
+    """How decode steps use SM partitions.
+
+    Attributes:
+        attention_sm, ffn_sm: SMs of the two lanes, None to have them chosen.
+        num_micro_batches: parts of a batch that take turns on the lanes.
+        profiling: whether the lanes of every step are timed.
+        adaptive: whether the pipeline runs only where it is faster than plain decode.
+    """
 
     attention_sm: int | None = None
     ffn_sm: int | None = None
@@ -62,5 +68,5 @@ class PipelineOptions:
 
     @property
     def has_split(self) -> bool:
-        """Whether the split was given, or half of it."""
+        """Whether at least one of the two SM counts was given."""
         return self.attention_sm is not None or self.ffn_sm is not None

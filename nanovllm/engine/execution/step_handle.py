@@ -15,7 +15,7 @@ from nanovllm.utils.device import Device, Event, Moment
 
 @dataclass(frozen=True)
 class SampledOnHost:
-    """[B] int64 token ids; where some request asked for them, B log-probabilities."""
+    """Sampled tokens on the host: [B] int64 ids, and B log-probabilities if some request of the step asked for them."""
 
     token_ids: np.ndarray
     logprobs: list[TokenLogprobs] | None = None
@@ -41,9 +41,9 @@ class StepHandle:
     Args:
         device: where it runs.
         stream: what it runs on, behind the steps launched there before; None on a CPU.
-        sampled: what the chunks and the decode rows sample, None for nothing. Each is on its way to the host before the
-            next is asked for, which may overwrite it on the device.
-        began: when it began; its time on the device is known then.
+        sampled: what the chunks sample and what the decode rows sample, None for nothing. The first is being copied to
+            the host before the second, which may overwrite it on the device, is asked for.
+        began: when the step began on the device; None if it is not timed.
     """
 
     def __init__(
@@ -66,16 +66,16 @@ class StepHandle:
         self.event.synchronize()
 
     def collect(self) -> StepTokens:
-        """Once: the pinned memory is given back."""
+        """Waits for the step and returns its tokens. Called once: it frees the pinned memory."""
         self.wait()
-        # Torch asks the current device when it frees pinned memory; that of this step works, others may be lost.
+        # Torch queries the current device when it frees pinned memory: this step's device works, others may be lost.
         with self._device.current():
             after_chunks, after_decode = (NOTHING_SAMPLED if part is None else _on_host(part) for part in self._host)
             self._host = [None, None]
         return StepTokens(after_chunks, after_decode)
 
     def moments(self) -> tuple[float, float] | None:
-        """When it began and ended on the device, in seconds of `time.perf_counter()`; waits for it."""
+        """When the step began and ended, in seconds of `time.perf_counter()`; waits for it. None if it is not timed."""
         if self._began is None or self._ended is None:
             return None
         return self._began.seconds(), self._ended.seconds()

@@ -1,4 +1,4 @@
-"""A rank's share of a step: arrays alone, which the host would send to its device or to another process."""
+"""A rank's share of a step, as arrays that the host sends to its device or to another process."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class PrefillTask:
     """Chunks of prompts.
 
     Attributes:
-        packed: [N] int64, what `PrefillBuffers` take.
-        size: tokens, padded to a graph's size if there are graphs.
+        packed: [N] int64, the upload for `PrefillBuffers`.
+        size: number of tokens, padded to a bucket if there are graphs.
         num_sampled: requests for which a token is sampled.
-        sampling: where it takes more than each request's temperature, seed and index.
-        counted: the tokens so far of the requests that have penalties, by their number among those that sample.
+        sampling: all sampling parameters, if some request needs more than temperature, seed and output index.
+        counted: token counts of the requests that have penalties, by their index among those that sample.
     """
 
     packed: np.ndarray
@@ -35,10 +35,10 @@ class DecodeTask:
     """A token for each row of the decode batch.
 
     Attributes:
-        changes: what the step changes of the rows.
-        num_rows: how many it runs.
-        mean_context: their mean context length in tokens, by which a pipeline chooses its way.
-        sampling: as above.
+        changes: to the batch on the device, to apply before the step.
+        num_rows: rows of the batch.
+        mean_context: mean context length of the rows in tokens, by which the arrangement is chosen.
+        sampling: as in `PrefillTask`.
     """
 
     changes: RowChanges
@@ -49,7 +49,7 @@ class DecodeTask:
 
 @dataclass(frozen=True)
 class StepTask:
-    """Either part may be missing."""
+    """Both parts of a step; None for an empty one."""
 
     prefill: PrefillTask | None
     decode: DecodeTask | None

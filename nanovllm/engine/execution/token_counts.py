@@ -16,7 +16,7 @@ from nanovllm.utils.device import Device
 
 @dataclass(frozen=True)
 class CountedTokens:
-    """What the host knows of some rows' tokens; all else of these rows is 0.
+    """Token counts of some rows, as the host knows them; all other counts of these rows are 0.
 
     Attributes:
         cleared: [N] int64, the rows.
@@ -31,7 +31,7 @@ class CountedTokens:
 
 
 def count_tokens(seqs: abc.Iterable[tuple[int, Sequence]]) -> CountedTokens | None:
-    """The tokens of requests, by the row of each, of those that have penalties; None if there are none."""
+    """Token counts of the requests that have penalties, given (row, request) pairs; None if no request has."""
     cleared: list[int] = []
     counted: list[tuple[int, int, int]] = []
     for row, seq in seqs:
@@ -52,10 +52,10 @@ class TokenCounts:
     """[max_num_rows, vocab_size / ranks] int16, made when a request first has penalties.
 
     Args:
-        device: where they are.
-        max_num_rows: rows that requests can have.
-        vocab_size: tokens of all ranks.
-        ranks: each of which counts its part of the vocabulary.
+        device: where the counts are.
+        max_num_rows: number of rows.
+        vocab_size: size of the whole vocabulary.
+        ranks: each rank counts its part of the vocabulary.
     """
 
     def __init__(self, device: Device, max_num_rows: int, vocab_size: int, ranks: Ranks) -> None:
@@ -71,7 +71,7 @@ class TokenCounts:
         return self._counts
 
     def set(self, counted: CountedTokens) -> None:
-        """Makes the counts of some rows what the host knows."""
+        """Sets the counts of some rows."""
         self.tensor[self._device.tensor(counted.cleared)] = 0
         columns = counted.token_ids - self._first_token
         here = (columns >= 0) & (columns < self._shape[1])
@@ -79,7 +79,7 @@ class TokenCounts:
         self.tensor[at] = self._device.tensor(counted.counts[here])
 
     def add(self, rows: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """Each of [B] different rows has sampled its one of [B] tokens, or none where that is negative."""
+        """Counts the [B] tokens that [B] different rows have sampled; a negative one does not count."""
         token_ids = token_ids - self._first_token
         here = (token_ids >= 0) & (token_ids < self._shape[1])
         at = (rows, token_ids.clamp(0, self._shape[1] - 1))

@@ -9,27 +9,27 @@ from nanovllm.engine.execution.tasks import StepTask
 
 
 class WorkerGroup(Protocol):
-    """The other ranks, which do what this one does."""
+    """The other ranks, which run the same tasks as rank 0."""
 
     def dispatch(self, task: StepTask) -> contextlib.AbstractContextManager[None]:
-        """Tells them of a task, which is run within: all do it, or none of them is of use any more.
+        """Sends a task to the other ranks; the caller runs it within the `with` block.
 
         Raises:
-            WorkerError: they are not.
+            WorkerError: a rank is gone, or the task failed on this one: the ranks no longer agree, and are of no use.
         """
 
     def check(self) -> None:
-        """Asks whether all are there.
+        """Checks that all ranks are running; does not wait.
 
         Raises:
-            WorkerError: one is not.
+            WorkerError: one is gone.
         """
 
     def diagnose(self, error: BaseException) -> BaseException:
-        """What an error of this rank means, such as that another is gone."""
+        """The cause of an error on this rank, such as that another rank is gone."""
 
     def close(self) -> None:
-        """Ends them."""
+        """Ends the other ranks."""
 
 
 class NoWorkers:

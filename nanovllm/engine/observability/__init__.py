@@ -1,1 +1,1 @@
-"""What an engine tells of its work."""
+"""Metrics, the trace, and statistics of the decode pipeline."""

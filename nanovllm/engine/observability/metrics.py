@@ -1,4 +1,4 @@
-"""What the engine counts and times of requests, for `llm.metrics()`. No torch."""
+"""Counts and times of requests, for `llm.metrics()`. No torch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 from nanovllm.engine.sequence import Sequence
 
 TOKEN_BOUNDS_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
-"""Histogram bounds of times between tokens, and of handoffs."""
+"""Histogram bounds, in seconds, of times between tokens and of handoffs."""
 REQUEST_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-"""Histogram bounds of times to a request's first token, and to its end."""
+"""Histogram bounds, in seconds, of times to a request's first token and to its end."""
 
 
 class Histogram:
@@ -33,7 +33,7 @@ class Histogram:
         self.observe_all(np.array([value]))
 
     def observe_all(self, values: np.ndarray) -> None:
-        """Counts [N] float64 values: a few microseconds, for one as for hundreds."""
+        """Counts [N] float64 values, in a few microseconds for any N up to hundreds."""
         self._counts += np.bincount(self._edges.searchsorted(values), minlength=len(self._counts))
         self.sum += float(values.sum())
 
@@ -60,13 +60,13 @@ class TokenTimes:
         return index
 
     def passed(self, indices: np.ndarray, now: float) -> np.ndarray:
-        """Seconds since the last tokens at [N] indices, which have got another one now."""
+        """Seconds since the last tokens of the requests at [N] indices, which have got another token at `now`."""
         gaps = now - self._times[indices]
         self._times[indices] = now
         return gaps
 
     def give_back(self, index: int) -> float:
-        """When the last token came; the entry is another's from now on."""
+        """Frees an entry; the time of its last token."""
         self._free.append(index)
         return float(self._times[index])
 
@@ -97,7 +97,7 @@ class Metrics:
         self.itl_s.observe_all(self._token_times.passed(indices, time.perf_counter()))
 
     def has_ended(self, seq: Sequence, reason: str) -> None:
-        """Tells of a request's end, once."""
+        """Counts a request's end; called once for each request."""
         self.ended[reason] += 1
         now = time.perf_counter()
         self.latency_s.observe(now - seq.arrival_s)

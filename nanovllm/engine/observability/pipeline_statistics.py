@@ -1,4 +1,4 @@
-"""What the decode pipeline has done: counters always, times of its lanes as far as they are measured."""
+"""What the decode pipeline has done: counters, and times of its lanes as far as they are measured."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NUM_SAMPLED_LAYERS = 2
 
 @dataclass
 class PipelineCounters:
-    """Steps and tokens that went through the pipeline, and why steps did not."""
+    """Steps and tokens that ran on the pipeline, and why others did not."""
 
     steps: int = 0
     tokens: int = 0
@@ -45,7 +45,7 @@ class LaneMoments:
     Attributes:
         steps: those that are timed.
         moments: [2, N] int64, nanoseconds.
-        share: of all layers, those that are timed.
+        share: timed layers as a share of all layers.
     """
 
     steps: tuple[PlanStep, ...]
@@ -53,15 +53,15 @@ class LaneMoments:
     share: float
 
     def times(self, moments: np.ndarray) -> LaneTimes:
-        """Those of all layers, by `moments` as they were copied to the host."""
+        """Lane times, extrapolated to all layers, from `moments` as they were copied to the host."""
         return lane_times([step.lane for step in self.steps], moments, self.share)
 
 
 class LaneClock:
-    """Times when steps of a plan begin and end: on a GPU by its own clock, read on the lanes, in CUDA graphs too.
+    """Records when steps of a plan begin and end: on a GPU by its own clock, read on the lanes, in CUDA graphs too.
 
     Args:
-        device: where.
+        device: where the lanes are.
         every_layer: time all layers, not only some in the middle.
     """
 
@@ -73,7 +73,7 @@ class LaneClock:
         """Moments of the last run."""
 
     def begin(self, plan: Sequence[PlanStep], num_layers: int) -> None:
-        """A run of the plan is launched now."""
+        """Called when a run of the plan is about to be launched."""
         layers = range(num_layers)
         if not self._every_layer and num_layers > NUM_SAMPLED_LAYERS:
             first = (num_layers - NUM_SAMPLED_LAYERS) // 2
@@ -84,7 +84,7 @@ class LaneClock:
         self.last = LaneMoments(tuple(plan[index] for index in timed), moments, len(layers) / num_layers)
 
     def stamp(self, index: int, *, ends: bool) -> None:
-        """On the current stream: a step of the plan begins, or ends, now."""
+        """Records on the current stream that step `index` of the plan begins, or ends, now."""
         offset = self._offset_of.get(index)
         if offset is not None and self.last is not None:
             moments = self.last.moments.view(-1)
@@ -92,7 +92,7 @@ class LaneClock:
 
 
 class Anchor:
-    """A moment by the clock that lanes are timed by, and by a trace's: what to add to the one to get the other."""
+    """One moment by two clocks, that of the lanes and that of a trace: gives the offset between them."""
 
     def __init__(self, clock: DeviceClock, device: Device) -> None:
         stamped = torch.zeros(1, dtype=torch.int64, device=device.torch_device)
@@ -101,7 +101,7 @@ class Anchor:
         self._stamped = stamped.to("cpu", non_blocking=True)
 
     def offset_s(self) -> float:
-        """Seconds; once the work that it was launched with has ended."""
+        """Seconds to add to the lanes' time to get the trace's. Called when the step has ended."""
         return self._moment.seconds() - int(self._stamped) / 1e9
 
 
@@ -116,7 +116,7 @@ def _stamp(moments: torch.Tensor, offset: int) -> None:
 
 
 def lane_times(lanes: Sequence[Lane], moments: np.ndarray, share: float = 1.0) -> LaneTimes:
-    """What lanes did, by when N steps on them began and ended, [2, N] int64 nanoseconds; divided by `share`."""
+    """Lane times from the begins and ends of N steps, [2, N] int64 nanoseconds; divided by `share`."""
     is_attention = np.array([lane is Lane.ATTENTION for lane in lanes])
     attention, ffn = moments[:, is_attention], moments[:, ~is_attention]
     # Steps of one lane follow each other: what two lanes have in common is what their steps have, pair by pair.
@@ -129,7 +129,7 @@ def lane_times(lanes: Sequence[Lane], moments: np.ndarray, share: float = 1.0) -
 
 
 class MeanLaneTimes:
-    """Sums up runs that were timed."""
+    """Averages the lane times of timed runs."""
 
     def __init__(self) -> None:
         self._sums = np.zeros(4)
@@ -140,7 +140,7 @@ class MeanLaneTimes:
         self._runs += 1
 
     def mean(self) -> LaneTimes | None:
-        """None if there was no run."""
+        """Mean lane times of all runs; None if there was no run."""
         return LaneTimes(*(self._sums / self._runs).tolist()) if self._runs else None
 
 
@@ -150,9 +150,9 @@ def statistics(
     lanes: LaneTimes | None,
     sequential_s: float | None,
 ) -> dict[str, Any]:
-    """Counters, and averages per step in ms where they were measured; of arrangements there may be none, or several.
+    """Counters, and averages per step in ms where they were measured.
 
-    `sequential_s` is a plain step's time, measured at the start for about the batch and contexts that these had.
+    `sequential_s` is the calibrated time of a plain step of the mean batch and context.
     """
     result: dict[str, Any] = {
         "steps": counters.steps,

@@ -1,6 +1,6 @@
 """What ran where and when, as a Chrome trace: a row for each device, for copies, for lanes; a track for each request.
 
-Told of what has ended; knows nothing of devices and their clocks. No torch.
+Is told of work that has ended; knows nothing of devices and their clocks. No torch.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from nanovllm.errors import ConfigError, short_repr
 
 logger = logging.getLogger(__name__)
 
-MOST_EVENTS = 1_000_000
+MAX_EVENTS = 1_000_000
 """Events that a trace holds; later ones are left out. Each takes up to 700 bytes until the trace is written."""
-MOST_REQUEST_IDS = 32
+MAX_REQUEST_IDS = 32
 """Requests that a span names."""
 
 Moments = tuple[float, float]
@@ -40,7 +40,7 @@ class _RowSpan(NamedTuple):
 
 
 class _Track(NamedTuple):
-    """A request's; the last of its phases is its end."""
+    """The track of a request; the last phase is its end."""
 
     request_id: int
     arrival_s: float
@@ -67,7 +67,7 @@ class Tracer:
         self._is_full = False
 
     def add(self, row: str, name: str, start_s: float, end_s: float, **args: Any) -> None:
-        """A span of a row, which exists from its first span on.
+        """Adds a span to a row, which exists from its first span on.
 
         Spans of a row do not overlap. Where they do by the few microseconds to which clocks are read, the later one is
         written from the end of the earlier one on.
@@ -82,11 +82,11 @@ class Tracer:
             self._spans.append(_RowSpan(row, name, start_s, end_s, args))
 
     def add_step(self, row: str, step: Step, moments: Moments) -> None:
-        """A step that has run."""
+        """Adds a step that has run."""
         name, args = f"{step.kind} {{requests}} requests", {"requests": step.num_requests}
         if step.chunks:
             name += ", {tokens} tokens"
-            args["tokens"] = step.num_prompt_tokens
+            args["tokens"] = step.num_prefill_tokens
         if step.decode:
             name += ", mean context {context}"
             args["context"] = round(int(step.decode.positions.sum()) / len(step.decode)) + 1
@@ -95,13 +95,13 @@ class Tracer:
     def add_handoff(
         self, row: str, seqs: abc.Sequence[Sequence], num_blocks: int, num_bytes: int, moments: Moments
     ) -> None:
-        """Copies of the KV of one request, or of several whose copies cannot be told apart."""
+        """Adds copies of the KV of one request, or of several whose copies cannot be told apart."""
         whose = f"request {seqs[0].request_id}" if len(seqs) == 1 else f"{len(seqs)} requests"
         name = f"handoff of {whose}, {{blocks}} blocks"
         self.add(row, name, *moments, blocks=num_blocks, bytes=num_bytes, request_ids=_ids(seqs))
 
     def add_request(self, seq: Sequence) -> None:
-        """A request that has ended, from its arrival on, and what it waited for."""
+        """Adds the track of a request that has ended: its phases since its arrival."""
         phases = list(seq.timeline.spans())
         if self._has_room(len(phases)):
             args = {
@@ -112,7 +112,7 @@ class Tracer:
             self._tracks.append(_Track(seq.request_id, seq.arrival_s, phases, args))
 
     def write(self) -> None:
-        """Writes the file, whole or not at all. What goes wrong is logged: whoever calls this has more to close."""
+        """Writes the file, whole or not at all. Errors are logged, not raised: the caller has more to close."""
         draft = _draft_of(self._path)
         try:
             with draft.open("w") as file:
@@ -126,12 +126,12 @@ class Tracer:
                 draft.unlink(missing_ok=True)
 
     def _has_room(self, num_events: int) -> bool:
-        """Whether so many events may be added, which they are then. Once there is no room, nothing is added."""
+        """Whether there is room for `num_events` more events, which then count as added. A full trace stays full."""
         if self._is_full:
             return False
-        if self._num_events + num_events > MOST_EVENTS:
+        if self._num_events + num_events > MAX_EVENTS:
             self._is_full = True
-            logger.warning("the trace has its most events, %d: what happens from now on is not in it", MOST_EVENTS)
+            logger.warning("the trace is full (%d events): what happens from now on is not in it", MAX_EVENTS)
             return False
         self._num_events += num_events
         return True
@@ -171,18 +171,18 @@ class Tracer:
             yield self._on_track(track, "e", f"request {track.request_id}", ends_s)
 
     def _on_track(self, track: _Track, kind: str, name: str, moment_s: float) -> dict[str, Any]:
-        """A begin or an end, so many seconds after the request's arrival."""
+        """A begin or end event, `moment_s` seconds after the request's arrival."""
         ts = self._ns(track.arrival_s + moment_s) / 1e3
         return {"ph": kind, "cat": "request", "id": track.request_id, "name": name, "tid": 0, "ts": ts}
 
     def _ns(self, moment_s: float) -> int:
-        """Since the trace began."""
+        """Nanoseconds since the trace began."""
         return round((moment_s - self._began_s) * 1e9)
 
 
 def _ids(seqs: abc.Sequence[Sequence]) -> tuple[int, ...]:
-    # The garbage collector would go through a list again and again; a tuple of numbers it leaves alone.
-    return tuple([seq.request_id for seq in seqs[:MOST_REQUEST_IDS]])
+    # A tuple of ints, since the garbage collector does not track it as it would a list.
+    return tuple([seq.request_id for seq in seqs[:MAX_REQUEST_IDS]])
 
 
 def _one_as_singular(name: str) -> str:
@@ -190,15 +190,15 @@ def _one_as_singular(name: str) -> str:
 
 
 def _draft_of(path: Path) -> Path:
-    """What is written first, and then takes the file's name."""
+    """The temporary file that is written first and then renamed."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def _writable(path: str | os.PathLike[str]) -> Path:
-    """The file that a path names, links followed; leaves nothing there.
+    """The file that a path names, links followed. Checks that it can be written, and leaves nothing there.
 
     Raises:
-        ConfigError: it cannot be written, or is no file.
+        ConfigError: the file cannot be written, or the path is no file.
     """
     advice = "pass the path of a file in a folder that exists and may be written to"
     try:

@@ -1,6 +1,7 @@
-"""Whether the next request in the queue may be prefilled on a card of its own, by what it would do to decode.
+"""Admission: whether the next request in the queue may be prefilled, by what it would do to the decode step time.
 
-Learns how long decode steps take from those that have run. Knows nothing of requests, pools or devices: no torch.
+It applies where prefill has a card of its own. Learns from past decode steps how long they take. Knows nothing of
+requests, pools or devices: no torch.
 """
 
 from __future__ import annotations
@@ -11,30 +12,32 @@ from dataclasses import dataclass
 import numpy as np
 
 LOOK_AHEAD_STEPS = 128
-"""How far ahead a step is predicted: contexts grow meanwhile, as far as their requests may. What those of a burst,
-which grow together, grow by later on is not seen. To look to the ends would hold others back for tokens that are
-allowed and mostly never come, and forget that requests that end make room."""
+"""How many steps ahead a step is predicted: contexts grow meanwhile, up to the limits of their requests.
 
-ROWS_LIKE_WEIGHTS = 64
-TOKENS_LIKE_WEIGHTS = 32768
-"""Where nothing better is known, so many rows, or tokens of context, cost what a step costs without them."""
-BELIEF = 1.0
-"""Observations that contradict this until they count for as much."""
+The growth of a burst of requests beyond that is not predicted. Predicting up to `max_tokens` would hold others back
+for tokens that are allowed but mostly never come, and would ignore the room that requests make when they end.
+"""
 
-MOST_WEIGHT = 16
-"""Observations of one size that are averaged; older ones fade."""
+PRIOR_ROWS = 64
+PRIOR_TOKENS = 32768
+"""The prior: this many rows, or this many tokens of context, take as long as the rest of a step."""
+PRIOR_WEIGHT = 1.0
+"""Weight of the prior, in observations."""
+
+MAX_WEIGHT = 16
+"""Maximum weight of a size's mean, in observations; older ones fade."""
 RECENT_STEPS = 1000
-"""For so many steps a size is believed to take what was observed of it, whatever the rest says."""
+"""Steps for which the prediction for a size agrees with the mean of its observations, whatever the fit says."""
 HALF_LIFE_STEPS = 2000
 OLDEST_STEPS = 20 * HALF_LIFE_STEPS
-MOST_STEPS_PER_FIT = 32
-LEAST_S = 1e-6
-"""Two ends of steps that are collected at once are no further apart than the host is fast."""
+MAX_STEPS_PER_FIT = 32
+MIN_STEP_S = 1e-6
+"""Lower bound of an observation: steps that are collected together seem to end at the same time."""
 
 
 @dataclass
 class ObservedSize:
-    """Means over the steps of about one size."""
+    """Running means over steps of about the same size."""
 
     rows: float
     tokens: float
@@ -44,20 +47,20 @@ class ObservedSize:
 
 
 class AdmissionPolicy:
-    """Bounds what is under way, and with a target, what a decode step is predicted to take.
+    """Bounds the backlog, and, with a target, the predicted time of a decode step.
 
-    A step is held to take a + b rows + c tokens, all of them at least 0. Observations are kept as means by size
-    (quarters of an octave of rows, halves of one of tokens), so that hours at one load neither drown what was seen at
-    others nor make the sums singular; sizes that were not seen for long fade. The coefficients are least squares over
-    these means and over two pseudo-observations, of rows and of tokens that cost a little: they decide as long as rows
-    and tokens have not varied, or only together. No step takes exactly that (graphs are padded, clocks change), so the
-    line is moved to go through the mean of the size asked for, if it was seen lately, else of the last step. An
-    observation far from what was expected counts as twice, or half, of that.
+    The model of a step's time is a + b rows + c tokens, with no negative coefficient. Observations are kept as running
+    means by size (buckets of a quarter octave of rows and half an octave of tokens), so that hours at one load neither
+    outweigh what was seen at others nor make the normal equations singular; sizes that were not seen for long fade. The
+    coefficients are a least-squares fit over these means and a prior, which decides for as long as rows and tokens have
+    not varied, or only together. No step takes exactly that time (graphs are padded, clocks change), so the prediction
+    is scaled to agree with the mean of the size asked for, if it was seen lately, else with that of the last step. An
+    observation above twice, or below half, of the prediction is clipped to that.
 
     Args:
-        max_backlog: most requests between the beginning of their prefill and the arrival of their KV.
-        itl_target_s: most seconds that a step may be predicted to take; None for no such limit. It is of the mean:
-            single steps vary around it.
+        max_backlog: maximum number of requests between the beginning of their prefill and the arrival of their KV.
+        itl_target_s: maximum predicted seconds of a decode step; None for no limit. The prediction is of the mean
+            step; single steps vary around it.
     """
 
     def __init__(self, max_backlog: int, itl_target_s: float | None = None) -> None:
@@ -79,7 +82,7 @@ class AdmissionPolicy:
         """
         if num_under_way >= self.max_backlog:
             return f"max_handoff_backlog={self.max_backlog} are under way"
-        # Alone it makes steps as short as they can be.
+        # A request alone makes the shortest possible steps.
         if self.itl_target_s is None or num_rows == 1:
             return None
         predicted_s = self.predict(num_rows, num_tokens)
@@ -88,7 +91,10 @@ class AdmissionPolicy:
         return None
 
     def predict(self, num_rows: int, num_tokens: int) -> float | None:
-        """Seconds of a decode step of so many rows and tokens of context; None before any was observed."""
+        """Predicted seconds of a decode step with `num_rows` rows and `num_tokens` tokens of context in all.
+
+        None before any step was observed.
+        """
         if not self._sizes:
             return None
         if self._num_steps >= self._next_fit or self._coefficients is None:
@@ -96,8 +102,8 @@ class AdmissionPolicy:
         return self.expected_s(num_rows, num_tokens)
 
     def observe(self, num_rows: int, num_tokens: int, seconds: float) -> None:
-        """A decode step ended so long after the one before it, which it was queued behind. Takes microseconds."""
-        seconds = max(seconds, LEAST_S)
+        """A decode step ended `seconds` after the one before it, behind which it was queued. Takes microseconds."""
+        seconds = max(seconds, MIN_STEP_S)
         expected_s = self.expected_s(num_rows, num_tokens)
         if expected_s is not None:
             seconds = min(max(seconds, expected_s / 2), expected_s * 2)
@@ -106,7 +112,7 @@ class AdmissionPolicy:
         size = self._sizes.get(key)
         if size is None:
             size = self._sizes[key] = ObservedSize(num_rows, num_tokens, seconds, 0, 0)
-        size.weight = min(size.weight + 1, MOST_WEIGHT)
+        size.weight = min(size.weight + 1, MAX_WEIGHT)
         size.rows += (num_rows - size.rows) / size.weight
         size.tokens += (num_tokens - size.tokens) / size.weight
         size.seconds += (seconds - size.seconds) / size.weight
@@ -114,7 +120,7 @@ class AdmissionPolicy:
         self._last = size
 
     def expected_s(self, num_rows: int, num_tokens: int) -> float | None:
-        """Predicts as `predict` does, with the last fitted coefficients: safe to call from another thread."""
+        """The same prediction with the last fitted coefficients; safe to call from any thread."""
         if self._coefficients is None or self._last is None:
             return None
         a, b, c = self._coefficients
@@ -126,8 +132,8 @@ class AdmissionPolicy:
     def _fit(self) -> None:
         """Ridge regression of seconds on (1, rows, tokens) by size, weighted by age.
 
-        Minimises sum_i w_i (s_i - x_i . c)^2 + BELIEF ||P c||^2, where P says that a step without rows or tokens takes
-        about as long as ROWS_LIKE_WEIGHTS rows, or TOKENS_LIKE_WEIGHTS tokens, add to it.
+        Minimises sum_i w_i (s_i - x_i . c)^2 + PRIOR_WEIGHT ||P c||^2, where P is the prior: a step without rows or
+        tokens takes about as long as PRIOR_ROWS rows, or PRIOR_TOKENS tokens, add to it.
         """
         oldest = self._num_steps - OLDEST_STEPS
         self._sizes = {key: size for key, size in self._sizes.items() if size.last_step > oldest}
@@ -138,20 +144,20 @@ class AdmissionPolicy:
         weights = np.array([size.weight for size in sizes]) * 0.5 ** (ages / HALF_LIFE_STEPS)
         # With every mean feature at 1 the sums are of one magnitude.
         scale = np.average(features, axis=0, weights=weights)
-        believed = np.array([[-scale[1] / ROWS_LIKE_WEIGHTS, 1.0, 0.0], [-scale[2] / TOKENS_LIKE_WEIGHTS, 0.0, 1.0]])
+        prior = np.array([[-scale[1] / PRIOR_ROWS, 1.0, 0.0], [-scale[2] / PRIOR_TOKENS, 0.0, 1.0]])
         scaled = features / scale
-        gram = (scaled.T * weights) @ scaled + BELIEF * believed.T @ believed
+        gram = (scaled.T * weights) @ scaled + PRIOR_WEIGHT * prior.T @ prior
         a, b, c = _non_negative_solution(gram, (scaled.T * weights) @ seconds) / scale
         self._coefficients = float(a), float(b), float(c)
-        self._next_fit = self._num_steps + min(max(self._num_steps // 8, 1), MOST_STEPS_PER_FIT)
+        self._next_fit = self._num_steps + min(max(self._num_steps // 8, 1), MAX_STEPS_PER_FIT)
 
 
-def _non_negative_solution(gram: np.ndarray, moments: np.ndarray) -> np.ndarray:
+def _non_negative_solution(gram: np.ndarray, sums: np.ndarray) -> np.ndarray:
     """Solves a regular system of normal equations; a coefficient that would be negative is left out."""
-    kept = list(range(len(moments)))
-    solution = np.zeros(len(moments))
+    kept = list(range(len(sums)))
+    solution = np.zeros(len(sums))
     while kept:
-        found = np.linalg.solve(gram[np.ix_(kept, kept)], moments[kept])
+        found = np.linalg.solve(gram[np.ix_(kept, kept)], sums[kept])
         if found.min() >= 0.0:
             solution[kept] = found
             break

@@ -1,4 +1,4 @@
-"""What decode steps cost, plain and on two lanes: measured by one engine, kept on disk for the next. No torch."""
+"""Times of decode steps, plain and on two lanes: measured by one engine, kept on disk for the next. No torch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from nanovllm.engine.scheduling.pipeline_plan import Arrangement
 logger = logging.getLogger(__name__)
 
 MARGIN = 0.01
-"""What something must be faster by to be chosen instead: less is within what a measurement may be wrong by."""
+"""An arrangement must be faster by this share to be chosen instead: less is within the error of a measurement."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds per decode step of a batch with contexts of one length: plain, and by how the pipeline is arranged."""
+    """Seconds per decode step of a batch with contexts of one length: plain, and by arrangement of the pipeline."""
 
     batch: int
     context: int
@@ -41,7 +41,7 @@ class Measured:
         return self.plain_s if arrangement is None else self.pipelined_s[arrangement]
 
     def best(self) -> Arrangement | None:
-        """None where plain decode is as fast."""
+        """The fastest arrangement; None where plain decode is about as fast."""
         if not self.pipelined_s:
             return None
         best = min(self.pipelined_s, key=self.pipelined_s.__getitem__)
@@ -49,7 +49,7 @@ class Measured:
 
 
 class Calibration:
-    """What was measured at every pair of some batch sizes and some contexts; there need be none."""
+    """Measured points: one for every pair of some batch sizes and some context lengths, or none at all."""
 
     def __init__(self, points: Sequence[Measured] = ()) -> None:
         self.points = list(points)
@@ -59,10 +59,10 @@ class Calibration:
         assert len(self._batches) * len(self._contexts) == len(points), "every batch is measured with every context"
 
     def seconds(self, arrangement: Arrangement | None, batch: float, context: float) -> float | None:
-        """A step's time, of plain decode if the arrangement is None, by the points around it.
+        """Seconds of a step (plain for None), interpolated between the points around it.
 
-        A step costs something, something per request, and something per token of context: between points, and beyond
-        the largest, it is linear in both. None if no batch was measured that is less than twice as large.
+        A step has a fixed cost, a cost per request, and a cost per token of context, so the time is linear in both
+        between points and beyond the largest. None if `batch` is at most half the smallest measured batch.
         """
         if not self.points or batch <= self._batches[0] / 2:
             return None
@@ -76,10 +76,10 @@ class Calibration:
         return (1 - batch_share) * at[0] + batch_share * at[1]
 
     def best_for(self, batch: int) -> list[Arrangement]:
-        """Those that were fastest with any context at the measured batches around this one.
+        """Arrangements that were fastest with some context at one of the measured batches around this one.
 
-        None below all of them: weights are read once per micro-batch, and what did not pay for more requests does not
-        for fewer.
+        There are none below the smallest measured batch: weights are read once per micro-batch, and what does not pay
+        for more requests does not pay for fewer.
         """
         if not self.points or batch < self._batches[0]:
             return []
@@ -88,7 +88,7 @@ class Calibration:
         return sorted((best for best in bests if best is not None), key=str)
 
     def best_of_all(self) -> Arrangement:
-        """What takes the least part of the time of plain decode, on average over all points."""
+        """The arrangement with the smallest mean ratio to the time of plain decode, over all points."""
         arrangements = list(self.points[0].pipelined_s)
         return min(arrangements, key=lambda one: sum(point.pipelined_s[one] / point.plain_s for point in self.points))
 
@@ -96,7 +96,7 @@ class Calibration:
 def _around(values: Sequence[int], value: float) -> tuple[tuple[int, int], float]:
     """The two of `values`, ascending, that `value` lies between, and how far it is from the first to the second.
 
-    Beyond the last ones it is above 1, below the first one 0.
+    That share is above 1 beyond the last value, and 0 below the first.
     """
     if len(values) == 1 or value <= values[0]:
         return (values[0], values[0]), 0.0
@@ -106,9 +106,9 @@ def _around(values: Sequence[int], value: float) -> tuple[tuple[int, int], float
 
 
 def calibration_file(fingerprint: dict[str, Any]) -> Path:
-    """Where the calibration is kept of what `fingerprint` tells: GPU, driver, model shape, versions, what is measured.
+    """The file of the calibration with this fingerprint: GPU, driver, model shape, versions, measured points.
 
-    In `$XDG_CACHE_HOME/nanovllm/calibration`, by default `~/.cache/nanovllm/calibration`.
+    It is in `$XDG_CACHE_HOME/nanovllm/calibration`, by default `~/.cache/nanovllm/calibration`.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     digest = hashlib.sha256(_as_json(fingerprint).encode()).hexdigest()[:16]
@@ -117,7 +117,7 @@ def calibration_file(fingerprint: dict[str, Any]) -> Path:
 
 
 def load_calibration(fingerprint: dict[str, Any]) -> Calibration | None:
-    """What an engine before this one measured in the same circumstances; None if there is nothing that can be used."""
+    """The calibration that an earlier engine kept with this fingerprint; None if there is no usable one."""
     try:
         path = calibration_file(fingerprint)
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -146,7 +146,7 @@ def _checked_point(point: dict[str, Any], arrangements: list[str]) -> Measured:
 
 
 def keep_calibration(fingerprint: dict[str, Any], calibration: Calibration) -> None:
-    """Writes it to disk; where that fails the next engine measures again."""
+    """Writes a calibration to disk; if that fails, the next engine measures again."""
     points = [
         {
             "batch": point.batch,

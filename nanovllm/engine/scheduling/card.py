@@ -1,6 +1,6 @@
-"""What decisions know of one device: its KV pool, what a step there may hold, whether it works. No torch.
+"""What the scheduler knows of one device: its KV pool, the limit of a step, whether it works. No torch.
 
-Whatever runs on the device is looked up by its card.
+`Runners` has the runner of each card.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduling.circuit_breaker import CircuitBreaker
 
-MOST_FAILURES_IN_A_ROW = 2
-"""Failures in a row that may be the requests' own fault; more are the card's."""
+MAX_FAILURES_IN_A_ROW = 2
+"""Failures in a row that may be the fault of the requests; more are the card's."""
 
 
 @dataclass(eq=False)
@@ -19,18 +19,18 @@ class Card:
     """One device, or the ranks that compute one model together.
 
     Attributes:
-        name: how messages name it, such as `cuda:1`.
-        label: how a trace names it, such as `decode device cuda:1`.
-        pool: accounts for the blocks of its KV pool.
-        max_prompt_tokens: most tokens of prompts in a step; it has workspace for no more.
-        breaker: whether it is used for what another card can do in its place.
+        name: name in messages, such as `cuda:1`.
+        label: name in a trace, such as `decode device cuda:1`.
+        block_manager: accounts for the blocks of the device's KV pool.
+        max_prefill_tokens: maximum number of prompt tokens in a step; the device has workspace for no more.
+        breaker: whether the card is used for work that another card can do instead.
     """
 
     name: str
     label: str
-    pool: BlockManager
-    max_prompt_tokens: int
-    breaker: CircuitBreaker = field(default_factory=lambda: CircuitBreaker(MOST_FAILURES_IN_A_ROW))
+    block_manager: BlockManager
+    max_prefill_tokens: int
+    breaker: CircuitBreaker = field(default_factory=lambda: CircuitBreaker(MAX_FAILURES_IN_A_ROW))
 
     def __str__(self) -> str:
         return self.name

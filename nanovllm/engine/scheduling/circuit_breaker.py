@@ -1,4 +1,4 @@
-"""When something that has failed is tried again: by and by. No torch."""
+"""A circuit breaker: when something that keeps failing is used again. No torch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ LONGEST_PAUSE_S = 640.0
 
 
 class CircuitBreaker:
-    """Whether something may be used that can fail; times are of one clock, in seconds.
+    """Decides whether something that can fail may be used. Times are in seconds, all of one clock.
 
-    After `num_tolerated` failures in a row the next one puts it out of use. After a pause, which doubles with every
-    trial that fails, it may be tried, and when that works it is in use again.
+    After `num_tolerated` failures in a row the next failure opens the breaker: the thing is left out. After a pause,
+    which doubles with every trial that fails, it may be tried; a trial that works closes the breaker.
     """
 
     def __init__(self, num_tolerated: int = 0) -> None:
@@ -19,34 +19,34 @@ class CircuitBreaker:
         self._pause_s = FIRST_PAUSE_S
         self._next_trial_s = 0.0
         self._is_trying = False
-        self.is_out = False
+        self.is_open = False
 
     def allows_trial(self, now: float) -> bool:
-        return not self.is_out or now >= self._next_trial_s
+        return not self.is_open or now >= self._next_trial_s
 
     def begin_trial(self, now: float) -> None:
-        """What may take a while, and need not end: the next trial waits for a pause."""
+        """A trial begins, which may take long or never end; the next one may begin after the pause."""
         self._is_trying = True
         self._next_trial_s = now + self._pause_s
 
     def failed(self, now: float) -> bool:
-        """It did not work; whether it is out of use because of that, and was in use before."""
+        """Notes a failure. Returns whether that opened the breaker."""
         self._num_failures += 1
-        if not self.is_out:
+        if not self.is_open:
             if self._num_failures > self._num_tolerated:
-                self.is_out = True
+                self.is_open = True
                 self._next_trial_s = now + self._pause_s
-            return self.is_out
-        if self._is_trying or now >= self._next_trial_s:  # else it was begun before
+            return self.is_open
+        if self._is_trying or now >= self._next_trial_s:  # else the work began before the breaker opened
             self._is_trying = False
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
             self._next_trial_s = now + self._pause_s
         return False
 
     def worked(self) -> bool:
-        """It worked; whether it is in use again by that."""
-        was_out, self.is_out = self.is_out, False
+        """Notes a success. Returns whether that closed the breaker."""
+        was_open, self.is_open = self.is_open, False
         self._num_failures, self._is_trying = 0, False
-        if was_out:
+        if was_open:
             self._pause_s = FIRST_PAUSE_S
-        return was_out
+        return was_open

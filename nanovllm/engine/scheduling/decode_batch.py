@@ -1,6 +1,6 @@
 """The requests that decode together, as arrays with a row for each, so that a step costs little Python per request.
 
-Knows nothing of pools, devices or what is decided: no torch.
+Knows nothing of pools, devices or scheduling decisions. No torch.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from nanovllm.engine.scheduling.lease import Lease
 from nanovllm.engine.sequence import Sequence
 
 NO_TOKEN = -1
-MOST_STOP_IDS = 8
-"""Stop tokens that a row of the array holds; a request with more is looked at token by token."""
+MAX_STOP_IDS = 8
+"""Stop tokens that a row of `stop_ids` holds; the tokens of a request with more are checked one by one."""
 
 
 class DecodeRow(NamedTuple):
-    """The last token of a request, to run through the model and sample after.
+    """The last token of a request, which a step runs through the model to sample the next one.
 
-    Its KV goes to `position`. With steps in flight the token itself is not known yet, its position is.
+    Its KV goes to `position`. With steps in flight the host knows the position but not yet the token.
     """
 
     seq: Sequence
@@ -33,7 +33,7 @@ class DecodeRow(NamedTuple):
 
     @property
     def output_index(self) -> int:
-        """How many tokens the request will have sampled before this step's."""
+        """How many output tokens the request has before the one that this step samples."""
         return self.position + 1 - self.seq.num_prompt_tokens
 
 
@@ -42,23 +42,23 @@ def _integers(values: abc.Iterable[int]) -> np.ndarray:
 
 
 def _checks_every_token(seq: Sequence) -> bool:
-    return seq.is_streamed or seq.params.logprobs is not None or len(seq.stop_token_ids) > MOST_STOP_IDS
+    return seq.is_streamed or seq.params.logprobs is not None or len(seq.stop_token_ids) > MAX_STOP_IDS
 
 
 @dataclass(eq=False)
 class HostDecodeBatch:
-    """Requests that decode together, step after step, until one joins or leaves: then there is another batch.
+    """Requests that decode together, step after step. When one joins or leaves, a new batch is made.
 
     Attributes:
-        seqs, leases: of its B rows.
+        seqs, leases: of the B rows.
         positions: [B] int64, where the KV of the next token fed goes; moves on with every step.
         capacities: [B] int64, tokens that the leased blocks hold; grows with them.
         last_positions: [B] int64, each request's `last_fed_position`.
-        in_graph_positions: [B] int64, from where on a step needs no more parameters than the device has.
-        checks_every_token: [B] bool, whether every token is looked at: it is streamed, may end by a stop string, has
-            log-probabilities, or more stop tokens than `stop_ids` holds.
-        stop_ids: [B, MOST_STOP_IDS] int64, tokens that end the request, padded with NO_TOKEN.
-        token_time_indices: [B] int64, where the times of the requests' last tokens are kept.
+        in_graph_positions: [B] int64, each request's `in_graph_position`.
+        checks_every_token: [B] bool, whether every token is checked one by one: the request is streamed, may end by a
+            stop string, has log-probabilities, or has more stop tokens than `stop_ids` holds.
+        stop_ids: [B, MAX_STOP_IDS] int64, tokens that end the request, padded with NO_TOKEN.
+        token_time_indices: [B] int64, indices into `TokenTimes`.
     """
 
     seqs: list[Sequence]
@@ -74,9 +74,9 @@ class HostDecodeBatch:
     @classmethod
     def of(cls, rows: abc.Sequence[DecodeRow], block_size: int) -> HostDecodeBatch:
         seqs = [row.seq for row in rows]
-        stop_ids = np.full((len(rows), MOST_STOP_IDS), NO_TOKEN, dtype=np.int64)
+        stop_ids = np.full((len(rows), MAX_STOP_IDS), NO_TOKEN, dtype=np.int64)
         for index, seq in enumerate(seqs):
-            if len(seq.stop_token_ids) <= MOST_STOP_IDS:
+            if len(seq.stop_token_ids) <= MAX_STOP_IDS:
                 stop_ids[index, : len(seq.stop_token_ids)] = sorted(seq.stop_token_ids)
         return cls(
             seqs,
@@ -102,13 +102,13 @@ class HostDecodeBatch:
         return DecodeRow(self.seqs[index], self.leases[index], int(self.positions[index]))
 
     def due(self) -> list[int]:
-        """Indices of rows that cannot just go on: they need a block, or have all their tokens under way."""
+        """Indices of rows that need a block, or whose last token is in flight already."""
         is_due = (self.positions >= self.capacities) | (self.positions > self.last_positions)
         indices: list[int] = is_due.nonzero()[0].tolist()
         return indices
 
     def num_tokens_ahead(self, num_steps: int) -> int:
-        """Tokens of all contexts so many steps after the next one; one that would have ended counts as at its end."""
+        """Tokens of all contexts `num_steps` after the next step; one that would have ended counts as at its end."""
         return int(np.minimum(self.positions + num_steps, self.last_positions).sum()) + len(self)
 
     def select(self, indices: abc.Sequence[int]) -> HostDecodeBatch:
@@ -137,12 +137,12 @@ class HostDecodeBatch:
 
 @dataclass(frozen=True, eq=False)
 class DecodeRows:
-    """The decode part of a step: a token of every request of a batch.
+    """The decode part of a step: one token for every request of a batch.
 
     Attributes:
-        batch: who is in it.
+        batch: the requests.
         positions: [B] int64, where the KV of the token fed goes.
-        grown: indices of rows that got blocks since the batch's last step; of a new batch, any row may have.
+        grown: indices of rows that got blocks since the batch's last step; not used in the first step of a batch.
         ended_leases: leases of the batch that were given up since the step was launched; it still touches their blocks.
     """
 
@@ -160,7 +160,7 @@ class DecodeRows:
 
     @property
     def num_live(self) -> int:
-        """Requests that have not given up their lease since the launch."""
+        """Number of requests whose lease has not ended since the launch."""
         return len(self.batch) - len(self.ended_leases)
 
     def halves(self) -> tuple[DecodeRows, DecodeRows]:
@@ -176,13 +176,13 @@ class DecodeRows:
 
     @property
     def samples_in_graph(self) -> bool:
-        """Whether sampling takes no more than each request's temperature, seed and index."""
+        """Whether sampling needs no more than each request's temperature, seed and output index."""
         return not (self.positions < self.batch.in_graph_positions).any()
 
     def are_last(self, token_ids: np.ndarray) -> np.ndarray:
-        """[B] bool: whether a row's sampled token, of [B] int64, ends its request; a negative one, which is none, does.
+        """[B] bool: whether the sampled token, of [B] int64, ends its request: by length, stop token or negative id.
 
-        Those of requests with more than MOST_STOP_IDS stop tokens are not known here, nor those of stop strings.
+        Not considered are stop strings, and the stop tokens of requests with more than MAX_STOP_IDS.
         """
         batch = self.batch
         is_end = (self.positions >= batch.last_positions) | (batch.stop_ids == token_ids[:, None]).any(axis=1)

@@ -1,4 +1,4 @@
-"""The requests that decode on one card: who joins, who leaves, and what of it is in flight. No torch."""
+"""The requests that decode on one card: which join, which leave, and which rows are in flight. No torch."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from nanovllm.engine.scheduling.decode_batch import DecodeRow, DecodeRows, HostD
 from nanovllm.engine.scheduling.lease import Lease
 
 GROW_AHEAD_TOKENS = 16
-"""When a request needs a block, others that will need one within this many tokens get theirs too, if blocks abound: the
-device is then told of new blocks once in several steps."""
+"""When a request needs a block, others that will need one within this many tokens get theirs, too, if there are plenty:
+the device is then sent new blocks only once in several steps."""
 
 
 class DecodeSet:
     """Forms the decode part of a card's steps.
 
-    Decode rows in flight are counted on a lease (`in_flight`) only once that has ended.
+    Decode rows in flight count as work on a lease (`in_flight`) only after the lease has ended.
     """
 
     def __init__(self, card: Card) -> None:
-        self._pool = card.pool
-        self._batch = HostDecodeBatch.of((), self._pool.block_size)
+        self._block_manager = card.block_manager
+        self._batch = HostDecodeBatch.of((), self._block_manager.block_size)
         self._has_ended_leases = False
         self._joining: list[DecodeRow] = []
-        """Requests that decode and are not in the batch: new ones, and those that wait for a block."""
+        """Requests that are to join the batch: new ones, and those that wait for a block."""
         self._in_flight: list[DecodeRows] = []
         self.waits_for_blocks = False
         """Whether a request waits for blocks of leases that have ended: no new lease may take them first."""
 
     @property
     def leases(self) -> list[Lease]:
-        """Those of the batch."""
+        """The leases of the batch."""
         return self._batch.leases
 
     def num_tokens_ahead(self) -> int:
-        """Context tokens, LOOK_AHEAD_STEPS from now, of all its requests."""
+        """Context tokens of all requests, LOOK_AHEAD_STEPS from now."""
         joining = sum(row.seq.num_tokens_ahead(LOOK_AHEAD_STEPS) for row in self._joining)
         return self._batch.num_tokens_ahead(LOOK_AHEAD_STEPS) + joining
 
@@ -45,7 +45,7 @@ class DecodeSet:
         self._joining.append(row)
 
     def lease_ended(self, lease: Lease) -> int:
-        """A request has given up its lease; how many steps in flight still touch the blocks."""
+        """Notes that a lease has ended. Returns how many steps in flight still touch its blocks."""
         touching = [rows for rows in self._in_flight if lease in rows.batch.leases]
         for rows in touching:
             rows.ended_leases.append(lease)
@@ -54,11 +54,11 @@ class DecodeSet:
         return len(touching)
 
     def next_rows(self, grow: Callable[[DecodeRow], bool]) -> DecodeRows | None:
-        """One token for every request that has not all its tokens under way and gets the block that it needs.
+        """The rows of the next step: every request with tokens left to decode that gets the block that it needs.
 
         Args:
-            grow: makes room for the KV of a row's next token; False if the row cannot decode in this step. May end
-                leases, that of the row itself too.
+            grow: makes room for the KV of a row's next token; returns False if the row sits this step out. May end
+                leases, that of the row included.
 
         Returns:
             The rows, in flight from now on; None if there are none.
@@ -73,16 +73,16 @@ class DecodeSet:
         return rows
 
     def rows_ended(self, rows: DecodeRows) -> None:
-        """They are no longer in flight."""
+        """Notes that rows are no longer in flight."""
         self._in_flight.remove(rows)
 
-    def rows_split(self, rows: DecodeRows, parts: list[DecodeRows]) -> None:
-        """These will be in flight instead."""
+    def rows_halved(self, rows: DecodeRows, parts: list[DecodeRows]) -> None:
+        """Replaces rows in flight by the parts that are launched instead."""
         self._in_flight.remove(rows)
         self._in_flight += parts
 
     def _update_batch(self, grow: Callable[[DecodeRow], bool]) -> list[int]:
-        """Makes the batch that of the requests to decode next; the rows that got blocks, if it is the same batch.
+        """Updates the batch to the requests that decode next. Returns rows that got blocks in the same batch.
 
         The oldest request is served first, and younger ones may lose their lease to it.
         """
@@ -118,19 +118,19 @@ class DecodeSet:
         if joined:
             for row in joined:
                 row.seq.timeline.mark("decodes")
-            self._batch = self._batch.joined_by(HostDecodeBatch.of(joined, self._pool.block_size))
+            self._batch = self._batch.joined_by(HostDecodeBatch.of(joined, self._block_manager.block_size))
         return grown if self._batch is batch else []
 
     def _grow_ahead(self) -> list[int]:
-        """A block for each row that will need one soon, as long as there is one for everybody; which rows got one."""
+        """Gives a block to each row that will need one soon, if there is one for every row. Returns those rows."""
         batch, grown = self._batch, []
         is_near = (batch.capacities - batch.positions < GROW_AHEAD_TOKENS) & (batch.capacities <= batch.last_positions)
         for index in is_near.nonzero()[0].tolist():
-            if self._pool.num_free_blocks > len(batch) and not batch.leases[index].ended:
-                batch.leases[index].decode.blocks += self._pool.take((), 1)
+            if self._block_manager.num_free_blocks > len(batch) and not batch.leases[index].ended:
+                batch.leases[index].decode.blocks += self._block_manager.allocate((), 1)
                 self._note_growth(index)
                 grown.append(index)
         return grown
 
     def _note_growth(self, index: int) -> None:
-        self._batch.capacities[index] = len(self._batch.leases[index].decode.blocks) * self._pool.block_size
+        self._batch.capacities[index] = len(self._batch.leases[index].decode.blocks) * self._block_manager.block_size

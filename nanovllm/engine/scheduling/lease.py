@@ -23,21 +23,21 @@ class Lease:
     """
 
     prefill: Allocation
-    """Where its prompt is computed. The same object as `decode` on one card, and as soon as its KV has crossed."""
+    """Where the prompt is computed. The same object as `decode` on one card, and after the handoff."""
     decode: Allocation
-    """Where it decodes: its prompt's blocks and, if there was one to be had, one to grow into."""
+    """Where the request decodes: its prompt's blocks, and one to grow into if there was one."""
     num_handed_off_blocks: int = 0
-    """Leading blocks of `decode` whose KV was there before the lease, or was sent there since."""
+    """Number of leading blocks of `decode` whose KV was cached there, or has been sent."""
     in_flight: int = 0
-    """Steps and copies in flight that touch the blocks; while above 0, none is freed."""
+    """Number of steps and copies in flight that touch the blocks; no block is freed while it is above 0."""
     ended: bool = False
-    """Whether its request has given it up."""
+    """Whether the request has ended or was preempted."""
     stuck: bool = False
-    """Whether a copy that does not end touches the blocks, so that nobody should wait for them."""
+    """Whether a copy that does not end touches the blocks, so that no request should wait for them."""
 
     @property
     def allocations(self) -> tuple[Allocation, ...]:
-        """One for each card that holds blocks of it."""
+        """One allocation for each card."""
         return (self.decode,) if self.prefill is self.decode else (self.prefill, self.decode)
 
     def holds_on(self, card: Card) -> bool:
@@ -46,5 +46,5 @@ class Lease:
 
     @property
     def crosses(self) -> bool:
-        """Whether its prompt's KV is computed on another card than the one that decodes it."""
+        """Whether the KV of the prompt is still to be handed off to another card."""
         return self.prefill is not self.decode

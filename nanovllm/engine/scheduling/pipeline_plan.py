@@ -20,14 +20,14 @@ class Lane(Enum):
 
 
 class Cut(Enum):
-    """Where a layer is cut in two: the pieces that the attention lane runs."""
+    """How the pieces of a layer are divided between the lanes: the value lists those that the attention lane runs."""
 
     STAGES = ("project_qkv", "store_kv", "attend", "project_out")
     """The attention stage on one lane, the FFN stage on the other: one change of lanes per stage."""
     GEMMS = ("store_kv", "attend")
-    """All GEMMs on the FFN lane: what works with KV runs beside what computes."""
+    """All GEMMs on the FFN lane; the attention lane works with KV."""
     REST = ("attend",)
-    """All but attention on the FFN lane: the attention lane does nothing but read KV."""
+    """All but attention on the FFN lane; the attention lane only reads KV."""
 
     def lane_of(self, piece: str) -> Lane:
         return Lane.ATTENTION if piece in self.value else Lane.FFN
@@ -49,7 +49,7 @@ class Arrangement:
 
     @classmethod
     def parse(cls, text: str) -> Arrangement:
-        """The arrangement that `str` writes so."""
+        """The arrangement with this `str`."""
         split, cut = text.split(" ")
         attention_sm, ffn_sm = map(int, split.split(":"))
         return cls((attention_sm, ffn_sm), Cut[cut])
@@ -60,9 +60,9 @@ class PlanStep:
     """Pieces, each of a layer, that one lane runs for one micro-batch without changing lanes.
 
     Attributes:
-        lane: where.
+        lane: the lane that runs the step.
         pieces: (layer, piece) in order.
-        micro_batch: for whom.
+        micro_batch: index of the micro-batch.
         wait_for: steps of the other lane, by their index in the plan, that must have ended.
     """
 
@@ -98,9 +98,9 @@ def make_plan(num_layers: int, num_micro_batches: int, cut: Cut) -> list[PlanSte
 
 
 def check_plan(plan: Sequence[PlanStep], num_layers: int, num_micro_batches: int) -> None:
-    """Asserts that every piece of every layer runs once for each micro-batch, in order, and that no lane is stuck.
+    """Asserts that every piece of every layer runs once for each micro-batch, in order, without deadlock.
 
-    Lanes that run their steps in the order of the plan cannot be if every step waits only for earlier ones.
+    Lanes run their steps in the order of the plan, so there is no deadlock if every step waits only for earlier ones.
     """
     expected = [(layer, piece) for layer in range(num_layers) for piece in PIECES]
     for micro_batch in range(num_micro_batches):

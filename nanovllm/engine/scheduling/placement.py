@@ -10,13 +10,13 @@ from nanovllm.engine.sequence import Sequence
 
 
 class Placement:
-    """Fixed roles: one card prefills and one decodes, or one card does both.
+    """Fixed roles: one card prefills and another decodes, or one card does both.
 
     The decode card prefills what failed once on the prefill card, what has outgrown that card's pool, and everything
     while that card's circuit breaker is open.
 
     Attributes:
-        prefill_card, decode_card: one object twice on one device.
+        prefill_card, decode_card: the same object if there is one device.
         cards: all of them, in the order in which they are given work.
     """
 
@@ -36,13 +36,13 @@ class Placement:
     def prefill_card_of(self, seq: Sequence) -> Card:
         """Where a request that gets its lease now will be prefilled."""
         card, now = self.prefill_card, time.monotonic()
-        is_out = card.breaker.is_out and not card.breaker.allows_trial(now)
-        has_outgrown = card.pool.blocks_for(seq.num_tokens) > card.pool.num_blocks
-        return self.decode_card if seq.failures or has_outgrown or is_out else card
+        is_left_out = card.breaker.is_open and not card.breaker.allows_trial(now)
+        has_outgrown = card.block_manager.blocks_for(seq.num_tokens) > card.block_manager.num_blocks
+        return self.decode_card if seq.failures or has_outgrown or is_left_out else card
 
     def prefill_began(self, lease: Lease) -> None:
-        """A request got its lease: while the card is left out, it is the one that tries it."""
-        if lease.crosses and lease.prefill.card.breaker.is_out:
+        """A request got its lease. If its prefill card is left out, this request is the trial."""
+        if lease.crosses and lease.prefill.card.breaker.is_open:
             lease.prefill.card.breaker.begin_trial(time.monotonic())
 
     def prefill_worked(self, lease: Lease) -> None:
@@ -51,6 +51,6 @@ class Placement:
             lease.prefill.card.breaker.worked()
 
     def prefill_failed(self, lease: Lease) -> None:
-        """Its prefill or the way of its KV failed."""
+        """The prefill of a request, or the handoff of its KV, failed."""
         if lease.crosses:
             lease.prefill.card.breaker.failed(time.monotonic())

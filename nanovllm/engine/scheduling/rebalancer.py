@@ -1,4 +1,4 @@
-"""Which arrangement the next decode steps have, by what was calibrated and by how long the last ones took. No torch."""
+"""Chooses the arrangement of the next decode steps, from the calibration and the times of recent steps. No torch."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from nanovllm.engine.scheduling.circuit_breaker import CircuitBreaker
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement
 
 TRIAL_EVERY = 16
-"""One of so many decisions is for something else than what seems best, to see whether it still is not."""
+"""Every TRIAL_EVERYth decision tries something other than what seems best, to see whether it has become faster."""
 FIRST_TRIALS = 3
-"""Until something was seen so often at a batch size, it is tried at every other decision."""
-MOST_TRIAL_LOSS = 0.1
-"""What was seen and seems slower by more is not tried again: a step in TRIAL_EVERY costs less than 0.7 % so."""
-MOST_FIRST_LOSS = 0.15
-"""The same for what was not yet seen FIRST_TRIALS times: a calibration may be wrong, and such trials end."""
+"""Something that was seen fewer times than this at a batch size is tried at every other decision."""
+MAX_TRIAL_LOSS = 0.1
+"""Share by which a trial may be slower than the current choice, so that trials cost less than 0.7 % in all."""
+MAX_FIRST_LOSS = 0.15
+"""The same limit for what was seen fewer than FIRST_TRIALS times: the calibration may be wrong, and such trials end."""
 WEIGHT = 1 / 8
-"""Smallest weight of a newly timed step in the running mean of the steps before it."""
+"""Smallest weight of a newly timed step in the running means."""
 BALANCED = 0.05
-"""Lanes that are busy for as long, but for so much, tell nothing about the split."""
+"""Lanes whose busy times differ by less than this share count as balanced."""
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds of a decode step; of one on lanes, how long each was busy."""
+    """Seconds of a decode step, and, if it ran on lanes, how long each lane was busy."""
 
     step_s: float
     attention_s: float | None = None
@@ -36,24 +36,27 @@ class StepTimes:
 
 @dataclass
 class _Seen:
-    """Steps of one batch size and arrangement: their time as a share of the calibrated, and how far lanes differed."""
+    """Running means over timed steps of one batch size and arrangement.
+
+    `ratio` is measured over calibrated time.
+    """
 
     ratio: float
-    last_turn: int = 0
+    last_decision: int = 0
     number: int = 0
     imbalance: float = 0.0
-    """Busy time of the attention lane less that of the FFN lane, as a share of the longer."""
+    """Busy time of the attention lane minus that of the FFN lane, as a share of the longer one."""
 
 
 class Rebalancer:
     """Chooses between plain decode and the arrangements of the pipeline that are ready to run.
 
-    What a step of each would take is its calibrated time, corrected by what steps of it have taken since. Something
-    else is chosen only if that is less by MARGIN. Now and then a single step tries what seems a little slower: plain
-    decode, or what gives SMs to the lane that is busy for longer. So a calibration that is not, or no longer, right is
-    found out, at a small price (`MOST_TRIAL_LOSS`).
+    The expected time of each is its calibrated time, corrected by the times that its steps have taken since. The choice
+    changes only if another one is expected to be faster by MARGIN. Now and then a single step tries what seems a little
+    slower: plain decode, or a split that gives SMs to the lane that is busy for longer. Such trials reveal a wrong or
+    outdated calibration, at a small price (`MAX_TRIAL_LOSS`).
 
-    What fails is left out for a while; then it is tried again.
+    An arrangement that fails is left out for a while and then tried again.
 
     Args:
         calibration: what was measured.
@@ -74,18 +77,20 @@ class Rebalancer:
         self._outages: defaultdict[Arrangement, CircuitBreaker] = defaultdict(CircuitBreaker)
         self._seen: dict[tuple[int, Arrangement | None], _Seen] = {}
         self._drift = 1.0
-        """Mean ratio of all steps: what to expect of those that were not seen."""
-        self._turn = 0
+        """Mean ratio of all timed steps: the ratio to expect where no step was timed."""
+        self._num_decisions = 0
 
     @property
     def arrangements(self) -> list[Arrangement]:
-        """Those that may ever be chosen."""
+        """All arrangements that may ever be chosen."""
         return sorted({arrangement for of_size in self._ready.values() for arrangement in of_size}, key=str)
 
     def choose(self, batch: int, context: float, now: float) -> Arrangement | None:
-        """What the next steps of so many requests are to be, None for plain ones; `context` is their mean.
+        """Chooses the arrangement of the next steps; None for plain decode.
 
         Args:
+            batch: batch size, a bucket.
+            context: mean context length in tokens.
             now: seconds, on any clock.
         """
         usable = [one for one in self._ready.get(batch, ()) if self._outages[one].allows_trial(now)]
@@ -100,41 +105,41 @@ class Rebalancer:
         return self.current
 
     def trial(self, batch: int, context: float) -> Arrangement | None:
-        """What a single step is to be instead, called after each `choose`: mostly what was chosen."""
-        self._turn += 1
-        if self.always is not None or self._turn % 2:
+        """The arrangement of the next step alone: nearly always what `choose`, called before, has chosen."""
+        self._num_decisions += 1
+        if self.always is not None or self._num_decisions % 2:
             return self.current
         candidates = [path for path in self._worth_trying(batch, context) if path != self.current]
         new = [path for path in candidates if self._of(path, batch).number < FIRST_TRIALS]
         if new:
             return min(new, key=lambda path: self._expected_s(path, batch, context))
-        if candidates and self._turn % TRIAL_EVERY == 0:
-            return min(candidates, key=lambda path: self._of(path, batch).last_turn)
+        if candidates and self._num_decisions % TRIAL_EVERY == 0:
+            return min(candidates, key=lambda path: self._of(path, batch).last_decision)
         return self.current
 
     def observe(self, batch: int, context: float, arrangement: Arrangement | None, times: StepTimes) -> None:
-        """A step of `batch` rows has taken so long."""
+        """Takes in the measured times of a step of `batch` rows with a mean context of `context` tokens."""
         calibrated_s = self.calibration.seconds(arrangement, batch, context)
         if not calibrated_s:
             return
         ratio = times.step_s / calibrated_s
         self._drift += WEIGHT * (ratio - self._drift)
         seen = self._seen[batch, arrangement] = self._of(arrangement, batch)
-        # What was expected counts for one: a single step may be an exception.
+        # The expected ratio counts as one observation: a single step may be an outlier.
         seen.ratio += max(WEIGHT, 1 / (seen.number + 2)) * (ratio - seen.ratio)
-        seen.last_turn, seen.number = self._turn, seen.number + 1
+        seen.last_decision, seen.number = self._num_decisions, seen.number + 1
         if times.attention_s and times.ffn_s:
             imbalance = (times.attention_s - times.ffn_s) / max(times.attention_s, times.ffn_s)
             seen.imbalance += max(WEIGHT, 1 / seen.number) * (imbalance - seen.imbalance)
 
     def failed(self, arrangement: Arrangement, now: float) -> bool:
-        """It did not run; whether it is left out because of that, and was not before."""
+        """Notes that an arrangement failed to run. Returns whether it is left out from now on."""
         if self.current == arrangement:
             self.current = None
         return self._outages[arrangement].failed(now)
 
     def worked(self, arrangement: Arrangement) -> bool:
-        """It ran; whether it is in use again because of that."""
+        """Notes that an arrangement ran. Returns whether it had been left out."""
         return self._outages[arrangement].worked()
 
     def _expected_s(self, path: Arrangement | None, batch: int, context: float) -> float:
@@ -146,7 +151,7 @@ class Rebalancer:
     def _worth_trying(self, batch: int, context: float) -> list[Arrangement | None]:
         current_s = self._expected_s(self.current, batch, context)
         imbalance = self._of(self.current, batch).imbalance
-        paths = [None, *(one for one in self._ready.get(batch, ()) if not self._outages[one].is_out)]
+        paths = [None, *(one for one in self._ready.get(batch, ()) if not self._outages[one].is_open)]
         return [
             path
             for path in paths
@@ -155,7 +160,7 @@ class Rebalancer:
         ]
 
     def _most_loss(self, path: Arrangement | None, batch: int) -> float:
-        return MOST_TRIAL_LOSS if self._of(path, batch).number >= FIRST_TRIALS else MOST_FIRST_LOSS
+        return MAX_TRIAL_LOSS if self._of(path, batch).number >= FIRST_TRIALS else MAX_FIRST_LOSS
 
     def _is_towards_balance(self, path: Arrangement | None, imbalance: float) -> bool:
         if path is None or self.current is None or abs(imbalance) < BALANCED:

@@ -1,4 +1,4 @@
-"""One step: the work that a card is given at once. Decided by the scheduler, run by a runner. No torch."""
+"""One step: the work that is launched at once on a card. Formed by the scheduler, run by a runner. No torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from nanovllm.engine.scheduling.decode_batch import NO_DECODE_ROWS, DecodeRows
 from nanovllm.engine.scheduling.lease import Lease
 from nanovllm.engine.sequence import Sequence
 
-MOST_CHUNKS = 32
-"""Most chunks of prompts in a step: the device keeps room for this many, and pads every step to it."""
+MAX_CHUNKS = 32
+"""Maximum number of chunks in a step: the buffers have room for this many, and every step is padded to it."""
 
 BlockPair = tuple[int, int]
 """A block of the pool that a prompt is prefilled into, and the block of the decode pool that its KV goes to."""
@@ -55,7 +55,7 @@ class Step:
         return len(self.chunks) + len(self.decode)
 
     @property
-    def num_prompt_tokens(self) -> int:
+    def num_prefill_tokens(self) -> int:
         return sum(chunk.num_tokens for chunk in self.chunks)
 
     @property
@@ -65,21 +65,21 @@ class Step:
 
     @property
     def leases(self) -> list[Lease]:
-        """Those of the requests when the step was formed."""
+        """The leases that the requests had when the step was formed."""
         return [chunk.lease for chunk in self.chunks] + self.decode.batch.leases
 
     @property
     def sampling_chunks(self) -> list[PrefillChunk]:
-        """Those after which a token is sampled: the last of each prompt."""
+        """The last chunks of prompts, after which a token is sampled."""
         return [chunk for chunk in self.chunks if chunk.is_last]
 
     @property
     def chunks_sample_in_graph(self) -> bool:
-        """Whether sampling after the chunks takes no more than each request's temperature, seed and index."""
+        """Whether sampling after the chunks needs no more than each request's temperature, seed and output index."""
         return all(chunk.end > chunk.seq.in_graph_position for chunk in self.sampling_chunks)
 
     def halves(self) -> tuple[Step, Step] | None:
-        """Two smaller steps: the two parts if there are two, else each half of the requests; None of one request."""
+        """Two smaller steps: the two parts if there are two, else the halves of the requests; None for one request."""
         if self.chunks and self.decode:
             return Step(self.card, self.chunks), Step(self.card, decode=self.decode)
         if self.num_requests < 2:

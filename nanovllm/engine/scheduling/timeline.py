@@ -1,4 +1,4 @@
-"""What a request waited for, and when: for `llm.explain()`. No torch."""
+"""The phases of a request's life, for `llm.explain()` and the trace. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Span:
     Attributes:
         what: `waits for a lease (why)`, `prefill queue`, `prefill of tokens a to b of n`, `handoff`, `decode queue`,
             `decodes`, or how it ended.
-        start_s, end_s: seconds since its arrival; `end_s` is None of the one that it is in.
+        start_s, end_s: seconds since its arrival; `end_s` is None for the current phase.
     """
 
     what: str
@@ -35,13 +35,13 @@ class Timeline:
     _marks: list[tuple[float, str]] = field(default_factory=list)
 
     def mark(self, what: str) -> None:
-        """A phase begins now, unless the request is in it already."""
+        """Begins a phase now, unless the request is in it already."""
         if not self._marks or self._marks[-1][1] != what:
             self._marks.append((time.perf_counter(), what))
 
     def spans(self) -> Iterator[Span]:
         """Phases in the order in which they began."""
-        marks = list(self._marks)  # none of a request that the loop has not taken in yet
+        marks = list(self._marks)  # a copy; empty before the loop has taken the request in
         for (moment, what), following in itertools.zip_longest(marks, marks[1:]):
             yield Span(what, moment - self.arrival_s, None if following is None else following[0] - self.arrival_s)
 

@@ -9,14 +9,14 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from nanovllm.engine.text.stops import MOST_MARKS, StopFinder, has_marks, mark
+from nanovllm.engine.text.stops import MAX_MARKS, StopFinder, has_marks, mark
 from nanovllm.errors import RequestError
 
 NUM_CONTEXT = 4
-"""Tokens kept before those whose text is looked for: what a token looks like may depend on those before it."""
+"""Tokens kept as context: the text of a token may depend on those before it."""
 
-MOST_KEPT = 12
-"""Tokens after which all but the last NUM_CONTEXT are dropped, but for a run of bytes that has not ended."""
+MAX_KEPT = 12
+"""When more tokens than this are kept, all but the last NUM_CONTEXT are dropped, unless a run of bytes is open."""
 
 LONGEST_LOOK_AHEAD = 64
 """Tokens of an open run of bytes that are searched for stop strings before it has ended."""
@@ -42,7 +42,7 @@ class TokenTexts(dict[int, str | None]):
 
 
 class NoTexts(TokenTexts):
-    """For requests of which no text is wanted."""
+    """Token texts of requests of which no text is wanted."""
 
     def __init__(self) -> None:
         pass
@@ -69,11 +69,11 @@ class RequestText(Protocol):
         """Takes the token that ends the request: no part of the text, but perhaps of a stop string."""
 
     def finish(self, token_ids: list[int]) -> str:
-        """What is left to show when no more tokens come, `token_ids` being all there were."""
+        """The rest of the text, when no more tokens come; `token_ids` are all of them."""
 
 
 class NoText:
-    """For checkpoints without a tokenizer."""
+    """The text of a request without a tokenizer: always empty."""
 
     stopped = False
     token_texts: TokenTexts | None = NoTexts()
@@ -90,7 +90,7 @@ class NoText:
 
 
 class WholeText:
-    """Decodes once, at the end: for requests that nobody watches."""
+    """Decodes once, at the end: for requests that are not streamed."""
 
     stopped = False
     token_texts: TokenTexts | None = NoTexts()
@@ -111,7 +111,7 @@ class WholeText:
 
 
 class Vocabulary:
-    """What the texts of all requests need to know of the tokenizer."""
+    """What the text of every request needs of the tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.backend = tokenizer.backend_tokenizer
@@ -133,11 +133,11 @@ class Vocabulary:
         self.fallback_ids = frozenset(
             token_id for name in names if (token_id := self.backend.token_to_id(name)) is not None
         )
-        """Bytes whose text is not known before the first other token: one that is no UTF-8 spoils its whole run."""
+        """Byte tokens. The text of a run of them is known only at its end: one invalid byte makes all invalid."""
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str] | None:
-        """What finds special tokens in a text, the longest where several begin."""
+        """Matches special tokens in a text, the longest where several begin."""
         names = sorted(set(self.special.values()), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names))) if names else None
 
@@ -149,9 +149,9 @@ class Vocabulary:
         """
         pattern = self.special_pattern
         names = sorted({name for text in stop for name in pattern.findall(text)}) if pattern else []
-        if len(names) >= MOST_MARKS:
+        if len(names) >= MAX_MARKS:
             raise RequestError(
-                f"stop names {len(names)} different special tokens; at most {MOST_MARKS - 1} are told apart; "
+                f"stop names {len(names)} different special tokens; at most {MAX_MARKS - 1} are told apart; "
                 "use stop_token_ids"
             )
         return names
@@ -164,7 +164,7 @@ def _has_part(state: dict[str, object], kind: str) -> bool:
 
 
 class _Decoder:
-    """Tokens in, text out, as far as no later token can change it; together it is what decoding all at once gives."""
+    """Decodes incrementally: gives out text that no later token can change. In all, it equals decoding at once."""
 
     def __init__(self, vocabulary: Vocabulary, token_texts: TokenTexts | None) -> None:
         self._vocabulary = vocabulary
@@ -187,7 +187,7 @@ class _Decoder:
             if text_of_token is not None:
                 return text_of_token
         if self._vocabulary.backend.id_to_token(token_id) is None:
-            return ""  # the model has more numbers than there are tokens
+            return ""  # the model has more ids than the tokenizer has tokens
         kept = self._kept
         kept.append(token_id)
         self.in_run = token_id in self._vocabulary.fallback_ids
@@ -199,12 +199,12 @@ class _Decoder:
         self._num_shown = max(self._num_shown, end)
         if self._vocabulary.is_free_of_context and end == len(text):
             self._kept, self._num_shown = [], 0
-        elif len(kept) > MOST_KEPT:
+        elif len(kept) > MAX_KEPT:
             self._drop(len(text) - self._num_shown)
         return delta
 
     def rest(self) -> str:
-        """What is left to show, if no more tokens come."""
+        """The text left to show, if no more tokens come."""
         return self._decoded(self._kept)[self._num_shown :]
 
     def flush(self) -> str:
@@ -225,8 +225,8 @@ class _Decoder:
         kept = self._kept[-NUM_CONTEXT:]
         text = self._decoded(kept)
         if not text:
-            # A beginning that is stripped must be there; of tokens without text, the last.
-            kept = [*self._kept[:-NUM_CONTEXT][:MOST_KEPT], kept[-1]]
+            # Keep tokens from the beginning, which decoding may strip, and the last one without text.
+            kept = [*self._kept[:-NUM_CONTEXT][:MAX_KEPT], kept[-1]]
             text = self._decoded(kept)
         self._kept, self._num_shown = kept, len(text) - num_open
 
@@ -236,7 +236,7 @@ class _Decoder:
 
 
 class StreamedText:
-    """Decodes as tokens come; holds back what ends inside a character or may be the beginning of a stop string.
+    """Decodes as tokens come; holds back what ends inside a character or may be the prefix of a stop string.
 
     Stop strings are looked for in the text, which has no special tokens, and those that name special tokens also in
     what the model wrote, special tokens included.
@@ -261,7 +261,7 @@ class StreamedText:
         self._special = vocabulary.special if skip_special_tokens else {}
         token_texts = vocabulary.token_texts if skip_special_tokens else vocabulary.all_token_texts
         self._decoder = _Decoder(vocabulary, token_texts)
-        stop = tuple(text for text in stop if not has_marks(text))  # no text is ever one that is not Unicode
+        stop = tuple(text for text in stop if not has_marks(text))  # no text is ever invalid Unicode
         names = vocabulary.special_names(stop) if skip_special_tokens else []
         marks = {name: mark(1 + number) for number, name in enumerate(names)}
         self._marks: dict[int, str] = {}
@@ -276,7 +276,7 @@ class StreamedText:
         self._num_unshown = 0
         self._may_stop = True
         self._num_exempt = 0
-        """Characters that come next, but are of tokens that could not stop yet."""
+        """Characters to come whose tokens were below `min_tokens`."""
         self.token_texts = None if self._finders else token_texts
 
     @property

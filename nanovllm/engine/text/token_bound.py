@@ -1,4 +1,4 @@
-"""How many tokens a text has at least, without tokenizing it: what is far too long is refused at once.
+"""A lower bound of the number of tokens of a text, without tokenizing it, to refuse far too long ones at once.
 
 A token that stands for n characters accounts for n of them, so a text has at least as many tokens as the sum over its
 characters of 1/(length of the longest token with that character). Characters are bytes where the tokenizer sees bytes.
@@ -13,16 +13,16 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 CHUNK = 1 << 16
-"""Characters that are counted at a time: what is too long is not read to its end."""
+"""Characters that are counted at a time, so that a text that is too long is not read to its end."""
 
 SLACK_PER_CHUNK = 16
-"""Tokens that a chunk counts less where the text is normalized: characters may be joined across its ends."""
+"""Tokens to subtract per chunk of a normalized text, since characters may be joined across the chunk's ends."""
 
 CHUNKWISE = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend", "Replace"}
-"""Normalizers of which a chunk's own result is that of the whole text, but for a few characters at its ends."""
+"""Normalizers that may run chunk by chunk: only a few characters at the ends of a chunk differ."""
 
 NOTHING_DROPPED = {"ByteLevel", "Metaspace", "Split", "Digits", "Punctuation", "UnicodeScripts"}
-"""Pre-tokenizers that leave every character to the model; unless they are told to remove what they split at."""
+"""Pre-tokenizers that drop no character, unless their behavior is to remove what they split at."""
 
 
 class TokenBound:
@@ -116,7 +116,7 @@ def _byte_values() -> np.ndarray:
 
 
 def _parts(component: Any) -> list[dict[str, Any]]:
-    """A normalizer or pre-tokenizer as what it is made of, one after the other."""
+    """The parts of a normalizer or pre-tokenizer, in order."""
     return [] if component is None else _flat(json.loads(component.__getstate__()))
 
 
@@ -139,7 +139,7 @@ def _drops_nothing(pre_tokenizer: dict[str, Any]) -> bool:
 
 
 def _has_a_token_for_everything(model: Any, tokens: dict[str, int], sees_bytes: bool) -> bool:
-    """Whether no token of the model stands for more than it is long, and no character for none."""
+    """Whether every character has a token, and no token stands for more characters than it has."""
     if type(model).__name__ != "BPE":
         return False
     if sees_bytes:
