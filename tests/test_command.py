@@ -13,7 +13,7 @@ import pytest
 
 from nanovllm import ConfigError, __main__
 from nanovllm.config import EngineConfig
-from nanovllm.entrypoints.engine_options import add_engine_options, engine_options
+from nanovllm.entrypoints.engine_options import add_engine_options, descriptions, engine_options
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,7 +49,8 @@ def test_every_option_of_the_engine_is_one_of_the_command(parser):
 
 def test_help_is_what_the_config_says(parser):
     shown = " ".join(parser.format_help().split())
-    assert "--max-num-seqs INT Most requests that hold KV blocks at a time. Default: 512." in shown
+    said = descriptions()[("max_num_seqs",)]
+    assert f"--max-num-seqs INT {said[0].upper()}{said[1:]} Default: 512." in shown
 
 
 @pytest.mark.parametrize(

@@ -34,16 +34,22 @@ ENDLESS = {"temperature": 0, "max_tokens": 1900, "ignore_eos": True, "stream": T
 class ServerProcess:
     """`python -m nanovllm serve` on a free port of 127.0.0.1."""
 
-    def __init__(self, *arguments):
+    def __init__(self, folder, *arguments):
         command = [sys.executable, "-m", "nanovllm", "serve", DEMO_MODEL_PATH, "--port", "0"]
         for name, value in OPTIONS.items():
             command += [f"--{name.replace('_', '-')}", str(value)]
-        self.log = Path(os.environ["XDG_CACHE_HOME"]) / "server.log"
+        self.log = folder / "server.log"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder)}
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=log, text=True)
+            self.process = subprocess.Popen(
+                [*command, *arguments], stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+            )
+
+    def await_ready(self):
         line = self.process.stdout.readline()
         assert " at http://127.0.0.1:" in line, self.log.read_text()
         self.port = int(line.rsplit(":", 1)[1])
+        return self
 
     @property
     def engine_pid(self):
@@ -65,12 +71,12 @@ class ServerProcess:
         return self.wait(within_s)
 
     def wait(self, within_s=30.0):
-        try:
-            return self.process.wait(within_s)
-        finally:
-            self.process.kill()
-            self.process.wait()
-            self.process.stdout.close()
+        return self.process.wait(within_s)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
 
 
 def head(method, path, length, headers=()):
@@ -139,16 +145,22 @@ def at_rest(server, within_s=15.0):
 
 
 @pytest.fixture(scope="module")
-def kept_environment(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("served")))
-        yield
+def start_server(tmp_path_factory):
+    """Makes servers; whatever becomes of the test, none is left behind."""
+    made = []
+
+    def start(*arguments):
+        made.append(ServerProcess(tmp_path_factory.mktemp("served"), *arguments))
+        return made[-1].await_ready()
+
+    yield start
+    for server in made:
+        server.kill()
 
 
 @pytest.fixture(scope="module")
-def server(kept_environment):
-    made = ServerProcess("--max-queued-requests", "72", "--max-body-bytes", "2000000", "--body-timeout", "1")
+def server(start_server):
+    made = start_server("--max-queued-requests", "72", "--max-body-bytes", "2000000", "--body-timeout", "1")
     yield made
     assert made.process.poll() is None, made.log.read_text()
     at_rest(made)
@@ -548,9 +560,9 @@ def test_slow_and_half_sent_bodies(server):
 # Ends
 
 
-def test_a_key_and_sigterm_under_load(kept_environment):
+def test_a_key_and_sigterm_under_load(start_server):
     """Requests that end in time are answered, others are told, and new ones are refused meanwhile."""
-    served = ServerProcess("--api-key", "secret", "--shutdown-timeout", "3", "--served-model-name", "it")
+    served = start_server("--api-key", "secret", "--shutdown-timeout", "3", "--served-model-name", "it")
     key = ["Authorization: Bearer secret"]
     assert served.ask("GET", "/v1/models")[0] == 401
     assert served.ask("GET", "/v1/models", headers=["Authorization: Bearer secrex"])[0] == 401
@@ -586,8 +598,8 @@ def test_a_key_and_sigterm_under_load(kept_environment):
     assert seconds < 3 + 2
 
 
-def test_a_killed_engine_process_is_told_and_ends_the_server(kept_environment):
-    served = ServerProcess()
+def test_a_killed_engine_process_is_told_and_ends_the_server(start_server):
+    served = start_server()
 
     async def main():
         stream = events(served.port, "/v1/completions", {"prompt": "a", **ENDLESS})
@@ -605,8 +617,8 @@ def test_a_killed_engine_process_is_told_and_ends_the_server(kept_environment):
     assert served.wait() == 1
 
 
-def test_ctrl_c_twice_stops_at_once(kept_environment):
-    served = ServerProcess("--shutdown-timeout", "60")
+def test_ctrl_c_twice_stops_at_once(start_server):
+    served = start_server("--shutdown-timeout", "60")
 
     async def main():
         stream = events(served.port, "/v1/completions", {"prompt": "a", **ENDLESS})
