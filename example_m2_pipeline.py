@@ -12,6 +12,7 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.errors import ends_with_message
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -21,6 +22,7 @@ QUESTIONS = [
 ]
 
 
+@ends_with_message()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=DEMO_MODEL_PATH, help="folder of a Qwen3 checkpoint")

@@ -6,10 +6,12 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.errors import ends_with_message
 
 QUESTIONS = ["introduce yourself", "Explain quantum computing in simple terms", "Write a short poem about AI"]
 
 
+@ends_with_message()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=DEMO_MODEL_PATH, help="folder of a Qwen3 checkpoint")

@@ -18,6 +18,7 @@ from lib.meters import DecodeTimer, Enough
 from lib.report import report
 from lib.streaming import streaming_bandwidth
 from nanovllm import LLM
+from nanovllm.errors import ends_with_message
 
 MAX_TOKENS = 1000
 """Tokens of each request, which has to last until enough steps of a full batch were timed."""
@@ -28,6 +29,7 @@ NUM_UNTIMED = 10
 """Steps of `--steps` that are not timed: some, until the clock starts."""
 
 
+@ends_with_message()
 def main() -> None:
     parser = new_parser(__doc__)
     add_shape(parser, "qwen3-0.6b")

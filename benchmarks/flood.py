@@ -22,6 +22,7 @@ from lib.loads import full_length, gaps_of, settle, vocab_size_of
 from lib.meters import freeze_garbage
 from lib.report import quantiles_ms, report
 from nanovllm import LLM, SamplingParams
+from nanovllm.errors import ends_with_message
 
 SETTLING_S = 2.0
 MAX_STEADY_PER_S = 500
@@ -74,6 +75,7 @@ def run(llm: LLM, requests: list[Request], running: set[int], dues_s: list[float
     }
 
 
+@ends_with_message()
 def main() -> None:
     parser = new_parser(__doc__)
     add_mode(parser, "pd")

@@ -20,6 +20,7 @@ from nanovllm import LLM
 from nanovllm.engine.execution.kv_copy import COPY_METHODS
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduling.step import BlockPair
+from nanovllm.errors import ends_with_message
 from nanovllm.utils.device import peer_access
 
 
@@ -92,6 +93,7 @@ def measure_exposure(llm: LLM, prompt_lens: Sequence[int]) -> list[dict[str, Any
     return rows
 
 
+@ends_with_message()
 def main() -> None:
     parser = new_parser(__doc__)
     add_model(parser, "qwen3-8b")

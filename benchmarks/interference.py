@@ -19,6 +19,7 @@ from lib.loads import full_length, random_prompt, vocab_size_of
 from lib.meters import BusyMeter, freeze_garbage
 from lib.report import quantiles_ms, report
 from nanovllm import LLM, RequestOutput
+from nanovllm.errors import ends_with_message
 
 MAX_WAITING_PROMPTS = 4
 MAX_FIRST_TOKENS = 1024
@@ -103,6 +104,7 @@ def measure(llm: LLM, args: argparse.Namespace) -> list[dict[str, Any]]:
     return thirds
 
 
+@ends_with_message()
 def main() -> None:
     parser = new_parser(__doc__)
     add_mode(parser, "pd")

@@ -14,6 +14,7 @@ from lib.loads import random_prompt, vocab_size_of
 from lib.meters import memory_mib
 from lib.report import report
 from nanovllm import LLM, SamplingParams
+from nanovllm.errors import ends_with_message
 
 
 def serve(llm: LLM, num_requests: int, rng: random.Random, vocab_size: int) -> None:
@@ -31,6 +32,7 @@ def serve(llm: LLM, num_requests: int, rng: random.Random, vocab_size: int) -> N
         running -= {output.request_id for output in llm.step() if output.finished}
 
 
+@ends_with_message()
 def main() -> None:
     parser = new_parser(__doc__)
     add_model(parser, "qwen3-0.6b")

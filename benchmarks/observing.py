@@ -22,6 +22,7 @@ from lib.report import report
 from nanovllm import LLM
 from nanovllm.engine.observability.metrics import Metrics
 from nanovllm.engine.scheduling.timeline import Timeline
+from nanovllm.errors import ends_with_message
 
 WAYS = ("nothing", "metrics", "metrics and trace")
 
@@ -58,6 +59,7 @@ def run(way: str, args: argparse.Namespace, options: dict[str, Any], folder: str
         return num_tokens / seconds
 
 
+@ends_with_message()
 def main() -> None:
     parser = new_parser(__doc__)
     add_mode(parser, "single")

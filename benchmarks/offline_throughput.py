@@ -16,8 +16,10 @@ from lib.loads import full_length, generate_timed, random_prompt
 from lib.report import report
 from lib.streaming import streaming_bandwidth
 from nanovllm import LLM
+from nanovllm.errors import ends_with_message
 
 
+@ends_with_message()
 def main() -> None:
     parser = new_parser(__doc__)
     add_shape(parser, "qwen3-0.6b")

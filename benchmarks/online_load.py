@@ -44,6 +44,7 @@ from lib.report import QUANTILES, quantiles_ms, report
 from lib.traces import Trace, read_trace
 from nanovllm import LLM
 from nanovllm.entrypoints.prometheus import Collector
+from nanovllm.errors import ends_with_message
 
 NUM_REPLICAS = 2
 
@@ -276,6 +277,7 @@ def serve_metrics(llm: LLM, port: int) -> None:
     print(f"metrics: http://localhost:{port}/metrics")
 
 
+@ends_with_message()
 def main() -> None:
     args = read_options()
     if args.mode == "dp2":

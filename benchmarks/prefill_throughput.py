@@ -11,6 +11,7 @@ from lib.ceilings import gemm_rate, linear_flops
 from lib.loads import full_length, generate_timed
 from lib.report import report
 from nanovllm import LLM
+from nanovllm.errors import ends_with_message
 from nanovllm.models.description import ModelDescription
 
 
@@ -20,6 +21,7 @@ def prefill_flops(config: ModelDescription, prompt_len: int) -> float:
     return linear_flops(config, prompt_len, 1) + attention
 
 
+@ends_with_message()
 def main() -> None:
     parser = new_parser(__doc__)
     add_shape(parser, "qwen3-8b")

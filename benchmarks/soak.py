@@ -31,6 +31,7 @@ from nanovllm.engine.execution.step_handle import StepHandle
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut
 from nanovllm.engine.scheduling.step import BlockPair, Step
+from nanovllm.errors import ends_with_message
 from nanovllm.utils.device import Event
 
 MAX_DEVICE_GROWTH_MIB = 64
@@ -256,6 +257,7 @@ def _complaints(output: RequestOutput, outcome: str, plan: Plan) -> list[str]:
     return []
 
 
+@ends_with_message()
 def main() -> None:
     parser = new_parser(__doc__)
     add_mode(parser, "pd")

@@ -22,6 +22,7 @@ from lib.arguments import add_device, add_shape, new_parser, write_shape
 from lib.report import report
 from nanovllm import LLM
 from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.errors import ends_with_message
 
 CHILD = """
 import json, sys, time
@@ -58,6 +59,7 @@ def time_process(folder: str, device: str, kernel_cache: str | None) -> dict[str
     return {name: moment - started for name, moment in json.loads(run.stdout.splitlines()[-1]).items()}
 
 
+@ends_with_message()
 def main() -> None:
     parser = new_parser(__doc__)
     add_shape(parser, "qwen3-0.6b")

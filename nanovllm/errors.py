@@ -12,6 +12,8 @@ NanoVLLMError
 ├── OutOfKVCacheError(MemoryError)         the pool cannot be made, or a request cannot fit in it alone
 ├── DeviceError(RuntimeError)              a GPU that runs nothing any more
 ├── WorkerError(RuntimeError)              a tensor-parallel worker died
+├── EngineProcessError(RuntimeError)       the process that an `AsyncLLM` has its engine in is gone, or failed
+│   └── EngineTimeoutError(TimeoutError)   it does not answer
 ├── GreenContextError(RuntimeError)        an SM partition that cannot be had
 └── HandoffError(RuntimeError)             a request's KV did not reach the decode device
     └── HandoffTimeout(TimeoutError)
@@ -19,12 +21,18 @@ NanoVLLMError
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
+
 __all__ = [
     "BackendUnavailableError",
     "ConfigError",
     "DeviceError",
     "EngineBusyError",
     "EngineClosedError",
+    "EngineProcessError",
+    "EngineTimeoutError",
     "GreenContextError",
     "HandoffError",
     "HandoffTimeout",
@@ -98,6 +106,14 @@ class WorkerError(NanoVLLMError, RuntimeError):
     """A tensor-parallel worker died; the message carries its traceback."""
 
 
+class EngineProcessError(NanoVLLMError, RuntimeError):
+    """The process that an `AsyncLLM` or a server has its engine in is gone, or something in it failed."""
+
+
+class EngineTimeoutError(EngineProcessError, TimeoutError):
+    """The engine's process did not answer a question in time."""
+
+
 class GreenContextError(NanoVLLMError, RuntimeError):
     """A driver call for an SM partition failed."""
 
@@ -108,3 +124,15 @@ class HandoffError(NanoVLLMError, RuntimeError):
 
 class HandoffTimeout(HandoffError, TimeoutError):
     """A handoff did not end within `handoff_timeout_s`; the message carries both sides' state."""
+
+
+@contextlib.contextmanager
+def ends_with_message() -> Iterator[None]:
+    """Ends the program with the message of an error that this package raises on purpose, without a traceback.
+
+    Decorates the `main` of commands, examples and benchmarks.
+    """
+    try:
+        yield
+    except NanoVLLMError as error:
+        sys.exit(f"error: {error}")

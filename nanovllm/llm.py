@@ -185,7 +185,7 @@ class LLM(LLMEngine):
         answers: dict[int, _Answer] = {}
         call = Call()
         inbox = Inbox(call)
-        each = [(token_ids, one) for token_ids, params in requests for one in _one_by_one(params)]
+        each = [(token_ids, one) for token_ids, params in requests for one in one_by_one(params)]
         progress = _Progress(len(each)) if use_tqdm else None
         try:
             with call.on_stack:
@@ -222,7 +222,7 @@ class LLM(LLMEngine):
                 )
 
 
-def _one_by_one(params: SamplingParams) -> list[SamplingParams]:
+def one_by_one(params: SamplingParams) -> list[SamplingParams]:
     """The parameters of each of the `n` answers; with a seed the next ones have the next seeds."""
     if params.n == 1:
         return [params]

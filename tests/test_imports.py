@@ -43,6 +43,8 @@ ENGINE_LAYERS = [
     {"handoffs"},
     {"recovery", "loop"},
     {"llm_engine"},
+    {"distributed.engine_process"},
+    {"distributed.engine_client"},
 ]
 
 
@@ -90,12 +92,26 @@ def test_decisions_import_no_torch(module):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
 
 
-@pytest.mark.parametrize("package", ["triton", "cuda", "flash_attn"])
+IMPORTED_BY = {
+    "triton": ("kernels/triton_",),
+    "flash_attn": ("kernels/flash_attn",),
+    "cuda": ("utils/",),
+    "zmq": ("engine/distributed/engine_",),
+    "msgspec": ("engine/distributed/messages", "entrypoints/server/"),
+    "starlette": ("entrypoints/server/",),
+    "uvicorn": ("entrypoints/server/",),
+}
+
+
+@pytest.mark.parametrize("package", IMPORTED_BY)
 def test_only_its_own_modules_import_an_optional_package(package):
-    allowed = {"triton": "kernels/triton_", "flash_attn": "kernels/flash_attn", "cuda": "utils/"}[package]
-    for path in PACKAGE.rglob("*.py"):
-        if any(name.split(".")[0] == package for name in imported_modules(path)):
-            assert str(path.relative_to(PACKAGE)).startswith(allowed), f"{path} imports {package}"
+    importing = [
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        if any(name.split(".")[0] == package for name in imported_modules(path))
+    ]
+    assert importing
+    assert [path for path in importing if not path.startswith(IMPORTED_BY[package])] == []
 
 
 def test_runs_without_optional_packages(tiny_path):
@@ -108,6 +124,20 @@ def test_runs_without_optional_packages(tiny_path):
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
     assert run.stdout.startswith("[")
+
+
+def test_asynchronous_use_without_its_packages_says_what_to_install():
+    code = (
+        "import sys\n"
+        "sys.modules['zmq'] = None\n"
+        "import nanovllm\n"
+        "try:\n"
+        "    from nanovllm import AsyncLLM\n"
+        "except ImportError as error:\n"
+        "    print(error)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert "pip install nanovllm[serve]" in run.stdout
 
 
 def engine_layer(module: str) -> int:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
-import re
 import sys
 from pathlib import Path
 
 from nanovllm.config import PIPELINE_OPTIONS, TWO_GPU_OPTIONS, EngineConfig
+from nanovllm.entrypoints.engine_options import descriptions
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "options.md"
 
@@ -28,17 +27,6 @@ each `auto` and `None` resolved, is one line of the log at level INFO: `resolved
 """
 
 SWITCHES = {"enable_two_gpu_pd": TWO_GPU_OPTIONS, "enable_decode_pipeline": PIPELINE_OPTIONS}
-
-
-def descriptions() -> dict[tuple[str, ...], str]:
-    """What the docstring of `EngineConfig` says, by the option or options that it says it of."""
-    docstring = inspect.getdoc(EngineConfig) or ""
-    arguments = docstring.partition("Args:\n")[2].partition("\nRaises:")[0]
-    found: dict[tuple[str, ...], str] = {}
-    for entry in re.split(r"\n(?=    \w)", "\n" + arguments.rstrip())[1:]:
-        names, _, text = entry.strip().partition(": ")
-        found[tuple(names.split(", "))] = " ".join(text.split())
-    return found
 
 
 def default_of(field: dataclasses.Field[object]) -> str:

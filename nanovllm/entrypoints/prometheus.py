@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
-from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import EngineClosedError
 
 PREFIX = "nanovllm"
@@ -44,6 +43,12 @@ PER_LANE = (
 )
 
 
+class HasMetrics(Protocol):
+    """An engine, or what an engine has said."""
+
+    def metrics(self) -> dict[str, Any]: ...
+
+
 class Collector:
     """Reads an engine's metrics whenever Prometheus asks.
 
@@ -56,7 +61,7 @@ class Collector:
         ImportError: prometheus-client is not installed; the message says how to get it.
     """
 
-    def __init__(self, engine: LLMEngine) -> None:
+    def __init__(self, engine: HasMetrics) -> None:
         try:
             from prometheus_client import core
         except ImportError as error:

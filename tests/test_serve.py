@@ -1,0 +1,637 @@
+"""The server as its clients see it: the openai package, raw sockets, signals, and processes that die."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.demo import DEMO_MODEL_PATH
+
+for package in ("starlette", "uvicorn", "httptools", "msgspec", "zmq"):
+    pytest.importorskip(package, reason="needs the extra `serve`")
+openai = pytest.importorskip("openai")
+
+ROOT = Path(__file__).parent.parent
+QUESTIONS = json.loads((Path(DEMO_MODEL_PATH) / "questions.json").read_text(encoding="utf-8"))
+ANSWERS = {pair["question"]: pair["answer"] for pair in QUESTIONS}
+PRIMES = "list all prime numbers within 100"
+OPTIONS = {"device": "cpu", "num_kvcache_blocks": 2000, "max_num_seqs": 128}
+ENDLESS = {"temperature": 0, "max_tokens": 1900, "ignore_eos": True, "stream": True}
+
+
+class ServerProcess:
+    """`python -m nanovllm serve` on a free port of 127.0.0.1."""
+
+    def __init__(self, folder, *arguments):
+        command = [sys.executable, "-m", "nanovllm", "serve", DEMO_MODEL_PATH, "--port", "0"]
+        for name, value in OPTIONS.items():
+            command += [f"--{name.replace('_', '-')}", str(value)]
+        self.log = folder / "server.log"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder)}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*command, *arguments], stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+            )
+
+    def await_ready(self):
+        line = self.process.stdout.readline()
+        assert " at http://127.0.0.1:" in line, self.log.read_text()
+        self.port = int(line.rsplit(":", 1)[1])
+        return self
+
+    @property
+    def engine_pid(self):
+        pid = self.process.pid
+        (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return int(child)
+
+    def client(self, **options):
+        given = {"api_key": "none", "max_retries": 0, "timeout": 60, **options}
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", **given)
+
+    def ask(self, method, path, body=None, headers=()):
+        """Status, headers and content of one request."""
+        return asyncio.run(ask(self.port, method, path, body, headers))
+
+    def stop(self, sig=signal.SIGTERM, within_s=30.0):
+        """The exit status."""
+        self.process.send_signal(sig)
+        return self.wait(within_s)
+
+    def wait(self, within_s=30.0):
+        return self.process.wait(within_s)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+def head(method, path, length, headers=()):
+    lines = [f"{method} {path} HTTP/1.1", "Host: test", f"Content-Length: {length}", *headers]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+
+async def read_head(reader):
+    lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in lines[1:] if line)
+    return int(lines[0].split()[1]), headers
+
+
+async def read_parts(reader):
+    """The parts of a body that comes in chunks."""
+    while size := int(await reader.readline(), 16):
+        yield await reader.readexactly(size)
+        await reader.readexactly(2)
+
+
+async def ask(port, method, path, body=None, headers=()):
+    data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(head(method, path, len(data), headers) + data)
+        status, found = await read_head(reader)
+        content = await reader.readexactly(int(found.get("content-length", 0)))
+        if found.get("transfer-encoding") == "chunked":
+            content = b"".join([part async for part in read_parts(reader)])
+        return status, found, content.decode()
+    finally:
+        writer.close()
+
+
+async def events(port, path, body, headers=()):
+    """The data of server-sent events, as they come; closing the generator closes the connection."""
+    data = json.dumps(body).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(head("POST", path, len(data), headers) + data)
+        status, _ = await read_head(reader)
+        assert status == 200
+        async for part in read_parts(reader):
+            for event in part.decode().split("\n\n")[:-1]:
+                yield event.removeprefix("data: ")
+    finally:
+        writer.close()
+
+
+def chat_body(question, **more):
+    return {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 600, **more}
+
+
+def metric(server, pattern):
+    """The sum of the metrics whose lines begin like this."""
+    _, _, text = server.ask("GET", "/metrics")
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if re.match(pattern, line))
+
+
+def at_rest(server, within_s=15.0):
+    """Waits until the engine holds nothing."""
+    deadline = time.monotonic() + within_s
+    while metric(server, r'nanovllm_kv_blocks\{.*state="held"') or metric(server, r"nanovllm_requests\{"):
+        assert time.monotonic() < deadline, "requests or blocks are still held"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def start_server(tmp_path_factory):
+    """Makes servers; whatever becomes of the test, none is left behind."""
+    made = []
+
+    def start(*arguments):
+        made.append(ServerProcess(tmp_path_factory.mktemp("served"), *arguments))
+        return made[-1].await_ready()
+
+    yield start
+    for server in made:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def server(start_server):
+    made = start_server("--max-queued-requests", "72", "--max-body-bytes", "2000000", "--body-timeout", "1")
+    yield made
+    assert made.process.poll() is None, made.log.read_text()
+    at_rest(made)
+    assert made.stop() == 0
+    assert "Traceback" not in made.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with server.client() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def reference():
+    with LLM(DEMO_MODEL_PATH, **OPTIONS) as made:
+        yield made
+
+
+# The openai package
+
+
+def test_chat(client):
+    answer = client.chat.completions.create(model="demo", **chat_body(PRIMES))
+    assert answer.choices[0].message.content == ANSWERS[PRIMES]
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert answer.usage.completion_tokens > 50
+
+
+def test_chat_in_chunks(client):
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    *chunks, last = client.chat.completions.create(model="demo", **chat_body(PRIMES, **options))
+    assert "".join(chunk.choices[0].delta.content for chunk in chunks) == ANSWERS[PRIMES]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+    assert len({chunk.id for chunk in (*chunks, last)}) == 1
+    assert last.choices == []
+    assert last.usage.completion_tokens > 50
+
+
+def test_seeds_give_the_tokens_that_they_give_in_process(client, reference):
+    prompts = ["The capital of", "Once upon a time"]
+    params = SamplingParams(temperature=1.2, top_k=50, top_p=0.9, min_p=0.01, seed=7, max_tokens=30, min_tokens=12)
+    expected = reference.generate(prompts, params, use_tqdm=False)
+    more = {"top_k": 50, "min_p": 0.01, "min_tokens": 12}
+    given = {"temperature": 1.2, "top_p": 0.9, "seed": 7, "max_tokens": 30, "extra_body": more}
+    answer = client.completions.create(model="demo", prompt=prompts, **given)
+    assert [choice.text for choice in answer.choices] == [each["text"] for each in expected]
+    assert [choice.finish_reason for choice in answer.choices] == [each["finish_reason"] for each in expected]
+    tokens = [each["prompt_token_ids"] for each in expected]
+    again = client.completions.create(model="demo", prompt=tokens, **given)
+    assert [choice.text for choice in again.choices] == [each["text"] for each in expected]
+    other = client.completions.create(model="demo", prompt=prompts, **{**given, "seed": 8})
+    assert [choice.text for choice in other.choices] != [each["text"] for each in expected]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_answers_with_penalties_and_biases(client, reference, stream):
+    messages = chat_body("introduce yourself")["messages"]
+    given = {"temperature": 1.5, "max_tokens": 20, "presence_penalty": 0.5, "frequency_penalty": 0.3, "seed": 5, "n": 3}
+    params = SamplingParams(**given, repetition_penalty=1.2, logit_bias={20: 3.0}, skip_special_tokens=False)
+    (expected,) = reference.chat(messages, params, use_tqdm=False)
+    more = {"repetition_penalty": 1.2, "skip_special_tokens": False}
+    found = client.chat.completions.create(
+        model="demo", messages=messages, **given, logit_bias={"20": 3}, extra_body=more, stream=stream
+    )
+    texts = ["", "", ""]
+    for part in found if stream else [found]:
+        for choice in part.choices:
+            texts[choice.index] += (choice.delta if stream else choice.message).content
+    assert texts == [each["text"] for each in expected["outputs"]]
+    if not stream:
+        assert found.usage.prompt_tokens == len(expected["prompt_token_ids"])
+
+
+@pytest.mark.parametrize("stop", ["37", "<|im_end|>"])
+def test_the_stop_may_be_part_of_the_text(client, stop):
+    more = {"include_stop_str_in_output": True, "skip_special_tokens": False}
+    answer = client.chat.completions.create(model="demo", **chat_body(PRIMES, stop=stop), extra_body=more)
+    assert answer.choices[0].message.content == (ANSWERS[PRIMES] + stop).partition(stop)[0] + stop
+
+
+def test_several_prompts_in_chunks(client, reference):
+    prompts = ["The capital of", "Once upon a time", "Hello"]
+    expected = reference.generate(prompts, SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)
+    texts = ["", "", ""]
+    given = {"temperature": 0, "max_tokens": 20, "stream": True, "echo": True}
+    for chunk in client.completions.create(model="demo", prompt=prompts, **given):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [prompt + each["text"] for prompt, each in zip(prompts, expected, strict=True)]
+
+
+def test_log_probabilities(client, reference):
+    params = SamplingParams(temperature=0, max_tokens=6, logprobs=2)
+    (expected,) = reference.chat(chat_body(PRIMES)["messages"], params, use_tqdm=False)
+    for stream in (False, True):
+        found = client.chat.completions.create(
+            model="demo", **chat_body(PRIMES, max_tokens=6, logprobs=True, top_logprobs=2, stream=stream)
+        )
+        parts = list(found) if stream else [found]
+        entries = [entry for part in parts for entry in part.choices[0].logprobs.content]
+        assert "".join(entry.token for entry in entries) == expected["text"]
+        assert b"".join(bytes(entry.bytes) for entry in entries).decode() == expected["text"]
+        for entry, wanted in zip(entries, expected["logprobs"], strict=True):
+            assert entry.logprob == pytest.approx(wanted.logprob, abs=1e-3)
+            assert len(entry.top_logprobs) == 2
+            assert entry.top_logprobs[0].token == entry.token
+    prompt = expected["prompt_token_ids"]
+    answer = client.completions.create(model="demo", prompt=prompt, max_tokens=6, temperature=0, logprobs=2)
+    listed = answer.choices[0].logprobs
+    assert "".join(listed.tokens) == expected["text"]
+    assert listed.text_offset == [expected["text"].index(token) for token in listed.tokens]
+    assert listed.token_logprobs == pytest.approx([entry.logprob for entry in expected["logprobs"]], abs=1e-3)
+    assert [len(top) for top in listed.top_logprobs] == [2] * 6
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop(client, stream):
+    found = client.chat.completions.create(model="demo", **chat_body(PRIMES, stop=["37", "no such"], stream=stream))
+    parts = list(found) if stream else [found]
+    text = "".join((part.choices[0].delta if stream else part.choices[0].message).content for part in parts)
+    assert text == ANSWERS[PRIMES][: ANSWERS[PRIMES].index("37")]
+    assert parts[-1].choices[0].finish_reason == "stop"
+
+
+def test_stop_tokens_and_template_options(client, server, reference):
+    (comma,) = json.loads(server.ask("POST", "/tokenize", {"prompt": ","})[2])["tokens"]
+    more = {"stop_token_ids": [comma], "chat_template_kwargs": {"enable_thinking": False}}
+    answer = client.chat.completions.create(model="demo", **chat_body(PRIMES), extra_body=more)
+    assert answer.choices[0].message.content == ANSWERS[PRIMES][: ANSWERS[PRIMES].index(",")]
+    begun = [*chat_body(PRIMES)["messages"], {"role": "assistant", "content": "There are 25"}]
+    (expected,) = reference.chat(
+        begun, SamplingParams(temperature=0, max_tokens=20), False, continue_final_message=True
+    )
+    more = {"continue_final_message": True}
+    answer = client.chat.completions.create(model="demo", messages=begun, temperature=0, max_tokens=20, extra_body=more)
+    assert answer.choices[0].message.content == expected["text"]
+
+
+REFUSED = {
+    "n": 0,
+    "presence_penalty": 2.5,
+    "frequency_penalty": "much",
+    "repetition_penalty": 0,
+    "logit_bias": {"five": 1},
+    "best_of": 3,
+    "response_format": {"type": "json_object"},
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "tool_choice": "required",
+    "modalities": ["text", "audio"],
+    "audio": {"voice": "alloy", "format": "wav"},
+    "reasoning_effort": "low",
+    "guided_regex": "a+",
+    "include_stop_str_in_output": "yes",
+    "prompt_logprobs": 1,
+    "temprature": 1,
+    "temperature": -1,
+    "top_p": 2,
+    "max_tokens": 0,
+    "seed": "seven",
+    "stop": "",
+    "stream": "yes",
+    "stream_options": {"include_usage": True},
+    "logprobs": 5,
+    "top_logprobs": 3,
+    "min_tokens": 10_000,
+    "messages": [],
+    "chat_template_kwargs": {"messages": []},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_served_is_refused_by_name(client, name):
+    with pytest.raises(openai.BadRequestError, match=name) as caught:
+        client.chat.completions.create(
+            model="demo", messages=[{"role": "user", "content": "hello"}], extra_body={name: REFUSED[name]}
+        )
+    assert caught.value.status_code == 400
+    assert caught.value.type == "invalid_request_error"
+
+
+def test_values_that_ask_for_nothing_are_accepted(client):
+    neutral = {
+        "n": 1,
+        "best_of": 1,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0,
+        "logit_bias": {},
+        "response_format": {"type": "text"},
+        "tools": None,
+        "user": "someone",
+        "seed": None,
+        "top_logprobs": None,
+        "skip_special_tokens": True,
+        "stream_options": None,
+    }
+    answer = client.chat.completions.create(model="demo", **chat_body(PRIMES), extra_body=neutral)
+    assert answer.choices[0].message.content == ANSWERS[PRIMES]
+
+
+def test_a_bool_is_not_the_number_that_it_equals(client):
+    with pytest.raises(openai.BadRequestError, match="best_of=True"):
+        client.chat.completions.create(model="demo", **chat_body("hello"), extra_body={"best_of": True})
+
+
+def test_errors_of_completions(client):
+    for given, message in (
+        ({"echo": True, "logprobs": 1, "prompt": "a"}, "prompt, which are not served yet"),
+        ({"prompt": []}, "prompt="),
+        ({"prompt": ["a", 5]}, "mixes"),
+        ({"prompt": [10**9]}, "vocabulary"),
+        ({"prompt": "word " * 50_000}, "characters"),
+        ({"prompt": "a", "suffix": "b"}, "suffix"),
+        ({"prompt": "a", "messages": []}, "messages"),
+        ({}, "prompt="),
+    ):
+        with pytest.raises(openai.BadRequestError, match=message):
+            client.post("/completions", body=given, cast_to=object)
+    with pytest.raises(openai.NotFoundError, match="'demo' is"):
+        client.completions.create(model="other", prompt="a")
+
+
+# Other addresses
+
+
+def test_models_tokens_and_texts(client, server):
+    (model,) = client.models.list()
+    assert model.id == "demo"
+    assert client.models.retrieve("demo").id == "demo"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+    tokens = json.loads(server.ask("POST", "/tokenize", {"prompt": "Hello there"})[2])
+    assert tokens["count"] == len(tokens["tokens"])
+    text = json.loads(server.ask("POST", "/detokenize", {"tokens": tokens["tokens"]})[2])
+    assert text == {"prompt": "Hello there"}
+    chat = json.loads(server.ask("POST", "/tokenize", {"messages": [{"role": "user", "content": "Hello"}]})[2])
+    assert chat["count"] > tokens["count"]
+    for path, body in (("/tokenize", {}), ("/tokenize", {"prompt": 3}), ("/detokenize", {"tokens": ["a"]})):
+        assert server.ask("POST", path, body)[0] == 400
+    assert server.ask("POST", "/detokenize", {"token": [1]})[0] == 400
+    assert server.ask("GET", "/health")[0] == 200
+    assert server.ask("GET", "/nothing")[0] == 404
+    assert server.ask("GET", "/tokenize")[0] == 405
+
+
+def test_explain_by_the_id_of_an_answer(client, server):
+    answer = client.completions.create(model="demo", prompt="a", max_tokens=2, extra_body={"ignore_eos": True})
+    status, _, content = server.ask("GET", f"/explain/{answer.id}")
+    assert status == 200
+    assert json.loads(content)["spans"][-1]["what"] == "ended: length"
+    kind, run, _ = answer.id.split("-")
+    for unknown in ("0", f"{kind}-00000000-0", f"{kind}-{run}-99999999", f"{kind}-{run}-{'9' * 500}", "x" * 999):
+        assert server.ask("GET", f"/explain/{unknown}")[0] == 404
+
+
+def test_metrics_count_what_was_served(client, server):
+    before = metric(server, r"nanovllm_decode_tokens_total ")
+    client.completions.create(model="demo", prompt="a", max_tokens=12, extra_body={"ignore_eos": True})
+    assert metric(server, r"nanovllm_decode_tokens_total ") == before + 11
+
+
+# Crowds and clients of ill will
+
+
+async def follow(port, question, leave_after):
+    """The text of an answer, or its beginning where the client leaves after so many events."""
+    text, stream = "", events(port, "/v1/chat/completions", chat_body(question, stream=True))
+    async with contextlib.aclosing(stream):
+        count = 0
+        async for event in stream:
+            if event == "[DONE]":
+                return text, True
+            text += json.loads(event)["choices"][0]["delta"]["content"]
+            count += 1
+            if count == leave_after:
+                return text, False
+    raise AssertionError("the stream has ended without its end")
+
+
+def test_a_crowd_of_streams_of_which_a_third_leave_early(server):
+    rng = random.Random(0)
+    questions = rng.sample(list(ANSWERS), 120)
+    leave_after = [rng.randrange(1, 8) if number % 3 == 0 else None for number in range(120)]
+
+    async def main():
+        calls = (follow(server.port, *pair) for pair in zip(questions, leave_after, strict=True))
+        return await asyncio.gather(*calls)
+
+    before = metric(server, r'nanovllm_requests_ended_total\{reason="abort"')
+    for question, left, (text, is_whole) in zip(questions, leave_after, asyncio.run(main()), strict=True):
+        assert is_whole or left is not None
+        assert text == ANSWERS[question] if is_whole else ANSWERS[question].startswith(text)
+    at_rest(server)
+    assert metric(server, r'nanovllm_requests_ended_total\{reason="abort"') > before + 20
+
+
+def test_a_client_that_leaves_before_its_whole_answer_is_not_served_on(server):
+    async def main():
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        data = json.dumps(chat_body(PRIMES, max_tokens=1900, ignore_eos=True)).encode()
+        writer.write(head("POST", "/v1/chat/completions", len(data)) + data)
+        await writer.drain()
+        await asyncio.sleep(0.3)
+        writer.close()
+
+    before = metric(server, r'nanovllm_requests_ended_total\{reason="abort"')
+    asyncio.run(main())
+    at_rest(server)
+    assert metric(server, r'nanovllm_requests_ended_total\{reason="abort"') == before + 1
+
+
+def test_too_many_requests_are_told_to_come_again(server):
+    body = {"prompt": ["a"] * 201, "max_tokens": 1}
+    status, headers, content = server.ask("POST", "/v1/completions", body)
+    assert (status, headers["retry-after"]) == (429, "1")
+    assert json.loads(content)["error"]["code"] == "queue_full"
+    assert server.ask("POST", "/v1/completions", {**body, "prompt": ["a"] * 200})[0] == 200
+    assert server.ask("POST", "/v1/completions", {**body, "prompt": ["a"] * 200})[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b'{"prompt": "\\ud800"}', "not JSON"),
+        (b"[1, 2]", "not a JSON object"),
+        (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+        (b'{"prompt": 1e999}', "not JSON"),
+        (b'{"prompt": 1e9}', "prompt="),
+        (b'{"prompt": "a", "max_tokens": 99999999999999999999999999, "stop": ["a", " ", "I"]}', None),
+        (b'{"prompt": "a", "prompt": [[]]}', "empty"),
+    ],
+)
+def test_malformed_bodies(server, body, message):
+    status, _, content = server.ask("POST", "/v1/completions", body)
+    if message is None:
+        assert status == 200
+    else:
+        assert status == 400
+        assert message in json.loads(content)["error"]["message"]
+
+
+def test_huge_bodies(server):
+    async def announced():
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(head("POST", "/v1/completions", 10**15) + b"{")
+        status, headers = await read_head(reader)
+        writer.close()
+        return status, headers["connection"]
+
+    async def in_chunks():
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(3):
+            writer.write(b"%x\r\n" % 900_000 + b" " * 900_000 + b"\r\n")
+        status, _ = await read_head(reader)
+        writer.close()
+        return status
+
+    assert asyncio.run(announced()) == (413, "close")
+    assert asyncio.run(in_chunks()) == 413
+
+
+def test_slow_and_half_sent_bodies(server):
+    async def slow():
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(head("POST", "/v1/completions", 100))
+        answer = asyncio.create_task(read_head(reader))
+        started_s = time.monotonic()
+        while not answer.done():
+            with contextlib.suppress(ConnectionError):
+                writer.write(b" ")
+                await writer.drain()
+            await asyncio.sleep(0.2)
+        writer.close()
+        return (await answer)[0], time.monotonic() - started_s
+
+    async def half():
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(head("POST", "/v1/completions", 100) + b'{"prompt": "a')
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.transport.abort()
+
+    async def main():
+        return (await asyncio.gather(slow(), *(half() for _ in range(20))))[0]
+
+    status, seconds = asyncio.run(main())
+    assert status == 408
+    assert 0.9 < seconds < 10
+    assert server.ask("GET", "/health")[0] == 200
+
+
+# Ends
+
+
+def test_a_key_and_sigterm_under_load(start_server):
+    """Requests that end in time are answered, others are told, and new ones are refused meanwhile."""
+    served = start_server("--api-key", "secret", "--shutdown-timeout", "3", "--served-model-name", "it")
+    key = ["Authorization: Bearer secret"]
+    assert served.ask("GET", "/v1/models")[0] == 401
+    assert served.ask("GET", "/v1/models", headers=["Authorization: Bearer secrex"])[0] == 401
+    assert served.ask("GET", "/health")[0] == 200
+    with served.client(api_key="secret") as client:
+        assert client.models.list().data[0].id == "it"
+
+    async def endless():
+        found = [event async for event in events(served.port, "/v1/completions", {"prompt": "a", **ENDLESS}, key)]
+        return json.loads(found[-1])
+
+    async def main():
+        short = [ask(served.port, "POST", "/v1/chat/completions", chat_body(PRIMES), key) for _ in range(20)]
+        tasks = [asyncio.create_task(each) for each in (*short, endless(), endless())]
+        whole = {"prompt": "a", **ENDLESS, "stream": False}
+        tasks.append(asyncio.create_task(ask(served.port, "POST", "/v1/completions", whole, key)))
+        await asyncio.sleep(0.5)
+        served.process.send_signal(signal.SIGTERM)
+        started_s = time.monotonic()
+        while (await ask(served.port, "GET", "/health"))[0] == 200:
+            await asyncio.sleep(0.02)
+        refused = await ask(served.port, "POST", "/v1/completions", {"prompt": "a"}, key)
+        answers = await asyncio.gather(*tasks)
+        return refused, answers, time.monotonic() - started_s
+
+    refused, (*short, first, second, last), seconds = asyncio.run(main())
+    assert served.wait() == 0
+    assert refused[0] == 503
+    assert {answer[0] for answer in short} == {200}
+    assert {json.loads(answer[2])["choices"][0]["message"]["content"] for answer in short} == {ANSWERS[PRIMES]}
+    assert first["error"]["code"] == second["error"]["code"] == "stopping"
+    assert last[0] == 503
+    assert seconds < 3 + 2
+
+
+def test_a_killed_engine_process_is_told_and_ends_the_server(start_server):
+    served = start_server()
+
+    async def main():
+        stream = events(served.port, "/v1/completions", {"prompt": "a", **ENDLESS})
+        whole = asyncio.create_task(
+            ask(served.port, "POST", "/v1/completions", {"prompt": "a", **ENDLESS, "stream": False})
+        )
+        await anext(stream)
+        os.kill(served.engine_pid, signal.SIGKILL)
+        rest = [event async for event in stream]
+        return json.loads(rest[-1]), await whole
+
+    told, whole = asyncio.run(main())
+    assert "SIGKILL" in told["error"]["message"]
+    assert whole[0] == 503
+    assert served.wait() == 1
+
+
+def test_ctrl_c_twice_stops_at_once(start_server):
+    served = start_server("--shutdown-timeout", "60")
+
+    async def main():
+        stream = events(served.port, "/v1/completions", {"prompt": "a", **ENDLESS})
+        await anext(stream)
+        served.process.send_signal(signal.SIGINT)
+        while (await ask(served.port, "GET", "/health"))[0] == 200:
+            await asyncio.sleep(0.02)
+        served.process.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError, ValueError):
+            async for _ in stream:
+                pass
+
+    started_s = time.monotonic()
+    asyncio.run(main())
+    assert served.wait() == 0
+    assert time.monotonic() - started_s < 20
