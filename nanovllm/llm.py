@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -18,7 +19,7 @@ from nanovllm.engine.requests import Prompt
 from nanovllm.engine.text.chat import ChatTemplate
 from nanovllm.errors import EngineBusyError, RequestError, short_repr
 from nanovllm.outputs import RequestOutput, TokenLogprobs
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import MAX_INTEGER, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,8 @@ class LLM(LLMEngine):
             For each prompt, in order, a dict of `text`, `token_ids` (the stop token, if one ended it, included),
             `finish_reason` (`stop`, `length`, `abort` or `error`), `prompt_token_ids`, `ttft_s` and `latency_s`
             (seconds from arrival to first token and to the end), `logprobs` (a `TokenLogprobs` per token, or None)
-            and `error` (the exception of a failed request, or None).
+            and `error` (the exception of a failed request, or None). With `n` above 1 that is the first answer, and
+            `outputs` lists all of them as such dicts.
 
         Raises:
             RequestError: a prompt or parameter is refused, by its index, before anything runs.
@@ -153,7 +155,7 @@ class LLM(LLMEngine):
         inbox = Inbox()
         stream = _Stream(self, inbox)  # before there is a request, so that none is without one
         token_ids = self._intake.checked_prompt(prompt)
-        self._submit(token_ids, self._intake.checked_params(sampling_params), inbox, streamed=True)
+        self._submit(token_ids, self._intake.checked_params(sampling_params, max_n=1), inbox, streamed=True)
         return stream
 
     def _checked_requests(
@@ -183,10 +185,11 @@ class LLM(LLMEngine):
         answers: dict[int, _Answer] = {}
         call = Call()
         inbox = Inbox(call)
-        progress = _Progress(len(requests)) if use_tqdm else None
+        each = [(token_ids, one) for token_ids, params in requests for one in _one_by_one(params)]
+        progress = _Progress(len(each)) if use_tqdm else None
         try:
             with call.on_stack:
-                for token_ids, params in requests:
+                for token_ids, params in each:
                     new = self._new_request(token_ids, params, inbox, streamed=False)
                     answers[new.seq.request_id] = _Answer(token_ids, params.logprobs is not None)
                     self._mailbox.arrived.append(new)
@@ -195,7 +198,8 @@ class LLM(LLMEngine):
             self._abandon(inbox)
             if progress is not None:
                 progress.close()
-        return [answer.as_dict() for answer in answers.values()]
+        dicts = (answer.as_dict() for answer in answers.values())
+        return [_of_all_answers(list(itertools.islice(dicts, params.n))) for _, params in requests]
 
     def _run(self, call: Call, inbox: Inbox, answers: dict[int, _Answer], progress: _Progress | None) -> None:
         started = time.perf_counter()
@@ -216,6 +220,18 @@ class LLM(LLMEngine):
                     f"prefill {(self.counters.prefill_tokens - before.prefill_tokens) / seconds:.0f} tok/s, "
                     f"decode {(self.counters.decode_tokens - before.decode_tokens) / seconds:.0f} tok/s",
                 )
+
+
+def _one_by_one(params: SamplingParams) -> list[SamplingParams]:
+    """The parameters of each of the `n` answers; with a seed the next ones have the next seeds."""
+    if params.n == 1:
+        return [params]
+    seeds = [None if params.seed is None else (params.seed + index) & MAX_INTEGER for index in range(params.n)]
+    return [replace(params, n=1, seed=seed) for seed in seeds]
+
+
+def _of_all_answers(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    return answers[0] if len(answers) == 1 else {**answers[0], "outputs": answers}
 
 
 class _Progress:

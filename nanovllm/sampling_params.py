@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from nanovllm.errors import RequestError, short_repr
 
 MAX_INTEGER = 2**63 - 1
 MAX_LOGPROBS = 20
+MAX_N = 1024
+MAX_LOGIT_BIAS = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +32,19 @@ class SamplingParams:
         stop: a string, or several, that end the request; the text ends before the first one found. Special tokens that
             a stop string names, alone or amid text, are those tokens as the model writes them.
         stop_token_ids: token ids that end the request, in addition to the checkpoint's own.
+        skip_special_tokens: leave special tokens out of the text.
+        include_stop_str_in_output: leave the stop string, or the text of the stop token, that ends the request in the
+            text.
         ignore_eos: do not end on the checkpoint's end-of-sequence tokens.
+        presence_penalty: taken from the logits of all tokens that the output has, -2 to 2.
+        frequency_penalty: taken from the logits of a token for each time that the output has it, -2 to 2.
+        repetition_penalty: divides the positive logits of all tokens that prompt or output have, and multiplies the
+            negative ones; above 0, and 1 for none. It comes before the other penalties, and all before biases.
+        logit_bias: what to add to the logits of some token ids, -100 to 100 each, before temperature and filters: a
+            mapping, or pairs, as which it is kept.
+        n: answers to each prompt of `generate` and `chat`, each with random numbers of its own.
         logprobs: None, or the number of most probable tokens (0 to 20) to report beside the chosen one.
-            Log-probabilities are those of the model, before temperature and filters.
+            Log-probabilities are those of the model, before penalties, biases, temperature and filters.
 
     Raises:
         RequestError: a value is of the wrong type or out of range.
@@ -46,7 +59,14 @@ class SamplingParams:
     min_tokens: int = 0
     stop: str | Sequence[str] | None = ()
     stop_token_ids: Sequence[int] | None = ()
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = ()
+    n: int = 1
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
@@ -62,12 +82,18 @@ class SamplingParams:
             )
         if self.seed is not None:
             self._set_integer("seed", 0, MAX_INTEGER, f"None or an integer from 0 to {MAX_INTEGER}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check_number(name, getattr(self, name), -2.0, 2.0, "between -2 and 2")
+        _check_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, "above 0", open_low=True)
+        self._set_integer("n", 1, MAX_N, f"1 to {MAX_N}")
         if self.logprobs is not None:
             self._set_integer("logprobs", 0, MAX_LOGPROBS, f"None or 0 to {MAX_LOGPROBS}")
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos={short_repr(self.ignore_eos)} is not a bool; pass True or False")
+        for name in ("skip_special_tokens", "include_stop_str_in_output", "ignore_eos"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name}={short_repr(getattr(self, name))} is not a bool; pass True or False")
         object.__setattr__(self, "stop", _checked_stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _checked_stop_token_ids(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", _checked_logit_bias(self.logit_bias))
 
     def _set_integer(self, name: str, low: int, high: int | None, allowed: str) -> None:
         """Checks an integer field, of any integer type, and keeps it as an int."""
@@ -86,6 +112,16 @@ class SamplingParams:
     def float32_temperature(self) -> float:
         """The temperature kept where logits divided by it are finite in float32; 0 stays 0."""
         return self.temperature and min(max(self.temperature, 1e-6), 1e30)
+
+    @property
+    def needs_counts(self) -> bool:
+        """Whether sampling depends on the tokens so far."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """`logit_bias` as pairs of token id and what is added."""
+        return cast("tuple[tuple[int, float], ...]", self.logit_bias)
 
     @property
     def is_greedy(self) -> bool:
@@ -107,6 +143,19 @@ def _check_number(name: str, value: object, low: float, high: float, allowed: st
     below = number <= low if open_low else number < low
     if not math.isfinite(number) or below or number > high:
         raise RequestError(f"{name}={short_repr(value)} is out of range; it must be {allowed}")
+
+
+def _checked_logit_bias(given: object) -> tuple[tuple[int, float], ...]:
+    pairs = () if given is None else tuple(given.items()) if isinstance(given, Mapping) else given
+    if not isinstance(pairs, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
+        raise RequestError(f"logit_bias={short_repr(given)} is not a mapping of token ids to numbers")
+    for token_id, bias in pairs:
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+            raise RequestError(f"logit_bias has {short_repr(token_id)}, which is no token id (an integer, 0 or more)")
+        allowed = f"between -{MAX_LOGIT_BIAS:g} and {MAX_LOGIT_BIAS:g}"
+        _check_number(f"logit_bias of token {token_id}", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS, allowed)
+    biases = dict(pairs)
+    return tuple((int(token_id), float(bias)) for token_id, bias in biases.items())
 
 
 def _checked_stop_strings(stop: object) -> tuple[str, ...]:

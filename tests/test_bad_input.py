@@ -433,6 +433,28 @@ def test_extreme_options_change_no_answer(checkpoint, options):
         ),
         *(({"logprobs": x}, f"logprobs={x} is out of range; it must be None or 0 to 20") for x in (-1, 21)),
         ({"logprobs": True}, "logprobs=True is not an integer; it must be None or 0 to 20"),
+        *(
+            ({name: x}, f"{name}={x} is out of range; it must be between -2 and 2")
+            for name in ("presence_penalty", "frequency_penalty")
+            for x in (-2.1, 3, NAN)
+        ),
+        *(
+            ({"repetition_penalty": x}, f"repetition_penalty={x} is out of range; it must be above 0")
+            for x in (0, -1, INF)
+        ),
+        *(({"n": x}, f"n={x} is out of range; it must be 1 to 1024") for x in (0, 1025)),
+        ({"n": 1.5}, "n=1.5 is not an integer; it must be 1 to 1024"),
+        *(
+            ({"logit_bias": x}, "logit_bias=.* is not a mapping of token ids to numbers")
+            for x in (5, [1, 2], "ab", {1, 2}, [(1, 2, 3)])
+        ),
+        *(({"logit_bias": {x: 1}}, "logit_bias has .*, which is no token id") for x in (-1, "5", True, None, 1.0)),
+        *(({"logit_bias": {7: x}}, "logit_bias of token 7=.* is out of range") for x in (101, -100.5, NAN, INF)),
+        ({"logit_bias": {7: None}}, "logit_bias of token 7=None is not a number; it must be between -100 and 100"),
+        *(
+            ({name: 1}, f"{name}=1 is not a bool; pass True or False")
+            for name in ("skip_special_tokens", "include_stop_str_in_output")
+        ),
         ({"ignore_eos": 1}, "ignore_eos=1 is not a bool; pass True or False"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
@@ -450,6 +472,7 @@ def test_sampling_params(params, match):
         ([GREEDY, 7], "prompt 1: sampling_params=7 is not a SamplingParams"),
         ([GREEDY], "2 prompts and 1 sampling_params; pass one, or one for each"),
         ([], "2 prompts and 0 sampling_params; pass one, or one for each"),
+        (SamplingParams(logit_bias={211: 1}), "prompt 0: logit_bias has token id 211; the vocabulary has 211 tokens"),
         (SamplingParams(stop_token_ids=[211]), "prompt 0: stop_token_ids has 211; the vocabulary has 211 tokens"),
         (SamplingParams(stop="x"), "prompt 0: stop strings need a tokenizer, .* lacks; use stop_token_ids"),
     ],

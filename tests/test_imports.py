@@ -38,7 +38,7 @@ ENGINE_LAYERS = [
     {"execution"},
     {"model_runner"},
     {"distributed", "runners", "in_flight", "requests"},
-    {"observer", "mailbox", "step_listeners"},
+    {"observer", "mailbox", "step_listeners", "streamed_rows"},
     {"output_processor", "builder"},
     {"handoffs"},
     {"recovery", "loop"},

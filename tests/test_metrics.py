@@ -63,6 +63,12 @@ def test_requests_and_tokens_are_counted_once(tmp_path, two_devices):
         assert found["kv_blocks"]["decode"] == {"held": 0, "total": 200}
         assert (found["handoff_bytes"] > 0) == two_devices
         assert (found["handoff_s"]["count"] > 0) == two_devices
+        busy_s = found["busy_s"]
+        assert list(busy_s) == (["cpu:1", "cpu:0"] if two_devices else ["cpu:0"])
+        assert all(kinds["mixed"] == 0 for kinds in busy_s.values())
+        assert (busy_s["cpu:0"]["decode"] == 0) == two_devices
+        assert busy_s["cpu:0"]["prefill"] > 0
+        assert all(sum(kinds.values()) <= passed for kinds in busy_s.values())
     with pytest.raises(EngineClosedError):
         llm.metrics()
 
@@ -102,6 +108,7 @@ def test_prometheus_reads_them(tmp_path):
     assert 'nanovllm_inter_token_latency_seconds_bucket{le="+Inf"} 12.0' in text
     assert 'nanovllm_requests_ended_total{reason="length"} 3.0' in text
     assert 'nanovllm_kv_blocks{pool="decode",state="held"} 0.0' in text
+    assert 'nanovllm_busy_seconds_total{card="cpu:1",kind="prefill"} 0.0' in text
 
 
 def phases(timeline):

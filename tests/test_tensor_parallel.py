@@ -216,13 +216,16 @@ def test_greedy_tokens_equal_transformers(even, name, size, mode):
 
 @uses_workers
 def test_sampled_tokens_and_logprobs_equal_those_of_one_rank(even):
-    prompts = prompts_for(6, seed=5)
+    prompts = prompts_for(10, seed=5)
     params = [
         SamplingParams(
             temperature=0.9, top_p=0.8 + 0.2 * (i % 2), top_k=20, seed=i, max_tokens=12, logprobs=i % 3 or None
         )
         for i in range(4)
     ] + [SamplingParams(temperature=1.1, seed=i, max_tokens=30) for i in range(2)]
+    # Each rank counts and penalises its part of the vocabulary.
+    penalties = [{"repetition_penalty": 1.3}, {"frequency_penalty": 1.0}, {"presence_penalty": 2.0}]
+    params += [SamplingParams(temperature=0, max_tokens=25, **one) for one in [*penalties, {"logit_bias": {5: 3.0}}]]
     found = []
     for size in (1, 4):
         with LLM(even["biased"], device="cpu", tensor_parallel_size=size) as llm:
@@ -263,7 +266,7 @@ def test_only_what_changes_crosses(even):
     assert len(told) <= 2
     assert sum(task.changes.grown is not None for task in decodes) < len(decodes) / 3
     assert all(task.changes.joined is None for task in decodes if task.changes.order is None)
-    assert min(len(pickle.dumps(task)) for task in decodes) < 250
+    assert min(len(pickle.dumps(task)) for task in decodes) < 300  # names of classes and fields, mostly
 
 
 @uses_workers

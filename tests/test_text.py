@@ -24,9 +24,9 @@ from tests.tokenizers_made import KINDS, SPECIAL
 made = functools.cache(lambda kind: (tokenizer := KINDS[kind](), Vocabulary(tokenizer)))
 
 
-def pieces_of(vocabulary, token_ids, stop=(), min_tokens=0):
+def pieces_of(vocabulary, token_ids, stop=(), min_tokens=0, **options):
     """The pieces of a stream, the last one of `finish`, and how many tokens it took."""
-    text, pieces = StreamedText(vocabulary, stop), []
+    text, pieces = StreamedText(vocabulary, stop, **options), []
     for number, token_id in enumerate(token_ids, 1):
         pieces.append(text.add([token_id], may_stop=number >= min_tokens))
         if text.stopped:
@@ -37,9 +37,10 @@ def pieces_of(vocabulary, token_ids, stop=(), min_tokens=0):
 # What a stream says
 
 
+@pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-def test_pieces_make_up_what_decoding_all_at_once_gives(kind, data):
+def test_pieces_make_up_what_decoding_all_at_once_gives(kind, skip, data):
     tokenizer, vocabulary = made(kind)
     # Runs of few different tokens, so that what never makes a character, or no text, goes on for long.
     last = len(tokenizer) + 2
@@ -48,8 +49,8 @@ def test_pieces_make_up_what_decoding_all_at_once_gives(kind, data):
         lambda ids: st.lists(st.sampled_from(ids), min_size=1, max_size=60)
     )
     token_ids = [token for run in data.draw(st.lists(some | few, min_size=1, max_size=4)) for token in run]
-    pieces, _ = pieces_of(vocabulary, token_ids)
-    assert "".join(pieces) == tokenizer.decode(token_ids, skip_special_tokens=True)
+    pieces, _ = pieces_of(vocabulary, token_ids, skip_special_tokens=skip)
+    assert "".join(pieces) == tokenizer.decode(token_ids, skip_special_tokens=skip)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -107,8 +108,10 @@ def test_stop_strings_are_found_where_they_begin_first_and_only_their_beginnings
         text += "".join(char for char in piece if not has_marks(char))
         found = finder.add(piece)
         if found is not None:
-            assert len(text) - found == expected
-            assert len(text) - found >= shown
+            assert len(text) - found.since_begin == expected
+            assert len(text) - found.since_begin >= shown
+            ended = "".join(char for char in written + piece if not has_marks(char))[: len(text) - found.since_end]
+            assert any(ended.endswith("".join(c for c in stop if not has_marks(c))) for stop in stops)
             return
         written += piece
         ends = [written[start:] for start in range(len(written) + 1)]
@@ -134,6 +137,10 @@ def test_stop_strings_of_ordinary_text_stop_where_they_did(kind, data):
         expected = found_at(stops, pieces_of(vocabulary, token_ids)[0])
         assert stopped == (expected is not None)
         assert "".join(pieces) == whole[:expected]
+        if expected is not None:
+            included = "".join(pieces_of(vocabulary, token_ids, stops, include_stop=True)[0])
+            assert included in {whole[:expected] + stop for stop in stops}
+            assert whole.startswith(included)
 
 
 def ids(tokenizer, *tokens):
@@ -227,6 +234,27 @@ def talker():
 
 def ask(llm, **params):
     return llm.chat(FRANCE, SamplingParams(temperature=0, max_tokens=60, **params), use_tqdm=False)[0]
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_the_text_has_special_tokens_and_the_stop_where_that_is_asked_for(talker, streamed):
+    def text_of(**params):
+        if not streamed:
+            return ask(talker, **params)["text"]
+        prompt = ask(talker)["prompt_token_ids"]
+        params = SamplingParams(temperature=0, max_tokens=60, **params)
+        return "".join(output.text for output in talker.generate_stream(prompt, params))
+
+    plain = text_of()
+    assert text_of(include_stop_str_in_output=True) == plain  # the token that ends it is special
+    assert text_of(skip_special_tokens=False) == plain  # and is no part of the text
+    assert text_of(skip_special_tokens=False, include_stop_str_in_output=True) == plain + "<|im_end|>"
+    word = plain.split()[2]
+    assert text_of(stop=word) == plain[: plain.index(word)]
+    assert text_of(stop=word, include_stop_str_in_output=True) == plain[: plain.index(word) + len(word)]
+    only = {"skip_special_tokens": False, "ignore_eos": True}
+    assert text_of(stop="<|im_end|>", **only) == plain
+    assert text_of(stop="<|im_end|>", include_stop_str_in_output=True, **only) == plain + "<|im_end|>"
 
 
 @pytest.mark.parametrize("ignore_eos", [True, False])

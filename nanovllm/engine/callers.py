@@ -48,19 +48,20 @@ class Inbox:
     Attributes:
         is_closed: whether nobody waits for them any more.
         request_ids: unfinished requests whose outputs come here; kept by the loop.
+        outputs: those that have come and nobody has taken.
     """
 
     def __init__(self, call: Call | None = None) -> None:
         self.is_closed = False
         self.request_ids: set[int] = set()
         self._call = call
-        self._outputs: deque[RequestOutput] = deque()
+        self.outputs: deque[RequestOutput] = deque()
         self._last_put: deque[RequestOutput] = deque(maxlen=1)
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def __bool__(self) -> bool:
         """Whether there is an output to take."""
-        return bool(self._outputs)
+        return bool(self.outputs)
 
     @property
     def is_abandoned(self) -> bool:
@@ -69,7 +70,7 @@ class Inbox:
     def put(self, output: RequestOutput) -> None:
         """Adds an output; `was_put_last` tells whether that was done, should an interrupt strike here."""
         # Both in one operation of the interpreter, which an interrupt finds done or not done.
-        deque(map(deque.append, (self._outputs, self._last_put), (output, output)), maxlen=0)
+        deque(map(deque.append, (self.outputs, self._last_put), (output, output)), maxlen=0)
         self.ring()
 
     def was_put_last(self, output: RequestOutput) -> bool:
@@ -79,16 +80,16 @@ class Inbox:
     def take_all(self, outputs: list[RequestOutput]) -> None:
         """Moves all outputs to the end of a list, the caller's, so that it can `put_back` if it is interrupted."""
         with contextlib.suppress(IndexError):  # another thread was faster
-            outputs.extend(itertools.starmap(self._outputs.popleft, itertools.repeat((), len(self._outputs))))
+            outputs.extend(itertools.starmap(self.outputs.popleft, itertools.repeat((), len(self.outputs))))
 
     def put_back(self, outputs: list[RequestOutput]) -> None:
         """Undoes `take_all`: the outputs have reached nobody."""
-        self._outputs.extendleft(reversed(outputs))
+        self.outputs.extendleft(reversed(outputs))
 
     def pop(self) -> RequestOutput | None:
         """The oldest output, None if there is none."""
         try:
-            return self._outputs.popleft()
+            return self.outputs.popleft()
         except IndexError:
             return None
 
@@ -99,7 +100,7 @@ class Inbox:
 
     def wait(self) -> None:
         """Waits until somebody rings, MOST_WAIT_S at most. A ring that came late ends the next wait at once."""
-        if not self._outputs:
+        if not self.outputs:
             with contextlib.suppress(queue.Empty):
                 self._bell.get(timeout=MOST_WAIT_S)
 

@@ -17,10 +17,14 @@ from nanovllm.engine.sequence import Sequence
 
 @dataclass(frozen=True)
 class InFlight:
-    """A launched step, the handle to collect it by, and when that was, by `time.perf_counter()`."""
+    """A launched step, the handle to collect it by, and when its launch began and returned.
+
+    Moments are those of `time.perf_counter()`, in seconds.
+    """
 
     step: Step
     handle: StepHandle
+    began_s: float
     launched_s: float
 
     @property
@@ -43,8 +47,9 @@ class StepsInFlight:
     def __iter__(self) -> abc.Iterator[InFlight]:
         return iter(self._steps)
 
-    def add(self, step: Step, handle: StepHandle) -> None:
-        self._steps.append(InFlight(step, handle, time.perf_counter()))
+    def add(self, step: Step, handle: StepHandle, began_s: float) -> None:
+        """Adds a step whose launch began then and has just returned."""
+        self._steps.append(InFlight(step, handle, began_s, time.perf_counter()))
 
     def remove(self, work: InFlight) -> None:
         """Takes out a step that has ended."""

@@ -138,7 +138,9 @@ class LLMEngine:
         """
         self._check_open()
         token_ids = self._intake.checked_prompt(prompt)
-        return self._submit(token_ids, self._intake.checked_params(sampling_params), self._inbox, streamed=True)
+        return self._submit(
+            token_ids, self._intake.checked_params(sampling_params, max_n=1), self._inbox, streamed=True
+        )
 
     def abort(self, request_id: int) -> None:
         """Ends a request where it is; its last output, with `finish_reason="abort"`, comes from the next `step()`.
@@ -213,7 +215,9 @@ class LLMEngine:
         arrived. `predicted_itl_s` is what a decode step will take with all requests that are under way, None without
         `itl_target_ms`, or if unknown. `stage_s` is how long attention and FFN kept their lanes busy in the last decode
         step on lanes that was timed, None if there was none, and `pipeline_split` the SMs of the current split, None of
-        plain decode. `fallbacks` counts falls back to something slower by cause, `recoveries` returns from them.
+        plain decode. `busy_s` is how long each card has run steps of each kind, as the loop saw it: a step begins with
+        its launch, or when the one before it ends. `fallbacks` counts falls back to something slower by cause,
+        `recoveries` returns from them.
 
         Raises:
             EngineClosedError: the engine was closed.

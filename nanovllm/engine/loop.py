@@ -145,7 +145,7 @@ class Loop:
 
     def _launch(self, step: Step) -> bool:
         """Launches a step. If that fails, its halves, until the request that makes it fail stands alone."""
-        runner, error = self._runners[step.card], None
+        runner, error, began_s = self._runners[step.card], None, time.perf_counter()
         try:
             handle = runner.launch(step)
         except Exception as raised:  # noqa: BLE001 - whatever a forward pass raises ends one request, not the engine
@@ -154,7 +154,7 @@ class Loop:
             self._runners.raise_if_lost(raised)
             error = raised
         if error is None:
-            self._steps.add(step, handle)
+            self._steps.add(step, handle, began_s)
             if step.chunks:
                 self._observer.step_launched(step)
                 self._handoffs.send(step, handle.event)

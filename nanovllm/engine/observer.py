@@ -68,6 +68,8 @@ class Observer:
         self._handoff_name = handoff_name
         self._verifies_handoffs = verifies_handoffs
         self._fallbacks: Counter[str] = Counter()
+        self._busy_s = {card.name: {"prefill": 0.0, "decode": 0.0, "mixed": 0.0} for card in scheduler.cards}
+        self._last_end_s = {card.name: 0.0 for card in scheduler.cards}
         self._num_recoveries = 0
         self._prefill_is_out = False
 
@@ -88,6 +90,10 @@ class Observer:
             )
 
     def step_ended(self, work: InFlight) -> None:
+        card, now = work.step.card.name, time.perf_counter()
+        # Steps of a card follow each other: one that was launched ahead begins when the one before it ends.
+        self._busy_s[card][work.step.kind] += now - max(work.began_s, self._last_end_s[card])
+        self._last_end_s[card] = now
         moments = None if self._tracer is None else work.handle.moments()
         if self._tracer is None or moments is None:
             return
@@ -186,6 +192,7 @@ class Observer:
             "kv_blocks": {
                 name: {"held": pool.num_held_blocks, "total": pool.num_blocks} for name, pool in pools.items()
             },
+            "busy_s": {card: dict(kinds) for card, kinds in self._busy_s.items()},
             "preemptions": scheduler.num_preemptions,
             "fallbacks": {**dict(paths.counters.fallbacks), **dict(self._fallbacks)},
             "recoveries": paths.counters.recoveries + self._num_recoveries,

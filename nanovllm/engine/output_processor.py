@@ -17,8 +17,10 @@ from nanovllm.engine.execution.step_handle import SampledOnHost
 from nanovllm.engine.mailbox import NewRequest
 from nanovllm.engine.observer import Observer
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduling.decode_batch import NO_DECODE_ROWS, HostDecodeBatch
 from nanovllm.engine.scheduling.step import Step
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.streamed_rows import StreamedRows
 from nanovllm.engine.text.request_text import NoText, RequestText
 from nanovllm.errors import NonFiniteLogitsError
 from nanovllm.outputs import FinishReason, RequestOutput, TokenLogprobs
@@ -43,6 +45,8 @@ class OutputProcessor:
         self._observer = observer
         self._texts: dict[int, RequestText] = {}
         self._inboxes: dict[int, Inbox] = {}
+        self._streamed = StreamedRows(NO_DECODE_ROWS.batch, {}, {})
+        """The streamed requests of the batch whose step was the last to end."""
 
     def add(self, new: NewRequest) -> None:
         """Lists a request; a second time changes nothing."""
@@ -58,6 +62,7 @@ class OutputProcessor:
         """Forgets all requests: the engine is closed."""
         for kept in (self.sequences, self._texts, self._inboxes):
             kept.clear()
+        self._streamed = StreamedRows(NO_DECODE_ROWS.batch, {}, {})
 
     # Tokens
 
@@ -79,20 +84,35 @@ class OutputProcessor:
     def take_decoded_tokens(self, step: Step, sampled: SampledOnHost) -> None:
         """Gives the requests of a step's decode part their next token, but for those that have ended meanwhile."""
         rows, batch, token_ids = step.decode, step.decode.batch, sampled.token_ids.tolist()
-        needs_check = rows.needs_host_check(sampled.token_ids, step.card.pool.block_size)
+        are_last, complete_blocks = rows.are_last(sampled.token_ids), rows.complete_blocks(step.card.pool.block_size)
         counts = np.ones(len(batch), dtype=bool)
         if rows.ended_leases:
             counts[:] = [seq.lease is lease for seq, lease in zip(batch.seqs, batch.leases, strict=True)]
         self._observer.times.got_tokens(batch.token_time_indices[counts])
         # Most tokens are only appended. `deque` runs the appends in C: a Python loop over 256 rows takes five times as
         # long, in every step.
-        only_append = (counts & ~needs_check).tolist()
+        only_append = (counts & ~(are_last | complete_blocks | batch.checks_every_token)).tolist()
         appended = map(
             list.append, itertools.compress(batch.token_lists, only_append), itertools.compress(token_ids, only_append)
         )
         deque(appended, maxlen=0)
-        for index in (counts & needs_check).nonzero()[0].tolist():
+        one_by_one = counts & (are_last | complete_blocks | batch.checks_every_token)
+        if batch.checks_every_token.any():
+            streamed = self._streamed_rows(batch)
+            at_once = counts & streamed.are_simple & ~are_last
+            left = streamed.emit(at_once.nonzero()[0].tolist(), token_ids)
+            one_by_one &= ~at_once
+            one_by_one[left] = True
+            at_once[left] = False
+            for index in (at_once & complete_blocks).nonzero()[0].tolist():
+                self._scheduler.token_appended(batch.seqs[index])
+        for index in one_by_one.nonzero()[0].tolist():
             self.append(batch.seqs[index], token_ids[index], sampled.logprobs_of(index))
+
+    def _streamed_rows(self, batch: HostDecodeBatch) -> StreamedRows:
+        if self._streamed.batch is not batch:
+            self._streamed = StreamedRows(batch, self._texts, self._inboxes)
+        return self._streamed
 
     def append(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """Gives a request its next token and ends it if that was the last.

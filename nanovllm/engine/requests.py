@@ -16,7 +16,7 @@ from nanovllm.engine.text.request_text import NoText, RequestText, StreamedText,
 from nanovllm.engine.text.token_bound import TokenBound
 from nanovllm.engine.text.tokenizer import check_text
 from nanovllm.errors import RequestError, short_repr
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import MAX_N, SamplingParams
 
 Prompt = str | abc.Sequence[int]
 
@@ -55,8 +55,8 @@ class RequestIntake:
         assert self.tokenizer is not None, "without a tokenizer there is no text"
         return TokenBound(self.tokenizer)
 
-    def checked_params(self, params: object) -> SamplingParams:
-        """The parameters of a request, the defaults for None.
+    def checked_params(self, params: object, max_n: int = MAX_N) -> SamplingParams:
+        """The parameters of a request, the defaults for None; `max_n` is how many answers there may be.
 
         Raises:
             RequestError: they are of another type, or do not fit this checkpoint.
@@ -65,16 +65,21 @@ class RequestIntake:
             return SamplingParams()
         if not isinstance(params, SamplingParams):
             raise RequestError(f"sampling_params={short_repr(params)} is not a SamplingParams")
+        if params.n > max_n:
+            raise RequestError(f"n={params.n}: a stream, or a request of `add_request`, has one answer; add {params.n}")
         for token_id in params.stop_token_ids or ():
             if token_id >= self.vocab_size:
                 raise RequestError(
                     f"stop_token_ids has {short_repr(token_id)}; the vocabulary has {self.vocab_size} tokens"
                 )
+        for token_id, _ in params.biases:
+            if token_id >= self.vocab_size:
+                raise RequestError(f"logit_bias has token id {token_id}; the vocabulary has {self.vocab_size} tokens")
         if params.logprobs is not None and params.logprobs > self.vocab_size:
             raise RequestError(f"logprobs={params.logprobs} is above the vocabulary's {self.vocab_size} tokens")
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, which this checkpoint lacks; use stop_token_ids")
-        if params.stop:
+        if params.stop and params.skip_special_tokens:
             self._vocabulary.special_names(tuple(params.stop))
         if params.min_tokens and len(self._stop_token_ids(params)) >= self.vocab_size:
             raise RequestError("every token is a stop token, so min_tokens cannot be met; lower it to 0")
@@ -141,8 +146,13 @@ class RequestIntake:
         if self.tokenizer is None:
             return seq, NoText()
         if streamed or params.stop:
-            return seq, StreamedText(self._vocabulary, tuple(params.stop or ()))
-        return seq, WholeText(self.tokenizer)
+            return seq, StreamedText(
+                self._vocabulary,
+                tuple(params.stop or ()),
+                skip_special_tokens=params.skip_special_tokens,
+                include_stop=params.include_stop_str_in_output,
+            )
+        return seq, WholeText(self.tokenizer, skip_special_tokens=params.skip_special_tokens)
 
     def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
         own = frozenset(params.stop_token_ids or ())

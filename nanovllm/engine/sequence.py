@@ -72,7 +72,7 @@ class Sequence:
         self.token_ids = list(self.prompt_token_ids)
         self.num_emitted_tokens = len(self.token_ids)
         params = self.params
-        needs_more = params.needs_filter or params.logprobs is not None
+        needs_more = params.needs_filter or params.needs_counts or bool(params.biases) or params.logprobs is not None
         # Whatever min_tokens is beyond that, the request ends by length before.
         first_index = self.max_num_tokens if needs_more else min(params.min_tokens, self.max_num_tokens)
         self.in_graph_position = self.num_prompt_tokens - 1 + first_index
@@ -104,9 +104,10 @@ class Sequence:
 
     @property
     def text_token_ids(self) -> list[int]:
-        """The output without the stop token that ended it, if one did."""
+        """The output without the stop token that ended it, if one did and the text is not to have it."""
         tokens = self.output_token_ids
-        return tokens[:-1] if self.finish_reason == "stop" and tokens[-1] in self.stop_token_ids else tokens
+        ended_by_token = self.finish_reason == "stop" and tokens[-1] in self.stop_token_ids
+        return tokens[:-1] if ended_by_token and not self.params.include_stop_str_in_output else tokens
 
     @property
     def is_finished(self) -> bool:

@@ -96,6 +96,11 @@ class Collector:
         for kind in ("prefill", "decode", "pipeline"):
             steps.add_metric([kind], found[f"{kind}_steps"])
         yield steps
+        busy = core.CounterMetricFamily(f"{PREFIX}_busy_seconds", "Time in steps of a kind", labels=["card", "kind"])
+        for card, kinds in found["busy_s"].items():
+            for kind, seconds in kinds.items():
+                busy.add_metric([card, kind], seconds)
+        yield busy
         blocks = core.GaugeMetricFamily(f"{PREFIX}_kv_blocks", "Blocks of a KV pool", labels=["pool", "state"])
         for pool, numbers in found["kv_blocks"].items():
             for state, number in numbers.items():

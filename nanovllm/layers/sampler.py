@@ -15,6 +15,26 @@ from nanovllm.layers.ranks import Ranks
 SORTED_ROWS = 64
 """Rows that are sorted, or whose log-probabilities are computed, at a time: both take many times their memory."""
 
+IN_PROMPT = 1 << 14
+"""Is added to the count of a token that the prompt has."""
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """What tokens cost for having come before, of B rows.
+
+    Attributes:
+        counts: [N, vocab_size / ranks] int16, how often a row has sampled this rank's tokens, with IN_PROMPT.
+        rows: [B] int64, which of the N rows.
+        presence, frequency, repetition: [B] float32 each, as in `SamplingParams`.
+    """
+
+    counts: torch.Tensor
+    rows: torch.Tensor
+    presence: torch.Tensor
+    frequency: torch.Tensor
+    repetition: torch.Tensor
+
 
 @dataclass(frozen=True)
 class SamplingInputs:
@@ -27,6 +47,8 @@ class SamplingInputs:
         filters: top_k [B] int64 (the vocabulary size where unused), top_p and min_p [B] float32; None if no row
             filters.
         banned: rows and token ids, [N] int64 each, that may not be sampled; None for none.
+        biases: rows and token ids, [N] int64 each, and what is added to their logits, [N] float32; None for none.
+        penalties: None for none.
         num_logprobs: most probable tokens to report, None for no log-probabilities at all.
     """
 
@@ -35,7 +57,9 @@ class SamplingInputs:
     output_indices: torch.Tensor
     filters: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     banned: tuple[torch.Tensor, torch.Tensor] | None = None
+    biases: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     num_logprobs: int | None = None
+    penalties: Penalties | None = None
 
 
 @dataclass(frozen=True)
@@ -51,14 +75,22 @@ class SampledTokens:
 
 def sample(logits: torch.Tensor, inputs: SamplingInputs, backend: Kernels, ranks: Ranks) -> SampledTokens:
     """One token for each row of logits of any float type, of which `logits` is this rank's [B, vocab_size / ranks]."""
-    if inputs.filters is None and inputs.banned is None and inputs.num_logprobs is None:
+    extras = (inputs.filters, inputs.banned, inputs.biases, inputs.num_logprobs, inputs.penalties)
+    if all(extra is None for extra in extras):
         arguments = (inputs.temperatures, inputs.seeds, inputs.output_indices, ranks.rank * logits.shape[1])
         return SampledTokens(_best_of_ranks(*backend.sample_tokens(logits, *arguments), ranks))
-    logits = ranks.all_gather(logits)
-    allowed = logits
-    if inputs.banned is not None:
-        allowed = logits.index_put(inputs.banned, logits.new_full((), float("-inf")))
     chunks = [slice(start, start + SORTED_ROWS) for start in range(0, len(logits), SORTED_ROWS)]
+    penalised = None
+    if inputs.penalties is not None:
+        penalised = torch.cat([_penalised(logits[rows].float(), inputs.penalties, rows) for rows in chunks])
+        penalised = ranks.all_gather(penalised)
+    logits = ranks.all_gather(logits)
+    allowed = logits if penalised is None else penalised
+    if inputs.biases is not None:
+        rows_and_tokens, values = inputs.biases[:2], inputs.biases[2]
+        allowed = allowed.float().index_put(rows_and_tokens, values, accumulate=True)
+    if inputs.banned is not None:
+        allowed = allowed.index_put(inputs.banned, allowed.new_full((), float("-inf")))
     if inputs.filters is not None:
         columns = (inputs.temperatures, *inputs.filters)
         allowed = torch.cat([_filter(allowed[rows].float(), *(column[rows] for column in columns)) for rows in chunks])
@@ -79,6 +111,18 @@ def _best_of_ranks(token_ids: torch.Tensor, scores: torch.Tensor, ranks: Ranks) 
     scores_and_tokens = ranks.all_gather(pairs).view(-1, ranks.size, 2)
     best = scores_and_tokens[..., 0].view(torch.float32).argmax(dim=1, keepdim=True)
     return scores_and_tokens[..., 1].gather(1, best).squeeze(1).long()
+
+
+def _penalised(logits: torch.Tensor, penalties: Penalties, rows: slice) -> torch.Tensor:
+    """Some rows' logits, [n, vocab_size / ranks] float32, with the penalties on them."""
+    presence, frequency, repetition = (
+        column[rows].unsqueeze(1) for column in (penalties.presence, penalties.frequency, penalties.repetition)
+    )
+    counts = penalties.counts[penalties.rows[rows]]
+    repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+    logits = torch.where(counts != 0, repeated, logits)
+    in_output = counts & (IN_PROMPT - 1)
+    return logits - frequency * in_output - presence * (in_output > 0)
 
 
 def _logprobs(logits: torch.Tensor, token_ids: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:

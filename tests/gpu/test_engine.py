@@ -11,6 +11,7 @@ import torch
 from nanovllm import LLM, OutOfKVCacheError, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
 from tests import tiny
+from tests.test_sampling import PENALTIES, penalised_tokens
 
 pytestmark = pytest.mark.gpu
 
@@ -57,6 +58,18 @@ def test_seeded_tokens_equal_those_of_a_cpu(tiny_on_disk):
         expected = [answer["token_ids"] for answer in llm.generate(prompts, params, use_tqdm=False)]
     with LLM(path, device="cuda", dtype="float32", gpu_memory_utilization=0.3) as llm:
         assert [answer["token_ids"] for answer in llm.generate(prompts, params, use_tqdm=False)] == expected
+
+
+@pytest.mark.parametrize("penalties", PENALTIES, ids=str)
+def test_penalties_are_those_of_their_definition(tiny_on_disk, penalties):
+    """The counts are on the device; steps that need them run from graphs, launched ahead."""
+    path, reference = tiny_on_disk
+    prompts = tiny.random_prompts(6, seed=15, longest=30)
+    params = SamplingParams(temperature=0, max_tokens=25, ignore_eos=True, **penalties)
+    with LLM(path, device="cuda", dtype="float32", num_kvcache_blocks=200, max_num_seqs=4) as llm:
+        answers = llm.generate(prompts, params, use_tqdm=False)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer["token_ids"] == penalised_tokens(reference, prompt, 25, penalties)
 
 
 @pytest.mark.whole_card

@@ -12,6 +12,7 @@ from nanovllm.engine.execution.device_decode_batch import DeviceDecodeBatch
 from nanovllm.engine.execution.forward_pass import ForwardPass
 from nanovllm.engine.execution.model_inputs import sampling_arrays
 from nanovllm.engine.execution.tasks import DecodeTask
+from nanovllm.engine.execution.token_counts import TokenCounts
 from nanovllm.engine.scheduling.decode_batch import DecodeRows
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement
 from nanovllm.layers.sampler import SampledTokens
@@ -40,6 +41,8 @@ class DecodeExecutor:
             spec.attention.block_size,
             num_blocks,
         )
+        vocab_size = spec.model_config.vocab_size
+        self._counts = TokenCounts(forward.device, self.rows.max_num_rows, vocab_size, forward.ranks)
 
     @property
     def max_num_rows(self) -> int:
@@ -60,10 +63,18 @@ class DecodeExecutor:
     def run(self, task: DecodeTask) -> SampledTokens:
         """A token for each row."""
         self.rows.apply(task.changes)
+        if task.changes.counted is not None:
+            self._counts.set(task.changes.counted)
         output = self.paths.replay(task.num_rows, task.mean_context)
-        sampled = self._forward.sampled_tokens(output, task.num_rows, task.sampling)
-        if task.sampling is not None:
-            self.rows.correct(sampled.token_ids)
+        if task.sampling is None:
+            return self._forward.sampled_tokens(output, task.num_rows, None)
+        if task.sampling.penalties is None:
+            sampled = self._forward.sampled_tokens(output, task.num_rows, task.sampling)
+        else:
+            rows = self.rows.first(task.num_rows)
+            sampled = self._forward.sampled_tokens(output, task.num_rows, task.sampling, self._counts.tensor, rows)
+            self._counts.add(rows, sampled.token_ids)
+        self.rows.correct(sampled.token_ids)
         return sampled
 
     def run_core(self, size: int, arrangement: Arrangement | None = None) -> StepOutput:
@@ -97,7 +108,7 @@ class DecodeExecutor:
     def close(self) -> None:
         """Gives all graphs and lanes back; statistics of the paths stay."""
         self.paths.close()
-        for name in ("_forward", "_kv_pool", "rows"):
+        for name in ("_forward", "_kv_pool", "_counts", "rows"):
             vars(self).pop(name, None)
 
 

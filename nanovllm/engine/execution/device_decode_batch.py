@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from nanovllm.engine.execution.token_counts import CountedTokens, count_tokens
 from nanovllm.engine.scheduling.decode_batch import DecodeRow, DecodeRows
 from nanovllm.engine.scheduling.lease import Lease
 from nanovllm.kernels import NUM_ROW_FIELDS, AttentionMetadata, Kernels, RowField
@@ -48,12 +49,14 @@ class RowChanges:
     Attributes:
         joined: [N, ...] int64, of each request that is new: its row, the row's fields, block table.
         temperatures: [N] float32, theirs.
+        counted: the tokens so far of the new requests that have penalties.
         grown: [3, N] int64, blocks that requests got: row, index in the block table, block.
         order: [max_num_rows + 1] int64, the rows of the batch in its order.
     """
 
     joined: np.ndarray | None = None
     temperatures: np.ndarray | None = None
+    counted: CountedTokens | None = None
     grown: np.ndarray | None = None
     order: np.ndarray | None = None
 
@@ -99,12 +102,14 @@ class DeviceDecodeBatch:
         if leases is self._batch_sent:
             grown = self._grown((self._row_of[leases[index]], leases[index]) for index in rows.grown)
             return RowChanges(grown=grown)
-        joined, temperatures = self._joined([row for row in rows if row.lease not in self._row_of])
+        new = [row for row in rows if row.lease not in self._row_of]
+        joined, temperatures = self._joined(new)
+        counted = count_tokens((self._row_of[row.lease], row.seq) for row in new)
         order = [self._row_of[lease] for lease in leases]
         grown = self._grown(zip(order, leases, strict=True))
         padding = [self.spare_row] * (len(self._order) - len(order))
         self._batch_sent = leases
-        return RowChanges(joined, temperatures, grown, np.array(order + padding, dtype=np.int64))
+        return RowChanges(joined, temperatures, counted, grown, np.array(order + padding, dtype=np.int64))
 
     def apply(self, changes: RowChanges) -> None:
         """Tells the device, here or on another rank."""
@@ -158,6 +163,10 @@ class DeviceDecodeBatch:
     def advance(self, inputs: DecodeInputs, token_ids: torch.Tensor) -> None:
         """The sampled tokens are what the next step is fed; on the device alone."""
         self.backend.advance_rows(inputs.rows, inputs.fields, token_ids, self._fields, self.spare_row)
+
+    def first(self, num_rows: int) -> torch.Tensor:
+        """[num_rows] int64: the first rows of the batch."""
+        return self._order[:num_rows]
 
     def correct(self, token_ids: torch.Tensor) -> None:
         """The first rows of the batch have sampled these, [N] int64, instead of what `advance` was told."""

@@ -66,13 +66,20 @@ class ForwardPass:
         logits = self.model.compute_logits(hidden, out=out)
         return StepOutput(logits, sample(logits, sampling, self.spec.attention.backend, self.ranks))
 
-    def sampled_tokens(self, output: StepOutput, num_rows: int, sampling: SamplingArrays | None) -> SampledTokens:
+    def sampled_tokens(
+        self,
+        output: StepOutput,
+        num_rows: int,
+        sampling: SamplingArrays | None,
+        counts: torch.Tensor | None = None,
+        count_rows: torch.Tensor | None = None,
+    ) -> SampledTokens:
         """The tokens of a step's first rows: those it has sampled, or others by all of their parameters.
 
-        Steps sample by temperature, seed and index; where some request filters, wants log-probabilities or may not stop
-        yet, only the host knows how.
+        Steps sample by temperature, seed and index; where some request filters, wants log-probabilities, has penalties
+        or biases, or may not stop yet, only the host knows how. `counts` and `count_rows`: see `Penalties`.
         """
         if sampling is None:
             return SampledTokens(output.sampled.token_ids[:num_rows])
         backend = self.spec.attention.backend
-        return sample(output.logits[:num_rows], sampling.on(self.device), backend, self.ranks)
+        return sample(output.logits[:num_rows], sampling.on(self.device, counts, count_rows), backend, self.ranks)

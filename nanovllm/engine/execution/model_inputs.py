@@ -12,7 +12,8 @@ import torch
 from nanovllm.engine.scheduling.step import BlockPair
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels import AttentionMetadata
-from nanovllm.layers.sampler import SamplingInputs
+from nanovllm.layers.sampler import Penalties, SamplingInputs
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.device import Device
 
 
@@ -50,17 +51,28 @@ class SamplingArrays:
     output_indices: np.ndarray
     filters: tuple[np.ndarray, np.ndarray, np.ndarray] | None
     banned: tuple[np.ndarray, np.ndarray] | None
+    biases: tuple[np.ndarray, np.ndarray, np.ndarray] | None
+    penalties: tuple[np.ndarray, np.ndarray, np.ndarray] | None
+    """Presence, frequency, repetition, without the counts that they go by."""
     num_logprobs: int | None
 
-    def on(self, device: Device) -> SamplingInputs:
-        filters, banned = self.filters, self.banned
+    def on(self, device: Device, counts: torch.Tensor | None, rows: torch.Tensor | None) -> SamplingInputs:
+        """On a device; `counts` and `rows` are those of `Penalties`, None if there are no penalties."""
+        penalties = None
+        if self.penalties is not None:
+            assert counts is not None, "whoever has penalties counts tokens"
+            assert rows is not None, "whoever has penalties has rows of counts"
+            penalties = Penalties(counts, rows, *map(device.tensor, self.penalties))
+        filters, banned, biases = self.filters, self.banned, self.biases
         return SamplingInputs(
             device.tensor(self.temperatures),
             device.tensor(self.seeds),
             device.tensor(self.output_indices),
             None if filters is None else tuple(map(device.tensor, filters)),  # type: ignore[arg-type] # as many
             None if banned is None else tuple(map(device.tensor, banned)),  # type: ignore[arg-type] # as many
+            None if biases is None else tuple(map(device.tensor, biases)),  # type: ignore[arg-type] # as many
             self.num_logprobs,
+            penalties,
         )
 
 
@@ -82,6 +94,8 @@ def sampling_arrays(rows: abc.Sequence[tuple[Sequence, int]], vocab_size: int) -
         output_indices=np.array([index for _, index in rows], dtype=np.int64),
         filters=filters,
         banned=_banned_tokens(rows),
+        biases=_biases(params),
+        penalties=_penalties(params),
         num_logprobs=max(wanted_logprobs) if wanted_logprobs else None,
     )
 
@@ -98,6 +112,23 @@ def _banned_tokens(rows: abc.Sequence[tuple[Sequence, int]]) -> tuple[np.ndarray
         return None
     banned_rows, tokens = np.array(pairs, dtype=np.int64).T.copy()
     return banned_rows, tokens
+
+
+def _penalties(params: abc.Sequence[SamplingParams]) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    if not any(p.needs_counts for p in params):
+        return None
+    columns = zip(*((p.presence_penalty, p.frequency_penalty, p.repetition_penalty) for p in params), strict=True)
+    presence, frequency, repetition = (np.array(column, dtype=np.float32) for column in columns)
+    return presence, frequency, repetition
+
+
+def _biases(params: abc.Sequence[SamplingParams]) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Rows, token ids, and what is added to their logits."""
+    triples = [(row, token, bias) for row, p in enumerate(params) for token, bias in p.biases]
+    if not triples:
+        return None
+    biased_rows, tokens, values = zip(*triples, strict=True)
+    return np.array(biased_rows, dtype=np.int64), np.array(tokens, dtype=np.int64), np.array(values, dtype=np.float32)
 
 
 def largest_step(

@@ -13,6 +13,7 @@ from nanovllm.engine.execution.layer_push import LayerPush
 from nanovllm.engine.execution.model_inputs import sampling_arrays
 from nanovllm.engine.execution.prefill_buffers import PrefillBuffers
 from nanovllm.engine.execution.tasks import PrefillTask
+from nanovllm.engine.execution.token_counts import TokenCounts, count_tokens
 from nanovllm.engine.scheduling.step import MOST_CHUNKS, PrefillChunk
 from nanovllm.layers.sampler import SampledTokens
 
@@ -55,7 +56,8 @@ class PrefillExecutor:
         size = num_tokens if self.graphs is None else self.graphs.size_for(num_tokens)
         vocab_size = self._forward.spec.model_config.vocab_size
         sampling = None if samples_in_graph or not last else sampling_arrays(last, vocab_size)
-        return PrefillTask(self.buffers.pack(chunks, size), size, len(last), sampling)
+        counted = None if sampling is None else count_tokens((index, seq) for index, (seq, _) in enumerate(last))
+        return PrefillTask(self.buffers.pack(chunks, size), size, len(last), sampling, counted)
 
     def run(self, task: PrefillTask) -> SampledTokens | None:
         """A token for each prompt that the chunks complete; None if they complete none."""
@@ -66,7 +68,13 @@ class PrefillExecutor:
             output = self._run(task.size, task.num_sampled)
         if output is None or not task.num_sampled:
             return None
-        return self._forward.sampled_tokens(output, task.num_sampled, task.sampling)
+        if task.counted is None:
+            return self._forward.sampled_tokens(output, task.num_sampled, task.sampling)
+        device, ranks = self._forward.device, self._forward.ranks
+        counts = TokenCounts(device, task.num_sampled, self._forward.spec.model_config.vocab_size, ranks)
+        counts.set(task.counted)
+        rows = torch.arange(task.num_sampled, device=device.torch_device)
+        return self._forward.sampled_tokens(output, task.num_sampled, task.sampling, counts.tensor, rows)
 
     def run_core(self, size: int) -> StepOutput:
         """The buffered step, padded to `size` tokens and to all the requests that there could be."""

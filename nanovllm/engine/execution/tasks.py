@@ -8,6 +8,7 @@ import numpy as np
 
 from nanovllm.engine.execution.device_decode_batch import RowChanges
 from nanovllm.engine.execution.model_inputs import SamplingArrays
+from nanovllm.engine.execution.token_counts import CountedTokens
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,14 @@ class PrefillTask:
         size: tokens, padded to a graph's size if there are graphs.
         num_sampled: requests for which a token is sampled.
         sampling: where it takes more than each request's temperature, seed and index.
+        counted: the tokens so far of the requests that have penalties, by their number among those that sample.
     """
 
     packed: np.ndarray
     size: int
     num_sampled: int
     sampling: SamplingArrays | None
+    counted: CountedTokens | None
 
 
 @dataclass(frozen=True)

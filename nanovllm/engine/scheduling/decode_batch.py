@@ -179,16 +179,18 @@ class DecodeRows:
         """Whether sampling takes no more than each request's temperature, seed and index."""
         return not (self.positions < self.batch.in_graph_positions).any()
 
-    def needs_host_check(self, token_ids: np.ndarray, block_size: int) -> np.ndarray:
-        """[B] bool: whether a row's sampled token, of [B] int64, may be more than one more to keep.
+    def are_last(self, token_ids: np.ndarray) -> np.ndarray:
+        """[B] bool: whether a row's sampled token, of [B] int64, ends its request; a negative one, which is none, does.
 
-        It ends the request, completes a block's KV, is none (negative), or is looked at as every token of its request.
+        Those of requests with more than MOST_STOP_IDS stop tokens are not known here, nor those of stop strings.
         """
         batch = self.batch
         is_end = (self.positions >= batch.last_positions) | (batch.stop_ids == token_ids[:, None]).any(axis=1)
-        is_end |= token_ids < 0
-        completes_block = (self.positions + 1) % block_size == 0
-        return np.asarray(is_end | completes_block | batch.checks_every_token)
+        return np.asarray(is_end | (token_ids < 0))
+
+    def complete_blocks(self, block_size: int) -> np.ndarray:
+        """[B] bool: whether the KV of the token fed completes a block."""
+        return np.asarray((self.positions + 1) % block_size == 0)
 
     def _part(self, indices: list[int]) -> DecodeRows:
         batch = self.batch.select(indices)

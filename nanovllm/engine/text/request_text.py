@@ -25,11 +25,43 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """Stands at the end of a decoded text for the bytes of a character that is not complete."""
 
 
+class TokenTexts(dict[int, str | None]):
+    """The text of each token by itself; None where it takes other tokens to tell. Made at first use."""
+
+    def __init__(self, vocabulary: Vocabulary, *, skip_special_tokens: bool = True) -> None:
+        self._vocabulary = vocabulary
+        self._left_out = vocabulary.special if skip_special_tokens else {}
+
+    def __missing__(self, token_id: int) -> str | None:
+        text: str | None = ""
+        if token_id not in self._left_out:
+            decoded: str = self._vocabulary.backend.decode([token_id], skip_special_tokens=False)
+            text = None if decoded.endswith(UNFINISHED) else decoded
+        self[token_id] = text
+        return text
+
+
+class NoTexts(TokenTexts):
+    """For requests of which no text is wanted."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __missing__(self, token_id: int) -> str:
+        return ""
+
+
 class RequestText(Protocol):
     """The text of one request. `add` takes its next tokens and gives the text that is new."""
 
     stopped: bool
     """Whether a stop string was found; the text ends before it."""
+    token_texts: TokenTexts | None
+    """The text of each token, if that is all that comes of it while no text is open; None if a token may stop more."""
+
+    @property
+    def has_open_text(self) -> bool:
+        """Whether text of earlier tokens waits for later ones."""
 
     def add(self, token_ids: list[int], *, may_stop: bool) -> str: ...
 
@@ -44,6 +76,8 @@ class NoText:
     """For checkpoints without a tokenizer."""
 
     stopped = False
+    token_texts: TokenTexts | None = NoTexts()
+    has_open_text = False
 
     def add(self, token_ids: list[int], *, may_stop: bool) -> str:
         return ""
@@ -59,9 +93,12 @@ class WholeText:
     """Decodes once, at the end: for requests that nobody watches."""
 
     stopped = False
+    token_texts: TokenTexts | None = NoTexts()
+    has_open_text = False
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skips_special = skip_special_tokens
 
     def add(self, token_ids: list[int], *, may_stop: bool) -> str:
         return ""
@@ -70,7 +107,7 @@ class WholeText:
         return ""
 
     def finish(self, token_ids: list[int]) -> str:
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=self._skips_special))
 
 
 class Vocabulary:
@@ -88,6 +125,9 @@ class Vocabulary:
         state = None if decoder is None else json.loads(decoder.__getstate__())
         self.is_free_of_context = state is not None and state["type"] == "ByteLevel"
         """Whether every token stands for the same bytes wherever it is."""
+        self.token_texts = TokenTexts(self) if self.is_free_of_context else None
+        self.all_token_texts = TokenTexts(self, skip_special_tokens=False) if self.is_free_of_context else None
+        """The same with special tokens as text."""
         has_fallback = state is not None and _has_part(state, "ByteFallback")
         names = (f"<0x{byte:02X}>" for byte in range(256)) if has_fallback else ()
         self.fallback_ids = frozenset(
@@ -126,20 +166,26 @@ def _has_part(state: dict[str, object], kind: str) -> bool:
 class _Decoder:
     """Tokens in, text out, as far as no later token can change it; together it is what decoding all at once gives."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, token_texts: TokenTexts | None) -> None:
         self._vocabulary = vocabulary
+        self._token_texts = token_texts
         self._kept: list[int] = []
         self._num_shown = 0
         """Characters of the text of the kept tokens that were given out."""
         self.in_run = False
         """Whether the last token is of a run of bytes that may go on."""
 
+    @property
+    def is_open(self) -> bool:
+        """Whether text waits for tokens to come."""
+        return bool(self._kept)
+
     def add(self, token_id: int) -> str:
-        """Takes a token that is not special."""
-        if self._vocabulary.is_free_of_context and not self._kept:  # nearly always, so that it should be fast
-            text = self._decoded([token_id])
-            if not text.endswith(UNFINISHED):
-                return text
+        """Takes a token that the text does not leave out."""
+        if self._token_texts is not None and not self._kept:  # nearly always, so that it should be fast
+            text_of_token = self._token_texts[token_id]
+            if text_of_token is not None:
+                return text_of_token
         if self._vocabulary.backend.id_to_token(token_id) is None:
             return ""  # the model has more numbers than there are tokens
         kept = self._kept
@@ -194,14 +240,30 @@ class StreamedText:
 
     Stop strings are looked for in the text, which has no special tokens, and those that name special tokens also in
     what the model wrote, special tokens included.
+
+    Args:
+        vocabulary: of all requests.
+        stop: the stop strings.
+        skip_special_tokens: whether the text leaves special tokens out.
+        include_stop: whether the text has the stop string, or the stop token, that ends it.
     """
 
-    def __init__(self, vocabulary: Vocabulary, stop: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        stop: tuple[str, ...] = (),
+        *,
+        skip_special_tokens: bool = True,
+        include_stop: bool = False,
+    ) -> None:
         self.stopped = False
-        self._special = vocabulary.special
-        self._decoder = _Decoder(vocabulary)
+        self._includes_stop = include_stop
+        self._special = vocabulary.special if skip_special_tokens else {}
+        token_texts = vocabulary.token_texts if skip_special_tokens else vocabulary.all_token_texts
+        self._decoder = _Decoder(vocabulary, token_texts)
         stop = tuple(text for text in stop if not has_marks(text))  # no text is ever one that is not Unicode
-        marks = {name: mark(1 + number) for number, name in enumerate(vocabulary.special_names(stop))}
+        names = vocabulary.special_names(stop) if skip_special_tokens else []
+        marks = {name: mark(1 + number) for number, name in enumerate(names)}
         self._marks: dict[int, str] = {}
         self._in_text = StopFinder(stop) if stop else None
         self._in_written: StopFinder | None = None
@@ -215,6 +277,11 @@ class StreamedText:
         self._may_stop = True
         self._num_exempt = 0
         """Characters that come next, but are of tokens that could not stop yet."""
+        self.token_texts = None if self._finders else token_texts
+
+    @property
+    def has_open_text(self) -> bool:
+        return self._decoder.is_open
 
     def add(self, token_ids: list[int], *, may_stop: bool) -> str:
         if not self._finders:
@@ -232,6 +299,8 @@ class StreamedText:
         return self._show()
 
     def add_stop_token(self, token_id: int) -> str:
+        if self._includes_stop:
+            return self.add([token_id], may_stop=True)
         self._may_stop = True
         if token_id in self._special:
             self._add_special(token_id)
@@ -261,15 +330,16 @@ class StreamedText:
         self._look_at(self._marks[token_id], [self._in_written])
 
     def _look_at(self, delta: str, finders: list[StopFinder]) -> None:
-        """Looks for stop strings that end in this delta, and cuts the text before the one that began first."""
+        """Looks for stop strings that end in this delta, and cuts the text at the one that began first."""
         if not self._may_stop:
             for finder in finders:
                 finder.reset()
             return
-        found = [num for finder in finders if (num := finder.add(delta)) is not None]
+        found = [stop for finder in finders if (stop := finder.add(delta)) is not None]
         if found and not self.stopped:
             self.stopped = True
-            self._num_unshown -= max(found)
+            first = max(found)
+            self._num_unshown -= first.since_end if self._includes_stop else first.since_begin
 
     def _look_ahead(self) -> None:
         """Stops within a run of bytes that has not ended, if its text as it is has a stop string."""

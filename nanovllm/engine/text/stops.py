@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
+from typing import NamedTuple
 
 FIRST_MARK = 0xD800
 MOST_MARKS = 0x800
@@ -39,6 +40,13 @@ class _Beginning:
         """Width of the longest stop string that this one ends with, if it does."""
 
 
+class Found(NamedTuple):
+    """Where a stop string is: how many characters came since it began, and since it ended."""
+
+    since_begin: int
+    since_end: int
+
+
 class StopFinder:
     """Looks for stop strings in a growing text; the work per character depends neither on their number nor length.
 
@@ -62,19 +70,19 @@ class StopFinder:
         """What came so far can be no part of a stop string."""
         self._state = self._empty
 
-    def add(self, text: str) -> int | None:
-        """Takes the next delta; if stop strings end in it, how many characters came since the first of them began."""
+    def add(self, text: str) -> Found | None:
+        """Takes the next delta; if stop strings end in it, the one that began first, of several the shortest."""
         state = self._state
         if state is self._empty and not self._first.search(text):
             return None
-        width, first = 0, None
+        width, first, end = 0, None, 0
         for char in text:
             state = state.longer.get(char) or self._after(state, char)
             width += not FIRST_MARK <= ord(char) < FIRST_MARK + MOST_MARKS
             if state.found is not None and (first is None or width - state.found < first):
-                first = width - state.found
+                first, end = width - state.found, width
         self._state = state
-        return None if first is None else width - first
+        return None if first is None else Found(width - first, width - end)
 
     def would_find(self, text: str) -> bool:
         """Whether a stop string would end in this delta, if it came next."""

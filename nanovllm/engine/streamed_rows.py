@@ -1,0 +1,102 @@
+"""The streamed requests of a decode batch, prepared once so that a step's outputs are made without Python per row.
+
+The batch is the same for many steps. Most tokens of most requests are a piece of text by themselves and end nothing:
+these are looked up and emitted here, all at once; `OutputProcessor` does the others one by one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import abc, deque
+
+import numpy as np
+
+from nanovllm.engine.callers import Inbox
+from nanovllm.engine.scheduling.decode_batch import MOST_STOP_IDS, HostDecodeBatch
+from nanovllm.engine.text.request_text import RequestText
+from nanovllm.outputs import RequestOutput
+
+
+class StreamedRows:
+    """What emitting the tokens of one batch takes.
+
+    Args:
+        batch: the decode batch.
+        texts, inboxes: by request id, of all requests that have not ended.
+    """
+
+    def __init__(
+        self, batch: HostDecodeBatch, texts: abc.Mapping[int, RequestText], inboxes: abc.Mapping[int, Inbox]
+    ) -> None:
+        self.batch = batch
+        self._texts = [texts.get(seq.request_id) for seq in batch.seqs]
+        self._inboxes = [inboxes.get(seq.request_id) for seq in batch.seqs]
+        lookups = [None if text is None else text.token_texts for text in self._texts]
+        self._lookups = [{} if lookup is None else lookup for lookup in lookups]
+        self._ttfts_s = [None if seq.first_token_s is None else seq.first_token_s - seq.arrival_s for seq in batch.seqs]
+        self._request_ids = [seq.request_id for seq in batch.seqs]
+        self.are_simple = np.array(
+            [
+                lookup is not None
+                and seq.is_streamed
+                and seq.params.logprobs is None
+                and len(seq.stop_token_ids) <= MOST_STOP_IDS
+                for seq, lookup in zip(batch.seqs, lookups, strict=True)
+            ],
+            dtype=bool,
+        )
+        """[B] bool: rows of streamed requests that may be emitted here, token by token."""
+
+    def emit(self, indices: list[int], token_ids: list[int]) -> list[int]:
+        """Gives rows their next tokens and emits these.
+
+        Args:
+            indices: rows of the batch that are simple, whose tokens end nothing.
+            token_ids: of all rows of the batch.
+
+        Returns:
+            The rows that were left alone: the text of their token depends on others.
+        """
+        rows, deltas, left = [], [], []
+        for index in indices:
+            text = self._texts[index]
+            delta = None if text is None or text.has_open_text else self._lookups[index][token_ids[index]]
+            if delta is None:
+                left.append(index)
+            else:
+                rows.append(index)
+                deltas.append(delta)
+        self._commit(rows, deltas, token_ids)
+        return left
+
+    def _commit(self, rows: list[int], deltas: list[str], token_ids: list[int]) -> None:
+        batch, never = self.batch, itertools.repeat(None)
+        chosen = [token_ids[index] for index in rows]
+        outputs = list(
+            map(
+                RequestOutput,
+                [self._request_ids[index] for index in rows],
+                [[token_id] for token_id in chosen],
+                deltas,
+                itertools.repeat(False),
+                never,
+                never,
+                never,
+                [self._ttfts_s[index] for index in rows],
+            )
+        )
+        seqs = [batch.seqs[index] for index in rows]
+        inboxes = [inbox for index in rows if (inbox := self._inboxes[index]) is not None]
+        token_lists = [batch.token_lists[index] for index in rows]
+        num_tokens = [len(tokens) + 1 for tokens in token_lists]
+        # One operation of the interpreter: an interrupt finds all of it done, or nothing.
+        deque(
+            itertools.chain(
+                map(list.append, token_lists, chosen),
+                map(deque.append, [inbox.outputs for inbox in inboxes], outputs),
+                map(setattr, seqs, itertools.repeat("num_emitted_tokens"), num_tokens),
+            ),
+            maxlen=0,
+        )
+        for inbox in set(inboxes):
+            inbox.ring()

@@ -1,0 +1,99 @@
+"""How a runner captures and replays its graphs, emulated on a CPU: a replay spoils earlier outputs."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from typing import ClassVar
+
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.execution import cuda_graph, decode_paths, prefill_executor, step_handle
+from nanovllm.engine.execution.runner_spec import RunnerSpec
+from tests import tiny
+from tests.test_engine import drain, tokens_of
+from tests.test_mixed_step import merge_parts
+
+GREEDY = SamplingParams(temperature=0, max_tokens=20)
+FILTERED = SamplingParams(temperature=0, max_tokens=20, min_tokens=1, top_k=5)
+
+
+class EmulatedGraphs:
+    """`StepGraphs` as far as its callers can tell: runs each size once, then replays into the tensors of that run.
+
+    A replay leaves nothing of use in the outputs of the other graphs of its pool: they may share memory.
+    """
+
+    of_pool: ClassVar[dict[object, list[EmulatedGraphs]]] = {}
+
+    def __init__(self, what, step, sizes, pool, *, warm_all=False):
+        assert pool is not None, "graphs have a pool"
+        self.step, self.sizes, self.num_replays = step, sizes, 0
+        self.outputs = {size: step(size) for size in reversed(sizes)}
+        self.of_pool.setdefault(pool, []).append(self)
+
+    def size_for(self, size):
+        return self.sizes[bisect.bisect_left(self.sizes, size)]
+
+    def replay(self, size):
+        self.num_replays += 1
+        for graphs in self.of_pool[self.pool]:
+            for output in graphs.outputs.values():
+                output.sampled.token_ids.fill_(-5)
+        found = self.step(size)
+        output = self.outputs[size]
+        output.sampled.token_ids.copy_(found.sampled.token_ids)
+        return dataclasses.replace(output, logits=found.logits, lane_moments=found.lane_moments)
+
+    @property
+    def pool(self):
+        return next(pool for pool, members in self.of_pool.items() if self in members)
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """CPU runners that capture graphs; tokens leave a step as soon as it is launched, as copies to the host do."""
+    copy = step_handle._to_host
+
+    def to_host(sampled, device):
+        fields = {field.name: getattr(sampled, field.name) for field in dataclasses.fields(sampled)}
+        cloned = {name: None if tensor is None else tensor.clone() for name, tensor in fields.items()}
+        return copy(dataclasses.replace(sampled, **cloned), device)
+
+    monkeypatch.setattr(EmulatedGraphs, "of_pool", {})
+    monkeypatch.setattr(step_handle, "_to_host", to_host)
+    monkeypatch.setattr(RunnerSpec, "uses_graphs", lambda spec, device: True)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    for module in (cuda_graph, decode_paths, prefill_executor):
+        monkeypatch.setattr(module, "StepGraphs", EmulatedGraphs)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("two_devices", [False, True])
+def test_graphs_give_the_tokens_of_eager_steps(checkpoint, emulated, two_devices, mixed):
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(8, seed=71, longest=60) + tiny.random_prompts(4, seed=72, longest=30, shared=48)
+    options = {"enable_two_gpu_pd": two_devices, "max_num_batched_tokens": 200, "prefill_chunk_tokens": 48}
+    with LLM(path, device="cpu", max_num_seqs=6, **options) as llm:
+        steps = merge_parts(llm) if mixed else []
+        ids = [llm.add_request(prompt, GREEDY if mixed or i % 3 else FILTERED) for i, prompt in enumerate(prompts)]
+        outputs = drain(llm, steps_overlap=True)
+        graphs = [llm.prefill_runner.prefill.graphs, llm.decode_runner.decode.paths.steps[None]]
+        assert all(isinstance(one, EmulatedGraphs) and one.num_replays for one in graphs)
+        assert graphs[1].sizes == [1, 2, 4, 6]
+        assert not mixed or two_devices or any(step.sampling_chunks for step in steps)
+        assert len(EmulatedGraphs.of_pool) == (2 if two_devices else 1), "a device's plain graphs share memory"
+    for request_id, prompt in zip(ids, prompts, strict=True):
+        assert tokens_of(outputs[request_id]) == tiny.reference_tokens(reference, prompt, 20)
+
+
+def test_a_closed_engine_holds_no_graphs(tiny_path, emulated):
+    with LLM(tiny_path, device="cpu", max_num_seqs=4) as llm:
+        llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)
+        runner = llm.decode_runner
+    assert runner.decode.paths.steps == {}
+    assert not hasattr(runner, "prefill")
+    assert not hasattr(runner, "kv_pool")
+    assert llm.decode_runner.get_pipeline_statistics()
