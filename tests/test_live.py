@@ -48,8 +48,10 @@ def test_percentiles_are_those_of_what_came_meanwhile():
     values = np.random.default_rng(0).exponential(0.03, 5000)
     gaps.observe_all(values)
     found = quantiles(before, gaps.as_dict())
-    assert found["p50"] == pytest.approx(np.quantile(values, 0.5), rel=0.1)
-    assert found["p99"] == pytest.approx(np.quantile(values, 0.99), rel=0.2)
+    for name, share in (("p50", 0.5), ("p99", 0.99)):  # as sharp as the buckets
+        true = np.quantile(values, share)
+        high = next(index for index, bound in enumerate(BOUNDS) if bound >= true)
+        assert BOUNDS[high - 1] <= found[name] <= BOUNDS[high]
     assert quantiles(before, before) is None
     above = Histogram(BOUNDS)
     nothing = above.as_dict()
