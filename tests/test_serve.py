@@ -111,12 +111,12 @@ async def ask(port, method, path, body=None, headers=()):
         writer.close()
 
 
-async def events(port, path, body, headers=()):
+async def events(port, path, body=None, headers=(), method="POST"):
     """The data of server-sent events, as they come; closing the generator closes the connection."""
-    data = json.dumps(body).encode()
+    data = b"" if body is None else json.dumps(body).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        writer.write(head("POST", path, len(data), headers) + data)
+        writer.write(head(method, path, len(data), headers) + data)
         status, _ = await read_head(reader)
         assert status == 200
         async for part in read_parts(reader):
@@ -635,3 +635,52 @@ def test_ctrl_c_twice_stops_at_once(start_server):
     asyncio.run(main())
     assert served.wait() == 0
     assert time.monotonic() - started_s < 20
+
+
+# The page
+
+
+def test_the_page_needs_nothing_from_elsewhere(server):
+    status, headers, page = server.ask("GET", "/")
+    assert status == 200
+    assert headers["content-type"].startswith("text/html")
+    assert "default-src 'self'" in headers["content-security-policy"]
+    assert not re.search(r"https?://", page)
+    assert "innerHTML" not in page, "texts of the model are no markup"
+
+
+def test_the_feed_shows_a_card_at_work(server):
+    async def main():
+        stream = events(server.port, "/v1/completions", {"prompt": "a", **ENDLESS})
+        await anext(stream)
+        feed = events(server.port, "/live", method="GET")
+        found = [json.loads(await anext(feed)) for _ in range(3)]
+        await feed.aclose()
+        await stream.aclose()
+        return found
+
+    *_, sample = asyncio.run(main())
+    assert {*sample["cards"]} == {"cpu:0"}
+    assert sum(sample["cards"]["cpu:0"].values()) > 0.1
+    assert sample["requests"]["decoding"] == 1
+    assert sample["tokens_per_s"] > 0
+    assert 0 < sample["itl_s"]["p50"] <= sample["itl_s"]["p99"]
+    at_rest(server)
+
+
+def test_who_watches_needs_the_key_and_keeps_no_server_alive(start_server):
+    served = start_server("--api-key", "secret")
+    assert served.ask("GET", "/")[0] == 200
+    assert served.ask("GET", "/live")[0] == 401
+
+    async def watch_to_the_end():
+        feed = events(served.port, "/live", headers=["Authorization: Bearer secret"], method="GET")
+        await anext(feed)
+        served.process.send_signal(signal.SIGTERM)
+        return [json.loads(event) async for event in feed]
+
+    started_s = time.monotonic()
+    assert "ended" in asyncio.run(watch_to_the_end())[-1]
+    assert served.wait() == 0
+    assert time.monotonic() - started_s < 10
+    assert "Traceback" not in served.log.read_text()

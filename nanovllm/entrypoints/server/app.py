@@ -8,6 +8,7 @@ import hmac
 import secrets
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -15,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -26,13 +27,27 @@ from nanovllm.entrypoints.prometheus import Collector
 from nanovllm.entrypoints.server.answers import Answers, Chat, Completion, TokenNames
 from nanovllm.entrypoints.server.body import read_object
 from nanovllm.entrypoints.server.chat_text import CALL, THINK, ChatText
-from nanovllm.entrypoints.server.completions import CLIENT_HAS_LEFT, EventStream, Requests, answer_whole, events
+from nanovllm.entrypoints.server.completions import (
+    CLIENT_HAS_LEFT,
+    EventStream,
+    Requests,
+    answer_whole,
+    event_of,
+    events,
+)
 from nanovllm.entrypoints.server.gate import Gate
+from nanovllm.entrypoints.server.live import Live
 from nanovllm.entrypoints.server.parameters import TEMPLATE_OPTIONS, Asked, CompletionAsked, chat_of, completion_of
 from nanovllm.entrypoints.server.problems import Problem, json_response, problem_of
 from nanovllm.errors import NanoVLLMError, UnknownRequestError, short_repr
 
-OPEN_TO_ALL = {"/health"}
+PAGE = Path(__file__).with_name("page.html")
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data:; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
+OPEN_TO_ALL = {"/health", "/"}
 """Paths that need no key."""
 
 
@@ -64,6 +79,7 @@ class Endpoints:
         self._settings = settings
         self._names = TokenNames(llm.tokenizer)
         self._template = "" if llm.tokenizer is None else str(llm.tokenizer.chat_template)
+        self._live = Live(llm.metrics)
         self._started = int(time.time())
         self._run = secrets.token_hex(4)
         """Part of the names of answers, so that those of another run of the server are not taken for them."""
@@ -154,6 +170,14 @@ class Endpoints:
             raise Problem(503, "the server is stopping", code="stopping")
         return json_response({"status": "ok"})
 
+    async def page(self, request: Request) -> Response:
+        """Shows the cards at work; asks for all else with the key that is typed there."""
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
+
+    async def live(self, request: Request) -> Response:
+        samples = (event_of(sample) async for sample in self._live.samples())
+        return StreamingResponse(samples, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
     async def metrics(self, request: Request) -> Response:
         collector: Any = Collector(_Found(await self._llm.metrics()))
         return Response(generate_latest(collector), media_type=CONTENT_TYPE_LATEST)
@@ -235,6 +259,8 @@ def make_app(llm: AsyncLLM, gate: Gate, settings: ServerSettings) -> Starlette:
         Route("/v1/models/{name:path}", at.model),
         Route("/tokenize", at.tokenize, methods=["POST"]),
         Route("/detokenize", at.detokenize, methods=["POST"]),
+        Route("/", at.page),
+        Route("/live", at.live),
         Route("/health", at.health),
         Route("/metrics", at.metrics),
         Route("/explain/{name}", at.explain),

@@ -111,12 +111,12 @@ async def events(requests: Requests, answers: Answers, *, includes_usage: bool) 
                 raise problem_of(output.error)
             chunk = answers.chunk(index, output)
             if chunk is not None:
-                yield _event({**chunk, "usage": None} if includes_usage else chunk)
+                yield event_of({**chunk, "usage": None} if includes_usage else chunk)
         if includes_usage:
-            yield _event(answers.last_chunk(requests.num_prompt_tokens, num_tokens))
+            yield event_of(answers.last_chunk(requests.num_prompt_tokens, num_tokens))
         yield b"data: [DONE]\n\n"
     except Exception as error:  # noqa: BLE001 - the status has been sent, so that an event has to tell of it
-        yield _event(problem_of(error).as_dict())
+        yield event_of(problem_of(error).as_dict())
 
 
 async def unless_left(request: Request, work: Coroutine[Any, Any, Result] | asyncio.Future[Result]) -> Result | None:
@@ -163,5 +163,6 @@ async def _merged(streams: Sequence[OutputStream]) -> AsyncIterator[tuple[int, R
                 task.exception()  # it has ended; what the first one raised is told
 
 
-def _event(content: dict[str, Any]) -> bytes:
+def event_of(content: dict[str, Any]) -> bytes:
+    """One server-sent event."""
     return b"data: " + msgspec.json.encode(content) + b"\n\n"
