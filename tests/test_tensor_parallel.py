@@ -316,7 +316,7 @@ def check_all_end_without_a_worker(llm, how):
 
 @pytest.fixture
 def hears_interrupts():
-    """Also where the tests run in the background, which ignores them."""
+    """Hears interrupts where the tests run in the background, too, which ignores them."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -621,7 +621,7 @@ def test_what_is_put_twice_or_taken_at_once_is_there_once():
 
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_an_abort_of_a_request_that_waits_in_the_mailbox_is_kept(tiny_path, monkeypatch, interrupted):
-    """Also where the loop is broken off before it has taken the request in."""
+    """The loop may be broken off before it has taken the request in."""
     with make(tiny_path, False) as llm:
         monkeypatch.setattr(loop, "MAX_ARRIVALS_PER_TURN", 0)
         request_id = llm.add_request([1, 2, 3], GREEDY)

@@ -31,7 +31,7 @@ QWEN = {**SETTINGS, "tokenizer_class": "Qwen2Tokenizer", "unk_token": "<|end|>",
 
 
 def of_characters() -> PreTrainedTokenizerFast:
-    """As Llama 2's: a space is put before every piece of text, and a token at the beginning."""
+    """A tokenizer like Llama 2's: it puts a space before every piece of text, and a token at the beginning."""
     tokenizer = byte_fallback()
     with_beginning(tokenizer)
     return tokenizer
@@ -45,7 +45,7 @@ def with_beginning(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def spaces_first() -> PreTrainedTokenizerFast:
-    """As Mistral's from v0.3 on: a space is put before the first piece of text alone."""
+    """A tokenizer like Mistral's from v0.3 on: it puts a space before the first piece of text alone."""
     tokenizer = of_characters()
     tokenizer.backend_tokenizer.normalizer = None
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
@@ -53,7 +53,7 @@ def spaces_first() -> PreTrainedTokenizerFast:
 
 
 def of_bytes() -> PreTrainedTokenizerFast:
-    """As Llama 3's: bytes, and a token at the beginning."""
+    """A tokenizer like Llama 3's: bytes, and a token at the beginning."""
     tokenizer = byte_level()
     with_beginning(tokenizer)
     return tokenizer
