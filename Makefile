@@ -26,7 +26,6 @@ check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python tools/check_prose.py
-	$(VENV)/bin/python tools/check_prose.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -84,22 +84,21 @@ class OutputProcessor:
     def take_decoded_tokens(self, step: Step, sampled: SampledOnHost) -> None:
         """Appends the next token to the requests of a step's decode part, except to those that have ended meanwhile."""
         rows, batch, token_ids = step.decode, step.decode.batch, sampled.token_ids.tolist()
-        are_last, complete_blocks = (
-            rows.are_last(sampled.token_ids),
-            rows.complete_blocks(step.card.block_manager.block_size),
-        )
+        are_last = rows.are_last(sampled.token_ids)
+        complete_blocks = rows.complete_blocks(step.card.block_manager.block_size)
+        needs_more = are_last | complete_blocks | batch.checks_every_token
         live = np.ones(len(batch), dtype=bool)
         if rows.ended_leases:
             live[:] = [seq.lease is lease for seq, lease in zip(batch.seqs, batch.leases, strict=True)]
         self._observer.times.got_tokens(batch.token_time_indices[live])
         # Most tokens are only appended. `deque` runs the appends in C: a Python loop over 256 rows takes five times as
         # long, in every step.
-        only_append = (live & ~(are_last | complete_blocks | batch.checks_every_token)).tolist()
+        only_append = (live & ~needs_more).tolist()
         appended = map(
             list.append, itertools.compress(batch.token_lists, only_append), itertools.compress(token_ids, only_append)
         )
         deque(appended, maxlen=0)
-        one_by_one = live & (are_last | complete_blocks | batch.checks_every_token)
+        one_by_one = live & needs_more
         if batch.checks_every_token.any():
             streamed = self._streamed_rows(batch)
             at_once = live & streamed.are_simple & ~are_last

@@ -13,7 +13,7 @@ import numpy as np
 
 from nanovllm.engine.callers import Inbox
 from nanovllm.engine.scheduling.decode_batch import MAX_STOP_IDS, HostDecodeBatch
-from nanovllm.engine.text.request_text import RequestText
+from nanovllm.engine.text.request_text import NoText, RequestText
 from nanovllm.outputs import RequestOutput
 
 
@@ -29,9 +29,14 @@ class StreamedRows:
         self, batch: HostDecodeBatch, texts: abc.Mapping[int, RequestText], inboxes: abc.Mapping[int, Inbox]
     ) -> None:
         self.batch = batch
-        self._texts = [texts.get(seq.request_id) for seq in batch.seqs]
-        self._inboxes = [inboxes.get(seq.request_id) for seq in batch.seqs]
-        lookups = [None if text is None else text.token_texts for text in self._texts]
+        # Requests that have ended since the launch have neither; nothing more is emitted for them.
+        nothing, nobody = NoText(), Inbox()
+        self._texts = [texts.get(seq.request_id, nothing) for seq in batch.seqs]
+        self._inboxes = [inboxes.get(seq.request_id, nobody) for seq in batch.seqs]
+        lookups = [
+            text.token_texts if seq.request_id in texts else None
+            for seq, text in zip(batch.seqs, self._texts, strict=True)
+        ]
         self._lookups = [{} if lookup is None else lookup for lookup in lookups]
         self._ttfts_s = [None if seq.first_token_s is None else seq.first_token_s - seq.arrival_s for seq in batch.seqs]
         self._request_ids = [seq.request_id for seq in batch.seqs]
@@ -60,7 +65,7 @@ class StreamedRows:
         rows, deltas, left = [], [], []
         for index in indices:
             text = self._texts[index]
-            delta = None if text is None or text.has_open_text else self._lookups[index][token_ids[index]]
+            delta = None if text.has_open_text else self._lookups[index][token_ids[index]]
             if delta is None:
                 left.append(index)
             else:
@@ -86,7 +91,7 @@ class StreamedRows:
             )
         )
         seqs = [batch.seqs[index] for index in rows]
-        inboxes = [inbox for index in rows if (inbox := self._inboxes[index]) is not None]
+        inboxes = [self._inboxes[index] for index in rows]
         token_lists = [batch.token_lists[index] for index in rows]
         num_tokens = [len(tokens) + 1 for tokens in token_lists]
         # One operation of the interpreter: an interrupt finds all of it done, or nothing.

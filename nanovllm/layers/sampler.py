@@ -87,12 +87,10 @@ def sample(logits: torch.Tensor, inputs: SamplingInputs, backend: Kernels, ranks
         arguments = (inputs.temperatures, inputs.seeds, inputs.output_indices, ranks.rank * logits.shape[1])
         return SampledTokens(_best_of_ranks(*backend.sample_tokens(logits, *arguments), ranks))
     chunks = [slice(start, start + SORTED_ROWS) for start in range(0, len(logits), SORTED_ROWS)]
-    penalised = None
-    if inputs.penalties is not None:
-        penalised = torch.cat([_penalised(logits[rows].float(), inputs.penalties, rows) for rows in chunks])
-        penalised = ranks.all_gather(penalised)
-    logits = ranks.all_gather(logits)
-    allowed = logits if penalised is None else penalised
+    penalties, penalised = inputs.penalties, logits
+    if penalties is not None:
+        penalised = torch.cat([_penalised(logits[rows].float(), penalties, rows) for rows in chunks])
+    gathered = allowed = ranks.all_gather(penalised)
     if inputs.biases is not None:
         rows_and_tokens, values = inputs.biases[:2], inputs.biases[2]
         allowed = allowed.float().index_put(rows_and_tokens, values, accumulate=True)
@@ -106,7 +104,8 @@ def sample(logits: torch.Tensor, inputs: SamplingInputs, backend: Kernels, ranks
     token_ids = ranks.all_gather(drawn.unsqueeze(1))[:, 0]
     if inputs.num_logprobs is None:
         return SampledTokens(token_ids)
-    parts = [_logprobs(logits[rows].float(), token_ids[rows], inputs.num_logprobs) for rows in chunks]
+    unpenalised = gathered if penalties is None else ranks.all_gather(logits)
+    parts = [_logprobs(unpenalised[rows].float(), token_ids[rows], inputs.num_logprobs) for rows in chunks]
     return SampledTokens(token_ids, *(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
