@@ -14,14 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
-from safetensors.torch import save_file
-
-from lib.arguments import add_device, add_shape, new_parser, write_shape
+from lib.arguments import add_device, add_shape, new_parser
+from lib.checkpoint import write_checkpoint
 from lib.report import report
-from nanovllm import LLM
-from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.errors import ends_with_message
 
 CHILD = """
@@ -33,20 +29,6 @@ with LLM(sys.argv[1], device=sys.argv[2]) as llm:
     next(llm.generate_stream([1] * 100, SamplingParams(max_tokens=2)))
     print(json.dumps({"imported": imported, "ready": ready, "first_token": time.time()}))
 """
-
-
-def write_checkpoint(shape: str) -> str:
-    """A folder with a checkpoint of random weights of this shape."""
-    folder = write_shape(shape)
-    options = {"load_format": "dummy", "device": "cpu", "dtype": "bfloat16", "num_kvcache_blocks": 1}
-    with LLM(folder, **options) as llm:
-        weights = llm.decode_runner.model.checkpoint_tensors()
-        save_file(
-            {name: weight.data.contiguous() for name, weight in weights.items()}, Path(folder) / "model.safetensors"
-        )
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(Path(DEMO_MODEL_PATH) / name, folder)
-    return folder
 
 
 def time_process(folder: str, device: str, kernel_cache: str | None) -> dict[str, float]:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from nanovllm.errors import ModelLoadError
 from nanovllm.utils.checkpoint import first_names, is_lfs_pointer, weight_files
+from nanovllm.utils.upload import Upload
 from nanovllm.utils.weight import Weight
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -62,10 +63,13 @@ def load_weights(
     by_path: dict[Path, list[str]] = {}
     for name, source in sources.items():
         by_path.setdefault(stored[source].path, []).append(name)
-    for path, names in by_path.items():
-        with _open(path) as tensors:
-            for name in names:
-                _copy(path, stored[sources[name]].name, tensors, targets[name])
+    devices = {weight.data.device for weight in targets.values()}
+    assert len(devices) == 1, "a runner has all of its weights on its own device"
+    with Upload(devices.pop()) as upload:
+        for path, names in by_path.items():
+            with _open(path) as tensors:
+                for name in names:
+                    targets[name].load(_read(path, stored[sources[name]].name, tensors, targets[name]), upload)
     return unused
 
 
@@ -154,7 +158,8 @@ def _slice(stored: StoredTensor) -> Iterator[Any]:
             ) from error
 
 
-def _copy(path: Path, name: str, tensors: Any, target: Weight) -> None:
+def _read(path: Path, name: str, tensors: Any, target: Weight) -> torch.Tensor:
+    """The values of a weight: a view of the mapped file, whose pages are read as the values are copied."""
     shape = list(target.whole_shape)
     try:
         stored = tensors.get_slice(name)
@@ -171,7 +176,7 @@ def _copy(path: Path, name: str, tensors: Any, target: Weight) -> None:
             f"{path}: tensor {name!r} is {tensor.dtype}; weights are served in a float type of 16 bits or more; "
             "convert them"
         )
-    target.store(tensor)
+    return tensor
 
 
 def _check_all_there(folder: Path, missing: list[str], unused: list[str]) -> None:

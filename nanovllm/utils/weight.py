@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from nanovllm.utils.upload import Upload
+
 
 @dataclass(frozen=True)
 class Part:
@@ -56,9 +58,9 @@ class Weight:
         """The index of the data in the checkpoint's tensor."""
         return (slice(None),) if self.part is None else self.part.index(self.whole_shape)
 
-    def store(self, values: torch.Tensor) -> None:
-        """Converts and copies values of the shape of the data, from any device."""
-        self.data.copy_(values)
+    def load(self, values: torch.Tensor, upload: Upload) -> None:
+        """Converts and copies the checkpoint's values of the data, which are there when the upload has ended."""
+        upload.copy(values, self.data)
 
     def copy_from(self, other: Weight) -> None:
         """Copies the same weight of another runner."""
@@ -71,4 +73,4 @@ class Weight:
             self.data.normal_(mean, deviation, generator=generator)
             return
         whole = torch.empty(self.whole_shape, dtype=self.data.dtype, device=self.data.device)
-        self.store(whole.normal_(mean, deviation, generator=generator)[self.index])
+        self.data.copy_(whole.normal_(mean, deviation, generator=generator)[self.index])

@@ -1,4 +1,4 @@
-"""On cards: threads, `close` and interrupts, logits that are not finite, torch's global settings."""
+"""On cards: threads, `close` and interrupts, logits that are not finite, torch's global settings, weights' way in."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, NonFiniteLogitsError, SamplingParams
+from nanovllm.utils.upload import Upload
 from tests import test_threads, tiny
 from tests.test_numbers import default_device, default_dtype
 
@@ -103,3 +104,20 @@ def test_torchs_global_settings_change_no_token(tiny_on_disk, eager, two_devices
             sampled = llm.generate(PROMPTS, SamplingParams(top_k=3, top_p=0.8, logprobs=1, seed=1), use_tqdm=False)
         assert [answer["token_ids"] for answer in answers] == expected
         assert [answer["error"] for answer in sampled] == [None] * 3
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_weights_arrive_whole_through_pinned_buffers(stored):
+    """Ten buffers' worth, a column slice of it, and what is smaller than a row of a buffer."""
+    on_last_card = torch.device("cuda", torch.cuda.device_count() - 1)
+    values = torch.randn(10_000, 8192).to(stored)
+    targets = [torch.zeros(10_000, width, dtype=torch.bfloat16, device=on_last_card) for width in (8192, 4096)]
+    vector = torch.zeros(8192, dtype=torch.bfloat16, device=on_last_card)
+    with Upload(on_last_card) as upload:
+        upload.copy(values, targets[0])
+        upload.copy(values[:, 4096:], targets[1])
+        upload.copy(values[0], vector)
+    expected = values.bfloat16()
+    assert torch.equal(targets[0].cpu(), expected)
+    assert torch.equal(targets[1].cpu(), expected[:, 4096:])
+    assert torch.equal(vector.cpu(), expected[0])
