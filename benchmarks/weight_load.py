@@ -33,7 +33,7 @@ def main() -> None:
 
     folder = write_checkpoint(args.model_shape, "cuda")
     rates, seconds = [], []
-    with LLM(folder, num_kvcache_blocks=64, enforce_eager=True) as llm:
+    with LLM(folder, num_kvcache_blocks=64, enforce_eager=True) as llm, torch.inference_mode():
         weights = llm.decode_runner.model.checkpoint_tensors()
         num_bytes = sum(weight.nbytes for weight in weights.values())
         for _ in range(args.rounds):
