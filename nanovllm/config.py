@@ -48,6 +48,8 @@ class EngineConfig:
             `max_num_seqs` bounds them.
         prefill_chunk_tokens: the same limit on a device where streamed requests decode, if that is lower; streamed are
             all requests but those of `generate` and `chat` without stop strings.
+        mixed_steps: run prompts and decode rows of one device in one forward pass, which reads the weights once for
+            both, instead of in steps that take turns. Tested on CPUs; not measured on a GPU yet.
         max_num_seqs: maximum number of requests that hold KV blocks at a time.
         max_model_len: maximum length of a request in tokens, prompt and output; None takes 4096, or what the model
             allows if that is less.
@@ -98,6 +100,7 @@ class EngineConfig:
     model: str
     max_num_batched_tokens: int = 16384
     prefill_chunk_tokens: int = 2048
+    mixed_steps: bool = False
     max_num_seqs: int = 512
     max_model_len: int | None = None
     gpu_memory_utilization: float = 0.9
@@ -161,6 +164,7 @@ class EngineConfig:
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        _check_bool("mixed_steps", self.mixed_steps)
         _check_bool("enforce_eager", self.enforce_eager)
         _check_bool("enable_prefix_caching", self.enable_prefix_caching)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:

@@ -11,12 +11,14 @@ import torch
 
 from tests.kernel_cases import (
     DECODE,
+    MIXED,
     OPTIONAL,
     PREFILL,
     check_fused,
     check_rows,
     check_steps,
     make_case,
+    mixed_error,
     relative_error,
 )
 
@@ -60,6 +62,15 @@ def test_what_is_optional_and_any_head_count_equals_reference(
     for spans in ([(1, 1), (1, 33), (1, 90)], [(5, 5), (16, 40), (33, 33)]):
         case = make_case(spans, device="cpu", dtype=dtype, has_norm=has_norm, has_rope=has_rope, **shape)
         assert relative_error(Backend(), case) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("with_split", [True, False])
+@pytest.mark.parametrize(("rows", "chunks", "num_empty_rows"), MIXED)
+def test_attention_of_both_parts_equals_reference(monkeypatch, rows, chunks, num_empty_rows, with_split):
+    monkeypatch.setattr(triton_attention, "_has_tma", lambda device: with_split)
+    shape = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "block_size": 32, "device": "cpu"}
+    error = mixed_error(Backend(), rows, chunks, num_empty_rows, with_split=with_split, dtype=torch.float16, **shape)
+    assert error < TOLERANCE[torch.float16]
 
 
 @pytest.mark.parametrize("num_sms", [1, 2, 9, 40])

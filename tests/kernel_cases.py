@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from nanovllm.kernels import NUM_ROW_FIELDS, AttentionMetadata, Kernels, RowField, torch_reference
+from nanovllm.layers.attention import PagedAttention
 
 # (query length, context length) of each request: decode, whole prompts, chunks behind a cached prefix, odd borders.
 DECODE = [(1, 1), (1, 15), (1, 16), (1, 17), (1, 700), (1, 63)]
@@ -114,6 +116,60 @@ def relative_error(backend: Kernels, case: Case) -> float:
     output = backend.attend(query, case.kv_cache, case.metadata, scale).float()
     assert not output.isnan().any(), "reads beyond a request's context"
     return ((output - expected).norm() / expected.norm()).item()
+
+
+def mixed_error(
+    backend: Kernels,
+    rows: list[int],
+    chunks: list[tuple[int, int]],
+    num_empty_rows: int,
+    *,
+    with_split: bool,
+    **shape: Any,
+) -> float:
+    """Of a step with both parts: attention by two calls, for rows of these contexts, of which the last
+    `num_empty_rows` that there is room for have none, and for chunks, against the reference's one call for all."""
+    case = make_case([*((1, context) for context in rows), *chunks], **shape)
+    head_dim, num_kv_heads, whole = shape["head_dim"], shape["num_kv_heads"], case.metadata
+    num_rows = len(rows) + num_empty_rows
+    assert num_rows <= len(case.positions)
+    query = case.store(backend, case.kv_cache)
+    expected = torch_reference.Backend().attend(query.float(), case.kv_cache.float(), whole, head_dim**-0.5)
+
+    decode = AttentionMetadata(
+        slot_mapping=whole.slot_mapping[:num_rows],
+        block_tables=torch.nn.functional.pad(whole.block_tables[: len(rows)], (0, 0, 0, num_empty_rows), value=10**6),
+        context_lens=torch.nn.functional.pad(whole.context_lens[: len(rows)], (0, num_empty_rows)),
+        query_starts=torch.arange(num_rows + 1, dtype=torch.int32, device=query.device),
+        max_query_len=1,
+        max_context_len=whole.max_context_len,
+    )
+    # As in a step of fixed size: requests without tokens at the end.
+    metadata = replace(
+        whole,
+        block_tables=torch.nn.functional.pad(whole.block_tables[len(rows) :], (0, 0, 0, 2)),
+        context_lens=torch.nn.functional.pad(whole.context_lens[len(rows) :], (0, 2)),
+        query_starts=torch.nn.functional.pad(
+            whole.query_starts[len(rows) :], (0, 2), value=int(whole.query_starts[-1])
+        ),
+        decode=decode,
+    )
+    if with_split:
+        decode = replace(decode, work_split=backend.split_work(decode, num_kv_heads))
+        metadata = replace(metadata, work_split=backend.split_work(metadata, num_kv_heads), decode=decode)
+    dtype, device = shape["dtype"], torch.device(shape["device"])
+    attention = PagedAttention(head_dim, 1e-6, None, backend, qk_norm=False, dtype=dtype, device=device)
+    output = attention.attend(query, case.kv_cache, metadata).float()
+    assert not output.isnan().any(), "reads beyond a request's context"
+    return ((output - expected).norm() / expected.norm()).item()
+
+
+MIXED = [
+    ([64, 1, 700, 33], [(5, 5), (16, 100), (1, 1)], 11),
+    ([17], [(70, 135)], 0),
+    ([90, 40, 16], [(33, 33)], 20),
+]
+"""Rows, chunks, and how many rows there is room for besides."""
 
 
 def check_fused(backend: Kernels, *, device: str, dtype: torch.dtype, size: int) -> None:

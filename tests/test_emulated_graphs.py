@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.execution import cuda_graph, decode_paths, prefill_executor, step_handle
+from nanovllm.engine.execution import cuda_graph, decode_paths, mixed_executor, prefill_executor, step_handle
 from nanovllm.engine.execution.runner_spec import RunnerSpec
 from tests import tiny
 from tests.test_engine import drain, tokens_of
-from tests.test_mixed_step import merge_parts
+from tests.test_mixed_step import SMALL_STEPS, serve
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 FILTERED = SamplingParams(temperature=0, max_tokens=20, min_tokens=1, top_k=5)
@@ -40,10 +40,12 @@ class EmulatedGraphs:
     def replay(self, size):
         self.num_replays += 1
         for graphs in self.of_pool[self.pool]:
-            for output in graphs.outputs.values():
+            for output in filter(None, graphs.outputs.values()):
                 output.sampled.token_ids.fill_(-5)
         found = self.step(size)
         output = self.outputs[size]
+        if output is None:
+            return None
         output.sampled.token_ids.copy_(found.sampled.token_ids)
         return dataclasses.replace(output, logits=found.logits, lane_moments=found.lane_moments)
 
@@ -66,27 +68,47 @@ def emulated(monkeypatch):
     monkeypatch.setattr(step_handle, "_to_host", to_host)
     monkeypatch.setattr(RunnerSpec, "uses_graphs", lambda spec, device: True)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    for module in (cuda_graph, decode_paths, prefill_executor):
+    for module in (cuda_graph, decode_paths, mixed_executor, prefill_executor):
         monkeypatch.setattr(module, "StepGraphs", EmulatedGraphs)
 
 
-@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("two_devices", [False, True])
-def test_graphs_give_the_tokens_of_eager_steps(checkpoint, emulated, two_devices, mixed):
+def test_graphs_give_the_tokens_of_eager_steps(checkpoint, emulated, two_devices):
     path, reference = checkpoint("gqa2")
     prompts = tiny.random_prompts(8, seed=71, longest=60) + tiny.random_prompts(4, seed=72, longest=30, shared=48)
     options = {"enable_two_gpu_pd": two_devices, "max_num_batched_tokens": 200, "prefill_chunk_tokens": 48}
     with LLM(path, device="cpu", max_num_seqs=6, **options) as llm:
-        steps = merge_parts(llm) if mixed else []
-        ids = [llm.add_request(prompt, GREEDY if mixed or i % 3 else FILTERED) for i, prompt in enumerate(prompts)]
+        ids = [llm.add_request(prompt, GREEDY if i % 3 else FILTERED) for i, prompt in enumerate(prompts)]
         outputs = drain(llm, steps_overlap=True)
         graphs = [llm.prefill_runner.prefill.graphs, llm.decode_runner.decode.paths.steps[None]]
         assert all(isinstance(one, EmulatedGraphs) and one.num_replays for one in graphs)
         assert graphs[1].sizes == [1, 2, 4, 6]
-        assert not mixed or two_devices or any(step.sampling_chunks for step in steps)
         assert len(EmulatedGraphs.of_pool) == (2 if two_devices else 1), "a device's plain graphs share memory"
     for request_id, prompt in zip(ids, prompts, strict=True):
         assert tokens_of(outputs[request_id]) == tiny.reference_tokens(reference, prompt, 20)
+
+
+@pytest.mark.parametrize("steps_ahead", [1, 2])
+def test_graphs_of_mixed_steps_give_the_tokens_of_eager_steps(checkpoint, emulated, monkeypatch, steps_ahead):
+    """In graphs and, where a step is larger than the largest of them, without."""
+    monkeypatch.setattr(cuda_graph, "MAX_MIXED_GRAPH_TOKENS", 30)
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(8, seed=73, longest=60) + tiny.random_prompts(4, seed=74, longest=30, shared=48)
+    params = [GREEDY if index % 3 else FILTERED for index in range(12)]
+    with LLM(path, **{**SMALL_STEPS, "prefill_chunk_tokens": 32}, max_num_seqs=6) as llm:
+        mixed, sizes = llm.decode_runner.mixed, []
+        run_pass = mixed._run_pass
+        monkeypatch.setattr(
+            mixed, "_run_pass", lambda size, most_rows: (sizes.append((size, most_rows)), run_pass(size, most_rows))[1]
+        )
+        found, kinds = serve(llm, prompts, params, steps_ahead=steps_ahead)
+        assert "mixed" in kinds
+        assert mixed._pass_graphs.sizes == [16, 30]
+        assert mixed._pass_graphs.num_replays
+        assert mixed._sampling_graphs.num_replays == kinds.count("mixed")
+        assert any(size > 30 and most_rows < 6 for size, most_rows in sizes), "eager, of as many rows as there are"
+        assert len(EmulatedGraphs.of_pool) == 1
+    assert found == [tiny.reference_tokens(reference, prompt, 20) for prompt in prompts]
 
 
 def test_a_closed_engine_holds_no_graphs(tiny_path, emulated):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -32,6 +34,8 @@ def make_sequence(request_id: int, tokens: list[int], max_tokens: int = 8) -> Se
 class OnePool(RuleBasedStateMachine):
     """Plays the engine: launches steps, ends them in any order, aborts and fails requests at any moment."""
 
+    limits = LIMITS
+
     def pools(self) -> tuple[BlockManager, BlockManager]:
         pool = BlockManager(NUM_BLOCKS, BLOCK_SIZE)
         return pool, pool
@@ -42,8 +46,9 @@ class OnePool(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.prefill_pool, self.decode_pool = self.pools()
-        placement = place(self.prefill_pool, self.decode_pool, MAX_NUM_BATCHED_TOKENS, LIMITS.prefill_chunk_tokens)
-        self.scheduler = Scheduler(LIMITS, self.admission(), placement)
+        chunk_tokens = self.limits.prefill_chunk_tokens
+        placement = place(self.prefill_pool, self.decode_pool, MAX_NUM_BATCHED_TOKENS, chunk_tokens)
+        self.scheduler = Scheduler(self.limits, self.admission(), placement)
         self.prefill_card, self.decode_card = placement.prefill_card, placement.decode_card
         self.seqs: list[Sequence] = []
         self.prefills: dict[Card, list[Step]] = {}
@@ -225,9 +230,76 @@ class OneAtATime(TwoPools):
         return policy
 
 
+class MixedSteps(OnePool):
+    """The same with steps of prompts and decode rows together, which end in the order of their launch."""
+
+    limits = replace(LIMITS, mixes_steps=True)
+    launch_prefill = end_prefill = end_handoff = launch_decode = end_decode = None  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[Step] = []
+
+    def note_steps(self) -> None:
+        """For the invariants."""
+        self.decodes = [step for step in self.steps if step.decode]
+        self.prefills = {self.decode_card: [step for step in self.steps if step.chunks]}
+
+    @precondition(lambda self: len(self.steps) < 2)
+    @rule(splits=st.booleans())
+    def launch(self, splits: bool = False) -> None:
+        for step in self.scheduler.schedule(self.decode_card, self.steps):
+            assert step.chunks or step.decode
+            assert not {chunk.lease for chunk in step.chunks} & set(step.decode.batch.leases), "a chunk beside its row"
+            self.steps += (splits and self.scheduler.halve(step)) or [step]
+            for row in step.decode:
+                assert self.decode_pool._ref_counts[row.lease.decode.blocks[row.position // BLOCK_SIZE]] == 1
+                assert row.output_index < row.seq.params.max_tokens, "a step beyond the request's length"
+            assert step.num_prefill_tokens <= MAX_NUM_BATCHED_TOKENS
+        self.note_steps()
+
+    @precondition(lambda self: self.steps)
+    @rule(fails=st.booleans(), stopped=st.sets(st.integers(0, 3)))
+    def end(self, fails: bool, stopped: set[int]) -> None:
+        step = self.steps.pop(0)
+        self.note_steps()
+        if fails and not self.steps:  # it is a launch that fails, once the steps before have ended
+            self.scheduler.cancel(step)
+            for part in [*step.chunks, *step.decode]:
+                self.fail(part)
+            return
+        ended = []
+        for chunk in step.chunks:
+            if self.scheduler.prefill_done(chunk) and chunk.is_last:
+                self.append(chunk.seq)
+                ended += [] if chunk.seq.is_finished else [chunk.seq]
+        assert self.scheduler.get_prefilled_sequences() == ended
+        if step.decode:
+            self.scheduler.decode_done(step)
+        for index, row in enumerate(step.decode):
+            if row.seq.lease is row.lease:
+                assert row.position == row.seq.num_tokens - 1, "a token is sampled after another than the last one"
+                self.append(row.seq)
+                if index in stopped and not row.seq.is_finished:
+                    self.scheduler.finish(row.seq, "stop")
+
+    def teardown(self) -> None:
+        for _ in range(3000):
+            self.launch()
+            self.launch()
+            if self.steps:
+                self.end(fails=False, stopped=set())
+            if not (self.scheduler.unfinished() or self.steps):
+                break
+        assert all(seq.is_finished for seq in self.seqs), "a request is lost"
+        assert self.decode_pool.num_held_blocks == 0
+        self.scheduler.check_integrity()
+
+
 TestOnePool = OnePool.TestCase
 TestTwoPools = TwoPools.TestCase
 TestOneAtATime = OneAtATime.TestCase
+TestMixedSteps = MixedSteps.TestCase
 
 
 def scheduler_with(

@@ -198,6 +198,7 @@ def runner_spec(config: EngineConfig, folder: Path, hf_config: dict[str, Any], d
         enforce_eager=config.enforce_eager,
         step_timeout_s=config.step_timeout_s,
         num_ranks=config.tensor_parallel_size,
+        mixes_steps=config.mixed_steps,
     )
 
 
@@ -400,6 +401,10 @@ def build_placement(config: EngineConfig, prefill_runner: ModelRunner, decode_ru
 
 
 def build_scheduler(config: EngineConfig, placement: Placement) -> Scheduler:
-    limits = SchedulerLimits(prefill_chunk_tokens=config.prefill_chunk_tokens, max_num_seqs=config.max_num_seqs)
+    limits = SchedulerLimits(
+        prefill_chunk_tokens=config.prefill_chunk_tokens,
+        max_num_seqs=config.max_num_seqs,
+        mixes_steps=config.mixed_steps,
+    )
     itl_target_s = None if config.itl_target_ms is None else config.itl_target_ms * 1e-3
     return Scheduler(limits, AdmissionPolicy(config.max_handoff_backlog, itl_target_s), placement)

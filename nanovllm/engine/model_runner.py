@@ -19,6 +19,7 @@ from nanovllm.engine.execution.kv_copy import COPY_METHODS, checksum_layers
 from nanovllm.engine.execution.kv_pool import make_kv_pool, num_kv_blocks
 from nanovllm.engine.execution.layer_push import NoPush, PushToPool
 from nanovllm.engine.execution.load_model import load_model
+from nanovllm.engine.execution.mixed_executor import MixedExecutor, NoMixedSteps
 from nanovllm.engine.execution.model_inputs import largest_step
 from nanovllm.engine.execution.prefill_executor import PrefillExecutor
 from nanovllm.engine.execution.runner_spec import PipelineOptions, RunnerSpec
@@ -54,7 +55,7 @@ class ModelRunner:
     Attributes:
         model: the weights.
         kv_pool: [num_kv_blocks + 1, num_layers, 2, num_kv_heads, block_size, head_dim]; the last block pads steps.
-        prefill, decode: what runs the two parts of a step.
+        prefill, decode, mixed: what runs steps of prompts alone, of decode rows alone, and of both.
         clock: times steps and copies, for a trace; None if there is none.
 
     Raises:
@@ -101,8 +102,15 @@ class ModelRunner:
             push = NoPush() if push_to is None else PushToPool(push_to.kv_pool, self.copy_stream)
             if push_to is not None and device.is_cuda:
                 enable_peer_access(device, push_to.device)
-            self.prefill = PrefillExecutor(forward, self.kv_pool, max_prefill_tokens, push)
             self.decode = NoDecode(device) if paths is None else DecodeExecutor(forward, self.kv_pool, paths)
+            self.prefill = PrefillExecutor(
+                forward, self.kv_pool, max_prefill_tokens, push, max_num_rows=self.decode.max_num_rows
+            )
+            self.mixed = (
+                MixedExecutor(forward, self.kv_pool, self.prefill, self.decode)
+                if isinstance(self.decode, DecodeExecutor)
+                else NoMixedSteps(device)
+            )
             self._capture(forward)
         self.synchronize()  # other streams are about to read the weights and write to the pool
 
@@ -116,14 +124,19 @@ class ModelRunner:
         """Launches a step, here and on the other ranks; does not wait for the device."""
         with self.on(self.stream):
             began = None if self.clock is None else self.clock.record_moment()
-            prefill = decode = None
-            if step.chunks:
-                prefill = self.prefill.make_task(step.chunks, samples_in_graph=step.chunks_sample_in_graph)
-            if step.decode:
-                decode = self.decode.make_task(step.decode)
-            task = StepTask(prefill, decode)
+            task = self._make_task(step)
             with self._workers.dispatch(task):
                 return StepHandle(self.device, self.stream, self._run(task), began)
+
+    def _make_task(self, step: Step) -> StepTask:
+        if step.kind == "mixed":
+            task = self.mixed.make_task(step)
+        elif step.kind == "decode":
+            task = StepTask(None, self.decode.make_task(step.decode))
+        else:
+            task = StepTask(self.prefill.make_task(step.chunks, samples_in_graph=step.chunks_sample_in_graph), None)
+        self.decode.expect_tokens(chunk.lease for chunk in step.sampling_chunks)
+        return task
 
     def run(self, task: StepTask) -> None:
         """Runs this rank's share of a step, made by rank 0. All ranks sample the same tokens; rank 0 returns them."""
@@ -133,7 +146,13 @@ class ModelRunner:
 
     def _run(self, task: StepTask) -> abc.Iterator[SampledTokens | None]:
         """What the chunks, then what the decode rows sample, on the device; the second may overwrite the first."""
-        yield None if task.prefill is None else self.prefill.run(task.prefill)
+        if task.prefill is not None and task.decode is not None:
+            yield from self.mixed.run(task.prefill, task.decode)
+            return
+        after_chunks = None if task.prefill is None else self.prefill.run(task.prefill)
+        if after_chunks is not None:
+            self.decode.keep_tokens(after_chunks.token_ids)
+        yield after_chunks
         yield None if task.decode is None else self.decode.run(task.decode)
 
     def run_decode_core(self, size: int, arrangement: Arrangement | None = None) -> StepOutput:
@@ -269,6 +288,7 @@ class ModelRunner:
                 "model",
                 "kv_pool",
                 "prefill",
+                "mixed",
             ):  # an interrupt may strike in between, and `close` be called again
                 vars(self).pop(name, None)
             self._ranks.close()
@@ -295,9 +315,9 @@ class ModelRunner:
     def _num_kv_blocks(self, forward: ForwardPass) -> int:
         spec = self.spec
         most_rows = max(spec.max_num_seqs if self.is_decode_runner else 1, MAX_CHUNKS)
-        num_tokens = (
-            max(self.max_prefill_tokens, spec.max_num_seqs) if self.is_decode_runner else self.max_prefill_tokens
-        )
+        num_tokens = self.max_prefill_tokens
+        if self.is_decode_runner:
+            num_tokens = max(num_tokens + spec.max_num_seqs * spec.mixes_steps, spec.max_num_seqs)
 
         def run_largest_step(kv_pool: torch.Tensor) -> None:
             largest = largest_step(
@@ -317,8 +337,11 @@ class ModelRunner:
         graph_pool = None
         if self.spec.uses_graphs(self.device):
             graph_pool = torch.cuda.graph_pool_handle()  # the memory that all graphs share
-            forward.share_logits(max(self.prefill.buffers.max_num_requests, self.decode.max_num_rows))
+            most_rows = (self.prefill.buffers.max_num_requests, self.decode.max_num_rows)
+            forward.share_logits(self.mixed.max_num_sampled if self.spec.mixes_steps else max(most_rows))
             self.prefill.capture(graph_pool)
+            if self.spec.mixes_steps:
+                self.mixed.capture(graph_pool)
         else:
             logger.info("%s: no graphs, the %s backend runs eagerly", self.device, self.spec.attention.backend.name)
         self.decode.prepare(graph_pool)

@@ -40,6 +40,8 @@ class SchedulerLimits:
     prefill_chunk_tokens: int
     """Maximum number of prompt tokens in a step of a card on which a streamed request decodes."""
     max_num_seqs: int
+    mixes_steps: bool = False
+    """Whether a step of a card that decodes takes prompts and decode rows together."""
 
 
 class Scheduler:
@@ -156,6 +158,11 @@ class Scheduler:
             card: one of `cards`.
             in_flight: its steps that have been launched and have not ended.
         """
+        if self.limits.mixes_steps and self.placement.decodes(card):
+            step = self._schedule_mixed(card, in_flight)
+            if step is not None:
+                yield step
+            return
         most_prefills = PREFILL_STEPS_AHEAD if not self.placement.decodes(card) else 1
         if sum(bool(step.chunks) for step in in_flight) < most_prefills:
             step = self.schedule_prefill(card)
@@ -173,21 +180,8 @@ class Scheduler:
         """
         card = self.placement.prefill_card if card is None else card
         self._join_arrived()  # first, since chunks are small while a streamed request decodes
-        candidates = self._prefill_candidates(card)
-        seq = next(candidates, None)
-        if seq is None:
-            return None
-        budget = self._prefill_token_budget(card)
-        step, num_tokens = Step(card), 0
-        while seq is not None:
-            chunk = self._next_chunk(seq, budget - num_tokens)
-            step.chunks.append(chunk)
-            num_tokens += chunk.num_tokens
-            if seq.is_streamed:
-                budget = min(budget, MAX_STREAMED_PREFILL_TOKENS)
-            is_full = num_tokens >= budget or len(step.chunks) == MAX_CHUNKS
-            seq = None if is_full else next(candidates, None)
-        return step
+        chunks = self._next_chunks(card)
+        return Step(card, chunks) if chunks else None
 
     def schedule_decode(self, card: Card | None = None) -> Step | None:
         """One token for every request that decodes on `card`, by default the one that decodes; None if there are none.
@@ -199,6 +193,22 @@ class Scheduler:
         self._join_arrived()
         rows = self._decoding[card].next_rows(self._grow)
         return None if rows is None else Step(card, decode=rows)
+
+    def _schedule_mixed(self, card: Card, in_flight: abc.Sequence[Step]) -> Step | None:
+        """A token for every request that decodes on a card, and the next chunks of those that are prefilled there."""
+        if len(in_flight) >= DECODE_STEPS_AHEAD:
+            return None
+        self._join_arrived()
+        if in_flight:
+            self._join_ahead(in_flight[-1])
+        # The rows first: room for their next tokens may be taken from a request that is prefilled.
+        rows = self._decoding[card].next_rows(self._grow)
+        if rows is None and any(step.chunks for step in in_flight):
+            return None  # whoever joins once that step has ended would wait for one more step of prompts
+        chunks = self._next_chunks(card)
+        if rows is None:
+            return Step(card, chunks) if chunks else None
+        return Step(card, chunks, rows)
 
     def get_prefilled_sequences(self) -> list[Sequence]:
         """Requests whose prefill has ended since the last call and which have not ended themselves."""
@@ -219,9 +229,11 @@ class Scheduler:
             if chunk.is_last and not chunk.handoff:
                 self.placement.prefill_worked(lease)
             if chunk.is_last:
+                self._prefilled[seq] = None
+            if chunk.is_last and seq.status is SequenceStatus.PREFILLING:
                 seq.status = SequenceStatus.HANDING_OFF
                 seq.timeline.mark("handoff")
-                self._prefilled[seq] = self._handing_off[seq] = None
+                self._handing_off[seq] = None
             elif _has_tokens_to_prefill(seq):
                 seq.timeline.mark("prefill queue")
         self.release(lease)
@@ -320,6 +332,24 @@ class Scheduler:
             assert seq.status is SequenceStatus.WAITING, f"request {seq.request_id} waits but is {seq.status}"
 
     # Inside
+
+    def _next_chunks(self, card: Card) -> list[PrefillChunk]:
+        """The next chunks of the requests that are prefilled on a card, as many as a step takes."""
+        chunks: list[PrefillChunk] = []
+        candidates = self._prefill_candidates(card)
+        seq = next(candidates, None)
+        if seq is None:
+            return chunks
+        budget, num_tokens = self._prefill_token_budget(card), 0
+        while seq is not None:
+            chunk = self._next_chunk(seq, budget - num_tokens)
+            chunks.append(chunk)
+            num_tokens += chunk.num_tokens
+            if seq.is_streamed:
+                budget = min(budget, MAX_STREAMED_PREFILL_TOKENS)
+            is_full = num_tokens >= budget or len(chunks) == MAX_CHUNKS
+            seq = None if is_full else next(candidates, None)
+        return chunks
 
     def _prefill_token_budget(self, card: Card) -> int:
         """Maximum number of prompt tokens in the card's next step."""
@@ -444,6 +474,20 @@ class Scheduler:
         arrived = [seq for seq in self._handing_off if seq.lease is not None and not seq.lease.in_flight]
         for seq in arrived:
             self.handoff_done(seq)
+
+    def _join_ahead(self, step: Step) -> None:
+        """Has requests decode whose prompts end with the card's last step, which is still in flight.
+
+        Their first tokens stay on the device. A request whose tokens the host has to count waits for its own.
+        """
+        for chunk in step.sampling_chunks:
+            seq, lease = chunk.seq, chunk.lease
+            may_join = seq.lease is lease and not lease.crosses and seq.status is SequenceStatus.PREFILLING
+            if may_join and not seq.params.needs_counts:
+                seq.status = SequenceStatus.DECODING
+                self._prefill_backlog.remove(seq)
+                seq.timeline.mark("decode queue")
+                self._decoding[step.card].join(DecodeRow(seq, lease, seq.num_tokens))
 
     def handoff_done(self, seq: Sequence) -> None:
         """All KV of a request is on its decode card: it may be shared there, and the prefill blocks are freed."""

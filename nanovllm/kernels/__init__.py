@@ -50,6 +50,9 @@ class AttentionMetadata:
         num_sms: how many SMs to spread decode attention over, None for all of the GPU.
         after_store: called by each layer in turn with its view of the pool, once the step's KV is stored there and
             before it is attended to; None for nothing to do.
+        decode: of a step with both parts, its decode rows, whose tokens come first in T; the other fields but
+            `slot_mapping` are of the chunks then. It may have rows without context behind those that there are, up to
+            T. None for a step with one part.
     """
 
     slot_mapping: torch.Tensor
@@ -61,6 +64,7 @@ class AttentionMetadata:
     work_split: torch.Tensor | None = None
     num_sms: int | None = None
     after_store: Callable[[torch.Tensor], None] | None = None
+    decode: AttentionMetadata | None = None
 
     @property
     def is_decode(self) -> bool:
@@ -112,9 +116,18 @@ class Kernels(Protocol):
         """How `attend` divides a step's work among thread blocks, made once for all layers; None if it needs none."""
 
     def attend(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata, scale: float
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Causal attention of `query`, [T, num_heads, head_dim], to each request's whole context; same shape out."""
+        """Causal attention of `query`, [T, num_heads, head_dim], to each request's whole context; same shape out.
+
+        The result is `out` if given, which is contiguous; its tokens before those of the first request stay as they
+        are. `metadata.decode` is not looked at.
+        """
 
     def linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, num_sms: int | None = None

@@ -28,7 +28,12 @@ class Backend(torch_reference.Backend):
     is_capturable = True
 
     def attend(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata, scale: float
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         # flash-attn's pages are token-major, ours head-major: a transposed view, no copy.
         key_cache, value_cache = kv_cache[:, 0].transpose(1, 2), kv_cache[:, 1].transpose(1, 2)
@@ -42,9 +47,9 @@ class Backend(torch_reference.Backend):
                 softmax_scale=scale,
                 causal=True,
             )
-            return output.squeeze(1)
+            return output.squeeze(1) if out is None else out.copy_(output.squeeze(1))
         lengths = metadata.context_lens.cumsum(0, dtype=torch.int32)
-        return flash_attn.flash_attn_varlen_func(
+        output = flash_attn.flash_attn_varlen_func(
             query,
             key_cache,
             value_cache,
@@ -56,3 +61,7 @@ class Backend(torch_reference.Backend):
             causal=True,
             block_table=metadata.block_tables,
         )
+        if out is None:
+            return output
+        is_before = torch.arange(len(query), device=query.device) < metadata.query_starts[0]
+        return out.copy_(torch.where(is_before[:, None, None], out, output))

@@ -48,11 +48,18 @@ class Backend:
         return None
 
     def attend(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata, scale: float
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        output = torch.empty_like(query)
+        output = torch.empty_like(query) if out is None else out
         starts = metadata.query_starts.tolist()
         for row, context_len in enumerate(metadata.context_lens.tolist()):
+            if not context_len:
+                continue
             rows = slice(starts[row], starts[row + 1])
             key, value = gather_context(kv_cache, metadata.block_tables[row], context_len)
             output[rows] = _attend_one(query[rows], key, value, scale)

@@ -72,13 +72,20 @@ class Backend:
         return _share_out(metadata.query_starts, metadata.query_starts[1:], PREFILL_TILE_M)
 
     def attend(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata, scale: float
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         split = metadata.work_split
         if split is None:
             split = self.split_work(metadata, kv_cache.shape[2])
         attend = _decode if metadata.is_decode else _prefill
-        return attend(query, kv_cache, metadata, split, scale)
+        output = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
+        attend(query, kv_cache, metadata, split, scale, output)
+        return output
 
 
 def _share_out(
@@ -115,12 +122,16 @@ def _share_out(
 
 
 def _prefill(
-    query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata, tile_starts: torch.Tensor, scale: float
-) -> torch.Tensor:
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    metadata: AttentionMetadata,
+    tile_starts: torch.Tensor,
+    scale: float,
+    output: torch.Tensor,
+) -> None:
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads, block_size = kv_cache.shape[2:4]
     num_requests = metadata.context_lens.shape[0]
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
     # float32 tiles take twice the shared memory, and their dot products run without tensor cores.
     is_wide = query.element_size() == 4
     tile_n = 16 if is_wide else PREFILL_TILE_N
@@ -153,18 +164,21 @@ def _prefill(
         num_warps=8 if is_wide else PREFILL_TILE_M // 16,
         **overlap(query.device),
     )
-    return output
 
 
 def _decode(
-    query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata, chunk_starts: torch.Tensor, scale: float
-) -> torch.Tensor:
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    metadata: AttentionMetadata,
+    chunk_starts: torch.Tensor,
+    scale: float,
+    output: torch.Tensor,
+) -> None:
     num_requests, num_heads, head_dim = query.shape
     num_kv_heads, block_size = kv_cache.shape[2:4]
     group = num_heads // num_kv_heads
     # The chunks of an even share, and for each head of each request one that is shorter.
     num_programs = MAX_PROGRAMS_PER_SM * (metadata.num_sms or _num_sms(query.device)) + num_requests * num_kv_heads
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
     partial = torch.empty(num_programs, group, head_dim, dtype=torch.float32, device=query.device)
     log_sums = torch.empty(num_programs, group, dtype=torch.float32, device=query.device)
     is_wide = query.element_size() == 4
@@ -199,7 +213,6 @@ def _decode(
         num_warps=4 if is_wide else 1,
         **overlap(query.device),
     )
-    return output
 
 
 def _decode_tile(num_requests: int) -> int:

@@ -71,4 +71,10 @@ class PagedAttention(nn.Module):
 
     def attend(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         """[T, num_heads, head_dim] -> the same."""
-        return self.backend.attend(query, kv_cache, metadata, self.scale)
+        if metadata.decode is None:
+            return self.backend.attend(query, kv_cache, metadata, self.scale)
+        attended = torch.empty_like(query, memory_format=torch.contiguous_format)
+        # The rows first: those without context are tokens of chunks, whose place they may write to.
+        num_rows = len(metadata.decode.context_lens)
+        self.backend.attend(query[:num_rows], kv_cache, metadata.decode, self.scale, attended[:num_rows])
+        return self.backend.attend(query, kv_cache, metadata, self.scale, attended)

@@ -11,6 +11,7 @@ import torch
 from nanovllm import LLM, OutOfKVCacheError, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
 from tests import tiny
+from tests.test_mixed_step import serve
 from tests.test_sampling import PENALTIES, penalised_tokens
 
 pytestmark = pytest.mark.gpu
@@ -36,15 +37,22 @@ def tiny_on_disk(tmp_path_factory):
         {"max_num_batched_tokens": 24, "prefill_chunk_tokens": 7},
         {"num_kvcache_blocks": 9},
         {"max_num_seqs": 3},
+        {"mixed_steps": True, "max_num_seqs": 3},
+        {"mixed_steps": True, "max_num_seqs": 3, "enforce_eager": True},
+        {"mixed_steps": True, "max_num_batched_tokens": 24, "prefill_chunk_tokens": 7},
+        {"mixed_steps": True, "num_kvcache_blocks": 9},
     ],
 )
 def test_float32_tokens_equal_transformers(tiny_on_disk, backend, mode):
     path, reference = tiny_on_disk
     prompts = tiny.random_prompts(8, seed=1) + tiny.random_prompts(4, seed=2, longest=40, shared=48)
     options = {"gpu_memory_utilization": 0.3, "kvcache_block_size": 16, **mode}
+    kinds = set()
     with LLM(path, device="cuda", dtype="float32", attention_backend=backend, **options) as llm:
+        llm.add_step_listener(lambda report: kinds.add(report.kind))
         answers = llm.generate(prompts, GREEDY, use_tqdm=False)
         llm.scheduler.check_integrity()
+    assert ("mixed" in kinds) == ("mixed_steps" in mode)
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 40)
 
@@ -73,15 +81,36 @@ def test_penalties_are_those_of_their_definition(tiny_on_disk, penalties):
 
 
 @pytest.mark.whole_card
-@pytest.mark.parametrize("batched_tokens", [16384, 64])
-def test_demo_answers_in_bfloat16_equal_the_written_ones(batched_tokens):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_num_batched_tokens": 64},
+        {"mixed_steps": True, "max_num_seqs": 100},
+        {"mixed_steps": True, "max_num_batched_tokens": 64},
+    ],
+)
+def test_demo_answers_in_bfloat16_equal_the_written_ones(options):
     conversations = [[{"role": "user", "content": pair["question"]}] for pair in QUESTIONS]
-    with LLM(DEMO_MODEL_PATH, device="cuda", max_num_batched_tokens=batched_tokens, gpu_memory_utilization=0.3) as llm:
+    with LLM(DEMO_MODEL_PATH, device="cuda", gpu_memory_utilization=0.3, **options) as llm:
         assert llm.decode_runner.kv_pool.dtype == torch.bfloat16
         assert llm.decode_runner.spec.attention.backend.name == "triton"
         answers = llm.chat(conversations, SamplingParams(temperature=0, max_tokens=512), use_tqdm=False)
     wrong = [p["question"] for p, a in zip(QUESTIONS, answers, strict=True) if a["text"] != p["answer"]]
     assert not wrong
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_requests_join_the_step_behind_their_prompts(tiny_on_disk, eager):
+    """Streamed ones, which come while others decode: their first tokens go to their decode rows on the card."""
+    path, reference = tiny_on_disk
+    prompts = tiny.random_prompts(10, seed=16, longest=60)
+    options = {"num_kvcache_blocks": 400, "max_num_batched_tokens": 64, "prefill_chunk_tokens": 16, "max_num_seqs": 8}
+    with LLM(path, device="cuda", dtype="float32", mixed_steps=True, enforce_eager=eager, **options) as llm:
+        found, kinds = serve(llm, prompts, GREEDY)
+        assert "mixed" in kinds
+        assert llm.metrics()["leases"] == 0
+    assert found == [tiny.reference_tokens(reference, prompt, 40) for prompt in prompts]
 
 
 @pytest.mark.whole_card

@@ -9,12 +9,14 @@ import torch
 
 from tests.kernel_cases import (
     DECODE,
+    MIXED,
     OPTIONAL,
     PREFILL,
     check_fused,
     check_rows,
     check_steps,
     make_case,
+    mixed_error,
     relative_error,
 )
 
@@ -35,6 +37,20 @@ def test_attention_equals_reference(spans, num_heads, num_kv_heads, head_dim, bl
     shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "block_size": block_size}
     case = make_case(spans, device="cuda", dtype=dtype, **shape)
     assert relative_error(Backend(), case) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("with_split", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "chunks", "num_empty_rows"),
+    [*MIXED, ([3000] * 40 + [1], [(512, 4000), (300, 300)], 400), ([700] * 200, [(1, 900)], 0)],
+)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_attention_of_both_parts_equals_reference(rows, chunks, num_empty_rows, with_split, dtype):
+    from nanovllm.kernels.triton_attention import Backend
+
+    shape = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "block_size": 64, "device": "cuda"}
+    error = mixed_error(Backend(), rows, chunks, num_empty_rows, with_split=with_split, dtype=dtype, **shape)
+    assert error < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(("has_norm", "has_rope"), OPTIONAL)

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -15,6 +15,11 @@ from nanovllm.engine.observability.pipeline_statistics import LaneMoments
 from nanovllm.layers.sampler import SampledTokens
 
 logger = logging.getLogger(__name__)
+
+MAX_MIXED_GRAPH_TOKENS = 2560
+"""A pass over more tokens takes so long that launching it without a graph costs nothing."""
+
+Output = TypeVar("Output")
 
 
 def batch_buckets(max_num_seqs: int) -> list[int]:
@@ -30,6 +35,16 @@ def token_buckets(max_num_tokens: int) -> list[int]:
         step = max(64, 1 << (sizes[-1].bit_length() - 6))
         sizes.append(min(sizes[-1] + step, max_num_tokens))
     return sizes
+
+
+def mixed_buckets(max_num_tokens: int) -> list[int]:
+    """Tokens of mixed steps to capture, ascending, up to MAX_MIXED_GRAPH_TOKENS.
+
+    At 64 tokens a step takes hardly longer than at 1; from some 200 on, each token costs its share of the GEMMs.
+    """
+    sizes = [*range(16, 512, 16), *range(512, 1024, 32), *range(1024, MAX_MIXED_GRAPH_TOKENS + 1, 64)]
+    most = min(max_num_tokens, MAX_MIXED_GRAPH_TOKENS)
+    return [size for size in sizes if size < most] + [most]
 
 
 def bucket_for(sizes: list[int], size: int) -> int:
@@ -59,7 +74,7 @@ class EagerSteps:
         self.replay = step
 
 
-class StepGraphs:
+class StepGraphs(Generic[Output]):
     """Replays `step(size)` from a graph.
 
     Args:
@@ -73,7 +88,7 @@ class StepGraphs:
     def __init__(
         self,
         what: str,
-        step: Callable[[int], StepOutput],
+        step: Callable[[int], Output],
         sizes: list[int],
         pool: Any,
         *,
@@ -81,7 +96,7 @@ class StepGraphs:
     ) -> None:
         self.sizes = sizes
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._outputs: dict[int, StepOutput] = {}
+        self._outputs: dict[int, Output] = {}
         started, free_before = time.perf_counter(), torch.cuda.mem_get_info()[0]
         warmed_up = set(sizes) if warm_all else _to_warm_up(sizes)
         for size in reversed(sizes):  # the largest first: the smaller ones fit into its memory
@@ -103,7 +118,7 @@ class StepGraphs:
     def size_for(self, size: int) -> int:
         return bucket_for(self.sizes, size)
 
-    def replay(self, size: int) -> StepOutput:
+    def replay(self, size: int) -> Output:
         """Runs the step of a captured size; the result is overwritten by the next replay from the same memory."""
         self._graphs[size].replay()
         return self._outputs[size]

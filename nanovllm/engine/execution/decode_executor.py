@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +15,7 @@ from nanovllm.engine.execution.model_inputs import sampling_arrays
 from nanovllm.engine.execution.tasks import DecodeTask
 from nanovllm.engine.execution.token_counts import TokenCounts
 from nanovllm.engine.scheduling.decode_batch import DecodeRows
+from nanovllm.engine.scheduling.lease import Lease
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement
 from nanovllm.layers.sampler import SampledTokens
 from nanovllm.utils.device import Device
@@ -62,10 +64,17 @@ class DecodeExecutor:
 
     def run(self, task: DecodeTask) -> SampledTokens:
         """Runs a task; [num_rows] sampled tokens."""
+        self.apply(task)
+        return self.finish(self.paths.replay(task.num_rows, task.mean_context), task)
+
+    def apply(self, task: DecodeTask) -> None:
+        """Makes the batch on the device that of the task."""
         self.rows.apply(task.changes)
         if task.changes.counted is not None:
             self._counts.set(task.changes.counted)
-        output = self.paths.replay(task.num_rows, task.mean_context)
+
+    def finish(self, output: StepOutput, task: DecodeTask) -> SampledTokens:
+        """The tokens of the rows, which come first in the output of the task's step, by all sampling parameters."""
         if task.sampling is None:
             return self._forward.sampled_tokens(output, task.num_rows, None)
         if task.sampling.penalties is None:
@@ -76,6 +85,14 @@ class DecodeExecutor:
             self._counts.add(rows, sampled.token_ids)
         self.rows.correct(sampled.token_ids)
         return sampled
+
+    def expect_tokens(self, leases: Iterable[Lease]) -> None:
+        """Notes the requests that a step of this device samples a first token for."""
+        self.rows.expect_tokens(leases)
+
+    def keep_tokens(self, token_ids: torch.Tensor) -> None:
+        """Keeps the first tokens of these requests for the next step."""
+        self.rows.keep_tokens(token_ids)
 
     def run_core(self, size: int, arrangement: Arrangement | None = None) -> StepOutput:
         """One step over the first `size` rows of the batch, on the device alone: no host value is read.
@@ -91,8 +108,7 @@ class DecodeExecutor:
             )
             lane_moments = pipeline.clock.last
         else:
-            metadata = self._forward.split_work(inputs.metadata)
-            hidden = self._forward.model(inputs.input_ids, inputs.positions, self._kv_pool, metadata)
+            hidden = self._forward.hidden_states(inputs.input_ids, inputs.positions, inputs.metadata, self._kv_pool)
         output = self._forward.sample(hidden, inputs.sampling)
         self.rows.advance(inputs, output.sampled.token_ids)
         return StepOutput(output.logits, output.sampled, lane_moments)
@@ -138,6 +154,10 @@ class NoDecode:
 
     def run_core(self, size: int, arrangement: Arrangement | None = None) -> StepOutput:
         self._refuse()
+
+    def expect_tokens(self, leases: Iterable[Lease]) -> None: ...
+
+    def keep_tokens(self, token_ids: torch.Tensor) -> None: ...
 
     def forget(self) -> None: ...
 

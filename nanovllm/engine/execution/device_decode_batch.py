@@ -15,6 +15,7 @@ import torch
 from nanovllm.engine.execution.token_counts import CountedTokens, count_tokens
 from nanovllm.engine.scheduling.decode_batch import DecodeRow, DecodeRows
 from nanovllm.engine.scheduling.lease import Lease
+from nanovllm.engine.scheduling.step import MAX_CHUNKS
 from nanovllm.kernels import NUM_ROW_FIELDS, AttentionMetadata, Kernels, RowField
 from nanovllm.layers.sampler import SamplingInputs
 from nanovllm.utils.device import Device
@@ -48,6 +49,7 @@ class RowChanges:
 
     Attributes:
         joined: [N, NUM_UPLOADED_FIELDS + max_blocks] int64, one for each new request: its row, fields and block table.
+            A negative token t is the one that the step before has sampled after its last chunk -1 - t.
         temperatures: [N] float32, of the new requests.
         counted: token counts of the new requests that have penalties.
         grown: [3, N] int64, new blocks of requests that grew: row, index in the block table, block.
@@ -94,6 +96,9 @@ class DeviceDecodeBatch:
         self._batch_sent: list[Lease] | None = None
         self._row_of: dict[Lease, int] = {}
         self._num_blocks_sent = [0] * num_rows
+        self._tokens_after_chunks = torch.zeros(MAX_CHUNKS, dtype=torch.int64, device=where)
+        self._sampled_after: dict[Lease, int] = {}
+        """The requests whose first tokens those are, by index."""
 
     def changes(self, rows: DecodeRows) -> RowChanges:
         """The changes that make the batch of `rows` the one to run: new requests and blocks, and the order if changed.
@@ -117,8 +122,11 @@ class DeviceDecodeBatch:
         """Sends changes to the device; on each rank."""
         if changes.joined is not None and changes.temperatures is not None:
             sent = self.device.tensor(changes.joined)
-            at = sent[:, 0]
-            self._fields[:, at] = sent[:, 1:NUM_UPLOADED_FIELDS].T
+            at, fields = sent[:, 0], sent[:, 1:NUM_UPLOADED_FIELDS].T
+            self._fields[:, at] = fields
+            tokens = fields[RowField.LAST_TOKEN]
+            of_chunks = self._tokens_after_chunks[(-1 - tokens).clamp(min=0)]
+            self._fields[RowField.LAST_TOKEN, at] = torch.where(tokens < 0, of_chunks, tokens)
             self._block_tables[at] = sent[:, NUM_UPLOADED_FIELDS:].int()
             self._temperatures[at] = self.device.tensor(changes.temperatures)
         if changes.grown is not None:
@@ -131,6 +139,15 @@ class DeviceDecodeBatch:
         """Discards all rows, whose state is unknown: every request is sent again, with its last token on the host."""
         self._batch_sent = None
         self._row_of = {}
+        self._sampled_after = {}
+
+    def expect_tokens(self, leases: Iterable[Lease]) -> None:
+        """Notes the requests that a step samples a first token for: `keep_tokens` is called with these."""
+        self._sampled_after = {lease: index for index, lease in enumerate(leases)}
+
+    def keep_tokens(self, token_ids: torch.Tensor) -> None:
+        """Keeps the [N] first tokens of requests for the next step, which they may join before the host has them."""
+        self._tokens_after_chunks[: len(token_ids)] = token_ids.clamp(min=0)
 
     def pad(self, size: int) -> None:
         """Makes the batch `size` times the padding row: for warm-up and capture."""
@@ -184,7 +201,10 @@ class DeviceDecodeBatch:
         temperatures = np.empty(len(joined), dtype=np.float32)
         for number, (index, row) in enumerate(zip(free, joined, strict=True)):
             seq, table = row.seq, row.lease.decode.blocks
-            fields = (index, seq.token_ids[-1], row.position, seq.seed, row.output_index)
+            # A token that the step before samples is on the device alone: its index there, as a negative number.
+            is_known = row.position < seq.num_tokens
+            token = seq.token_ids[-1] if is_known else -1 - self._sampled_after[row.lease]
+            fields = (index, token, row.position, seq.seed, row.output_index)
             uploads[number, :NUM_UPLOADED_FIELDS] = fields
             uploads[number, NUM_UPLOADED_FIELDS : NUM_UPLOADED_FIELDS + len(table)] = table
             temperatures[number] = seq.params.float32_temperature

@@ -47,18 +47,25 @@ class ForwardPass:
         after_store: Callable[[torch.Tensor], None] | None = None,
     ) -> StepOutput | None:
         """Runs the pass; None if no row is sampled. `after_store` is called with each layer's KV once it is stored."""
-        metadata = self.split_work(inputs.metadata)
+        metadata = inputs.metadata
         if after_store is not None:
             metadata = dataclasses.replace(metadata, after_store=after_store)
-        hidden = self.model(inputs.input_ids, inputs.positions, kv_pool, metadata)
+        hidden = self.hidden_states(inputs.input_ids, inputs.positions, metadata, kv_pool)
         if inputs.sampling is None:
             return None
         return self.sample(hidden[inputs.sampled_rows], inputs.sampling)
 
-    def split_work(self, metadata: AttentionMetadata) -> AttentionMetadata:
+    def hidden_states(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata, kv_pool: torch.Tensor
+    ) -> torch.Tensor:
+        """[T] int64 tokens and positions -> [T, hidden_size], after the final norm; their KV is stored in the pool."""
+        return self.model(input_ids, positions, kv_pool, self._with_work_split(metadata))
+
+    def _with_work_split(self, metadata: AttentionMetadata) -> AttentionMetadata:
         """The metadata with the attention backend's division of the step's work, if it makes one."""
         split = self.spec.attention.backend.split_work(metadata, self.spec.num_kv_heads)
-        return dataclasses.replace(metadata, work_split=split)
+        decode = None if metadata.decode is None else self._with_work_split(metadata.decode)
+        return dataclasses.replace(metadata, work_split=split, decode=decode)
 
     def sample(self, hidden: torch.Tensor, sampling: SamplingInputs) -> StepOutput:
         """[B, hidden_size] -> logits, and the tokens sampled from them."""

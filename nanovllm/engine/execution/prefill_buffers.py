@@ -15,9 +15,9 @@ from nanovllm.utils.device import Device
 
 NUM_TOKEN_COLUMNS = 3
 """Numbers sent for each token: its id, position and slot."""
-NUM_REQUEST_COLUMNS = 6
-"""Numbers sent for each request: context length, end in the step, sampled row, seed, output index, temperature. The
-block table follows."""
+NUM_REQUEST_COLUMNS = 7
+"""Numbers sent for each request: context length, start and end in the step, sampled row, seed, output index,
+temperature. The block table follows. Where the first request starts, there end the decode rows of a mixed step."""
 
 
 class PrefillBuffers:
@@ -52,18 +52,21 @@ class PrefillBuffers:
         size = self._num_request_numbers + NUM_TOKEN_COLUMNS * max_num_tokens + most_pushed_numbers
         self._numbers = torch.zeros(size, dtype=torch.int64, device=device.torch_device)
 
-    def pack(self, chunks: abc.Sequence[PrefillChunk], size: int) -> np.ndarray:
-        """The upload for these chunks, padded to `size` tokens: [N] int64."""
+    def pack(self, chunks: abc.Sequence[PrefillChunk], size: int, *, num_rows: int = 0) -> np.ndarray:
+        """The upload for these chunks, padded to `size` tokens: [N] int64.
+
+        The first `num_rows` tokens are left to decode rows, whose ids, positions and slots the device has.
+        """
         num_numbers = self._num_request_numbers + NUM_TOKEN_COLUMNS * size
         pushed = block_list([pair for chunk in chunks for pair in chunk.handoff] if self._pushes else [])
         numbers = np.zeros(num_numbers + len(pushed), dtype=np.int64)
         numbers[num_numbers:] = pushed
         requests, tokens = self._views(numbers, size)
-        context_lens, ends, sampled_rows, seeds, output_indices, temperatures = requests[:NUM_REQUEST_COLUMNS]
+        context_lens, starts, ends, sampled_rows, seeds, output_indices, temperatures = requests[:NUM_REQUEST_COLUMNS]
         tables = requests[NUM_REQUEST_COLUMNS:].T
         token_ids, positions, slots = tokens
         slots[:] = self._padding_slot
-        end, num_sampled = 0, 0
+        end, num_sampled = num_rows, 0
         for row, chunk in enumerate(chunks):
             seq, table = chunk.seq, np.array(chunk.lease.prefill.blocks, dtype=np.int64)
             first, end = end, end + chunk.end - chunk.start
@@ -73,14 +76,14 @@ class PrefillBuffers:
             slots[first:end] = table[offsets // self.block_size] * self.block_size + offsets % self.block_size
             num_blocks = -(-chunk.end // self.block_size)
             tables[row, :num_blocks] = table[:num_blocks]
-            context_lens[row], ends[row] = chunk.end, end
+            context_lens[row], starts[row], ends[row] = chunk.end, first, end
             if chunk.is_last:
                 sampled_rows[num_sampled] = end - 1
                 seeds[num_sampled] = seq.seed
                 output_indices[num_sampled] = chunk.end - seq.num_prompt_tokens
                 temperatures.view(np.float64)[num_sampled] = seq.params.float32_temperature
                 num_sampled += 1
-        ends[len(chunks) :] = end
+        starts[len(chunks) :] = ends[len(chunks) :] = end
         return numbers
 
     def send(self, numbers: np.ndarray) -> None:
@@ -90,18 +93,15 @@ class PrefillBuffers:
     def gather(self, size: int, num_sampled: int) -> ModelInputs:
         """The inputs of the step, padded to `size` tokens and `num_sampled` sampled rows; runs on the device alone."""
         requests, tokens = self._views(self._numbers, size)
-        context_lens, ends, sampled_rows, seeds, output_indices, temperatures = requests[:NUM_REQUEST_COLUMNS]
+        context_lens, starts, ends, sampled_rows = requests[:4]
         token_ids, positions, slots = tokens
         metadata = AttentionMetadata(
             slot_mapping=slots,
             block_tables=requests[NUM_REQUEST_COLUMNS:].T.int().contiguous(),
             context_lens=context_lens.int(),
-            query_starts=torch.nn.functional.pad(ends.int(), (1, 0)),
+            query_starts=torch.cat((starts[:1], ends)).int(),
             max_query_len=max(size, 2),
             max_context_len=self.max_model_len,
-        )
-        sampling = SamplingInputs(
-            temperatures[:num_sampled].view(torch.float64).float(), seeds[:num_sampled], output_indices[:num_sampled]
         )
         first_pushed = self._num_request_numbers + NUM_TOKEN_COLUMNS * size
         return ModelInputs(
@@ -109,9 +109,26 @@ class PrefillBuffers:
             positions,
             metadata,
             sampled_rows[:num_sampled],
-            sampling if num_sampled else None,
+            self.sampling(num_sampled) if num_sampled else None,
             self._numbers[first_pushed:] if self._pushes else None,
         )
+
+    def sampling(self, num_sampled: int | None = None) -> SamplingInputs:
+        """Sampling parameters of the step's first last chunks, of as many as fit if not given; on the device alone."""
+        columns = self._request_columns()[4:NUM_REQUEST_COLUMNS, :num_sampled]
+        seeds, output_indices, temperatures = columns
+        return SamplingInputs(temperatures.view(torch.float64).float(), seeds, output_indices)
+
+    def sampled_rows(self) -> torch.Tensor:
+        """[max_num_requests] int64: which token of the step each last chunk samples after."""
+        return self._request_columns()[3]
+
+    def num_rows(self) -> torch.Tensor:
+        """[] int64: how many decode rows the step has, before the tokens of chunks."""
+        return self._request_columns()[1, 0]
+
+    def _request_columns(self) -> torch.Tensor:
+        return self._views(self._numbers, 0)[0]
 
     def _views(self, numbers, size):  # type: ignore[no-untyped-def] # numpy and torch alike
         """[columns, max_num_requests] and [NUM_TOKEN_COLUMNS, size] views of an upload."""

@@ -24,40 +24,67 @@ class PrefillExecutor:
     Args:
         forward: the model.
         kv_pool: where KV is stored; its last block pads steps.
-        max_prefill_tokens: maximum number of tokens in a step.
+        max_prefill_tokens: maximum number of prompt tokens in a step.
         push: whether and how steps push the blocks that they hand over.
+        max_num_rows: decode rows that mixed steps have room for besides.
     """
 
-    def __init__(self, forward: ForwardPass, kv_pool: torch.Tensor, max_prefill_tokens: int, push: LayerPush) -> None:
+    def __init__(
+        self,
+        forward: ForwardPass,
+        kv_pool: torch.Tensor,
+        max_prefill_tokens: int,
+        push: LayerPush,
+        *,
+        max_num_rows: int,
+    ) -> None:
         self._forward = forward
         self._kv_pool = kv_pool
         self._push = push
+        self._max_prefill_tokens = max_prefill_tokens
         spec, num_blocks = forward.spec, len(kv_pool) - 1
         block_size = spec.attention.block_size
         self.buffers = PrefillBuffers(
             forward.device,
-            min(max_prefill_tokens, num_blocks * block_size),  # the KV of a step's tokens is in the pool
+            # The KV of a step's tokens is in the pool; in a mixed step there are those of decode rows, too.
+            min(max_prefill_tokens + max_num_rows, num_blocks * block_size),
             min(MAX_CHUNKS, spec.max_num_seqs),
             spec.max_model_len,
             block_size,
             num_blocks,
             pushes=push.is_on,
         )
-        self.graphs: StepGraphs | None = None
+        self.graphs: StepGraphs[StepOutput] | None = None
 
     def capture(self, graph_pool: Any) -> None:
         """Captures a graph for each bucket. This writes to block 0, which no request holds yet."""
-        self.graphs = StepGraphs("prefill", self.run_core, token_buckets(self.buffers.max_num_tokens), graph_pool)
+        sizes = token_buckets(min(self._max_prefill_tokens, self.buffers.max_num_tokens))
+        self.graphs = StepGraphs("prefill", self.run_core, sizes, graph_pool)
 
-    def make_task(self, chunks: abc.Sequence[PrefillChunk], *, samples_in_graph: bool) -> PrefillTask:
-        """The task that has every rank run these chunks."""
+    def make_task(
+        self,
+        chunks: abc.Sequence[PrefillChunk],
+        *,
+        samples_in_graph: bool,
+        num_rows: int = 0,
+        size: int | None = None,
+    ) -> PrefillTask:
+        """The task that has every rank run these chunks.
+
+        Args:
+            chunks: what to run.
+            samples_in_graph: whether sampling needs no more than temperature, seed and output index.
+            num_rows: decode rows whose tokens come before the chunks' in the pass.
+            size: number of tokens to pad the pass to, None for that of the graphs of prefill steps.
+        """
         num_tokens = sum(chunk.num_tokens for chunk in chunks)
         last = [(chunk.seq, chunk.end - chunk.seq.num_prompt_tokens) for chunk in chunks if chunk.is_last]
-        size = num_tokens if self.graphs is None else self.graphs.size_for(num_tokens)
+        if size is None:
+            size = num_tokens if self.graphs is None else self.graphs.size_for(num_tokens)
         vocab_size = self._forward.spec.model_config.vocab_size
         sampling = None if samples_in_graph or not last else sampling_arrays(last, vocab_size)
         counted = None if sampling is None else count_tokens((index, seq) for index, (seq, _) in enumerate(last))
-        return PrefillTask(self.buffers.pack(chunks, size), size, len(last), sampling, counted)
+        return PrefillTask(self.buffers.pack(chunks, size, num_rows=num_rows), size, len(last), sampling, counted)
 
     def run(self, task: PrefillTask) -> SampledTokens | None:
         """Runs a task; a token for each prompt that its chunks complete, None if they complete none."""
@@ -66,8 +93,11 @@ class PrefillExecutor:
             output: StepOutput | None = self.graphs.replay(task.size)
         else:
             output = self._run(task.size, task.num_sampled)
-        if output is None or not task.num_sampled:
-            return None
+        return None if output is None or not task.num_sampled else self.finish(output, task)
+
+    def finish(self, output: StepOutput, task: PrefillTask) -> SampledTokens:
+        """The tokens after the last chunks, which come first in the output of the task's step, by all sampling
+        parameters."""
         if task.counted is None:
             return self._forward.sampled_tokens(output, task.num_sampled, task.sampling)
         device, ranks = self._forward.device, self._forward.ranks

@@ -58,7 +58,6 @@ class HostDecodeBatch:
         checks_every_token: [B] bool, whether every token is checked one by one: the request is streamed, may end by a
             stop string, has log-probabilities, or has more stop tokens than `stop_ids` holds.
         stop_ids: [B, MAX_STOP_IDS] int64, tokens that end the request, padded with NO_TOKEN.
-        token_time_indices: [B] int64, indices into `TokenTimes`.
     """
 
     seqs: list[Sequence]
@@ -69,7 +68,6 @@ class HostDecodeBatch:
     in_graph_positions: np.ndarray
     checks_every_token: np.ndarray
     stop_ids: np.ndarray
-    token_time_indices: np.ndarray
 
     @classmethod
     def of(cls, rows: abc.Sequence[DecodeRow], block_size: int) -> HostDecodeBatch:
@@ -87,7 +85,6 @@ class HostDecodeBatch:
             in_graph_positions=_integers(seq.in_graph_position for seq in seqs),
             checks_every_token=np.array([_checks_every_token(seq) for seq in seqs], dtype=bool),
             stop_ids=stop_ids,
-            token_time_indices=_integers(seq.token_time_index or 0 for seq in seqs),
         )
 
     def __len__(self) -> int:
@@ -97,6 +94,11 @@ class HostDecodeBatch:
     def token_lists(self) -> list[list[int]]:
         """Each request's `token_ids`."""
         return [seq.token_ids for seq in self.seqs]
+
+    @cached_property
+    def token_time_indices(self) -> np.ndarray:
+        """[B] int64, indices into `TokenTimes`: asked for when a step has ended, since every row has a token then."""
+        return _integers(seq.token_time_index or 0 for seq in self.seqs)
 
     def row(self, index: int) -> DecodeRow:
         return DecodeRow(self.seqs[index], self.leases[index], int(self.positions[index]))
@@ -131,7 +133,6 @@ class HostDecodeBatch:
             self.in_graph_positions,
             self.checks_every_token,
             self.stop_ids,
-            self.token_time_indices,
         )
 
 
