@@ -1,8 +1,8 @@
 """The host's own work in a turn of the loop: microseconds a turn, over a runner that computes nothing.
 
-Needs no GPU. A turn forms a decode step of so many rows, and with `--chunks` a chunk of a prompt before it; packs what
-the device would be sent; takes in the tokens of the steps, which are there at once; and emits them. The tokenizer is
-the bundled model's.
+Needs no GPU. A turn forms a decode step of so many rows; or that and a chunk of a prompt before it; or both as
+one mixed step, as large as the model of step times says. It packs what the device would be sent, takes in the tokens
+of the steps, which are there at once, and emits them. The tokenizer is the bundled model's.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from nanovllm.utils.device import DoneEvent
 PROMPT_TOKENS = 100
 MAX_MODEL_LEN = 2048
 CHUNK_TOKENS = 64
+ROWS, IN_TURNS, MIXED = "rows", "rows and a chunk in turns", "rows and a chunk in one step"
+STEP_S = 0.01
+"""What each mixed step is said to have taken."""
 
 
 class InstantHandle:
@@ -59,9 +62,11 @@ def compute_nothing(runner: ModelRunner, token_ids: list[int]) -> None:
         return SampledOnHost(rng.choice(choices, count)) if count else NOTHING_SAMPLED
 
     def launch(step: Step) -> InstantHandle:
-        if step.chunks:
+        if step.kind == "mixed":
+            runner.mixed.make_task(step)
+        elif step.chunks:
             runner.prefill.make_task(step.chunks, samples_in_graph=step.chunks_sample_in_graph)
-        if step.decode:
+        else:
             runner.decode.make_task(step.decode)
         return InstantHandle(StepTokens(sampled(len(step.sampling_chunks)), sampled(len(step.decode))))
 
@@ -98,10 +103,14 @@ def tokens_of_answers(llm: LLM) -> list[int]:
     return [token for pair in pairs for token in llm.tokenizer.encode(pair["answer"], add_special_tokens=False)]
 
 
-def serve(rows: int, chunks: bool, num_turns: int, measure: Callable[[LLM, int], Any]) -> Any:
-    """What `measure` finds over an engine in which so many streamed requests decode, and one is prefilled."""
+def serve(rows: int, what: str, num_turns: int, measure: Callable[[LLM, int], Any]) -> Any:
+    """What `measure` finds over an engine in which so many streamed requests decode, and one may be prefilled."""
     options = {"num_kvcache_blocks": 40 * (rows + 4), "max_num_seqs": rows + 2, "prefill_chunk_tokens": CHUNK_TOKENS}
+    if what == MIXED:
+        options |= {"mixed_steps": True, "itl_target_ms": 2e3 * STEP_S}
     with LLM(DEMO_MODEL_PATH, device="cpu", kvcache_block_size=64, max_model_len=MAX_MODEL_LEN, **options) as llm:
+        # As if each step had been queued behind another.
+        llm._loop._observe_duration = lambda step: llm.scheduler.step_took(step, STEP_S)  # type: ignore[method-assign]
         words = tokens_of_answers(llm)
         compute_nothing(llm.decode_runner, words)
         rng = random.Random(0)
@@ -110,7 +119,7 @@ def serve(rows: int, chunks: bool, num_turns: int, measure: Callable[[LLM, int],
             llm.add_request([rng.choice(words) for _ in range(PROMPT_TOKENS)], lasting)
         while llm.metrics()["requests"]["decoding"] < rows:
             llm.step()
-        if chunks:  # prompts without end, one after another, whose one token is not decoded
+        if what != ROWS:  # prompts without end, one after another, whose one token is not decoded
             once = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
             length = CHUNK_TOKENS * (MAX_MODEL_LEN // CHUNK_TOKENS - 1)
             for _ in range(2 * num_turns * CHUNK_TOKENS // length + 2):
@@ -135,6 +144,8 @@ def divide_turns(llm: LLM, num_turns: int) -> dict[str, float]:
     stages.watch(llm, "step", "calls, mail, waiting outputs")
     stages.watch(llm.scheduler, "schedule_prefill", "form chunks")
     stages.watch(llm.scheduler, "schedule_decode", "form decode rows")
+    stages.watch(llm.scheduler, "_schedule_mixed", "form mixed steps")
+    stages.watch(llm.scheduler, "step_took", "learn how long steps take")
     stages.watch(runner.prefill, "make_task", "pack chunks")
     stages.watch(runner.decode, "make_task", "pack decode rows")
     stages.watch(runner, "launch", "the runner that computes nothing")
@@ -156,12 +167,11 @@ def main() -> None:
         parser.error("--rows and --turns: at least one")
     results = []
     for rows in args.rows:
-        for chunks in (False, True):
-            found = serve(rows, chunks, args.turns, time_turns)
-            stages = serve(rows, chunks, args.turns, divide_turns)
-            results.append({"rows": rows, "chunks": chunks, **found, "stages_us": stages})
-            beside = " and a chunk" if chunks else ""
-            print(f"{rows} streamed rows{beside}: {found['median_us']:.0f} us a turn, least {found['least_us']:.0f}")
+        for what in (ROWS, IN_TURNS, MIXED):
+            found = serve(rows, what, args.turns, time_turns)
+            stages = serve(rows, what, args.turns, divide_turns)
+            results.append({"rows": rows, "what": what, **found, "stages_us": stages})
+            print(f"{rows} streamed {what}: {found['median_us']:.0f} us a turn, least {found['least_us']:.0f}")
             for name, us in stages.items():
                 print(f"    {us:7.1f} {name}")
     report("host_time", {"turns": args.turns, "results": results}, args.output)

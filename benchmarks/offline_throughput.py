@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--prefill-chunk-tokens", type=int, default=2048)
     parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--mixed-steps", action="store_true", help="prompts and decode rows in one forward pass")
     add_tensor_parallel(parser)
     args = parser.parse_args()
 
@@ -42,6 +43,7 @@ def main() -> None:
         attention_backend=args.attention_backend,
         prefill_chunk_tokens=args.prefill_chunk_tokens,
         enforce_eager=args.enforce_eager,
+        mixed_steps=args.mixed_steps,
         tensor_parallel_size=num_ranks,
         enable_prefix_caching=False,
         max_num_seqs=max(512, args.num_requests),

@@ -62,6 +62,8 @@ class Served:
     """Bytes moved, sends, and the host's microseconds for each; empty where there are none."""
     prefix_cache: dict[str, int]
     """Tokens that were looked up in the prefix cache, and found; empty where it is off."""
+    step_time: dict[str, Any]
+    """By card, what the last steps were predicted to take, and took."""
 
 
 def trace_of(args: argparse.Namespace) -> Trace | None:
@@ -83,6 +85,7 @@ class Engine:
             max_num_seqs=args.max_num_seqs,
             prefill_chunk_tokens=args.prefill_chunk_tokens,
             enable_prefix_caching=self.has_prefix_cache,
+            **({} if args.itl_target_ms is None else {"itl_target_ms": args.itl_target_ms}),
         )
         self.vocab_size = vocab_size_of(self.llm)
         runners = dict.fromkeys((self.llm.prefill_runner, self.llm.decode_runner))
@@ -108,7 +111,7 @@ class Engine:
         busy = {device: busy_s / ended_s for device, (busy_s, _) in taken.items()}
         idle = {device: idle_s / max(busy_s + idle_s, 1e-9) for device, (busy_s, idle_s) in taken.items()}
         found = {name: number - tokens_before[name] for name, number in self._cache_tokens().items()}
-        return Served(requests, busy, idle, self._handoffs.take(), found)
+        return Served(requests, busy, idle, self._handoffs.take(), found, self.llm.metrics()["step_time"])
 
     def _cache_tokens(self) -> dict[str, int]:
         """Tokens of prompts so far."""
@@ -150,7 +153,12 @@ def serve_replicas(args: argparse.Namespace) -> list[Served]:
             found: Counter[str] = Counter()
             for part in served:
                 found.update(part.prefix_cache)
-            results.append(Served(requests, busy, idle, {}, dict(found)))
+            step_time = {
+                f"replica {index}": statistics
+                for index, part in enumerate(served)
+                for statistics in part.step_time.values()
+            }
+            results.append(Served(requests, busy, idle, {}, dict(found), step_time))
         return results
     finally:
         for pool in pools:
@@ -229,6 +237,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--duration", type=float, default=30.0, help="seconds in which requests arrive")
     parser.add_argument("--ttft-limit-ms", type=float, default=600.0, help="of a good request")
     parser.add_argument("--itl-limit-ms", type=float, default=10.0, help="of a good request")
+    parser.add_argument("--itl-target-ms", type=float, help="needs mode pd or --mixed-steps; no target if not given")
     parser.add_argument("--prefill-chunk-tokens", type=int, default=2048)
     parser.add_argument("--max-num-seqs", type=int, default=512)
     parser.add_argument("--max-model-len", type=int, default=12288, help="longer requests of a workload are cut to it")
@@ -293,6 +302,7 @@ def main() -> None:
         summary = summarize(served.requests, args.ttft_limit_ms / 1e3, args.itl_limit_ms / 1e3)
         summary |= {"rate": rate, "busy_share": served.busy_share, "idle_share": served.idle_share}
         summary |= {"handoff": served.handoff, "prefix_cache": with_hit_rate(served.prefix_cache)}
+        summary["step_time"] = served.step_time
         summary["trace"] = what_is_missing(trace_of(args))
         source = args.trace or f"{args.workload}, {rate:g} requests/s"
         print(f"{args.mode}, {args.model or args.model_shape}, {source}")

@@ -24,7 +24,6 @@ TWO_GPU_OPTIONS = (
     "verify_kv_handoff",
     "handoff_timeout_s",
     "max_handoff_backlog",
-    "itl_target_ms",
 )
 DECODE_PIPELINES = ("static", "auto", "disabled")
 PIPELINE_OPTIONS = (
@@ -79,8 +78,9 @@ class EngineConfig:
             the prefill step.
         max_handoff_backlog: maximum number of requests between the beginning of their prefill and the arrival of their
             KV; others wait in the queue.
-        itl_target_ms: a request waits in the queue while a decode step with it would take longer, as predicted from
-            the steps before; None for no such limit.
+        itl_target_ms: maximum time of a decode step, as predicted from the steps before: a request waits in the queue
+            while a step with it would take longer, and mixed steps take no more of a prompt than there is time for.
+            None for no such limit. Needs two devices or `mixed_steps`.
         enable_decode_pipeline: run attention and GEMMs of decode steps side by side on two SM partitions of the decode
             card; needs `enable_two_gpu_pd=True`.
         decode_pipeline: `static` (the given split for every step), `auto` (whichever of the pipeline and plain decode
@@ -245,6 +245,11 @@ class EngineConfig:
             unused = [name for name in switched if name in options]
             if unused and not options.get(switch):
                 raise ConfigError(f"{', '.join(unused)} given without {switch}=True; add it or leave them out")
+        if "itl_target_ms" in options and not (options.get("enable_two_gpu_pd") or options.get("mixed_steps")):
+            raise ConfigError(
+                "itl_target_ms given without enable_two_gpu_pd=True or mixed_steps=True: else steps of prompts come "
+                "between decode steps; add one of them or leave it out"
+            )
         return cls(model=model, **options)
 
 

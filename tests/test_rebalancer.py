@@ -12,11 +12,11 @@ from nanovllm.engine.scheduling import circuit_breaker
 from nanovllm.engine.scheduling.calibration import (
     Calibration,
     Measured,
-    calibration_file,
     keep_calibration,
     load_calibration,
 )
 from nanovllm.engine.scheduling.circuit_breaker import CircuitBreaker
+from nanovllm.engine.scheduling.measurement_cache import cache_file
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut
 from nanovllm.engine.scheduling.rebalancer import FIRST_TRIALS, TRIAL_EVERY, Rebalancer, StepTimes
 
@@ -77,10 +77,10 @@ def test_a_calibration_is_kept_for_the_same_circumstances_only():
     kept = load_calibration(ABOUT)
     assert kept is not None
     assert kept.points == POINTS
-    assert calibration_file(ABOUT).name.startswith("nvidia-h200-")
+    assert cache_file(ABOUT).name.startswith("nvidia-h200-")
     for changed in ({"driver": "580.2"}, {"gpu": "NVIDIA H100"}):
         assert load_calibration(ABOUT | changed) is None
-    assert [path.suffix for path in calibration_file(ABOUT).parent.iterdir()] == [".json"]
+    assert [path.suffix for path in cache_file(ABOUT).parent.iterdir()] == [".json"]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_calibration_is_kept_for_the_same_circumstances_only():
 )
 def test_a_spoilt_file_is_measured_anew(spoil, caplog):
     keep_calibration(ABOUT, Calibration(POINTS))
-    path = calibration_file(ABOUT)
+    path = cache_file(ABOUT)
     path.write_text(spoil(json.loads(path.read_text())))
     assert load_calibration(ABOUT) is None
     assert "cannot be used" in caplog.text

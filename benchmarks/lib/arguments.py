@@ -101,6 +101,7 @@ def add_mode(parser: argparse.ArgumentParser, default: str, modes: Sequence[str]
     parser.add_argument(
         "--mode", choices=modes, default=default, help="one device (single), prefill and decode on two (pd)"
     )
+    parser.add_argument("--mixed-steps", action="store_true", help="prompts and decode rows in one forward pass")
     parser.add_argument("--kv-handoff", choices=KV_HANDOFFS, help="of mode pd, auto if not given")
     parser.add_argument("--decode-pipeline", choices=DECODE_PIPELINES, help="of mode pd, no pipeline if not given")
     add_device(parser)
@@ -150,6 +151,7 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """What to serve and where, as arguments of `LLM`, by the options of `add_model` and `add_mode`."""
     options = {**model_options(args), "device": args.device, "num_kvcache_blocks": args.num_kvcache_blocks}
+    options |= {"mixed_steps": args.mixed_steps}
     if args.mode != "pd":
         return options
     options |= {"enable_two_gpu_pd": True, "kv_handoff": args.kv_handoff or "auto"}

@@ -18,10 +18,12 @@ from transformers import PreTrainedTokenizerBase
 from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.distributed.tensor_parallel import Workers
+from nanovllm.engine.execution.fingerprint import fingerprint
 from nanovllm.engine.execution.kv_transfer import KVTransfer, NoTransfer, PeerTransfer, resolve_handoff
 from nanovllm.engine.execution.load_model import weight_bytes
 from nanovllm.engine.execution.runner_spec import PipelineOptions, RunnerSpec
 from nanovllm.engine.execution.worker_group import WorkerGroup
+from nanovllm.engine.kept_step_times import KeptStepTimes
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.observability.trace import Tracer
 from nanovllm.engine.observer import Observer
@@ -31,6 +33,7 @@ from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
 from nanovllm.engine.scheduling.admission import AdmissionPolicy
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.placement import Placement
+from nanovllm.engine.scheduling.step_time import ModelCosts, StepTimeModel
 from nanovllm.engine.text.tokenizer import end_of_sequence_ids, load_tokenizer, warn_of_generation_settings
 from nanovllm.errors import ConfigError, ModelLoadError, NanoVLLMError, short_repr
 from nanovllm.kernels import BackendRequirements, resolve_backend, torch_reference
@@ -58,6 +61,7 @@ class EngineParts:
     scheduler: Scheduler
     intake: RequestIntake
     observer: Observer
+    kept_step_times: KeptStepTimes
 
 
 def build_engine(config: EngineConfig) -> EngineParts:
@@ -125,7 +129,11 @@ def _parts(
         tracer,
         verifies_handoffs=config.verify_kv_handoff,
     )
-    return EngineParts(tokenizer, runners, kv_transfer, scheduler, intake, observer)
+    kept_step_times = KeptStepTimes(
+        [(card.step_time, step_time_fingerprint(runners[card])) for card in placement.cards if config.mixed_steps]
+    )
+    kept_step_times.restore()
+    return EngineParts(tokenizer, runners, kv_transfer, scheduler, intake, observer, kept_step_times)
 
 
 def resolved_options(
@@ -392,12 +400,33 @@ def build_placement(config: EngineConfig, prefill_runner: ModelRunner, decode_ru
 
     def make_card(runner: ModelRunner, label: str) -> Card:
         block_manager = BlockManager(runner.num_kv_blocks, runner.block_size, config.enable_prefix_caching)
-        return Card(str(runner.device), f"{label} {runner.device}", block_manager, runner.max_prefill_tokens)
+        return Card(
+            str(runner.device),
+            f"{label} {runner.device}",
+            block_manager,
+            runner.max_prefill_tokens,
+            step_time=StepTimeModel(model_costs(runner.spec)),
+        )
 
     if prefill_runner is decode_runner:
         card = make_card(decode_runner, "device")
         return Placement(card, card)
     return Placement(make_card(prefill_runner, "prefill device"), make_card(decode_runner, "decode device"))
+
+
+def model_costs(spec: RunnerSpec) -> ModelCosts:
+    """What the attention of the model that is served costs, relative to its weights and GEMMs."""
+    config = spec.model_config
+    weights = weight_bytes(spec.model_class, config, torch_reference.Backend(), spec.dtype)
+    token_bytes = spec.num_ranks * spec.block_bytes / spec.attention.block_size
+    attention_flops = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    return ModelCosts(token_bytes / weights, attention_flops / (2 * weights / spec.dtype.itemsize))
+
+
+def step_time_fingerprint(runner: ModelRunner) -> dict[str, Any]:
+    """What the step times of a runner hold for."""
+    about = fingerprint(runner.spec, runner.device)
+    return {**about, "what": "step times", "num_ranks": runner.spec.num_ranks, "prefills": not runner.is_decode_runner}
 
 
 def build_scheduler(config: EngineConfig, placement: Placement) -> Scheduler:

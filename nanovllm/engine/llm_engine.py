@@ -73,6 +73,7 @@ class LLMEngine:
         self.decode_runner = parts.runners[parts.scheduler.placement.decode_card]
         self.counters = parts.observer.counters
         self._observer = parts.observer
+        self._kept_step_times = parts.kept_step_times
         self._step_listeners = StepListeners()
         self._intake = parts.intake
         self._request_ids = itertools.count()
@@ -294,6 +295,7 @@ class LLMEngine:
         self._mailbox.clear()
         self._outputs.clear()
         self._inbox = Inbox()
+        self._kept_step_times.keep()
         # On a lost GPU every call fails, or waits for ever: what it holds goes with the process.
         for runner in self._runners if self._recovery.device_error is None else ():
             runner.close()

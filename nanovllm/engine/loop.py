@@ -12,6 +12,7 @@ from nanovllm.engine.observer import Observer
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.runners import Runners
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.step import Step
 from nanovllm.engine.step_listeners import StepListeners
 from nanovllm.errors import DeviceError
@@ -65,8 +66,8 @@ class Loop:
         self._is_stopped = False
         self._turns_until_sweep = TURNS_PER_SWEEP
         self._last_progress_s = time.perf_counter()
-        self._gap: tuple[Step, float] | None = None
-        """The decode step that was already queued when the last step of its card ended, and the time of that end."""
+        self._queued: dict[Card, tuple[Step | None, float]] = {}
+        """The step that was queued when the last step of a card ended, and the time of that end."""
 
     def run_turn(self) -> None:
         """One turn: launch what can be launched, else wait; then collect what has ended."""
@@ -196,6 +197,7 @@ class Loop:
         ].check_workers()  # collectives with a rank that is gone were ended, and their results mean nothing
         self._steps.remove(work)
         self._observer.step_ended(work)
+        self._observe_duration(step)
         self._listeners.step_ended(work)
         self._progressed()
         if step.chunks:
@@ -208,18 +210,16 @@ class Loop:
             counters.decode_steps += 1
             counters.decode_tokens += step.decode.num_live
             self._scheduler.decode_done(step)
-            self._observe_gap(step)
             self._outputs.take_decoded_tokens(step, tokens.after_decode)
 
-    def _observe_gap(self, step: Step) -> None:
-        """Tells the admission policy how long a decode step took, if it was queued when the step before it ended."""
-        admission, now = self._scheduler.admission, time.perf_counter()
-        if admission.itl_target_s is None:
-            return
-        if self._gap is not None and self._gap[0] is step:
-            admission.observe(len(step.decode), step.decode.num_tokens, now - self._gap[1])
+    def _observe_duration(self, step: Step) -> None:
+        """Tells the scheduler how long a step took, if it was queued when the step before it on its card ended."""
+        now = time.perf_counter()
+        queued, began_s = self._queued.get(step.card, (None, 0.0))
+        if queued is step:
+            self._scheduler.step_took(step, now - began_s)
         following = next((work.step for work in self._steps.on(step.card)), None)
-        self._gap = (following, now) if following is not None and following.kind == "decode" else None
+        self._queued[step.card] = (following, now)
 
     # Nothing to launch
 

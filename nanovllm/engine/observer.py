@@ -191,6 +191,7 @@ class Observer:
             "handoff_bytes": counters.handoff_blocks * self._block_bytes,
             "handoff_backlog": states[SequenceStatus.PREFILLING] + states[SequenceStatus.HANDING_OFF],
             "predicted_itl_s": scheduler.predicted_itl_s,
+            "step_time": {card.name: card.step_time.statistics() for card in scheduler.cards},
             "leases": scheduler.num_leases,
             "kv_blocks": {
                 name: {"held": pool.num_held_blocks, "total": pool.num_blocks} for name, pool in pools.items()

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 
 from nanovllm.engine.scheduling.admission import LOOK_AHEAD_STEPS, AdmissionPolicy
 from nanovllm.engine.scheduling.card import Card
-from nanovllm.engine.scheduling.decode_batch import DecodeRow
+from nanovllm.engine.scheduling.chunk_room import ChunkRoom
+from nanovllm.engine.scheduling.decode_batch import DecodeRow, DecodeRows
 from nanovllm.engine.scheduling.decode_set import DecodeSet
 from nanovllm.engine.scheduling.lease import Allocation, Lease
 from nanovllm.engine.scheduling.placement import Placement
 from nanovllm.engine.scheduling.step import MAX_CHUNKS, BlockPair, PrefillChunk, Step
+from nanovllm.engine.scheduling.step_time import StepSize
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.errors import OutOfKVCacheError
 from nanovllm.outputs import FinishReason
@@ -147,6 +149,8 @@ class Scheduler:
             return None
         # Other threads may read this at any moment, even when no request has a token left to decode.
         num_rows, num_tokens = len(self._running), self._num_tokens_ahead()
+        if self.limits.mixes_steps:
+            return self.placement.decode_card.step_time.predict(StepSize(num_rows, num_tokens)) if num_rows else None
         return self.admission.expected_s(num_rows, num_tokens) if num_rows and num_tokens else None
 
     # Forming steps
@@ -205,10 +209,10 @@ class Scheduler:
         rows = self._decoding[card].next_rows(self._grow)
         if rows is None and any(step.chunks for step in in_flight):
             return None  # whoever joins once that step has ended would wait for one more step of prompts
+        if rows is not None:
+            return Step(card, self._chunks_beside(card, rows), rows)
         chunks = self._next_chunks(card)
-        if rows is None:
-            return Step(card, chunks) if chunks else None
-        return Step(card, chunks, rows)
+        return Step(card, chunks) if chunks else None
 
     def get_prefilled_sequences(self) -> list[Sequence]:
         """Requests whose prefill has ended since the last call and which have not ended themselves."""
@@ -243,6 +247,13 @@ class Scheduler:
         """A handoff of blocks of the lease has succeeded."""
         self.placement.prefill_worked(lease)
         self.release(lease)
+
+    def step_took(self, step: Step, seconds: float) -> None:
+        """A step has ended so long after the one before it on its card, behind which it was queued."""
+        if self.limits.mixes_steps:
+            step.card.step_time.observe(step.size, seconds)
+        if self.admission.itl_target_s is not None and step.kind == "decode":
+            self.admission.observe(len(step.decode), step.decode.num_tokens, seconds)
 
     def decode_done(self, step: Step) -> None:
         """The decode part of a step has run: the KV of the tokens that it was fed is in the card's pool."""
@@ -351,6 +362,19 @@ class Scheduler:
             seq = None if is_full else next(candidates, None)
         return chunks
 
+    def _chunks_beside(self, card: Card, rows: DecodeRows) -> list[PrefillChunk]:
+        """The next chunks for a step that has decode rows."""
+        chunks: list[PrefillChunk] = []
+        room = ChunkRoom(card.step_time, rows, self._prefill_token_budget(card), self.admission.itl_target_s)
+        for seq, num_tokens in room.share_out(self._prefill_candidates(card)):
+            reason = room.reason_for_no_more(seq, num_tokens)
+            if num_tokens:
+                chunks.append(self._next_chunk(seq, num_tokens, reason))
+                room.take(chunks[-1])
+            else:
+                seq.timeline.mark(f"prefill queue ({reason})")
+        return chunks
+
     def _prefill_token_budget(self, card: Card) -> int:
         """Maximum number of prompt tokens in the card's next step."""
         decodes_streamed = self.placement.decodes(card) and any(
@@ -393,10 +417,16 @@ class Scheduler:
         if any(decoding.waits_for_blocks for decoding in self._decoding.values()):
             seq.timeline.mark("waits for a lease (a decoding request needs the next free blocks)")
             return False
-        if self.placement.prefill_card_of(seq) is self.placement.decode_card_of(seq):
+        card = self.placement.decode_card_of(seq)
+        is_one_card = self.placement.prefill_card_of(seq) is card
+        if is_one_card and not self.limits.mixes_steps:
             return True
-        num_tokens = num_tokens_ahead + seq.num_tokens_ahead(LOOK_AHEAD_STEPS)
-        reason = self.admission.reason_to_wait(len(self._prefill_backlog), len(self._running) + 1, num_tokens)
+        num_rows, num_tokens = len(self._running) + 1, num_tokens_ahead + seq.num_tokens_ahead(LOOK_AHEAD_STEPS)
+        if is_one_card:
+            predicted_s = card.step_time.predict(StepSize(num_rows, num_tokens)) if self._running else None
+            reason = self.admission.reason_of_time(predicted_s)
+        else:
+            reason = self.admission.reason_to_wait(len(self._prefill_backlog), num_rows, num_tokens)
         if reason is not None:
             seq.timeline.mark(f"waits for a lease ({reason})")
         return reason is None
@@ -449,12 +479,14 @@ class Scheduler:
         most = max(needed, min(card.block_manager.blocks_for(seq.max_num_tokens - 1), card.block_manager.num_blocks))
         return min(needed + 1, most)
 
-    def _next_chunk(self, seq: Sequence, budget: int) -> PrefillChunk:
+    def _next_chunk(self, seq: Sequence, budget: int, reason: str | None = None) -> PrefillChunk:
+        """The request's next tokens, as many as the budget allows; `reason` is why it is no larger, for `explain`."""
         assert seq.lease is not None, f"request {seq.request_id} is prefilled without a lease"
         start = seq.num_prefilled_tokens
         end = min(seq.num_tokens, start + budget)
         seq.num_prefilled_tokens = end
-        seq.timeline.mark(f"prefill of tokens {start} to {end} of {seq.num_tokens}")
+        cut = "" if reason is None else f" ({reason})"
+        seq.timeline.mark(f"prefill of tokens {start} to {end} of {seq.num_tokens}{cut}")
         self.hold(seq.lease)
         is_last = end == seq.num_tokens
         return PrefillChunk(seq, seq.lease, start, end, is_last, self._handoff_pairs(seq, seq.lease, end, is_last))
@@ -570,7 +602,7 @@ def _blocks_on(card: Card, leases: abc.Iterable[Lease]) -> list[list[int]]:
 
 
 def _has_tokens_to_prefill(seq: Sequence) -> bool:
-    return seq.status is SequenceStatus.PREFILLING and seq.num_prefilled_tokens < seq.num_tokens
+    return seq.status is SequenceStatus.PREFILLING and seq.num_tokens_to_prefill > 0
 
 
 def _request_id(seq: Sequence) -> int:

@@ -90,6 +90,11 @@ class Sequence:
         return len(self.token_ids) - len(self.prompt_token_ids)
 
     @property
+    def num_tokens_to_prefill(self) -> int:
+        """Tokens whose KV is neither cached nor part of a chunk that was formed, while the request is prefilled."""
+        return self.num_tokens - self.num_prefilled_tokens
+
+    @property
     def last_fed_position(self) -> int:
         """Position of the last token fed to the model: the one sampled after it ends the request by length."""
         return self.max_num_tokens - 2

@@ -5,7 +5,6 @@ Knows nothing of requests, nor of what is chosen while steps run.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import logging
@@ -14,17 +13,15 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-import torch
-
 from nanovllm.engine.execution.cuda_graph import EagerSteps, StepGraphs
 from nanovllm.engine.execution.device_decode_batch import DeviceDecodeBatch
+from nanovllm.engine.execution.fingerprint import fingerprint
 from nanovllm.engine.execution.runner_spec import PipelineOptions, RunnerSpec
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.scheduling.calibration import Calibration, Measured, keep_calibration, load_calibration
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut, Split
 from nanovllm.errors import GreenContextError
-from nanovllm.utils.device import Device, Stopwatch, driver_version
-from nanovllm.version import __version__
+from nanovllm.utils.device import Device, Stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -127,31 +124,21 @@ class DecodeCalibrator:
         if longest < 1:
             return Calibration()
         contexts = [context for context in CALIBRATED_CONTEXTS if context <= longest] or [longest]
-        fingerprint = self._fingerprint(arrangements, batches, contexts)
-        calibration = load_calibration(fingerprint)
+        about = self._fingerprint(arrangements, batches, contexts)
+        calibration = load_calibration(about)
         if calibration is None:
             calibration = Calibration(self._measured(arrangements, batches, contexts))
-            keep_calibration(fingerprint, calibration)
+            keep_calibration(about, calibration)
         for point in calibration.points:
             logger.info("%s: %s", self._device, point)
         return calibration
 
     def _fingerprint(self, arrangements: list[Arrangement], batches: list[int], contexts: list[int]) -> dict[str, Any]:
         """Cache key: a calibration is valid only for this GPU, driver, model and set of options."""
-        spec, pipeline = self._spec, self._pipeline
-        gpu = torch.cuda.get_device_name(self._device.index) if self._device.is_cuda else "cpu"
+        pipeline = self._pipeline
         return {
-            "gpu": gpu,
+            **fingerprint(self._spec, self._device),
             "num_sms": pipeline.green_manager.num_sms,
-            "driver": driver_version(),
-            "nanovllm": __version__,
-            "torch": torch.__version__,
-            "model": repr(dataclasses.asdict(spec.model_config)),
-            "dtype": str(spec.dtype),
-            "attention_backend": spec.attention.backend.name,
-            "kvcache_block_size": spec.attention.block_size,
-            "max_model_len": spec.max_model_len,
-            "enforce_eager": spec.enforce_eager,
             "micro_batches": pipeline.num_micro_batches,
             "profiling": self._profiles,
             "batches": batches,

@@ -85,10 +85,13 @@ class AdmissionPolicy:
         # A request alone makes the shortest possible steps.
         if self.itl_target_s is None or num_rows == 1:
             return None
-        predicted_s = self.predict(num_rows, num_tokens)
-        if predicted_s is not None and predicted_s > self.itl_target_s:
-            return f"itl_target_ms={self.itl_target_s * 1e3:g} would be exceeded"
-        return None
+        return self.reason_of_time(self.predict(num_rows, num_tokens))
+
+    def reason_of_time(self, predicted_s: float | None) -> str | None:
+        """Why a request may not decode that would make steps so long; None if it may, or the time is unknown."""
+        if self.itl_target_s is None or predicted_s is None or predicted_s <= self.itl_target_s:
+            return None
+        return f"itl_target_ms={self.itl_target_s * 1e3:g} would be exceeded"
 
     def predict(self, num_rows: int, num_tokens: int) -> float | None:
         """Predicted seconds of a decode step with `num_rows` rows and `num_tokens` tokens of context in all.

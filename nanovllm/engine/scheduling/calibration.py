@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import bisect
-import hashlib
 import itertools
-import json
-import logging
 import math
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from nanovllm.engine.scheduling import measurement_cache
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement
-
-logger = logging.getLogger(__name__)
 
 MARGIN = 0.01
 """An arrangement must be faster by this share to be chosen instead: less is within the error of a measurement."""
@@ -105,36 +98,20 @@ def _around(values: Sequence[int], value: float) -> tuple[tuple[int, int], float
     return (low, high), (value - low) / (high - low)
 
 
-def calibration_file(fingerprint: dict[str, Any]) -> Path:
-    """The file of the calibration with this fingerprint: GPU, driver, model shape, versions, measured points.
-
-    It is in `$XDG_CACHE_HOME/nanovllm/calibration`, by default `~/.cache/nanovllm/calibration`.
-    """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    digest = hashlib.sha256(_as_json(fingerprint).encode()).hexdigest()[:16]
-    gpu = re.sub(r"\W+", "-", str(fingerprint["gpu"])).strip("-").lower()
-    return cache / "nanovllm" / "calibration" / f"{gpu}-{digest}.json"
-
-
 def load_calibration(fingerprint: dict[str, Any]) -> Calibration | None:
-    """The calibration that an earlier engine kept with this fingerprint; None if there is no usable one."""
-    try:
-        path = calibration_file(fingerprint)
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if _as_json(kept["about"]) != _as_json(fingerprint):
-            return None
+    """The calibration that an earlier engine kept with this fingerprint; None if there is no usable one.
+
+    The fingerprint has GPU, driver, model shape, versions and the measured points.
+    """
+
+    def parse(kept: dict[str, Any]) -> Calibration:
         calibration = Calibration([_checked_point(point, fingerprint["arrangements"]) for point in kept["points"]])
         points = [(point.batch, point.context) for point in calibration.points]
         if points != list(itertools.product(fingerprint["batches"], fingerprint["contexts"])):
             raise ValueError("it has other batches or contexts than it says")
-    except FileNotFoundError:
-        return None
-    # Whatever is wrong with a file costs a measurement, not the start.
-    except Exception as error:  # noqa: BLE001
-        logger.warning("a kept calibration cannot be used (%s: %s); measuring again", type(error).__name__, error)
-        return None
-    logger.info("calibration of %d points from %s", len(calibration.points), path)
-    return calibration
+        return calibration
+
+    return measurement_cache.load(fingerprint, parse)
 
 
 def _checked_point(point: dict[str, Any], arrangements: list[str]) -> Measured:
@@ -156,18 +133,4 @@ def keep_calibration(fingerprint: dict[str, Any], calibration: Calibration) -> N
         }
         for point in calibration.points
     ]
-    try:
-        path = calibration_file(fingerprint)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Another engine may start at the same time: nobody sees half a file.
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps({"about": fingerprint, "points": points}, indent=1), encoding="utf-8")
-        unfinished.replace(path)
-    except (OSError, RuntimeError) as error:  # there need not be a home directory
-        logger.warning("the calibration cannot be kept (%s); the next start measures again", error)
-        return
-    logger.info("calibration kept in %s", path)
-
-
-def _as_json(fingerprint: dict[str, Any]) -> str:
-    return json.dumps(fingerprint, sort_keys=True)
+    measurement_cache.keep(fingerprint, {"points": points})

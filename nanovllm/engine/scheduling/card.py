@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduling.circuit_breaker import CircuitBreaker
+from nanovllm.engine.scheduling.step_time import StepTimeModel
 
 MAX_FAILURES_IN_A_ROW = 2
 """Failures in a row that may be the fault of the requests; more are the card's."""
@@ -24,6 +25,7 @@ class Card:
         block_manager: accounts for the blocks of the device's KV pool.
         max_prefill_tokens: maximum number of prompt tokens in a step; the device has workspace for no more.
         breaker: whether the card is used for work that another card can do instead.
+        step_time: predicts how long steps take there.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Card:
     block_manager: BlockManager
     max_prefill_tokens: int
     breaker: CircuitBreaker = field(default_factory=lambda: CircuitBreaker(MAX_FAILURES_IN_A_ROW))
+    step_time: StepTimeModel = field(default_factory=StepTimeModel)
 
     def __str__(self) -> str:
         return self.name

@@ -8,6 +8,7 @@ from typing import Literal
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.decode_batch import NO_DECODE_ROWS, DecodeRows
 from nanovllm.engine.scheduling.lease import Lease
+from nanovllm.engine.scheduling.step_time import StepSize
 from nanovllm.engine.sequence import Sequence
 
 MAX_CHUNKS = 32
@@ -49,6 +50,14 @@ class Step:
         if not self.chunks:
             return "decode"
         return "mixed" if self.decode else "prefill"
+
+    @property
+    def size(self) -> StepSize:
+        """What the step's time goes by."""
+        size = StepSize(len(self.decode), self.decode.num_tokens)
+        for chunk in self.chunks:
+            size = size.with_chunk(chunk.start, chunk.num_tokens)
+        return size
 
     @property
     def num_requests(self) -> int:

@@ -1,0 +1,215 @@
+"""Predicts how long a step takes, by its tokens, the context of its decode rows, and the attention of its chunks.
+
+Learns from the steps that have ended, starting from what any GPU has in common. No torch, no requests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+KNOTS = np.array(
+    [
+        1,
+        *range(32, 512, 32),
+        *range(512, 1024, 64),
+        *range(1024, 2048, 256),
+        2048,
+        2560,
+        3072,
+        *(2**n for n in range(12, 16)),
+    ],
+    dtype=np.float64,
+)
+"""Tokens of a step between which its time is taken to be linear; close to each other where GEMMs add a tile."""
+BALANCED_TOKENS = 200
+"""Prior: with so many tokens the GEMMs take as long to compute as to read the weights. H100 255, H200 175."""
+ATTENTION_RATE = 0.65
+"""Prior: the rate of attention over that of GEMMs."""
+CORRELATION_OCTAVES = 2.0
+"""Prior: over so many doublings of a step's tokens, what is learned of one size says little of the other."""
+SCALE_DEVIATION, KNOT_DEVIATION = 0.5, 0.3
+"""Prior: relative standard deviations of what all times have in common, and of single ones."""
+NOISE = 0.02
+"""Relative standard deviation of single steps of one size."""
+DRIFT = 2e-4
+"""Share of the prior's uncertainty that comes back with each step: clocks change."""
+MOST_SURPRISES = 3.0
+"""Standard deviations that one step may be away from its prediction: a hitch of the host is no slow card."""
+CAREFUL_TOKENS = 64
+"""Prompt tokens that are taken to fit before any step has been seen: no card computes so few slower than it reads."""
+TOKEN_MULTIPLE = 16
+"""Steps are filled up to multiples of this, which is what graphs of mixed steps are padded to."""
+NUM_RECENT = 1024
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """What a step's time goes by.
+
+    Attributes:
+        num_tokens: tokens of chunks and decode rows.
+        context: tokens whose KV the decode rows read, over all rows.
+        num_pairs: pairs of a chunk's token and one that it attends to, over all chunks.
+    """
+
+    num_tokens: int
+    context: int = 0
+    num_pairs: float = 0.0
+
+    def with_chunk(self, start: int, num_tokens: int) -> StepSize:
+        """The size with `num_tokens` more prompt tokens, behind `start` others of their request."""
+        pairs = num_tokens * (start + num_tokens / 2)
+        return StepSize(self.num_tokens + num_tokens, self.context, self.num_pairs + pairs)
+
+
+@dataclass(frozen=True)
+class ModelCosts:
+    """What attention costs, relative to the rest of a model.
+
+    The defaults are those of an 8B model with 8 KV heads, for what is only estimated.
+
+    Attributes:
+        context_token: bytes of a token's KV over those of the weights.
+        pair: FLOPs of attention of a token to another, in all layers, over those of a token's GEMMs.
+    """
+
+    context_token: float = 9e-6
+    pair: float = 3.6e-5
+
+
+class StepTimeModel:
+    """A Bayesian linear model: seconds of a step = g(tokens) + c * context + p * pairs, with g linear between KNOTS.
+
+    The coefficients are kept relative to the prior's, with their covariance (a Kalman filter whose state drifts). So a
+    prediction comes with its uncertainty: small near what was seen, large far from it.
+
+    Args:
+        costs: of the model that is served.
+    """
+
+    def __init__(self, costs: ModelCosts | None = None) -> None:
+        costs = ModelCosts() if costs is None else costs
+        gemms = (1 + (KNOTS / BALANCED_TOKENS) ** 4) ** 0.25
+        pair = costs.pair / (BALANCED_TOKENS * ATTENTION_RATE)
+        self._prior = np.concatenate([gemms, [costs.context_token, pair]])
+        octaves = np.log2(KNOTS)
+        covariance = np.zeros((len(self._prior), len(self._prior)))
+        num_knots = len(KNOTS)
+        distances = np.abs(octaves[:, None] - octaves[None, :])
+        covariance[:num_knots, :num_knots] = KNOT_DEVIATION**2 * np.exp(-distances / CORRELATION_OCTAVES)
+        covariance[num_knots:, num_knots:] = np.eye(2) * KNOT_DEVIATION**2
+        self._prior_covariance = covariance + SCALE_DEVIATION**2
+        self._covariance = self._prior_covariance.copy()
+        self._coefficients = np.ones(len(self._prior))
+        self._unit_s: float | None = None
+        """Seconds of the prior's unit, the time of a step of one token; None before any step was seen."""
+        self._recent: deque[tuple[float, float]] = deque(maxlen=NUM_RECENT)
+        """Predicted and seen seconds of the last steps."""
+
+    def observe(self, size: StepSize, seconds: float) -> None:
+        """A step took so long, from the end of the one before it, behind which it was queued. Takes microseconds."""
+        features = self._features(size.num_tokens, size.context, size.num_pairs)
+        if self._unit_s is None:
+            self._unit_s = max(seconds, 1e-9) / float(features @ self._coefficients)
+        expected, took = float(features @ self._coefficients), seconds / self._unit_s
+        self._recent.append((expected * self._unit_s, seconds))
+        self._covariance += DRIFT * (self._prior_covariance - self._covariance)
+        weighted = self._covariance @ features
+        variance = float(features @ weighted) + (NOISE * expected) ** 2
+        most = MOST_SURPRISES * math.sqrt(variance)
+        surprise = min(max(took - expected, -most), most)
+        self._coefficients += weighted * (surprise / variance)
+        self._covariance -= np.outer(weighted, weighted) / variance
+        np.maximum(self._coefficients, 1e-3, out=self._coefficients)
+
+    def predict(self, size: StepSize) -> float | None:
+        """Expected seconds of a step; None before any was seen. Safe to call from any thread."""
+        if self._unit_s is None:
+            return None
+        return float(self._features(size.num_tokens, size.context, size.num_pairs) @ self._coefficients) * self._unit_s
+
+    def tokens_that_fit(self, limit_s: float, size: StepSize, start: int, most: int) -> int:
+        """How many prompt tokens a step of this size has room for, that it may take `limit_s` with them.
+
+        Where little is known, a standard deviation more than expected has to fit.
+
+        Args:
+            limit_s: maximum seconds of the step.
+            size: what the step has already.
+            start: tokens of the request that are computed.
+            most: tokens of the request that are left, or fewer.
+        """
+        if self._unit_s is None:
+            return min(most, CAREFUL_TOKENS)
+        first = -size.num_tokens % TOKEN_MULTIPLE or TOKEN_MULTIPLE
+        counts = np.append(np.arange(first, most, TOKEN_MULTIPLE, dtype=np.float64), most)
+        pairs = size.num_pairs + counts * (start + counts / 2)
+        features = self._features(size.num_tokens + counts, size.context, pairs)
+        variances = ((features @ self._covariance) * features).sum(axis=1)
+        bounds = features @ self._coefficients + np.sqrt(np.maximum(variances, 0.0))
+        fitting = counts[bounds * self._unit_s <= limit_s]
+        return int(fitting[-1]) if len(fitting) else 0
+
+    def state(self) -> dict[str, Any]:
+        """What was learned, as JSON takes it, for `restore`."""
+        return {
+            "unit_s": self._unit_s,
+            "coefficients": self._coefficients.tolist(),
+            "covariance": self._covariance.tolist(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from what another model had learned.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not the state of such a model.
+        """
+        unit_s = float(state["unit_s"])
+        coefficients, covariance = np.array(state["coefficients"], float), np.array(state["covariance"], float)
+        if coefficients.shape != self._coefficients.shape or covariance.shape != self._covariance.shape:
+            raise ValueError("it has other knots")
+        if not (0 < unit_s < math.inf and np.isfinite(coefficients).all() and (coefficients > 0).all()):
+            raise ValueError("its coefficients are not all times")
+        if not np.isfinite(covariance).all() or np.linalg.eigvalsh(covariance).min() < -1e-6:
+            raise ValueError("its covariance is none")
+        self._unit_s, self._coefficients, self._covariance = unit_s, coefficients, covariance
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether a step was observed, here or by the model that was restored."""
+        return self._unit_s is not None
+
+    def statistics(self) -> dict[str, float | int | None]:
+        """The last steps' seen and predicted mean, and relative errors of their predictions; None without steps."""
+        recent = np.array(self._recent)
+        if not len(recent):
+            return {"steps": 0, "predicted_s": None, "seen_s": None, "error_p50": None, "error_p95": None}
+        predicted, seen = recent.T
+        errors = np.abs(predicted / np.maximum(seen, 1e-9) - 1)
+        return {
+            "steps": len(recent),
+            "predicted_s": float(predicted.mean()),
+            "seen_s": float(seen.mean()),
+            "error_p50": float(np.quantile(errors, 0.5)),
+            "error_p95": float(np.quantile(errors, 0.95)),
+        }
+
+    def _features(self, num_tokens: float | np.ndarray, context: float, num_pairs: float | np.ndarray) -> np.ndarray:
+        """[N, coefficients] for N sizes, or [coefficients] for one."""
+        tokens = np.atleast_1d(np.asarray(num_tokens, dtype=np.float64))
+        above = np.clip(np.searchsorted(KNOTS, tokens), 1, len(KNOTS) - 1)
+        low, high = KNOTS[above - 1], KNOTS[above]
+        share = np.maximum((tokens - low) / (high - low), 0.0)  # above 1 beyond the last knot
+        features = np.zeros((len(tokens), len(self._prior)))
+        rows = np.arange(len(tokens))
+        features[rows, above - 1] = 1 - share
+        features[rows, above] = share
+        features[:, -2] = context
+        features[:, -1] = num_pairs
+        features *= self._prior
+        return features if isinstance(num_tokens, np.ndarray) else features[0]

@@ -1,0 +1,346 @@
+"""What mixed steps are predicted to take, and how much of a prompt they take by it: on simulated cards.
+
+The times of the simulated card are those measured of the 8B shape on an H100: a staircase in tokens, bytes of KV, pairs
+of attention.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+import itertools
+import json
+import math
+import random
+from collections import Counter, deque
+
+import numpy as np
+import pytest
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
+from nanovllm.engine.scheduling import chunk_room
+from nanovllm.engine.scheduling.admission import AdmissionPolicy
+from nanovllm.engine.scheduling.card import Card
+from nanovllm.engine.scheduling.placement import Placement
+from nanovllm.engine.scheduling.step import Step
+from nanovllm.engine.scheduling.step_time import CAREFUL_TOKENS, ModelCosts, StepSize, StepTimeModel
+from nanovllm.engine.sequence import Sequence
+from tests import tiny
+from tests.test_mixed_step import SMALL_STEPS, serve
+
+MS = 1e-3
+TOKENS = [1, 64, 128, 192, 256, 320, 384, 512, 768, 1024, 2048, 4096, 8192]
+GEMMS_MS = [5.29, 5.52, 5.57, 6.00, 6.87, 8.16, 8.84, 11.4, 15.9, 21.0, 41.9, 83.2, 166.0]
+KV_BYTES, WEIGHT_BYTES, BYTES_PER_S = 147_456, 16.4e9, 3.0e12
+COSTS = ModelCosts(KV_BYTES / WEIGHT_BYTES, 4 * 4096 * 36 / WEIGHT_BYTES)
+
+
+def true_step_s(size: StepSize, padding: int = 16) -> float:
+    tokens = -(-size.num_tokens // padding) * padding
+    if tokens >= TOKENS[-1]:
+        gemms = GEMMS_MS[-1] * tokens / TOKENS[-1]
+    else:
+        index = max(bisect.bisect_left(TOKENS, tokens), 1)
+        (low, high), (first, last) = TOKENS[index - 1 : index + 1], GEMMS_MS[index - 1 : index + 1]
+        gemms = first + (last - first) * (tokens - low) / (high - low)
+    attention_s = 4 * 4096 * 36 * size.num_pairs / 480e12
+    return gemms * MS + 1.25e9 / BYTES_PER_S + 1.05 * size.context * KV_BYTES / BYTES_PER_S + attention_s + 0.15 * MS
+
+
+# The model
+
+
+def test_nothing_is_predicted_from_nothing_and_little_fits():
+    model = StepTimeModel(COSTS)
+    assert model.predict(StepSize(3, 100)) is None
+    assert model.tokens_that_fit(1.0, StepSize(3, 100), 0, 5000) == CAREFUL_TOKENS
+    assert model.tokens_that_fit(1.0, StepSize(3, 100), 0, 7) == 7
+    assert model.statistics()["steps"] == 0
+
+
+def test_one_step_gives_the_scale_and_a_few_the_shape():
+    model = StepTimeModel(COSTS)
+    model.observe(StepSize(8, 8000), true_step_s(StepSize(8, 8000)))
+    assert model.predict(StepSize(8, 8000)) == pytest.approx(true_step_s(StepSize(8, 8000)), rel=1e-6)
+    first = model.tokens_that_fit(12 * MS, StepSize(8, 8000), 0, 2048)
+    for tokens in (64, 128, 256, 512, 1024, 2048) * 3:
+        model.observe(StepSize(tokens, 8000), true_step_s(StepSize(tokens, 8000)))
+    for tokens in (64, 200, 256, 500, 700, 1024, 1500):
+        size = StepSize(tokens, 8000)
+        assert model.predict(size) == pytest.approx(true_step_s(size), rel=0.06)
+    later = model.tokens_that_fit(12 * MS, StepSize(8, 8000), 0, 2048)
+    assert 0 < first < later, "it is careful where it has seen nothing"
+    assert true_step_s(StepSize(8 + later, 8000)) <= 12 * MS
+
+
+def test_a_prompt_costs_more_behind_what_is_computed_of_it():
+    model = StepTimeModel(COSTS)
+    rng = random.Random(4)
+    for _ in range(400):
+        size = StepSize(16, 16_000).with_chunk(rng.randrange(30_000), rng.choice([64, 128, 256, 512]))
+        model.observe(size, true_step_s(size))
+    size = StepSize(16, 16_000)
+    fits = [model.tokens_that_fit(15 * MS, size, start, 4096) for start in (0, 8_000, 16_000, 32_000)]
+    assert fits == sorted(fits, reverse=True)
+    assert fits[0] > 1.2 * fits[-1]
+    for start, count in zip((0, 8_000, 16_000, 32_000), fits, strict=True):
+        assert 0.85 * 15 * MS < true_step_s(size.with_chunk(start, count)) < 1.03 * 15 * MS
+
+
+def test_steps_are_filled_up_to_what_graphs_are_padded_to():
+    model = StepTimeModel(COSTS)
+    for tokens in (16, 64, 256, 1024) * 5:
+        model.observe(StepSize(tokens, 8000), true_step_s(StepSize(tokens, 8000)))
+    for rows in (1, 7, 16, 33):
+        count = model.tokens_that_fit(12 * MS, StepSize(rows, 8000), 0, 4096)
+        assert (rows + count) % 16 == 0
+    assert model.tokens_that_fit(12 * MS, StepSize(7, 8000), 0, 5) == 5
+    assert model.tokens_that_fit(1 * MS, StepSize(7, 8000), 0, 4096) == 0
+
+
+def test_a_hitch_changes_little_and_a_slower_card_is_noticed():
+    model, size = StepTimeModel(COSTS), StepSize(32, 16_000)
+    for _ in range(200):
+        model.observe(size, 6 * MS)
+    model.observe(size, 2.0)
+    assert model.predict(size) < 6.6 * MS
+    for _ in range(300):
+        model.observe(size, 9 * MS)
+    assert model.predict(size) == pytest.approx(9 * MS, rel=0.02)
+    assert model.predict(StepSize(34, 17_000)) > 8.5 * MS
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e-12, 1e6])
+def test_any_clock_will_do(seconds):
+    model = StepTimeModel(COSTS)
+    for _ in range(50):
+        model.observe(StepSize(1, 1), seconds)
+    assert 0 <= model.predict(StepSize(512, 10**8)) < math.inf
+    assert 0 <= model.tokens_that_fit(0.01, StepSize(512, 10**8), 0, 10_000) <= 10_000
+
+
+def test_hours_of_steps_leave_the_model_sound():
+    rng, model = random.Random(5), StepTimeModel(COSTS)
+    for _ in range(30_000):
+        size = StepSize(rng.randint(1, 64), rng.randint(100, 10**5)).with_chunk(rng.randrange(5000), rng.randrange(400))
+        model.observe(size, true_step_s(size) * math.exp(rng.gauss(0, 0.02)))
+    variances = np.linalg.eigvalsh(model._covariance)
+    assert variances.min() > -1e-9
+    assert model.statistics()["error_p50"] < 0.03
+
+
+# The scheduler on a simulated card
+
+
+class Simulation:
+    """One card by the clock of a heap of events, and the engine's loop before it.
+
+    Args:
+        trace: arrivals, as (seconds, prompt tokens, output tokens).
+        target_ms: `itl_target_ms`.
+        mixes: whether steps are mixed.
+    """
+
+    def __init__(self, trace, target_ms: float | None, *, mixes: bool = True, chunk_tokens: int = 2048) -> None:
+        limits = SchedulerLimits(prefill_chunk_tokens=chunk_tokens, max_num_seqs=512, mixes_steps=mixes)
+        pool = BlockManager(2**13, 64, enable_prefix_caching=False)
+        self.card = Card("cpu:0", "device cpu:0", pool, 16384, step_time=StepTimeModel(COSTS))
+        policy = AdmissionPolicy(64, None if target_ms is None else target_ms * MS)
+        self.scheduler = Scheduler(limits, policy, Placement(self.card, self.card))
+        self.rng = random.Random(0)
+        self.now = self.free_s = 0.0
+        self.steps: deque[Step] = deque()
+        self.queued: tuple[Step | None, float] = (None, 0.0)
+        self.seqs: list[Sequence] = []
+        self.last_token_s: dict[Sequence, float] = {}
+        self.ttfts_s: dict[Sequence, float] = {}
+        self.gaps_s: list[float] = []
+        self.errors: list[float] = []
+        self.kinds: Counter[str] = Counter()
+        self.events: list[tuple] = []
+        self.order = itertools.count()
+        for moment, prompt, output in trace:
+            self.at(moment, self.arrive, prompt, output)
+        while self.events:
+            self.now, _, event, arguments = heapq.heappop(self.events)
+            event(*arguments)
+            self.launch()
+        assert all(seq.is_finished for seq in self.seqs), "a request is lost"
+        self.scheduler.check_integrity()
+
+    def at(self, moment: float, event, *arguments) -> None:
+        heapq.heappush(self.events, (moment, next(self.order), event, arguments))
+
+    def arrive(self, prompt: int, output: int) -> None:
+        number = len(self.seqs)
+        params = SamplingParams(max_tokens=output)
+        seq = Sequence(number, [1] * prompt, params, number, self.now, prompt + output, is_streamed=True)
+        self.seqs.append(seq)
+        self.scheduler.add(seq)
+
+    def launch(self) -> None:
+        for _ in range(2):
+            for step in self.scheduler.schedule(self.card, list(self.steps)):
+                took = true_step_s(step.size) * math.exp(self.rng.gauss(0, 0.015))
+                self.kinds[step.kind] += 1
+                self.steps.append(step)
+                self.free_s = max(self.free_s, self.now) + took
+                self.at(self.free_s, self.step_ended)
+
+    def step_ended(self) -> None:
+        step = self.steps.popleft()
+        if self.queued[0] is step:
+            took = self.now - self.queued[1]
+            predicted = self.card.step_time.predict(step.size)
+            if predicted is not None:
+                self.errors.append(abs(predicted / took - 1))
+            self.scheduler.step_took(step, took)
+        self.queued = (self.steps[0] if self.steps else None, self.now)
+        for chunk in step.chunks:
+            if self.scheduler.prefill_done(chunk) and chunk.is_last:
+                self.append(chunk.seq)
+        self.scheduler.get_prefilled_sequences()
+        if step.decode:
+            self.scheduler.decode_done(step)
+            for seq, lease in zip(step.decode.batch.seqs, step.decode.batch.leases, strict=True):
+                if seq.lease is lease:
+                    self.append(seq)
+
+    def append(self, seq: Sequence) -> None:
+        seq.token_ids.append(2)
+        self.scheduler.token_appended(seq)
+        if seq in self.last_token_s:
+            self.gaps_s.append(self.now - self.last_token_s[seq])
+        else:
+            self.ttfts_s[seq] = self.now - seq.arrival_s
+        self.last_token_s[seq] = self.now
+        if seq.num_tokens == seq.max_num_tokens:
+            self.scheduler.finish(seq, "length")
+
+    def itl_ms(self, quantile: float) -> float:
+        return float(np.quantile(self.gaps_s, quantile)) / MS
+
+    def ttft_ms(self, quantile: float, longest: int = 10**9) -> float:
+        """Of requests with prompts of at most that many tokens."""
+        times = [time for seq, time in self.ttfts_s.items() if seq.num_prompt_tokens <= longest]
+        return float(np.quantile(times, quantile)) / MS
+
+
+def poisson(per_s: float, seconds: float, prompt, output, seed: int = 0) -> list[tuple[float, int, int]]:
+    rng, moment, trace = random.Random(seed), 0.0, []
+    while (moment := moment + rng.expovariate(per_s)) < seconds:
+        trace.append((moment, prompt(rng), output(rng)))
+    return trace
+
+
+def rag(per_s: float, seconds: float = 40.0) -> list[tuple[float, int, int]]:
+    return poisson(per_s, seconds, lambda rng: rng.randint(2000, 8000), lambda rng: rng.randint(64, 256))
+
+
+def chat(per_s: float, seconds: float = 20.0) -> list[tuple[float, int, int]]:
+    def length(mean: float):
+        return lambda rng: max(4, min(4000, int(rng.lognormvariate(math.log(mean), 0.7))))
+
+    return poisson(per_s, seconds, length(350), length(160))
+
+
+def test_gaps_keep_to_the_target_and_prompts_are_no_later_than_in_turns():
+    turns = Simulation(rag(3), None, mixes=False)
+    mixed = Simulation(rag(3), None)
+    held = Simulation(rag(3), 15.0)
+    assert mixed.kinds["mixed"] > 100
+    assert mixed.ttft_ms(0.5) < turns.ttft_ms(0.5)
+    assert mixed.ttft_ms(0.99) < turns.ttft_ms(0.99)
+    assert held.itl_ms(0.99) <= 16.0
+    assert held.ttft_ms(0.5) <= 260
+    assert np.quantile(held.errors, 0.5) <= 0.03
+    assert np.quantile(held.errors, 0.95) <= 0.08
+
+
+def test_chat_keeps_to_its_target():
+    held = Simulation(chat(24), 15.0)
+    assert held.itl_ms(0.99) <= 16.0
+    assert held.ttft_ms(0.99) <= 130
+    assert np.quantile(held.errors, 0.5) <= 0.03
+    assert np.quantile(held.errors, 0.95) <= 0.08
+
+
+def test_short_prompts_are_not_held_up_by_long_ones():
+    short = chat(8)
+    long = [(second, 32_000, 64) for second in (4.0, 9.0, 14.0)]
+    alone, beside = Simulation(short, 15.0), Simulation(sorted(short + long), 15.0)
+    assert beside.ttft_ms(0.99, longest=4000) < 4 * alone.ttft_ms(0.99)
+    assert beside.itl_ms(0.99) <= 16.5
+    assert max(beside.ttfts_s.values()) < 8.0, "and the long ones come to an end"
+
+
+def test_a_target_that_no_step_keeps_to_lets_prompts_come_to_an_end():
+    held = Simulation([(0.0, 500, 400), (0.1, 3000, 20)], 5.5)
+    assert len(held.ttfts_s) == 2
+
+
+def test_a_first_gap_is_one_step():
+    run = Simulation([(0.0, 300, 400), (1.0, 600, 3)], 15.0)
+    second = run.seqs[1]
+    assert run.last_token_s[second] - (second.arrival_s + run.ttfts_s[second]) < 2.2 * true_step_s(StepSize(2, 1500))
+
+
+# The engine
+
+
+def test_a_prompt_says_that_it_waited_for_the_target(checkpoint, monkeypatch):
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(6, seed=81, longest=60)
+    params = SamplingParams(temperature=0, max_tokens=12)
+    with LLM(path, **SMALL_STEPS, itl_target_ms=1000) as llm:
+        # As if nothing but the least that a step takes had time.
+        monkeypatch.setattr(llm.scheduler.placement.decode_card.step_time, "tokens_that_fit", lambda *_: 0)
+        monkeypatch.setattr(chunk_room, "LEAST_TOKENS", 7)
+        found, kinds = serve(llm, prompts, params, steps_ahead=2)
+        assert "mixed" in kinds
+        statistics = llm.metrics()["step_time"]["cpu:0"]
+        assert statistics["steps"] > 3
+        assert statistics["predicted_s"] > 0
+        assert statistics["error_p95"] >= statistics["error_p50"] >= 0
+        json.dumps(statistics)
+        phases = [span.what for number in range(6) for span in llm.explain(number).spans()]
+    assert any(phase.startswith("prefill of tokens 0 to 7") and "(itl_target_ms=1000)" in phase for phase in phases)
+    assert found == [tiny.reference_tokens(reference, prompt, 12) for prompt in prompts]
+
+
+def test_an_engine_goes_on_from_what_the_one_before_it_learned(tiny_path):
+    prompts, params = tiny.random_prompts(4, seed=82), SamplingParams(temperature=0, max_tokens=8)
+    with LLM(tiny_path, **SMALL_STEPS) as llm:
+        serve(llm, prompts, params, steps_ahead=2)
+        learned = llm.scheduler.placement.decode_card.step_time.state()
+    with LLM(tiny_path, **SMALL_STEPS) as llm:
+        assert llm.scheduler.placement.decode_card.step_time.state() == learned
+        assert llm.metrics()["step_time"]["cpu:0"]["steps"] == 0
+    with LLM(tiny_path, **{**SMALL_STEPS, "enforce_eager": True}) as llm:
+        assert not llm.scheduler.placement.decode_card.step_time.has_learned
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"unit_s": -1.0},
+        {"unit_s": None},
+        {"coefficients": [1.0]},
+        {"covariance": [[1.0]]},
+        {"coefficients": [math.nan] * 50},
+    ],
+)
+def test_a_damaged_state_is_refused(damage):
+    model = StepTimeModel(COSTS)
+    model.observe(StepSize(1), 0.1)
+    state = model.state()
+    if "coefficients" in damage and len(damage["coefficients"]) > 1:
+        damage = {"coefficients": damage["coefficients"][: len(state["coefficients"])]}
+    other = StepTimeModel(COSTS)
+    with pytest.raises((TypeError, ValueError)):
+        other.restore({**state, **damage})
+    assert not other.has_learned
+    other.restore(state)
+    assert other.predict(StepSize(1)) == model.predict(StepSize(1))
