@@ -105,7 +105,8 @@ def tokens_of_answers(llm: LLM) -> list[int]:
 
 def serve(rows: int, what: str, num_turns: int, measure: Callable[[LLM, int], Any]) -> Any:
     """What `measure` finds over an engine in which so many streamed requests decode, and one may be prefilled."""
-    options = {"num_kvcache_blocks": 40 * (rows + 4), "max_num_seqs": rows + 2, "prefill_chunk_tokens": CHUNK_TOKENS}
+    options: dict[str, Any] = {"num_kvcache_blocks": 40 * (rows + 4), "max_num_seqs": rows + 2}
+    options |= {"prefill_chunk_tokens": CHUNK_TOKENS}
     if what == MIXED:
         options |= {"mixed_steps": True, "itl_target_ms": 2e3 * STEP_S}
     with LLM(DEMO_MODEL_PATH, device="cpu", kvcache_block_size=64, max_model_len=MAX_MODEL_LEN, **options) as llm:
