@@ -85,7 +85,11 @@ class Engine:
             max_num_seqs=args.max_num_seqs,
             prefill_chunk_tokens=args.prefill_chunk_tokens,
             enable_prefix_caching=self.has_prefix_cache,
-            **({} if args.itl_target_ms is None else {"itl_target_ms": args.itl_target_ms}),
+            **{
+                name: getattr(args, name)
+                for name in ("itl_target_ms", "launch_lead_ms")
+                if getattr(args, name) is not None
+            },
         )
         self.vocab_size = vocab_size_of(self.llm)
         runners = dict.fromkeys((self.llm.prefill_runner, self.llm.decode_runner))
@@ -238,6 +242,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--ttft-limit-ms", type=float, default=600.0, help="of a good request")
     parser.add_argument("--itl-limit-ms", type=float, default=10.0, help="of a good request")
     parser.add_argument("--itl-target-ms", type=float, help="needs mode pd or --mixed-steps; no target if not given")
+    parser.add_argument("--launch-lead-ms", type=float, help="launches decode steps just in time; at once if not given")
     parser.add_argument("--prefill-chunk-tokens", type=int, default=2048)
     parser.add_argument("--max-num-seqs", type=int, default=512)
     parser.add_argument("--max-model-len", type=int, default=12288, help="longer requests of a workload are cut to it")

@@ -40,7 +40,7 @@ ENGINE_LAYERS = [
     {"distributed", "runners", "in_flight", "requests"},
     {"observer", "mailbox", "step_listeners", "streamed_rows", "kept_step_times"},
     {"output_processor", "builder"},
-    {"handoffs"},
+    {"handoffs", "launch_times"},
     {"recovery", "loop"},
     {"llm_engine"},
     {"distributed.engine_process"},

@@ -233,7 +233,7 @@ class OneAtATime(TwoPools):
 class MixedSteps(OnePool):
     """The same with steps of prompts and decode rows together, which end in the order of their launch."""
 
-    limits = replace(LIMITS, mixes_steps=True)
+    limits = replace(LIMITS, mixes_steps=True, predicts_steps=True)
     launch_prefill = end_prefill = end_handoff = launch_decode = end_decode = None  # type: ignore[assignment]
 
     def __init__(self) -> None:

@@ -144,7 +144,9 @@ class Simulation:
     """
 
     def __init__(self, trace, target_ms: float | None, *, mixes: bool = True, chunk_tokens: int = 2048) -> None:
-        limits = SchedulerLimits(prefill_chunk_tokens=chunk_tokens, max_num_seqs=512, mixes_steps=mixes)
+        limits = SchedulerLimits(
+            prefill_chunk_tokens=chunk_tokens, max_num_seqs=512, mixes_steps=mixes, predicts_steps=mixes
+        )
         pool = BlockManager(2**13, 64, enable_prefix_caching=False)
         self.card = Card("cpu:0", "device cpu:0", pool, 16384, step_time=StepTimeModel(COSTS))
         policy = AdmissionPolicy(64, None if target_ms is None else target_ms * MS)

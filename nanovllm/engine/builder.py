@@ -130,7 +130,7 @@ def _parts(
         verifies_handoffs=config.verify_kv_handoff,
     )
     kept_step_times = KeptStepTimes(
-        [(card.step_time, step_time_fingerprint(runners[card])) for card in placement.cards if config.mixed_steps]
+        [(card.step_time, step_time_fingerprint(runners[card])) for card in placement.cards if config.predicts_steps]
     )
     kept_step_times.restore()
     return EngineParts(tokenizer, runners, kv_transfer, scheduler, intake, observer, kept_step_times)
@@ -434,6 +434,7 @@ def build_scheduler(config: EngineConfig, placement: Placement) -> Scheduler:
         prefill_chunk_tokens=config.prefill_chunk_tokens,
         max_num_seqs=config.max_num_seqs,
         mixes_steps=config.mixed_steps,
+        predicts_steps=config.predicts_steps,
     )
     itl_target_s = None if config.itl_target_ms is None else config.itl_target_ms * 1e-3
     return Scheduler(limits, AdmissionPolicy(config.max_handoff_backlog, itl_target_s), placement)

@@ -72,6 +72,10 @@ class StepsInFlight:
                 running.add(work.queue)
         return ended
 
+    def began_s(self, work: InFlight) -> float:
+        """When the first step of a queue began, as far as the host can tell."""
+        return max(work.launched_s, self._last_end_s.get(work.queue, 0.0))
+
     def late(self, timeout_s: float) -> InFlight | None:
         """A step that has been the first of its queue for `timeout_s` and has not ended; None if there is none."""
         now, seen = time.perf_counter(), set()
@@ -79,8 +83,7 @@ class StepsInFlight:
             if work.queue in seen:
                 continue
             seen.add(work.queue)
-            began_s = max(work.launched_s, self._last_end_s.get(work.queue, 0.0))
-            if now - began_s > timeout_s and not work.handle.is_done():
+            if now - self.began_s(work) > timeout_s and not work.handle.is_done():
                 return work
         return None
 

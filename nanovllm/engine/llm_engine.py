@@ -21,6 +21,7 @@ from nanovllm.engine.callers import Call, Inbox, Turns
 from nanovllm.engine.execution.kv_transfer import KVTransfer
 from nanovllm.engine.handoffs import Handoffs
 from nanovllm.engine.in_flight import StepsInFlight
+from nanovllm.engine.launch_times import LaunchTimes
 from nanovllm.engine.loop import Loop
 from nanovllm.engine.mailbox import Abort, Mailbox, NewRequest
 from nanovllm.engine.observer import MAX_TIMELINES
@@ -100,6 +101,7 @@ class LLMEngine:
             self.scheduler,
             self._steps,
             self._handoffs,
+            LaunchTimes(self._steps, self.config.launch_lead_s, self.counters),
             self._outputs,
             self._mailbox,
             self._observer,

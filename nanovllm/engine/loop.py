@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
 
 from nanovllm.engine.handoffs import Handoffs
 from nanovllm.engine.in_flight import InFlight, StepsInFlight
+from nanovllm.engine.launch_times import LaunchTimes
 from nanovllm.engine.mailbox import Abort, Mailbox, NewRequest
 from nanovllm.engine.observer import Observer
 from nanovllm.engine.output_processor import OutputProcessor
@@ -31,6 +33,7 @@ class Loop:
         runners: run the steps.
         scheduler: forms the steps.
         steps, handoffs: the work in flight.
+        launch_times: say when decode steps are launched.
         outputs: is given the tokens.
         mailbox: what calls have posted.
         observer: is told of steps.
@@ -45,6 +48,7 @@ class Loop:
         scheduler: Scheduler,
         steps: StepsInFlight,
         handoffs: Handoffs,
+        launch_times: LaunchTimes,
         outputs: OutputProcessor,
         mailbox: Mailbox,
         observer: Observer,
@@ -57,6 +61,9 @@ class Loop:
         self._scheduler = scheduler
         self._steps = steps
         self._handoffs = handoffs
+        self._launch_times = launch_times
+        self._launch_at_s = math.inf
+        """When the next step that was put off is to be launched."""
         self._outputs = outputs
         self._mailbox = mailbox
         self._observer = observer
@@ -135,10 +142,17 @@ class Loop:
 
     def launch_steps(self) -> bool:
         """Launches every step that a card can be given now. Returns whether there was one."""
-        launched = False
+        launched, self._launch_at_s = False, math.inf
         for card in self._scheduler.cards:
+            if self._scheduler.placement.decodes(card):
+                launch_at_s = self._launch_times.next_on(card)
+                if launch_at_s > time.perf_counter():
+                    self._launch_at_s = min(self._launch_at_s, launch_at_s)
+                    continue
             in_flight = [work.step for work in self._steps.on(card)]
             for step in self._scheduler.schedule(card, in_flight):
+                if step.decode:
+                    self._launch_times.launching(card)
                 launched = self._launch(step) or launched
         for seq in self._scheduler.get_outgrown_sequences():
             self._outputs.emit(seq)
@@ -224,7 +238,7 @@ class Loop:
     # Nothing to launch
 
     def _wait(self) -> None:
-        """Waits until a step or a handoff has ended, or a handoff is late."""
+        """Waits until a step or a handoff has ended, a step is to be launched, or a handoff is late."""
         handoffs = self._handoffs.awaited()
         if not self._steps and not handoffs:
             self._give_up_on_stuck_blocks()
@@ -233,6 +247,7 @@ class Loop:
             self._is_stopped
             or self._mailbox.arrived
             or self._steps.is_any_done()
+            or time.perf_counter() >= self._launch_at_s
             or any(handoff.handle.is_done() or time.perf_counter() > handoff.deadline_s for handoff in handoffs)
         ):
             self._check_steps_end()

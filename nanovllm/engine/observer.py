@@ -33,6 +33,7 @@ class Counters:
     decode_tokens: int = 0
     handoffs: int = 0
     handoff_blocks: int = 0
+    late_launches: int = 0
 
 
 class Observer:
@@ -181,6 +182,7 @@ class Observer:
             "prefill_tokens": counters.prefill_tokens,
             "decode_steps": counters.decode_steps,
             "decode_tokens": counters.decode_tokens,
+            "late_launches": counters.late_launches,
             "pipeline_steps": paths.counters.steps,
             "pipeline_split": arrangement and dict(zip(("attention", "ffn"), arrangement.split, strict=True)),
             "stage_s": stages and {"attention": stages.attention_s, "ffn": stages.ffn_s},

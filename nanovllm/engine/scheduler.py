@@ -44,6 +44,8 @@ class SchedulerLimits:
     max_num_seqs: int
     mixes_steps: bool = False
     """Whether a step of a card that decodes takes prompts and decode rows together."""
+    predicts_steps: bool = False
+    """Whether steps are predicted, by what is learned of those that have ended; so they are where steps are mixed."""
 
 
 class Scheduler:
@@ -250,7 +252,7 @@ class Scheduler:
 
     def step_took(self, step: Step, seconds: float) -> None:
         """A step has ended so long after the one before it on its card, behind which it was queued."""
-        if self.limits.mixes_steps:
+        if self.limits.predicts_steps:
             step.card.step_time.observe(step.size, seconds)
         if self.admission.itl_target_s is not None and step.kind == "decode":
             self.admission.observe(len(step.decode), step.decode.num_tokens, seconds)
