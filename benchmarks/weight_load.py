@@ -11,6 +11,7 @@ import shutil
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,27 +30,32 @@ def main() -> None:
     parser = new_parser(__doc__)
     add_shape(parser, "qwen3-8b")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, nargs="+", help="of torch on the host, one after another; as it is")
     args = parser.parse_args()
 
     folder = write_checkpoint(args.model_shape, "cuda")
-    rates, seconds = [], []
+    rates: list[float] = []
+    loads: list[dict[str, Any]] = []
     with LLM(folder, num_kvcache_blocks=64, enforce_eager=True) as llm, torch.inference_mode():
         weights = llm.decode_runner.model.checkpoint_tensors()
         num_bytes = sum(weight.nbytes for weight in weights.values())
-        for _ in range(args.rounds):
-            rates.append(link_bytes_per_s())
-            started = time.perf_counter()
-            load_weights(Path(folder), weights)
-            seconds.append(time.perf_counter() - started)
+        for num_threads in args.threads or [torch.get_num_threads()]:
+            torch.set_num_threads(num_threads)
+            seconds = []
+            for _ in range(args.rounds):
+                rates.append(link_bytes_per_s())
+                started = time.perf_counter()
+                load_weights(Path(folder), weights)
+                seconds.append(time.perf_counter() - started)
+            loads.append({"threads": num_threads, "seconds": seconds})
     shutil.rmtree(folder)
-    floor = num_bytes / statistics.median(rates)
-    print(f"{num_bytes / 1e9:.1f} GB in {statistics.median(seconds):.3f} s, at the link's rate {floor:.3f} s")
-    result = {"bytes": num_bytes, "link_bytes_per_s": rates, "seconds": seconds}
-    report(
-        "weight_load",
-        {"model_shape": args.model_shape, **result, "over_floor": statistics.median(seconds) / floor},
-        args.output,
-    )
+    floor_s = num_bytes / statistics.median(rates)
+    print(f"{num_bytes / 1e9:.1f} GB, {floor_s:.3f} s at the link's rate")
+    for load in loads:
+        load["over_floor"] = statistics.median(load["seconds"]) / floor_s
+        print(f"{load['threads']} threads: {statistics.median(load['seconds']):.3f} s")
+    result = {"bytes": num_bytes, "link_bytes_per_s": rates, "loads": loads}
+    report("weight_load", {"model_shape": args.model_shape, **result}, args.output)
 
 
 def link_bytes_per_s() -> float:
