@@ -30,6 +30,7 @@ class _Answer:
 
     prompt_token_ids: list[int]
     wants_logprobs: bool
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -39,6 +40,8 @@ class _Answer:
         self.text += output.text
         self.token_ids += output.new_token_ids
         self.logprobs += output.new_logprobs or []
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
         self.last = output
 
     def as_dict(self) -> dict[str, Any]:
@@ -51,6 +54,7 @@ class _Answer:
             "ttft_s": self.last.ttft_s,
             "latency_s": self.last.latency_s,
             "logprobs": self.logprobs if self.wants_logprobs else None,
+            "prompt_logprobs": self.prompt_logprobs,
             "error": self.last.error,
         }
 
@@ -74,9 +78,10 @@ class LLM(LLMEngine):
         Returns:
             For each prompt, in order, a dict of `text`, `token_ids` (the stop token, if one ended it, included),
             `finish_reason` (`stop`, `length`, `abort` or `error`), `prompt_token_ids`, `ttft_s` and `latency_s`
-            (seconds from arrival to first token and to the end), `logprobs` (a `TokenLogprobs` per token, or None)
-            and `error` (the exception of a failed request, or None). With `n` above 1 that is the first answer, and
-            `outputs` lists all of them as such dicts.
+            (seconds from arrival to first token and to the end), `logprobs` (a `TokenLogprobs` per token, or None),
+            `prompt_logprobs` (one per prompt token, the first of which is None; or None, as for a request that ended
+            before its first token) and `error` (the exception of a failed request, or None). With `n` above 1 that is
+            the first answer, and `outputs` lists all of them as such dicts.
 
         Raises:
             RequestError: a prompt or parameter is refused, by its index, before anything runs.

@@ -11,15 +11,17 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities (natural log) at one output position."""
+    """Log-probabilities (natural log) at one position of prompt or output."""
 
     token_id: int
     logprob: float
     top: dict[int, float]
-    """The `SamplingParams.logprobs` most probable tokens, best first."""
+    """The most probable tokens, as many as `SamplingParams` asks for, best first."""
 
     def first(self, count: int) -> TokenLogprobs:
         """The same with the `count` best of `top`."""
+        if len(self.top) <= count:
+            return self
         return TokenLogprobs(self.token_id, self.logprob, dict(list(self.top.items())[:count]))
 
 
@@ -39,6 +41,8 @@ class RequestOutput:
         new_logprobs: one entry for each of `new_token_ids` if the request asked for log-probabilities, else None.
         ttft_s: seconds from arrival to the first token, None before it.
         latency_s: seconds from arrival to the end, None before it.
+        prompt_logprobs: in the output with the first token, if the request asked for them, one entry for each prompt
+            token, the first of which is None; else None.
     """
 
     request_id: int
@@ -50,3 +54,4 @@ class RequestOutput:
     new_logprobs: list[TokenLogprobs] | None = None
     ttft_s: float | None = None
     latency_s: float | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None

@@ -45,6 +45,8 @@ class SamplingParams:
         n: answers to each prompt of `generate` and `chat`, each with random numbers of its own.
         logprobs: None, or the number of most probable tokens (0 to 20) to report beside the chosen one.
             Log-probabilities are those of the model, before penalties, biases, temperature and filters.
+        prompt_logprobs: the same of each prompt token but the first, which nothing predicts. All of the prompt is
+            computed then, even if the prefix cache has it; with `n` above 1, for each answer.
 
     Raises:
         RequestError: a value is of the wrong type or out of range.
@@ -68,6 +70,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = ()
     n: int = 1
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, 0.0, math.inf, "0 (greedy) or more")
@@ -86,8 +89,9 @@ class SamplingParams:
             _check_number(name, getattr(self, name), -2.0, 2.0, "between -2 and 2")
         _check_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, "above 0", open_low=True)
         self._set_integer("n", 1, MAX_N, f"1 to {MAX_N}")
-        if self.logprobs is not None:
-            self._set_integer("logprobs", 0, MAX_LOGPROBS, f"None or 0 to {MAX_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                self._set_integer(name, 0, MAX_LOGPROBS, f"None or 0 to {MAX_LOGPROBS}")
         for name in ("skip_special_tokens", "include_stop_str_in_output", "ignore_eos"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name}={short_repr(getattr(self, name))} is not a bool; pass True or False")

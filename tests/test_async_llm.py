@@ -140,6 +140,25 @@ def test_log_probabilities_come_with_their_tokens(llm, reference):
     assert found[3].logprob == pytest.approx(expected["logprobs"][3].logprob, abs=1e-4)
 
 
+def test_log_probabilities_of_a_prompt_come_with_the_first_token(llm, reference):
+    params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True, prompt_logprobs=2)
+    prompt = "The capital of France, and of other countries"
+    (expected,) = reference.generate([prompt], params, use_tqdm=False)
+
+    async def main():
+        return [output async for output in llm.generate(prompt, params)]
+
+    first, *others = asyncio.run(main())
+    assert first.new_token_ids
+    assert others
+    assert all(output.prompt_logprobs is None for output in others)
+    assert len(first.prompt_logprobs) == len(expected["prompt_token_ids"]) > 5
+    assert first.prompt_logprobs[0] is None
+    for entry, wanted in zip(first.prompt_logprobs[1:], expected["prompt_logprobs"][1:], strict=True):
+        assert (entry.token_id, list(entry.top)) == (wanted.token_id, list(wanted.top))
+        assert entry.logprob == pytest.approx(wanted.logprob, abs=1e-3)
+
+
 @pytest.mark.parametrize("stop", ["37", ["no such text", "3,"], "<|im_end|>"])
 def test_stop_strings_end_a_request_and_nothing_after_them_shows(llm, reference, stop):
     params = SamplingParams(temperature=0, max_tokens=200, stop=stop)
@@ -407,12 +426,15 @@ def test_a_step_becomes_columns():
     entry = TokenLogprobs(8, -0.5, {8: -0.5})
     outputs = [
         RequestOutput(3, [7], "", new_logprobs=None),
-        RequestOutput(4, [8, 9], "", True, "error", ValueError("broken"), [entry, entry]),
+        RequestOutput(
+            4, [8, 9], "", True, "error", ValueError("broken"), [entry, entry], prompt_logprobs=[None, entry]
+        ),
     ]
     sent = messages.encode(messages.tokens_of(outputs))
     found = messages.decode_report(sent)
     assert (found.request_ids, found.token_ids) == ([3, 4, 4], [7, 8, 9])
     assert found.logprobs == {4: [entry, entry]}
+    assert found.prompt_logprobs == {4: [None, entry]}
     assert [(end.request_id, end.reason) for end in found.ended] == [(4, "error")]
     error = found.ended[0].failure.as_error()
     assert isinstance(error, EngineProcessError)

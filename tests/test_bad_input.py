@@ -431,8 +431,15 @@ def test_extreme_options_change_no_answer(checkpoint, options):
             ({"stop_token_ids": x}, "stop_token_ids=.* is not a list of token ids")
             for x in ([-1], [1.0], [True], 5, "5")
         ),
-        *(({"logprobs": x}, f"logprobs={x} is out of range; it must be None or 0 to 20") for x in (-1, 21)),
-        ({"logprobs": True}, "logprobs=True is not an integer; it must be None or 0 to 20"),
+        *(
+            ({name: x}, f"^{name}={x} is out of range; it must be None or 0 to 20")
+            for name in ("logprobs", "prompt_logprobs")
+            for x in (-1, 21)
+        ),
+        *(
+            ({name: True}, f"^{name}=True is not an integer; it must be None or 0 to 20")
+            for name in ("logprobs", "prompt_logprobs")
+        ),
         *(
             ({name: x}, f"{name}={x} is out of range; it must be between -2 and 2")
             for name in ("presence_penalty", "frequency_penalty")

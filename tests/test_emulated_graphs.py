@@ -15,6 +15,7 @@ from nanovllm.engine.execution.runner_spec import RunnerSpec
 from tests import tiny
 from tests.test_engine import drain, tokens_of
 from tests.test_mixed_step import SMALL_STEPS, serve
+from tests.test_prompt_logprobs import assert_reported
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 FILTERED = SamplingParams(temperature=0, max_tokens=20, min_tokens=1, top_k=5)
@@ -109,6 +110,24 @@ def test_graphs_of_mixed_steps_give_the_tokens_of_eager_steps(checkpoint, emulat
         assert any(size > 30 and most_rows < 6 for size, most_rows in sizes), "eager, of as many rows as there are"
         assert len(EmulatedGraphs.of_pool) == 1
     assert found == [tiny.reference_tokens(reference, prompt, 20) for prompt in prompts]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_prompts_are_reported_beside_graphs(checkpoint, emulated, mixed):
+    """Their steps run without one; the others, and sampling, go on as they were captured."""
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(10, seed=75, longest=60)
+    params = [dataclasses.replace(GREEDY, prompt_logprobs=None if index % 3 else 2) for index in range(10)]
+    with LLM(path, **{**SMALL_STEPS, "mixed_steps": mixed}, max_num_seqs=4) as llm:
+        ids = [llm.add_request(*pair) for pair in zip(prompts, params, strict=True)]
+        outputs = drain(llm, steps_overlap=not mixed)
+        executor = llm.decode_runner.mixed if mixed else llm.decode_runner.prefill
+        graphs = [executor._pass_graphs, executor._sampling_graphs] if mixed else [executor.graphs]
+        assert all(one.num_replays for one in graphs)
+    for index, (request_id, prompt) in enumerate(zip(ids, prompts, strict=True)):
+        assert tokens_of(outputs[request_id]) == tiny.reference_tokens(reference, prompt, 20)
+        if index % 3 == 0:
+            assert_reported(outputs[request_id][0].prompt_logprobs, prompt, reference)
 
 
 def test_a_closed_engine_holds_no_graphs(tiny_path, emulated):

@@ -411,11 +411,12 @@ def test_the_rows_on_the_device_are_those_of_the_host(checkpoint, num_blocks):
 @pytest.mark.parametrize("two_devices", [False, True])
 @pytest.mark.parametrize("seed", range(8))
 def test_an_interrupt_at_any_line_of_the_engine_changes_no_token(checkpoint, two_devices, seed):
-    """Streamed requests, which it may abort, and others, with log-probabilities, which it may not."""
+    """Streamed requests, which it may abort, and others, with log-probabilities, which it may not. All of them report
+    their prompts."""
     path, _ = checkpoint("gqa2")
     rng = random.Random(seed)
     prompts = tiny.random_prompts(4, seed=40, longest=50, shared=20)
-    params = SamplingParams(temperature=0, max_tokens=20, logprobs=1)
+    params = SamplingParams(temperature=0, max_tokens=20, logprobs=1, prompt_logprobs=1)
     options = {"max_num_batched_tokens": 48, "num_kvcache_blocks": 14}
     with LLM(path, device="cpu") as llm:
         expected = llm.generate(prompts, params, use_tqdm=False)
@@ -443,6 +444,13 @@ def test_an_interrupt_at_any_line_of_the_engine_changes_no_token(checkpoint, two
         logprobs = [entry for output in outputs[request_id] for entry in output.new_logprobs or []]
         assert tokens == answer["token_ids"][: len(tokens)]
         assert [entry.token_id for entry in logprobs] == tokens
+        of_prompt = [output.prompt_logprobs for output in outputs[request_id] if output.prompt_logprobs is not None]
+        assert len(of_prompt) == bool(tokens)
+        for first, *others in of_prompt:
+            assert first is None
+            assert [entry.token_id for entry in others] == prompts[place][1:]
+            logprobs = [entry.logprob for entry in answer["prompt_logprobs"][1:]]
+            assert [entry.logprob for entry in others] == pytest.approx(logprobs, abs=1e-4)
         assert outputs[request_id][-1].finish_reason == "length" or place < 2
         assert len(tokens) == 20 or outputs[request_id][-1].finish_reason == "abort"
 

@@ -278,6 +278,81 @@ def test_log_probabilities(client, reference):
     assert [len(top) for top in listed.top_logprobs] == [2] * 6
 
 
+TEXT = "The capital of France is Paris, and that of"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("max_tokens", [0, 1, 3])
+@pytest.mark.parametrize("as_tokens", [False, True])
+def test_an_echo_has_the_log_probabilities_of_the_prompt(client, reference, stream, max_tokens, as_tokens):
+    """What lm-eval's `local-completions` asks for to score a text, several at a time."""
+    texts = [TEXT, "Once upon a time", "x"]
+    more = {"ignore_eos": True, "skip_special_tokens": False}
+    params = SamplingParams(temperature=0, max_tokens=max(max_tokens, 1), logprobs=1, prompt_logprobs=1, **more)
+    expected = reference.generate(texts, params, use_tqdm=False)
+    prompts = [answer["prompt_token_ids"] for answer in expected] if as_tokens else texts
+    given = {"temperature": 0, "seed": 1234, "max_tokens": max_tokens, "echo": True, "logprobs": 1, "stream": stream}
+    found = client.completions.create(model="demo", prompt=prompts, **given, extra_body=more)
+    fields = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    told, listed = ["", "", ""], [{name: [] for name in fields} for _ in texts]
+    for part in found if stream else [found]:
+        for choice in part.choices:
+            told[choice.index] += choice.text
+            for name in fields:
+                listed[choice.index][name] += getattr(choice.logprobs, name)
+    for text, answer, whole, columns in zip(texts, expected, told, listed, strict=True):
+        entries = [*answer["prompt_logprobs"], *answer["logprobs"][:max_tokens]]
+        assert whole == text + (answer["text"] if max_tokens else "")
+        assert "".join(columns["tokens"]) == whole
+        assert all(whole[place:].startswith(token) for token, place in by_token(columns, "tokens", "text_offset"))
+        assert columns["token_logprobs"][0] is columns["top_logprobs"][0] is None
+        scored = by_token(columns, "token_logprobs", "top_logprobs")[1:]
+        for (logprob, top), entry in zip(scored, entries[1:], strict=True):
+            assert logprob == pytest.approx(entry.logprob, abs=1e-3)
+            assert (logprob == max(top.values())) == (entry.token_id in entry.top)
+    if not stream:
+        assert found.usage.completion_tokens == 3 * max_tokens
+        assert found.usage.prompt_tokens == sum(len(answer["prompt_token_ids"]) for answer in expected)
+
+
+def by_token(columns, *names):
+    return list(zip(*(columns[name] for name in names), strict=True))
+
+
+def test_prompt_logprobs_are_listed_as_in_vllm(client, reference):
+    params = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=2)
+    (expected,) = reference.generate([TEXT], params, use_tqdm=False)
+    more = {"prompt_logprobs": 2}
+    answer = client.completions.create(model="demo", prompt=TEXT, max_tokens=2, n=2, extra_body=more)
+    for choice in answer.choices:
+        assert_listed(choice.prompt_logprobs, expected["prompt_logprobs"])
+        assert choice.logprobs is None
+    # An echo lists its own number of tokens beside each.
+    answer = client.completions.create(
+        model="demo", prompt=TEXT, max_tokens=2, echo=True, logprobs=1, extra_body={"prompt_logprobs": 2}
+    )
+    assert_listed(answer.choices[0].prompt_logprobs, expected["prompt_logprobs"])
+    assert [len(top or ()) for top in answer.choices[0].logprobs.top_logprobs[:3]] == [0, 1, 1]
+    (expected,) = reference.chat(chat_body(PRIMES)["messages"], params, use_tqdm=False)
+    answer = client.chat.completions.create(model="demo", **chat_body(PRIMES, max_tokens=2), extra_body=more)
+    assert_listed(answer.prompt_logprobs, expected["prompt_logprobs"])
+    for asked in (client.completions, client.chat.completions):
+        given = {"prompt": "a"} if asked is client.completions else {"messages": chat_body("a")["messages"]}
+        answer = asked.create(model="demo", max_tokens=1, **given)
+        assert "prompt_logprobs" not in answer.model_dump_json(exclude_unset=True)
+
+
+def assert_listed(listed, entries):
+    assert listed[0] is entries[0] is None
+    for told, entry in zip(listed[1:], entries[1:], strict=True):
+        wanted = {entry.token_id: entry.logprob, **entry.top}
+        assert list(told) == [str(token_id) for token_id in wanted]
+        assert [each["logprob"] for each in told.values()] == pytest.approx(list(wanted.values()), abs=1e-3)
+        ranks = [list(entry.top).index(token_id) + 1 if token_id in entry.top else None for token_id in wanted]
+        assert [each["rank"] for each in told.values()] == ranks
+        assert all(isinstance(each["decoded_token"], str) for each in told.values())
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop(client, stream):
     found = client.chat.completions.create(model="demo", **chat_body(PRIMES, stop=["37", "no such"], stream=stream))
@@ -316,7 +391,7 @@ REFUSED = {
     "reasoning_effort": "low",
     "guided_regex": "a+",
     "include_stop_str_in_output": "yes",
-    "prompt_logprobs": 1,
+    "prompt_logprobs": 21,
     "temprature": 1,
     "temperature": -1,
     "top_p": 2,
@@ -369,7 +444,10 @@ def test_a_bool_is_not_the_number_that_it_equals(client):
 
 def test_errors_of_completions(client):
     for given, message in (
-        ({"echo": True, "logprobs": 1, "prompt": "a"}, "prompt, which are not served yet"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens=0"),
+        ({"prompt": "a", "max_tokens": 0, "echo": True, "logprobs": 21}, "logprobs=21"),
+        ({"prompt": "a", "prompt_logprobs": "all"}, "prompt_logprobs='all'"),
+        ({"prompt": "a", "prompt_logprobs": 0, "stream": True}, "prompt_logprobs is not served with stream=true"),
         ({"prompt": []}, "prompt="),
         ({"prompt": ["a", 5]}, "mixes"),
         ({"prompt": [10**9]}, "vocabulary"),

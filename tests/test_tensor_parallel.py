@@ -32,6 +32,7 @@ from nanovllm.utils.device import Device
 from nanovllm.utils.loader import fill_randomly, load_weights
 from tests import tiny
 from tests.test_engine import drain, tokens_of
+from tests.test_prompt_logprobs import assert_reported
 
 
 class ThreadRanks:
@@ -234,6 +235,25 @@ def test_sampled_tokens_and_logprobs_equal_those_of_one_rank(even):
         assert together["token_ids"] == alone["token_ids"]
         for one, other in zip(alone["logprobs"] or [], together["logprobs"] or [], strict=True):
             assert other.logprob == pytest.approx(one.logprob, abs=1e-4)
+
+
+@uses_workers
+@pytest.mark.parametrize(
+    ("name", "size", "options"),
+    [("biased", 2, {}), ("biased", 2, {"mixed_steps": True, **MODES["chunked"]}), ("tied", 4, MODES["preempted"])],
+    ids=["plain", "mixed", "preempted"],
+)
+def test_log_probabilities_of_prompts_are_those_of_transformers(even, name, size, options):
+    """Each rank has the logits of its part of the vocabulary."""
+    prompts = prompts_for(4, seed=8) + prompts_for(4, seed=9, longest=40, shared=48)
+    params = [SamplingParams(temperature=0, max_tokens=24, prompt_logprobs=i % 3 or None) for i in range(8)]
+    with LLM(even[name], device="cpu", tensor_parallel_size=size, **options) as llm:
+        answers = llm.generate(prompts, params, use_tqdm=False)
+        assert (llm.scheduler.num_preemptions > 0) == (options is MODES["preempted"])
+    for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        assert answer["token_ids"] == tiny.reference_tokens(even[name, "reference"], prompt, 24)
+        if index % 3:
+            assert_reported(answer["prompt_logprobs"], prompt, even[name, "reference"], index % 3)
 
 
 @uses_workers

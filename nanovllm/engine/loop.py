@@ -218,6 +218,7 @@ class Loop:
             counters.prefill_steps += 1
             counters.prefill_tokens += step.num_prefill_tokens
             live = [self._scheduler.prefill_done(chunk) for chunk in step.chunks]
+            self._outputs.take_prompt_logprobs(live, step, tokens.in_prompts)
             self._outputs.take_tokens_after_chunks(live, step, tokens.after_chunks)
             self._handoffs.step_ended(step)
         if step.decode:

@@ -9,6 +9,7 @@ import time
 from collections import abc
 from typing import Any
 
+import numpy as np
 import torch
 
 from nanovllm.engine.execution.cuda_graph import StepOutput
@@ -22,6 +23,7 @@ from nanovllm.engine.execution.load_model import load_model
 from nanovllm.engine.execution.mixed_executor import MixedExecutor, NoMixedSteps
 from nanovllm.engine.execution.model_inputs import largest_step
 from nanovllm.engine.execution.prefill_executor import PrefillExecutor
+from nanovllm.engine.execution.prompt_logprobs import PromptRows, prompt_logprobs
 from nanovllm.engine.execution.runner_spec import PipelineOptions, RunnerSpec
 from nanovllm.engine.execution.step_handle import StepHandle
 from nanovllm.engine.execution.tasks import StepTask
@@ -33,6 +35,7 @@ from nanovllm.errors import DeviceError, HandoffError, short_repr
 from nanovllm.layers.ranks import OneRank, Ranks
 from nanovllm.layers.sampler import SampledTokens
 from nanovllm.models.decoder import CausalLM
+from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.utils.device import Device, DeviceClock, Event, Moment, enable_peer_access, wait_event
 
 logger = logging.getLogger(__name__)
@@ -145,13 +148,17 @@ class ModelRunner:
                 pass
 
     def _run(self, task: StepTask) -> abc.Iterator[SampledTokens | None]:
-        """What the chunks, then what the decode rows sample, on the device; the second may overwrite the first."""
+        """The prompt tokens to report, what the chunks sample and what the decode rows sample, on the device.
+
+        Each may overwrite the one before.
+        """
         if task.prefill is not None and task.decode is not None:
             yield from self.mixed.run(task.prefill, task.decode)
             return
-        after_chunks = None if task.prefill is None else self.prefill.run(task.prefill)
+        in_prompts, after_chunks = (None, None) if task.prefill is None else self.prefill.run(task.prefill)
         if after_chunks is not None:
             self.decode.keep_tokens(after_chunks.token_ids)
+        yield in_prompts
         yield after_chunks
         yield None if task.decode is None else self.decode.run(task.decode)
 
@@ -328,7 +335,9 @@ class ModelRunner:
                 max_model_len=spec.max_model_len,
                 vocab_size=spec.model_config.vocab_size,
             )
-            forward.run(largest, kv_pool)
+            hidden, _ = forward.run(largest, kv_pool)
+            rows = np.arange(num_tokens)
+            prompt_logprobs(hidden, PromptRows(rows, np.zeros_like(rows), MAX_LOGPROBS), forward)
 
         return num_kv_blocks(spec, self.device, self._ranks, num_tokens, run_largest_step)
 

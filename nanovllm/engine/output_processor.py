@@ -81,6 +81,25 @@ class OutputProcessor:
                 self._observer.times.got_token(seq)
                 self.append(seq, int(sampled.token_ids[index]), sampled.logprobs_of(index))
 
+    def take_prompt_logprobs(self, live: list[bool], step: Step, reported: SampledOnHost) -> None:
+        """Keeps the log-probabilities of the prompt tokens that a step's chunks reported.
+
+        Args:
+            live: as of `take_tokens_after_chunks`; what others reported is computed again.
+            step: the step.
+            reported: what was asked of its chunks, one after the other.
+        """
+        if reported.logprobs is None:
+            return
+        end = 0
+        for chunk, is_live in zip(step.chunks, live, strict=True):
+            seq, positions = chunk.seq, chunk.logprob_positions
+            start, end = end, end + len(positions)
+            if is_live and positions:
+                assert positions.start == len(seq.prompt_logprobs), "a prompt is reported in order, and once"
+                count = seq.params.prompt_logprobs or 0
+                seq.prompt_logprobs.extend([entry.first(count) for entry in reported.logprobs[start:end]])
+
     def take_decoded_tokens(self, step: Step, sampled: SampledOnHost) -> None:
         """Appends the next token to the requests of a step's decode part, except to those that have ended meanwhile."""
         rows, batch, token_ids = step.decode, step.decode.batch, sampled.token_ids.tolist()
@@ -204,6 +223,7 @@ class OutputProcessor:
             new_logprobs=new_logprobs,
             ttft_s=None if seq.first_token_s is None else seq.first_token_s - seq.arrival_s,
             latency_s=None if seq.finished_s is None else seq.finished_s - seq.arrival_s,
+            prompt_logprobs=_prompt_logprobs_due(seq),
         )
         # In this order, so that `repair` can tell what an interrupt left undone.
         seq.output = output
@@ -287,3 +307,13 @@ class OutputProcessor:
             return False
         self._mark_emitted(seq)
         return True
+
+
+def _prompt_logprobs_due(seq: Sequence) -> list[TokenLogprobs | None] | None:
+    """What the output with a request's first token says of its prompt; None of all others."""
+    if seq.params.prompt_logprobs is None or seq.num_emitted_tokens != seq.num_prompt_tokens:
+        return None
+    if not seq.num_output_tokens:
+        return None
+    assert len(seq.prompt_logprobs) == seq.num_prompt_tokens - 1, "a token is sampled once the whole prompt has run"
+    return [None, *seq.prompt_logprobs]

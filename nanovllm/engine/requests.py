@@ -77,8 +77,9 @@ class RequestIntake:
         for token_id, _ in params.biases:
             if token_id >= self.vocab_size:
                 raise RequestError(f"logit_bias has token id {token_id}; the vocabulary has {self.vocab_size} tokens")
-        if params.logprobs is not None and params.logprobs > self.vocab_size:
-            raise RequestError(f"logprobs={params.logprobs} is above the vocabulary's {self.vocab_size} tokens")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > self.vocab_size:
+                raise RequestError(f"{name}={getattr(params, name)} is above the vocabulary's {self.vocab_size} tokens")
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, which this checkpoint lacks; use stop_token_ids")
         if params.stop and params.skip_special_tokens:

@@ -442,10 +442,11 @@ class Scheduler:
         """Grants a lease, with blocks on both cards, if both pools have enough. Returns whether it did."""
         is_one_card = prefill_card is decode_card
         # A prefill must compute at least the last token, for its logits; blocks to hand off may all be cached already.
-        most_cached = seq.num_tokens - 1 if is_one_card else seq.num_tokens
-        cached = decode_card.block_manager.match_prefix(seq, most_cached)
+        # It computes also whatever has log-probabilities of the prompt to report.
+        most_hit = min(seq.num_tokens - 1, seq.num_reported_tokens)
+        cached = decode_card.block_manager.match_prefix(seq, most_hit if is_one_card else seq.num_tokens)
         num_leased = self._lease_blocks(seq, decode_card)
-        hit = cached if is_one_card else prefill_card.block_manager.match_prefix(seq, seq.num_tokens - 1)
+        hit = cached if is_one_card else prefill_card.block_manager.match_prefix(seq, most_hit)
         num_prefilled = prefill_card.block_manager.blocks_for(seq.num_tokens)
         if not decode_card.block_manager.can_allocate(cached, num_leased):
             seq.timeline.mark(f"waits for a lease ({num_leased} blocks of the decode pool)")
@@ -491,7 +492,8 @@ class Scheduler:
         seq.timeline.mark(f"prefill of tokens {start} to {end} of {seq.num_tokens}{cut}")
         self.hold(seq.lease)
         is_last = end == seq.num_tokens
-        return PrefillChunk(seq, seq.lease, start, end, is_last, self._handoff_pairs(seq, seq.lease, end, is_last))
+        handoff = self._handoff_pairs(seq, seq.lease, end, is_last)
+        return PrefillChunk(seq, seq.lease, start, end, is_last, handoff, len(seq.prompt_logprobs))
 
     def _handoff_pairs(self, seq: Sequence, lease: Lease, end: int, is_last: bool) -> tuple[BlockPair, ...]:
         """Blocks to send once the tokens before `end` are computed: complete ones that the decode pool lacks."""

@@ -45,6 +45,8 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     token_ids: list[int] = field(init=False)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Those of the prompt from its second token on, as far as they are asked for and have come."""
     finish_reason: FinishReason | None = None
     error: Exception | None = None
 
@@ -93,6 +95,12 @@ class Sequence:
     def num_tokens_to_prefill(self) -> int:
         """Tokens whose KV is neither cached nor part of a chunk that was formed, while the request is prefilled."""
         return self.num_tokens - self.num_prefilled_tokens
+
+    @property
+    def num_reported_tokens(self) -> int:
+        """Tokens at the beginning whose logits nobody asks for any more: a hit in the prefix cache may cover these."""
+        is_complete = self.params.prompt_logprobs is None or len(self.prompt_logprobs) == self.num_prompt_tokens - 1
+        return self.num_tokens if is_complete else len(self.prompt_logprobs)
 
     @property
     def last_fed_position(self) -> int:

@@ -303,6 +303,9 @@ class AsyncLLM:
         for request_id, logprobs in report.logprobs.items():
             if (stream := self._stream(request_id)) is not None:
                 stream.add_logprobs(logprobs)
+        for request_id, of_prompt in report.prompt_logprobs.items():
+            if (stream := self._stream(request_id)) is not None:
+                stream.add_prompt_logprobs(of_prompt)
         for request_id, token_id in zip(report.request_ids, report.token_ids, strict=True):
             if (stream := self._stream(request_id)) is not None:
                 stream.add(token_id)

@@ -54,6 +54,7 @@ class OutputStream(AsyncIterator[RequestOutput]):
         self._new_texts: list[str] = []
         self._new_token_ids: list[int] = []
         self._new_logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs: list[TokenLogprobs | None] | None = None
 
     # What comes from the engine
 
@@ -84,6 +85,10 @@ class OutputStream(AsyncIterator[RequestOutput]):
     def add_logprobs(self, logprobs: Iterable[TokenLogprobs]) -> None:
         """Takes those of the tokens that come next."""
         self._new_logprobs += logprobs
+
+    def add_prompt_logprobs(self, logprobs: list[TokenLogprobs | None]) -> None:
+        """Takes those of the prompt; the first token comes next."""
+        self._prompt_logprobs = logprobs
 
     def end(self, reason: FinishReason, error: Exception | None = None) -> None:
         """No more tokens come."""
@@ -155,7 +160,9 @@ class OutputStream(AsyncIterator[RequestOutput]):
             new_logprobs=self._new_logprobs[:count] if has_logprobs else None,
             ttft_s=self._ttft_s,
             latency_s=self._latency_s,
+            prompt_logprobs=self._prompt_logprobs,
         )
+        self._prompt_logprobs = None
         self._new_token_ids, self._new_texts, self._new_logprobs = [], [], self._new_logprobs[count:]
         self._is_over = output.finished
         return output

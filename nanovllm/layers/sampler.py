@@ -65,7 +65,7 @@ class SamplingInputs:
 @dataclass(frozen=True)
 class SampledTokens:
     """[B] int64 token ids, negative where the logits are not finite; where asked for, [B] float32 log-probabilities and
-    the [B, n] most probable tokens."""
+    the [B, n] most probable tokens. Those of a prompt, which are given and not sampled, have the same form."""
 
     token_ids: torch.Tensor
     logprobs: torch.Tensor | None = None
@@ -105,7 +105,7 @@ def sample(logits: torch.Tensor, inputs: SamplingInputs, backend: Kernels, ranks
     if inputs.num_logprobs is None:
         return SampledTokens(token_ids)
     unpenalised = gathered if penalties is None else ranks.all_gather(logits)
-    parts = [_logprobs(unpenalised[rows].float(), token_ids[rows], inputs.num_logprobs) for rows in chunks]
+    parts = [logprobs_of(unpenalised[rows].float(), token_ids[rows], inputs.num_logprobs) for rows in chunks]
     return SampledTokens(token_ids, *(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
@@ -131,8 +131,17 @@ def _penalised(logits: torch.Tensor, penalties: Penalties, rows: slice) -> torch
     return logits - frequency * in_output - presence * (in_output > 0)
 
 
-def _logprobs(logits: torch.Tensor, token_ids: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
-    """Log-probabilities of the tokens, and the `count` most probable tokens with theirs."""
+def logprobs_of(logits: torch.Tensor, token_ids: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    """Log-probabilities of some tokens, and the most probable tokens with theirs.
+
+    Args:
+        logits: [B, vocab_size] float32, as the model gives them.
+        token_ids: [B] int64.
+        count: how many of the most probable tokens.
+
+    Returns:
+        [B] float32, [B, count] int64, [B, count] float32.
+    """
     logprobs = logits.log_softmax(dim=-1)
     top = logprobs.topk(count, dim=-1)
     chosen = token_ids.clamp(min=0).unsqueeze(1)  # a row without finite logits has no token

@@ -11,7 +11,9 @@ import torch
 from nanovllm import LLM, OutOfKVCacheError, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
 from tests import tiny
+from tests.test_engine import drain, tokens_of
 from tests.test_mixed_step import serve
+from tests.test_prompt_logprobs import assert_reported
 from tests.test_sampling import PENALTIES, penalised_tokens
 
 pytestmark = pytest.mark.gpu
@@ -78,6 +80,32 @@ def test_penalties_are_those_of_their_definition(tiny_on_disk, penalties):
         answers = llm.generate(prompts, params, use_tqdm=False)
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer["token_ids"] == penalised_tokens(reference, prompt, 25, penalties)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {},
+        {"enforce_eager": True},
+        {"max_num_batched_tokens": 24, "prefill_chunk_tokens": 7},
+        {"mixed_steps": True, "max_num_batched_tokens": 64, "prefill_chunk_tokens": 16},
+        {"mixed_steps": True, "enforce_eager": True, "max_num_batched_tokens": 64},
+    ],
+)
+def test_log_probabilities_of_prompts_are_those_of_transformers(tiny_on_disk, backend, mode):
+    """Steps that report them run without a graph, beside steps that run from one; launched ahead."""
+    path, reference = tiny_on_disk
+    prompts = tiny.random_prompts(8, seed=17) + tiny.random_prompts(4, seed=18, longest=40, shared=48)
+    params = [SamplingParams(temperature=0, max_tokens=20, prompt_logprobs=(None, 2, 0)[i % 3]) for i in range(12)]
+    options = {"num_kvcache_blocks": 400, "kvcache_block_size": 16, "max_num_seqs": 8, **mode}
+    with LLM(path, device="cuda", dtype="float32", attention_backend=backend, **options) as llm:
+        ids = [llm.add_request(*pair) for pair in zip(prompts, params, strict=True)]
+        outputs = drain(llm)
+    for index, (request_id, prompt) in enumerate(zip(ids, prompts, strict=True)):
+        assert tokens_of(outputs[request_id]) == tiny.reference_tokens(reference, prompt, 20)
+        if index % 3:
+            assert_reported(outputs[request_id][0].prompt_logprobs, prompt, reference, params[index].prompt_logprobs)
 
 
 @pytest.mark.whole_card

@@ -103,12 +103,15 @@ class Tokens(msgspec.Struct, array_like=True, frozen=True, tag="tokens"):
         request_ids, token_ids: two columns, in which a request has a line for each of its new tokens, in order.
         ended: the requests that have ended, after these tokens.
         logprobs: of the requests that asked for them, one entry for each of their lines.
+        prompt_logprobs: of the requests that asked for them and have their first token here, one entry for each prompt
+            token.
     """
 
     request_ids: list[int]
     token_ids: list[int]
     ended: list[Ended] = []
     logprobs: dict[int, list[TokenLogprobs]] = {}
+    prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
 
 
 class Answer(msgspec.Struct, array_like=True, frozen=True, tag="answer"):
@@ -140,12 +143,14 @@ def decode_report(data: bytes) -> Report:
 
 def tokens_of(outputs: Iterable[RequestOutput]) -> Tokens:
     """What a step gave out, as columns. Its texts are left out."""
-    message = Tokens([], [], [], {})
+    message = Tokens([], [], [], {}, {})
     for output in outputs:
         message.request_ids.extend([output.request_id] * len(output.new_token_ids))
         message.token_ids.extend(output.new_token_ids)
         if output.new_logprobs:
             message.logprobs.setdefault(output.request_id, []).extend(output.new_logprobs)
+        if output.prompt_logprobs is not None:
+            message.prompt_logprobs[output.request_id] = output.prompt_logprobs
         if output.finished:
             assert output.finish_reason is not None, "a request that has ended knows how"
             failure = None if output.error is None else Failure.of(output.error)

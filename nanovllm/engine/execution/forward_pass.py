@@ -45,15 +45,18 @@ class ForwardPass:
         inputs: ModelInputs,
         kv_pool: torch.Tensor,
         after_store: Callable[[torch.Tensor], None] | None = None,
-    ) -> StepOutput | None:
-        """Runs the pass; None if no row is sampled. `after_store` is called with each layer's KV once it is stored."""
+    ) -> tuple[torch.Tensor, StepOutput | None]:
+        """Runs the pass: its hidden states as of `hidden_states`, and what is sampled, None if no row is.
+
+        `after_store` is called with each layer's KV once it is stored.
+        """
         metadata = inputs.metadata
         if after_store is not None:
             metadata = dataclasses.replace(metadata, after_store=after_store)
         hidden = self.hidden_states(inputs.input_ids, inputs.positions, metadata, kv_pool)
         if inputs.sampling is None:
-            return None
-        return self.sample(hidden[inputs.sampled_rows], inputs.sampling)
+            return hidden, None
+        return hidden, self.sample(hidden[inputs.sampled_rows], inputs.sampling)
 
     def hidden_states(
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata, kv_pool: torch.Tensor

@@ -72,14 +72,19 @@ class MixedExecutor:
         return StepTask(prefill, decode)
 
     def run(self, prefill: PrefillTask, decode: DecodeTask) -> abc.Iterator[SampledTokens | None]:
-        """What is sampled after the chunks, None if no prompt ends with them; then [num_rows] tokens for the rows."""
+        """The prompt tokens to report, what is sampled after the chunks, and [num_rows] tokens for the rows.
+
+        The first two are None if there are none.
+        """
         self._decode.apply(decode)
         self._prefill.buffers.send(prefill.packed)
         num_rows, num_sampled = decode.num_rows, decode.num_rows + prefill.num_sampled
-        if self._pass_graphs is not None and prefill.size <= self._pass_graphs.sizes[-1]:
-            self._pass_graphs.replay(prefill.size)
+        graphs = self._pass_graphs
+        if graphs is not None and prefill.size <= graphs.sizes[-1] and prefill.prompt_rows is None:
+            graphs.replay(prefill.size)
+            yield None
         else:
-            self._run_pass(prefill.size, num_rows)
+            yield self._prefill.report(self._run_pass(prefill.size, num_rows), prefill)
         if self._sampling_graphs is not None:
             output = self._sampling_graphs.replay(self._sampling_graphs.size_for(num_sampled))
         else:
@@ -111,10 +116,11 @@ class MixedExecutor:
         self._decode.rows.advance(rows, output.sampled.token_ids[:most_rows])
         return output
 
-    def _run_pass(self, size: int, most_rows: int) -> None:
-        """The pass over `size` tokens, of which at most `most_rows` are rows'. Leaves the hidden states to sample from.
+    def _run_pass(self, size: int, most_rows: int) -> torch.Tensor:
+        """The hidden states of a pass over `size` tokens, of which at most `most_rows` are rows'.
 
-        `most_rows` is an upper bound in a graph, and the number of rows without one.
+        It leaves those to sample from to `run_sampling_core`. `most_rows` is an upper bound in a graph, and the number
+        of rows without one.
         """
         rows, chunks = self._decode.rows.gather(most_rows), self._prefill.buffers.gather(size, 0)
         num_rows = chunks.metadata.query_starts[0]
@@ -133,6 +139,7 @@ class MixedExecutor:
         is_row, at_row, at_chunk = self._parts(self.max_num_sampled, most_rows)
         sampled_rows = torch.where(is_row, at_row, self._prefill.buffers.sampled_rows()[at_chunk])
         torch.index_select(hidden, 0, sampled_rows, out=self._sampled_hidden)
+        return hidden
 
     def _parts(self, size: int, most_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """For each of `size` sampled tokens: whether it is a row's, and its index among rows and among last chunks."""

@@ -12,6 +12,7 @@ from nanovllm.engine.execution.forward_pass import ForwardPass
 from nanovllm.engine.execution.layer_push import LayerPush
 from nanovllm.engine.execution.model_inputs import sampling_arrays
 from nanovllm.engine.execution.prefill_buffers import PrefillBuffers
+from nanovllm.engine.execution.prompt_logprobs import prompt_logprobs, prompt_rows
 from nanovllm.engine.execution.tasks import PrefillTask
 from nanovllm.engine.execution.token_counts import TokenCounts, count_tokens
 from nanovllm.engine.scheduling.step import MAX_CHUNKS, PrefillChunk
@@ -84,16 +85,25 @@ class PrefillExecutor:
         vocab_size = self._forward.spec.model_config.vocab_size
         sampling = None if samples_in_graph or not last else sampling_arrays(last, vocab_size)
         counted = None if sampling is None else count_tokens((index, seq) for index, (seq, _) in enumerate(last))
-        return PrefillTask(self.buffers.pack(chunks, size, num_rows=num_rows), size, len(last), sampling, counted)
+        packed, rows = self.buffers.pack(chunks, size, num_rows=num_rows), prompt_rows(chunks, num_rows)
+        return PrefillTask(packed, size, len(last), sampling, counted, rows)
 
-    def run(self, task: PrefillTask) -> SampledTokens | None:
-        """Runs a task; a token for each prompt that its chunks complete, None if they complete none."""
+    def run(self, task: PrefillTask) -> tuple[SampledTokens | None, SampledTokens | None]:
+        """Runs a task: the prompt tokens to report, and a token for each prompt that its chunks complete, or None."""
         self.buffers.send(task.packed)
-        if self.graphs is not None:
-            output: StepOutput | None = self.graphs.replay(task.size)
+        in_prompts = None
+        output: StepOutput | None
+        if self.graphs is not None and task.prompt_rows is None:
+            output = self.graphs.replay(task.size)
         else:
-            output = self._run(task.size, task.num_sampled)
-        return None if output is None or not task.num_sampled else self.finish(output, task)
+            # Where the hidden states of all tokens are wanted, too: those of a graph's pass cannot be had after it.
+            hidden, output = self._run(task.size, task.num_sampled)
+            in_prompts = self.report(hidden, task)
+        return in_prompts, None if output is None or not task.num_sampled else self.finish(output, task)
+
+    def report(self, hidden: torch.Tensor, task: PrefillTask) -> SampledTokens | None:
+        """The prompt tokens to report, from the hidden states of a task's pass; None for none."""
+        return None if task.prompt_rows is None else prompt_logprobs(hidden, task.prompt_rows, self._forward)
 
     def finish(self, output: StepOutput, task: PrefillTask) -> SampledTokens:
         """The tokens after the last chunks, which come first in the output of the task's step, by all sampling
@@ -108,13 +118,13 @@ class PrefillExecutor:
 
     def run_core(self, size: int) -> StepOutput:
         """Runs the step in the buffers, padded to `size` tokens and to the maximum number of requests."""
-        output = self._run(size, self.buffers.max_num_requests)
+        _, output = self._run(size, self.buffers.max_num_requests)
         assert output is not None, "a step that is padded to at least one request samples a token"
         return output
 
-    def _run(self, size: int, num_sampled: int) -> StepOutput | None:
+    def _run(self, size: int, num_sampled: int) -> tuple[torch.Tensor, StepOutput | None]:
         inputs = self.buffers.gather(size, num_sampled)
         after_store = None if inputs.pushed_blocks is None else self._push.after_store(inputs.pushed_blocks)
-        output = self._forward.run(inputs, self._kv_pool, after_store)
+        hidden, output = self._forward.run(inputs, self._kv_pool, after_store)
         self._push.join()
-        return output
+        return hidden, output

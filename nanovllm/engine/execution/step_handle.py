@@ -29,10 +29,14 @@ NOTHING_SAMPLED = SampledOnHost(np.empty(0, dtype=np.int64))
 
 @dataclass(frozen=True)
 class StepTokens:
-    """What a step has sampled: after the last chunk of each prompt that it completes, and for each decode row."""
+    """What a step has sampled: after the last chunk of each prompt that it completes, and for each decode row.
+
+    `in_prompts` are the prompt tokens whose log-probabilities its chunks were asked for, chunk by chunk.
+    """
 
     after_chunks: SampledOnHost
     after_decode: SampledOnHost
+    in_prompts: SampledOnHost = NOTHING_SAMPLED
 
 
 class StepHandle:
@@ -41,8 +45,8 @@ class StepHandle:
     Args:
         device: where it runs.
         stream: what it runs on, behind the steps launched there before; None on a CPU.
-        sampled: what the chunks sample and what the decode rows sample, None for nothing. The first is being copied to
-            the host before the second, which may overwrite it on the device, is asked for.
+        sampled: the prompt tokens to report, what the chunks sample and what the decode rows sample, None for nothing.
+            Each is being copied to the host before the next, which may overwrite it on the device, is asked for.
         began: when the step began on the device; None if it is not timed.
     """
 
@@ -70,9 +74,11 @@ class StepHandle:
         self.wait()
         # Torch queries the current device when it frees pinned memory: this step's device works, others may be lost.
         with self._device.current():
-            after_chunks, after_decode = (NOTHING_SAMPLED if part is None else _on_host(part) for part in self._host)
-            self._host = [None, None]
-        return StepTokens(after_chunks, after_decode)
+            in_prompts, after_chunks, after_decode = (
+                NOTHING_SAMPLED if part is None else _on_host(part) for part in self._host
+            )
+            self._host = [None] * 3
+        return StepTokens(after_chunks, after_decode, in_prompts)
 
     def moments(self) -> tuple[float, float] | None:
         """When the step began and ended, in seconds of `time.perf_counter()`; waits for it. None if it is not timed."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from nanovllm.engine.execution.device_decode_batch import RowChanges
 from nanovllm.engine.execution.model_inputs import SamplingArrays
+from nanovllm.engine.execution.prompt_logprobs import PromptRows
 from nanovllm.engine.execution.token_counts import CountedTokens
 
 
@@ -21,6 +22,7 @@ class PrefillTask:
         num_sampled: requests for which a token is sampled.
         sampling: all sampling parameters, if some request needs more than temperature, seed and output index.
         counted: token counts of the requests that have penalties, by their index among those that sample.
+        prompt_rows: the prompt tokens whose log-probabilities are asked for, None for none.
     """
 
     packed: np.ndarray
@@ -28,6 +30,7 @@ class PrefillTask:
     num_sampled: int
     sampling: SamplingArrays | None
     counted: CountedTokens | None
+    prompt_rows: PromptRows | None
 
 
 @dataclass(frozen=True)

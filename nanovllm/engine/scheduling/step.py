@@ -31,10 +31,19 @@ class PrefillChunk:
     end: int
     is_last: bool
     handoff: tuple[BlockPair, ...]
+    num_known_logprobs: int = 0
+    """Prompt tokens of the request whose log-probabilities had been taken in when the chunk was formed."""
 
     @property
     def num_tokens(self) -> int:
         return self.end - self.start
+
+    @property
+    def logprob_positions(self) -> range:
+        """Positions of the chunk after which the log-probability of the next prompt token is asked for."""
+        if self.seq.params.prompt_logprobs is None:
+            return range(0)
+        return range(max(self.start, self.num_known_logprobs), min(self.end, self.seq.num_prompt_tokens - 1))
 
 
 @dataclass(frozen=True, eq=False)

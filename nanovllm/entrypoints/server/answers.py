@@ -34,6 +34,21 @@ class TokenNames:
         return f"token_id:{token_id}" if not text or "\N{REPLACEMENT CHARACTER}" in text else text
 
 
+@dataclass(frozen=True)
+class Echo:
+    """The prompt that a choice begins with.
+
+    Attributes:
+        text: its text.
+        first_token_id: its first token, which has no log-probability.
+        num_logprobs: most probable tokens to list beside each of its tokens; None for no log-probabilities at all.
+    """
+
+    text: str
+    first_token_id: int
+    num_logprobs: int | None
+
+
 @dataclass
 class Choice:
     """What has come of one of a body's requests so far.
@@ -41,18 +56,22 @@ class Choice:
     Attributes:
         text: without that of the prompt.
         logprobs: one entry for each token, if they are asked for.
+        prompt_logprobs: as in `RequestOutput`.
     """
 
     text: str = ""
     num_tokens: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
 
     def add(self, output: RequestOutput) -> None:
         self.text += output.text
         self.num_tokens += len(output.new_token_ids)
         self.logprobs += output.new_logprobs or []
         self.finish_reason = output.finish_reason
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
 
 
 class Answers(ABC):
@@ -63,21 +82,29 @@ class Answers(ABC):
         model: its name.
         names: of tokens.
         wants_logprobs: whether there are log-probabilities.
-        echoes: for each choice, the text that it begins with.
+        num_prompt_logprobs: most probable tokens to list for each prompt token as vLLM's `prompt_logprobs`, beside that
+            token; None for no such list.
     """
 
     whole_object = ""
     chunk_object = ""
     _nothing: ClassVar[dict[str, Any]] = {}
     """A chunk's part for the text, where there is none."""
+    _lists_prompt_by_choice = False
+    """Whether each choice has its `prompt_logprobs`, or the answer as a whole."""
 
     def __init__(
-        self, name: str, model: str, names: TokenNames, *, wants_logprobs: bool, echoes: Sequence[str] = ()
+        self,
+        name: str,
+        model: str,
+        names: TokenNames,
+        *,
+        wants_logprobs: bool,
+        num_prompt_logprobs: int | None = None,
     ) -> None:
         self._names = names
         self._wants_logprobs = wants_logprobs
-        self._echoes = dict(enumerate(echoes))
-        self._offsets: dict[int, int] = {}
+        self._num_prompt_logprobs = num_prompt_logprobs
         self._head: dict[str, Any] = {"id": name, "object": "", "created": int(time.time()), "model": model}
 
     def whole(self, choices: Sequence[Choice], num_prompt_tokens: int) -> dict[str, Any]:
@@ -86,13 +113,15 @@ class Answers(ABC):
             {
                 "index": index,
                 **self._said(index, choice.text),
-                "logprobs": self._logprobs(index, choice.logprobs) if self._wants_logprobs else None,
+                "logprobs": self._all_logprobs(index, choice.prompt_logprobs, choice.logprobs),
                 "finish_reason": self._finish_reason(index, choice.finish_reason),
+                **(self._of_prompt(choice) if self._lists_prompt_by_choice else {}),
             }
             for index, choice in enumerate(choices)
         ]
         usage = usage_of(num_prompt_tokens, sum(choice.num_tokens for choice in choices))
-        return {**self._head, "object": self.whole_object, "choices": listed, "usage": usage}
+        of_prompt = {} if self._lists_prompt_by_choice else self._of_prompt(choices[0])
+        return {**self._head, "object": self.whole_object, "choices": listed, "usage": usage, **of_prompt}
 
     def chunk(self, index: int, output: RequestOutput) -> dict[str, Any] | None:
         """A part of choice `index`; None if there is nothing to tell."""
@@ -105,7 +134,7 @@ class Answers(ABC):
         choice = {
             "index": index,
             **(said or self._nothing),
-            "logprobs": self._logprobs(index, output.new_logprobs or ()) if self._wants_logprobs else None,
+            "logprobs": self._all_logprobs(index, output.prompt_logprobs, output.new_logprobs or ()),
             "finish_reason": self._finish_reason(index, output.finish_reason),
         }
         return {**self._head, "object": self.chunk_object, "choices": [choice]}
@@ -126,22 +155,81 @@ class Answers(ABC):
     def _finish_reason(self, index: int, reason: str | None) -> str | None:
         return reason
 
+    def _all_logprobs(
+        self, index: int, in_prompt: Sequence[TokenLogprobs | None] | None, entries: Sequence[TokenLogprobs]
+    ) -> dict[str, Any] | None:
+        """The log-probabilities of a choice, or a chunk; None if they are not asked for."""
+        return self._logprobs(index, entries) if self._wants_logprobs else None
+
     @abstractmethod
     def _logprobs(self, index: int, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """How a choice, or a chunk, has its log-probabilities."""
+        """How a choice, or a chunk, has those of its tokens."""
+
+    def _of_prompt(self, choice: Choice) -> dict[str, Any]:
+        """The list `prompt_logprobs`, as vLLM has it, if it is asked for."""
+        count = self._num_prompt_logprobs
+        if count is None:
+            return {}
+        entries = choice.prompt_logprobs
+        listed = None if entries is None else [entry and self._by_token(entry.first(count)) for entry in entries]
+        return {"prompt_logprobs": listed}
+
+    def _by_token(self, entry: TokenLogprobs) -> dict[str, Any]:
+        """A prompt token and the most probable ones by their ids; `rank` is null where it is not known."""
+        ranks = {token_id: rank for rank, token_id in enumerate(entry.top, start=1)}
+        return {
+            str(token_id): {
+                "logprob": _finite(logprob),
+                "rank": ranks.get(token_id),
+                "decoded_token": self._names.of(token_id),
+            }
+            for token_id, logprob in {entry.token_id: entry.logprob, **entry.top}.items()
+        }
 
 
 class Completion(Answers):
-    """Answers of /v1/completions."""
+    """Answers of /v1/completions; `echoes` are the prompts that the choices begin with, if they do."""
 
     whole_object = chunk_object = "text_completion"
     _nothing: ClassVar[dict[str, Any]] = {"text": ""}
+    _lists_prompt_by_choice = True
+
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        names: TokenNames,
+        *,
+        wants_logprobs: bool,
+        num_prompt_logprobs: int | None = None,
+        echoes: Sequence[Echo] = (),
+    ) -> None:
+        super().__init__(name, model, names, wants_logprobs=wants_logprobs, num_prompt_logprobs=num_prompt_logprobs)
+        self._echoes = echoes
+        self._echoed: set[int] = set()
+        self._offsets: dict[int, int] = {}
 
     def _said(self, index: int, text: str) -> dict[str, Any]:
-        return {"text": self._echoes.pop(index, "") + text}
+        if self._echoes and index not in self._echoed:
+            self._echoed.add(index)
+            text = self._echoes[index].text + text
+        return {"text": text}
 
     def _said_next(self, index: int, text: str, *, is_last: bool) -> dict[str, Any] | None:
         return self._said(index, text)
+
+    def _all_logprobs(
+        self, index: int, in_prompt: Sequence[TokenLogprobs | None] | None, entries: Sequence[TokenLogprobs]
+    ) -> dict[str, Any] | None:
+        if not (self._echoes and self._wants_logprobs and in_prompt):
+            return super()._all_logprobs(index, in_prompt, entries)
+        echo = self._echoes[index]
+        first = self._names.of(echo.first_token_id)
+        self._offsets[index] = len(first)
+        echoed = [entry.first(echo.num_logprobs or 0) for entry in in_prompt if entry is not None]
+        listed = self._logprobs(index, [*echoed, *entries])
+        of_first = {"tokens": first, "token_logprobs": None, "top_logprobs": None, "text_offset": 0}
+        return {name: [of_first[name], *others] for name, others in listed.items()}
 
     def _logprobs(self, index: int, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
         tokens = [self._names.of(entry.token_id) for entry in entries]
@@ -168,9 +256,16 @@ class Chat(Answers):
     _nothing: ClassVar[dict[str, Any]] = {"delta": {"content": ""}}
 
     def __init__(
-        self, name: str, model: str, names: TokenNames, make_text: Callable[[], ChatText], *, wants_logprobs: bool
+        self,
+        name: str,
+        model: str,
+        names: TokenNames,
+        make_text: Callable[[], ChatText],
+        *,
+        wants_logprobs: bool,
+        num_prompt_logprobs: int | None = None,
     ) -> None:
-        super().__init__(name, model, names, wants_logprobs=wants_logprobs)
+        super().__init__(name, model, names, wants_logprobs=wants_logprobs, num_prompt_logprobs=num_prompt_logprobs)
         self._make_text = make_text
         self._texts: dict[int, ChatText] = {}
         self._num_calls: dict[int, int] = {}

@@ -24,7 +24,7 @@ from nanovllm.engine.requests import Prompt
 from nanovllm.engine.text.tokenizer import check_text
 from nanovllm.entrypoints.async_llm import AsyncLLM
 from nanovllm.entrypoints.prometheus import Collector
-from nanovllm.entrypoints.server.answers import Answers, Chat, Completion, TokenNames
+from nanovllm.entrypoints.server.answers import Answers, Chat, Completion, Echo, TokenNames
 from nanovllm.entrypoints.server.body import read_object
 from nanovllm.entrypoints.server.chat_text import CALL, THINK, ChatText
 from nanovllm.entrypoints.server.completions import (
@@ -37,7 +37,7 @@ from nanovllm.entrypoints.server.completions import (
 )
 from nanovllm.entrypoints.server.gate import Gate
 from nanovllm.entrypoints.server.live import Live
-from nanovllm.entrypoints.server.parameters import TEMPLATE_OPTIONS, Asked, CompletionAsked, chat_of, completion_of
+from nanovllm.entrypoints.server.parameters import TEMPLATE_OPTIONS, Asked, chat_of, completion_of
 from nanovllm.entrypoints.server.problems import Problem, json_response, problem_of
 from nanovllm.errors import NanoVLLMError, UnknownRequestError, short_repr
 
@@ -87,17 +87,22 @@ class Endpoints:
     async def completions(self, request: Request) -> Response:
         asked = completion_of(await self._body(request))
         self._check_model(asked.model)
-        requests = Requests(self._gate, len(asked.prompts), asked.params.n)
+        requests = Requests(self._gate, len(asked.prompts), asked.params.n, gives_tokens=not asked.is_echo_alone)
+        echoes: list[Echo] = []
         try:
             for prompt in asked.prompts:
                 special = asked.add_special_tokens
-                await requests.open(self._llm, prompt, asked.params, add_special_tokens=special)
+                token_ids = await requests.open(self._llm, prompt, asked.params, add_special_tokens=special)
+                if asked.echoes:
+                    echo = Echo(self._text_of(prompt), token_ids[0], asked.params.logprobs)
+                    echoes += [echo] * asked.params.n
             answers = Completion(
                 self._name("cmpl", requests),
                 self._settings.model_name,
                 self._names,
                 wants_logprobs=asked.params.logprobs is not None,
-                echoes=self._echoes(asked),
+                num_prompt_logprobs=asked.prompt_logprobs,
+                echoes=echoes,
             )
         except BaseException:
             requests.close()
@@ -129,6 +134,7 @@ class Endpoints:
             self._names,
             make_text,
             wants_logprobs=asked.params.logprobs is not None,
+            num_prompt_logprobs=asked.prompt_logprobs,
         )
         return await self._answer(request, requests, answers, asked)
 
@@ -211,10 +217,6 @@ class Endpoints:
         if name is not None and name != self._settings.model_name:
             message = f"model {short_repr(name)} is not served here; {self._settings.model_name!r} is"
             raise Problem(404, message, param="model", code="model_not_found")
-
-    def _echoes(self, asked: CompletionAsked) -> list[str]:
-        """The text that each choice begins with, if any does."""
-        return [self._text_of(prompt) for prompt in asked.prompts for _ in range(asked.params.n) if asked.echoes]
 
     def _text_of(self, prompt: Prompt) -> str:
         if isinstance(prompt, str):

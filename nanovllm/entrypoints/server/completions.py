@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -38,6 +39,7 @@ class Requests:
         gate: lets them in.
         num_prompts: of the body.
         n: requests for each of them.
+        gives_tokens: whether clients are told of tokens; one that wants its prompt alone is not.
 
     Attributes:
         streams: those of the first prompt, then those of the next, in the order of the answer's choices.
@@ -46,11 +48,12 @@ class Requests:
         Problem: the gate lets none in.
     """
 
-    def __init__(self, gate: Gate, num_prompts: int, n: int) -> None:
+    def __init__(self, gate: Gate, num_prompts: int, n: int, *, gives_tokens: bool = True) -> None:
         gate.enter(num_prompts * n)
         self._gate = gate
         self._count = num_prompts * n
         self._n = n
+        self._gives_tokens = gives_tokens
         self.streams: list[OutputStream] = []
 
     @property
@@ -58,8 +61,10 @@ class Requests:
         """Tokens of the prompts, each counted once."""
         return sum(stream.num_prompt_tokens for stream in self.streams[:: self._n])
 
-    async def open(self, llm: AsyncLLM, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool) -> None:
-        """Queues the requests of the next prompt.
+    async def open(
+        self, llm: AsyncLLM, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool
+    ) -> list[int]:
+        """Queues the requests of the next prompt; gives its token ids.
 
         Raises:
             RequestError: prompt or parameters are refused.
@@ -67,6 +72,14 @@ class Requests:
         token_ids = await llm.tokenize(prompt, add_special_tokens=add_special_tokens)
         for each in one_by_one(params):
             self.streams.append(await llm.open(token_ids, each))
+        return token_ids
+
+    def told(self, output: RequestOutput) -> RequestOutput:
+        """What clients are told of an output."""
+        if self._gives_tokens:
+            return output
+        reason = "length" if output.finish_reason == "stop" else output.finish_reason
+        return replace(output, new_token_ids=[], text="", new_logprobs=None, finish_reason=reason)
 
     def close(self) -> None:
         """Aborts what still runs. A second call does nothing."""
@@ -93,7 +106,8 @@ class EventStream(StreamingResponse):
 async def answer_whole(request: Request, requests: Requests, answers: Answers) -> Response:
     """Waits for all answers; ends the requests if the client leaves."""
     try:
-        choices = await unless_left(request, asyncio.gather(*map(_whole, requests.streams)))
+        all_choices = asyncio.gather(*(_whole(requests, stream) for stream in requests.streams))
+        choices = await unless_left(request, all_choices)
         if choices is None:
             return Response(status_code=CLIENT_HAS_LEFT)
         return json_response(answers.whole(choices, requests.num_prompt_tokens))
@@ -105,7 +119,8 @@ async def events(requests: Requests, answers: Answers, *, includes_usage: bool) 
     """The answers as server-sent events, in the order in which they come. An error is the last event."""
     num_tokens = 0
     try:
-        async for index, output in _merged(requests.streams):
+        async for index, given in _merged(requests.streams):
+            output = requests.told(given)
             num_tokens += len(output.new_token_ids)
             if output.finish_reason == "error":
                 raise problem_of(output.error)
@@ -132,12 +147,12 @@ async def unless_left(request: Request, work: Coroutine[Any, Any, Result] | asyn
                 await each
 
 
-async def _whole(stream: OutputStream) -> Choice:
+async def _whole(requests: Requests, stream: OutputStream) -> Choice:
     choice = Choice()
     async for output in stream:
         if output.finish_reason == "error":
             raise problem_of(output.error)
-        choice.add(output)
+        choice.add(requests.told(output))
     return choice
 
 

@@ -6,7 +6,7 @@ Knows nothing of HTTP or engines.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nanovllm.engine.requests import Prompt
@@ -30,7 +30,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "length_penalty": (1,),
     "spaces_between_special_tokens": (True,),
-    "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
     "response_format": ({"type": "text"},),
     "structured_outputs": (),
@@ -62,7 +61,10 @@ NOT_SERVED_IN_CHATS: dict[str, tuple[Any, ...]] = {
 }
 
 STREAM_OPTIONS = ("include_usage", "include_obfuscation")
-IN_BOTH = ("model", "max_tokens", "stream", "stream_options", "logprobs", "logit_bias", *SAMPLING, *WITHOUT_EFFECT)
+IN_BOTH = (
+    *("model", "max_tokens", "stream", "stream_options", "logprobs", "prompt_logprobs", "logit_bias"),
+    *(*SAMPLING, *WITHOUT_EFFECT),
+)
 IN_COMPLETIONS = (*IN_BOTH, "prompt", "echo", "add_special_tokens")
 TEMPLATE_OPTIONS = ("chat_template_kwargs", "add_generation_prompt", "continue_final_message")
 IN_CHATS = (*IN_BOTH, "messages", "tools", "max_completion_tokens", "top_logprobs", *TEMPLATE_OPTIONS)
@@ -78,12 +80,14 @@ class Asked:
     Attributes:
         model: the name that it gives the model, None for whichever there is.
         params: of each of its requests, with `n` answers to each prompt.
+        prompt_logprobs: its parameter of this name; those of `params` serve `echo`, too.
         streams: whether the answer comes as server-sent events.
         includes_usage: whether these end with the numbers of tokens.
     """
 
     model: str | None
     params: SamplingParams
+    prompt_logprobs: int | None
     streams: bool
     includes_usage: bool
 
@@ -94,12 +98,14 @@ class CompletionAsked(Asked):
 
     Attributes:
         prompts: one request for each.
-        echoes: whether the text of the answer begins with that of the prompt.
+        echoes: whether the answer begins with the prompt, its text and any log-probabilities.
+        is_echo_alone: whether it ends there: `max_tokens=0`.
         add_special_tokens: those that the tokenizer puts around a text.
     """
 
     prompts: list[Prompt]
     echoes: bool
+    is_echo_alone: bool
     add_special_tokens: bool
 
 
@@ -126,19 +132,19 @@ def completion_of(body: dict[str, Any]) -> CompletionAsked:
         RequestError: a value is out of range.
     """
     given = _known(body, IN_COMPLETIONS, NOT_SERVED_IN_COMPLETIONS)
-    logprobs, echoes = given.get("logprobs"), _flag(given, "echo")
-    if echoes and logprobs is not None:
-        raise Problem(
-            400,
-            "echo=true with logprobs asks for the log-probabilities of the prompt, which are not served yet; "
-            "leave one of them out",
-            param="logprobs",
-        )
+    echoes, max_tokens = _flag(given, "echo"), given.get("max_tokens", DEFAULT_COMPLETION_TOKENS)
+    is_echo_alone = echoes and type(max_tokens) is int and max_tokens == 0
+    # A request has at least one token; the answer leaves it out.
+    params = _params(given, 1 if is_echo_alone else max_tokens, given.get("logprobs"))
+    in_both = _in_both(given, params)
+    if echoes and params.logprobs is not None:
+        params = replace(params, prompt_logprobs=max(params.logprobs, params.prompt_logprobs or 0))
     return CompletionAsked(
-        **_in_both(given),
-        params=_params(given, given.get("max_tokens", DEFAULT_COMPLETION_TOKENS), logprobs),
+        **in_both,
+        params=params,
         prompts=_prompts(given.get("prompt")),
         echoes=echoes,
+        is_echo_alone=is_echo_alone,
         add_special_tokens=_flag(given, "add_special_tokens", default=True),
     )
 
@@ -160,9 +166,10 @@ def chat_of(body: dict[str, Any], max_model_len: int) -> ChatAsked:
         logprobs = None
     tools = _tools(given)
     options = {name: given[name] for name in TEMPLATE_OPTIONS if name in given}
+    params = _params(given, limits[0] if limits else max_model_len, logprobs)
     return ChatAsked(
-        **_in_both(given),
-        params=_params(given, limits[0] if limits else max_model_len, logprobs),
+        **_in_both(given, params),
+        params=params,
         messages=with_parsed_arguments(given["messages"]),
         may_call=bool(tools),
         template_options={**options, "tools": tools} if tools else options,
@@ -201,7 +208,7 @@ def _check_neutral(name: str, value: Any, accepted: tuple[Any, ...]) -> None:
         raise Problem(400, f"{name}={short_repr(value)} is not served; leave it out{hint}", param=name)
 
 
-def _in_both(given: dict[str, Any]) -> dict[str, Any]:
+def _in_both(given: dict[str, Any], params: SamplingParams) -> dict[str, Any]:
     model = given.get("model")
     if model is not None and not isinstance(model, str):
         raise Problem(400, f"model={short_repr(model)} is not a text", param="model")
@@ -213,12 +220,26 @@ def _in_both(given: dict[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         if name not in STREAM_OPTIONS or (name == "include_obfuscation" and value):
             raise Problem(400, f"stream_options has {name}={short_repr(value)}, which is not served; leave it out")
-    return {"model": model, "streams": streams, "includes_usage": _flag(options, "include_usage")}
+    if streams and params.prompt_logprobs is not None:
+        message = "prompt_logprobs is not served with stream=true; leave one of them out"
+        raise Problem(400, message, param="prompt_logprobs")
+    return {
+        "model": model,
+        "prompt_logprobs": params.prompt_logprobs,
+        "streams": streams,
+        "includes_usage": _flag(options, "include_usage"),
+    }
 
 
 def _params(given: dict[str, Any], max_tokens: Any, logprobs: Any) -> SamplingParams:
     named = {name: given[name] for name in SAMPLING if name in given}
-    return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, logit_bias=_biases(given), **named)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        prompt_logprobs=given.get("prompt_logprobs"),
+        logit_bias=_biases(given),
+        **named,
+    )
 
 
 def _biases(given: dict[str, Any]) -> dict[int, Any]:
