@@ -30,7 +30,7 @@ def timed_steps(monkeypatch):
     def made(handle, device, stream, sampled, began=None):
         sampled = list(sampled)
         make(handle, device, stream, sampled, began)
-        took_s = STEP_S if sampled[1] is not None else PREFILL_S
+        took_s = STEP_S if sampled[-1] is not None else PREFILL_S
         ends_s[handle] = free_s[str(device)] = max(free_s.get(str(device), 0.0), time.perf_counter()) + took_s
 
     def collected(handle):
@@ -92,7 +92,7 @@ def test_what_is_not_known_is_not_waited_for(tiny_path):
         card, steps = llm.scheduler.placement.decode_card, StepsInFlight()
         times = LaunchTimes(steps, 0.001, Counters())
         assert times.next_on(card) == AT_ONCE
-        steps.add(Step(card), StepHandle(llm.decode_runner.device, None, [None, None]), 0.0)
+        steps.add(Step(card), StepHandle(llm.decode_runner.device, None, [None] * 3), 0.0)
         assert times.next_on(card) == AT_ONCE
         card.step_time.observe(StepSize(4, 100), 0.02)
         (work,) = steps

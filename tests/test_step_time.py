@@ -112,7 +112,26 @@ def test_a_hitch_changes_little_and_a_slower_card_is_noticed():
     assert model.predict(StepSize(34, 17_000)) > 8.5 * MS
 
 
-@pytest.mark.parametrize("seconds", [0.0, 1e-12, 1e6])
+def test_steps_that_end_together_teach_nothing():
+    model = StepTimeModel(COSTS)
+    model.observe(StepSize(1, 1), 0.0)
+    model.observe(StepSize(1, 1), 1e-6)
+    assert not model.has_learned
+
+
+@pytest.mark.parametrize("first_s", [2e-5, 3.0])
+def test_a_first_step_that_was_no_measure_is_forgotten(first_s):
+    """The scale is taken from it."""
+    rng, model = random.Random(6), StepTimeModel(COSTS)
+    model.observe(StepSize(8, 8000), first_s)
+    for _ in range(40):
+        size = StepSize(rng.randint(1, 64), 8000).with_chunk(0, rng.randrange(400))
+        model.observe(size, true_step_s(size) * math.exp(rng.gauss(0, 0.015)))
+    for tokens in (32, 200):
+        assert model.predict(StepSize(tokens, 8000)) == pytest.approx(true_step_s(StepSize(tokens, 8000)), rel=0.08)
+
+
+@pytest.mark.parametrize("seconds", [1e-4, 1e6])
 def test_any_clock_will_do(seconds):
     model = StepTimeModel(COSTS)
     for _ in range(50):

@@ -52,3 +52,7 @@ class LaunchTimes:
         if card in self._put_off and all(work.handle.is_done() for work in self._steps.on(card)):
             self._counters.late_launches += 1
         self._put_off.discard(card)
+
+    def nothing_to_launch(self, card: Card) -> None:
+        """Notes that the card has no next step, so that none is late."""
+        self._put_off.discard(card)

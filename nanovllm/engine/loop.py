@@ -151,9 +151,9 @@ class Loop:
                     continue
             in_flight = [work.step for work in self._steps.on(card)]
             for step in self._scheduler.schedule(card, in_flight):
-                if step.decode:
-                    self._launch_times.launching(card)
+                self._launch_times.launching(card)
                 launched = self._launch(step) or launched
+            self._launch_times.nothing_to_launch(card)
         for seq in self._scheduler.get_outgrown_sequences():
             self._outputs.emit(seq)
         return launched

@@ -44,6 +44,13 @@ CAREFUL_TOKENS = 64
 """Prompt tokens that are taken to fit before any step has been seen: no card computes so few slower than it reads."""
 TOKEN_MULTIPLE = 16
 """Steps are filled up to multiples of this, which is what graphs of mixed steps are padded to."""
+MIN_STEP_S = 2e-5
+"""Shorter times are not learned from: the host has seen two steps end together."""
+FAR = 4.0
+FEW_STEPS = 4
+"""A step FAR from its prediction among the first FEW_STEPS means that the scale was taken from a step that hung."""
+SURPRISES_IN_A_ROW = 6
+"""So many steps that all are far too short, or far too long, mean that what was learned is of another card or load."""
 NUM_RECENT = 1024
 
 
@@ -108,24 +115,50 @@ class StepTimeModel:
         self._coefficients = np.ones(len(self._prior))
         self._unit_s: float | None = None
         """Seconds of the prior's unit, the time of a step of one token; None before any step was seen."""
+        self._num_observed = 0
+        """Steps since the unit was set."""
+        self._num_surprises = 0
+        """Steps in a row that were surprisingly long; negative for short ones."""
         self._recent: deque[tuple[float, float]] = deque(maxlen=NUM_RECENT)
         """Predicted and seen seconds of the last steps."""
 
     def observe(self, size: StepSize, seconds: float) -> None:
         """A step took so long, from the end of the one before it, behind which it was queued. Takes microseconds."""
+        if seconds < MIN_STEP_S:
+            return
         features = self._features(size.num_tokens, size.context, size.num_pairs)
-        if self._unit_s is None:
-            self._unit_s = max(seconds, 1e-9) / float(features @ self._coefficients)
-        expected, took = float(features @ self._coefficients), seconds / self._unit_s
-        self._recent.append((expected * self._unit_s, seconds))
+        own_unit_s = seconds / float(features.sum())
+        unit_s = self._begin(own_unit_s) if self._unit_s is None else self._unit_s
+        expected_s = float(features @ self._coefficients) * unit_s
+        self._recent.append((expected_s, seconds))
+        if not 1 / FAR < seconds / expected_s < FAR and self._num_observed < FEW_STEPS:
+            unit_s = self._begin(own_unit_s)  # the steps before it, or this one, were no measure
+        self._learn(features, seconds / unit_s)
+        if abs(self._num_surprises) == SURPRISES_IN_A_ROW:
+            self._begin(own_unit_s)
+
+    def _begin(self, unit_s: float) -> float:
+        """Begins anew, with this unit, which it returns."""
+        self._unit_s, self._num_observed, self._num_surprises = unit_s, 0, 0
+        self._coefficients = np.ones(len(self._prior))
+        self._covariance = self._prior_covariance.copy()
+        return unit_s
+
+    def _learn(self, features: np.ndarray, took: float) -> None:
+        """One step of the filter; `took` is in units."""
+        expected = float(features @ self._coefficients)
         self._covariance += DRIFT * (self._prior_covariance - self._covariance)
         weighted = self._covariance @ features
         variance = float(features @ weighted) + (NOISE * expected) ** 2
         most = MOST_SURPRISES * math.sqrt(variance)
         surprise = min(max(took - expected, -most), most)
+        sign = (took - expected > most) - (took - expected < -most)
+        # In a row are those of one sign.
+        self._num_surprises = sign + (self._num_surprises if sign * self._num_surprises > 0 else 0)
         self._coefficients += weighted * (surprise / variance)
         self._covariance -= np.outer(weighted, weighted) / variance
         np.maximum(self._coefficients, 1e-3, out=self._coefficients)
+        self._num_observed += 1
 
     def predict(self, size: StepSize) -> float | None:
         """Expected seconds of a step; None before any was seen. Safe to call from any thread."""
@@ -178,6 +211,7 @@ class StepTimeModel:
         if not np.isfinite(covariance).all() or np.linalg.eigvalsh(covariance).min() < -1e-6:
             raise ValueError("its covariance is none")
         self._unit_s, self._coefficients, self._covariance = unit_s, coefficients, covariance
+        self._num_observed = FEW_STEPS
 
     @property
     def has_learned(self) -> bool:
