@@ -3,9 +3,9 @@
 Starts the server on 127.0.0.1 with the same engine, and `--clients` processes, among which the load is divided. They
 stream completions of token ids, of a fixed length. Options, loads and figures are those of online_load.py. Differences:
 
-- A moment is that of an event with text. Tokens without one of their own (the bytes of a character; what the server
-  sends as one since the client or itself was busy) are in `output_tokens`, as the server counts them, and in TPOT.
-  `events_per_token` is 1 where there are none. With `--model-shape` every token is made a word.
+- Texts are those of a tokenizer in which every token is a word, so that each can have an event, and a moment.
+  `events_per_token` is below 1 where the server, or a client, was late and several came as one: then ITL is of the
+  gaps between events, while `output_tokens` and TPOT count all tokens.
 - `busy_share` is of the time in steps, by the server's own metrics. What only a meter in the engine's process sees
   (`idle_share`, `handoff`, `step_time`) is missing.
 - `cpu_us_per_token`: CPU time of the server's process, of the engine's and of all clients, divided by the tokens
@@ -55,8 +55,8 @@ from lib.online import (
 )
 from lib.report import QUANTILES, report
 from lib.server_process import ServerFailedError, ServerProcess
-from nanovllm.engine.text.tokenizer import load_tokenizer
 from nanovllm.errors import ends_with_message
+from nanovllm.utils.checkpoint import TOKENIZER_FILES
 
 IN_PROCESS = Path(__file__).parent / "online_load.py"
 MAX_OPEN_REQUESTS = 100_000
@@ -80,10 +80,10 @@ class StreamedRequest(Request):
 
 
 def body_of(request: Request) -> str:
-    """Asks for what the request asks an engine for; special tokens are shown, so that they have events too."""
+    """Asks for what the request asks an engine for."""
     length = request.params.max_tokens
     asked = {"prompt": request.prompt, "max_tokens": length, "min_tokens": length, "ignore_eos": True}
-    asked |= {"temperature": request.params.temperature, "skip_special_tokens": False}
+    asked |= {"temperature": request.params.temperature}
     return json.dumps(asked | {"stream": True, "stream_options": {"include_usage": True}})
 
 
@@ -198,13 +198,23 @@ class Service:
         return {name: round(after[metric][""] - before[metric][""]) for name, metric in names.items()}
 
 
+def ratio(one: float, other: float) -> float | None:
+    """None where there is nothing to compare with, as the throughput of a load that is due all at once."""
+    return one / other if other else None
+
+
+def shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 def ratios_of(loads: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The figures of each load over HTTP, divided by those of the same load in the engine's process."""
     found = []
     for load, other in zip(loads, others, strict=True):
-        ratios: dict[str, Any] = {name: load[name] / other[name] for name in ("tokens_per_s", "saturated_tokens_per_s")}
+        rates = ("tokens_per_s", "saturated_tokens_per_s")
+        ratios: dict[str, Any] = {name: ratio(load[name], other[name]) for name in rates}
         for name in QUANTILE_RATIOS:
-            ratios[name] = {quantile: value / other[name][quantile] for quantile, value in load[name].items()}
+            ratios[name] = {quantile: ratio(load[name][quantile], other[name][quantile]) for quantile in QUANTILES}
         found.append(ratios)
     return found
 
@@ -240,10 +250,11 @@ def print_shutdown(ended: dict[str, Any]) -> None:
 
 def print_ratios(ratios: dict[str, Any], order: str) -> None:
     print(f"HTTP to in-process, {order}")
-    print(f"output               {ratios['tokens_per_s']:.3f}, while arriving {ratios['saturated_tokens_per_s']:.3f}")
+    arriving = shown(ratios["saturated_tokens_per_s"])
+    print(f"output               {shown(ratios['tokens_per_s'])}, while arriving {arriving}")
     print(f"{'':<8}" + "".join(f"{name:>10}" for name in QUANTILES))
     for name in QUANTILE_RATIOS:
-        print(f"{name[:-3].upper():<8}" + "".join(f"{ratios[name][quantile]:10.3f}" for quantile in QUANTILES))
+        print(f"{name[:-3].upper():<8}" + "".join(f"{shown(ratios[name][quantile]):>10}" for quantile in QUANTILES))
 
 
 def add_own(parser: argparse.ArgumentParser) -> None:
@@ -268,22 +279,34 @@ def read_options() -> tuple[argparse.Namespace, list[str]]:
     args = parse_service_args(parser)
     if args.clients < 1:
         parser.error(f"--clients {args.clients}: at least one")
-    if args.model and load_tokenizer(Path(args.model)) is None:
-        parser.error(f"--model {args.model}: it has no tokenizer files, so that its tokens would not be seen")
+    if args.model and not (Path(args.model) / "config.json").is_file():
+        parser.error(f"--model {args.model} is not the folder of a checkpoint")
     own = new_parser(None)
     add_own(own)
     return args, own.parse_known_args()[1]
 
 
+def make_words(model: Path, folder: Path) -> int:
+    """Links to a checkpoint's files, beside a tokenizer of words; the size of its vocabulary."""
+    for file in model.iterdir():
+        if file.name not in TOKENIZER_FILES:
+            (folder / file.name).symlink_to(file.resolve())
+    vocab_size: int = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    write_tokenizer(folder, vocab_size)
+    return vocab_size
+
+
 def serve_loads(args: argparse.Namespace) -> dict[str, Any]:
     """Starts the server, has it serve all loads, and ends it."""
     options = service_options(args, trace_of(args))
-    model = options.pop("model")
-    vocab_size = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    if not args.model:
-        write_tokenizer(model, vocab_size)
     limits = ["--max-queued-requests", str(MAX_OPEN_REQUESTS), "--shutdown-timeout", str(args.shutdown_timeout)]
-    with ServerProcess(model, options, limits) as server:
+    with tempfile.TemporaryDirectory() as folder:
+        vocab_size = make_words(Path(options.pop("model")), Path(folder))
+        return _serve_loads(args, ServerProcess(folder, options, limits), vocab_size)
+
+
+def _serve_loads(args: argparse.Namespace, starting: ServerProcess, vocab_size: int) -> dict[str, Any]:
+    with starting as server:
         print(f"ready                {server.start_to_ready_s:.1f} s after its start", flush=True)
         service = Service(args, server, vocab_size)
         loads = []

@@ -27,9 +27,9 @@ def write_checkpoint(shape: str, device: str = "cpu") -> str:
     return folder
 
 
-def write_tokenizer(folder: str, vocab_size: int) -> None:
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
     """Writes a tokenizer.json in which each of so many tokens is a word: a stream shows all of them."""
     space = "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"  # as byte-level vocabularies write it
     backend = Tokenizer(models.BPE(vocab={f"{space}{number}": number for number in range(vocab_size)}, merges=[]))
     backend.decoder = decoders.ByteLevel()
-    backend.save(str(Path(folder) / "tokenizer.json"))
+    backend.save(str(folder / "tokenizer.json"))
