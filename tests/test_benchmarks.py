@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import itertools
 import json
@@ -192,6 +193,132 @@ def test_it_runs_on_a_cpu_and_ends_with_a_line_of_json(mode):
     assert "TTFT" in run.stdout
 
 
+SEEN_IN_THE_PROCESS = {"idle_share", "handoff", "step_time"}
+
+
+@pytest.mark.slow
+def test_the_same_load_over_http_and_in_the_engines_process(tmp_path):
+    rates = ("--rate", "4", "6", "--duration", "2", "--max-model-len", "128", "--clients", "2", "--compare", "before")
+    run = run_on_cpu("serve_load.py", *rates, "--output", str(tmp_path / "result.json"))
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert result == json.loads((tmp_path / "result.json").read_text())
+    assert run.stdout.index("in the engine's process") < run.stdout.index("after its start")
+    for rate, load, other, ratios in zip((4, 6), result["loads"], result["in_process"], result["ratios"], strict=True):
+        assert other.keys() - SEEN_IN_THE_PROCESS <= load.keys()
+        for name in ("num_requests", "input_tokens", "output_tokens"):
+            assert load[name] == other[name] > 0, "the load is the same"
+        assert (load["rate"], load["num_failed"], load["errors"]) == (rate, 0, {})
+        assert ratios["itl_ms"]["p50"] == load["itl_ms"]["p50"] / other["itl_ms"]["p50"]
+        assert 0.9 < load["events_per_token"] <= 1, "each token is a word"
+        assert all(us > 0 for us in load["cpu_us_per_token"].values())
+        assert 0 < load["client_busy_share"] < 1
+        assert 0 < load["busy_share"]["cpu:0"] < 1
+    assert (result["shutdown"]["exit_status"], "under_way" in result["shutdown"]) == (0, False)
+
+
+def test_streams_over_http_until_the_server_is_told_to_end():
+    streams = ("--streams", "4", "--duration", "1", "--clients", "2", "--max-model-len", "2048")
+    run = run_on_cpu("serve_load.py", "--mode", "pd", *streams, "--sigterm-under-load", "--shutdown-timeout", "1")
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    (load,) = result["loads"]
+    assert load["num_requests"] >= 4
+    assert load["num_failed"] == 0
+    assert load["busy_share"].keys() == {"cpu:0", "cpu:1"}
+    assert result["start_to_ready_s"] > 0
+    ended = result["shutdown"]
+    assert (ended["exit_status"], ended["under_way"], ended["outcomes"]) == (0, 4, {"told": 4})
+    assert ended["seconds"] > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--streams", "2", "--rate", "3"), "--streams excludes --rate"),
+        (("--streams", "0"), "at least one"),
+        (("--clients", "0"), "at least one"),
+        (("--mode", "dp2"), "invalid choice: 'dp2'"),
+        (("--model", "nowhere"), "is not the folder of a checkpoint"),
+    ],
+)
+def test_what_a_server_cannot_be_loaded_with_is_refused(options, complaint):
+    run = run_on_cpu("serve_load.py", *options)
+    assert run.returncode == 2
+    assert complaint in run.stderr
+
+
+def chunked(*parts: bytes) -> bytes:
+    return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
+
+
+def event(**content) -> bytes:
+    return b"data: " + json.dumps(content).encode() + b"\n\n"
+
+
+STREAM = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+WORD, NO_WORD = event(choices=[{"text": "word\r\n"}]), event(choices=[{"text": ""}])
+USAGE = event(choices=[], usage={"completion_tokens": 4})
+SENT = {
+    "answered": STREAM + chunked(WORD, WORD + WORD[:9], WORD[9:] + NO_WORD, USAGE, b"data: [DONE]\n\n", b""),
+    "told": STREAM + chunked(WORD, event(error={"message": "it was stopped"})),
+    "cut": STREAM + chunked(WORD, WORD, USAGE),
+    "refused": b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 4\r\n\r\nbusy",
+}
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+@pytest.mark.parametrize("outcome", SENT)
+def test_a_client_notes_when_words_came_and_how_it_ended(outcome, size):
+    """However what was sent is divided into packets."""
+    from lib.http_streams import Answer
+
+    ticks = itertools.count()
+    sent = SENT[outcome]
+
+    async def receive():
+        answer = Answer(b"", lambda: next(ticks))
+        for begin in range(0, len(sent), size):
+            answer.data_received(sent[begin : begin + size])
+        answer.connection_lost(None)
+        await answer.over
+        return answer
+
+    answer = asyncio.run(receive())
+    assert answer.outcome == outcome
+    assert len(answer.times_s) == {"answered": 3, "told": 1, "cut": 2, "refused": 0}[outcome]
+    assert answer.num_tokens == (4 if outcome in ("answered", "cut") else 0)
+    says = {"answered": "", "told": "it was stopped", "refused": "status 503: busy", "cut": "ended before"}
+    assert says[outcome] in answer.message
+    if size == 1 and WORD in sent:
+        assert answer.times_s[0] == sent.index(WORD) + len(WORD) + 1, "a word is there with the end of its chunk"
+        assert answer.times_s == sorted(set(answer.times_s))
+
+
+def test_an_answer_of_another_length_has_failed(loads):
+    from serve_load import with_answer
+
+    request = loads.Request(0.0, [1, 2], loads.full_length(5))
+    came = {"due_s": 2.0, "times_s": [2.5, 3.0], "num_tokens": 5, "outcome": "answered", "message": ""}
+    made = with_answer(request, came)
+    assert (made.error, made.ttft_s, made.num_tokens, made.gaps_s) == (None, 0.5, 5, [0.5])
+    assert "4 tokens came of 5" in str(with_answer(request, {**came, "num_tokens": 4}).error)
+    assert "told: no more" in str(with_answer(request, {**came, "outcome": "told", "message": "no more"}).error)
+
+
+def test_streams_in_the_engines_process_follow_each_other(loads):
+    streams = loads.make_streams("chat", 3, vocab_size=1536, longest=64, seed=0)
+    assert [len(stream) for stream in streams] == [loads.REQUESTS_OF_A_STREAM] * 3
+    with LLM(str(DEMO_MODEL_PATH), device="cpu", enable_prefix_caching=False) as llm:
+        served = loads.serve_streams(llm, streams, duration_s=1.0)
+    assert all(request.error is None and request.num_tokens == request.params.max_tokens for request in served)
+    first = [request for request in served if request.prompt in [each.prompt for each in streams[0]]]
+    assert len(first) > 1
+    for before, after in itertools.pairwise(first):
+        assert after.due_s == pytest.approx(before.token_times_s[-1], abs=0.05)
+    assert served[-1].due_s < 1.0
+
+
 @pytest.fixture
 def soak():
     import soak
@@ -341,7 +468,7 @@ def test_waiting_is_not_host_work(monkeypatch):
 def test_every_benchmark_says_what_it_takes(monkeypatch, capsys):
     """All but plots.py, which takes nothing; a parser with two options of a name would fail."""
     names = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != "plots")
-    assert len(names) == 18
+    assert len(names) == 19
     for name in names:
         monkeypatch.setattr(sys, "argv", [name, "--help"])
         with pytest.raises(SystemExit, match="0"):

@@ -1,4 +1,4 @@
-"""Checkpoints of random weights of a real shape, for what is measured of files."""
+"""Checkpoints of random weights of a real shape, for what is measured of files; a tokenizer for a vocabulary."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models
 
 from lib.arguments import write_shape
 from nanovllm import LLM
@@ -24,3 +25,11 @@ def write_checkpoint(shape: str, device: str = "cpu") -> str:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(DEMO_MODEL_PATH) / name, folder)
     return folder
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Writes a tokenizer.json in which each of so many tokens is a word: a stream shows all of them."""
+    space = "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"  # as byte-level vocabularies write it
+    backend = Tokenizer(models.BPE(vocab={f"{space}{number}": number for number in range(vocab_size)}, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(folder / "tokenizer.json"))

@@ -7,13 +7,15 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lib.report import quantile
 from nanovllm import LLM, SamplingParams
 
 Lengths = Callable[[random.Random], int]
 MAX_SETTLING_S = 60.0
+REQUESTS_OF_A_STREAM = 8
+"""Different ones; then they come again."""
 
 
 def lognormal(mean: float, sigma: float, lowest: int, highest: int) -> Lengths:
@@ -52,6 +54,10 @@ class Request:
     def gaps_s(self) -> list[float]:
         return gaps_of(self.token_times_s)
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_times_s)
+
     def is_good(self, ttft_limit_s: float, itl_limit_s: float) -> bool:
         """Whether it was answered within the limits."""
         if self.error is not None or self.ttft_s > ttft_limit_s:
@@ -87,6 +93,51 @@ def make_load(workload: str, rate: float, duration_s: float, vocab_size: int, lo
         requests.append(Request(due_s, prompt, full_length(num_output)))
         due_s += rng.expovariate(rate)
     return requests
+
+
+def make_streams(workload: str, num_streams: int, vocab_size: int, longest: int, seed: int) -> list[list[Request]]:
+    """Requests that follow each other, for each of some streams; lengths as in `make_load`."""
+    draw_input, draw_output = WORKLOADS[workload]
+
+    def make_request(rng: random.Random) -> Request:
+        num_input, num_output = draw_input(rng), min(draw_output(rng), longest // 2)
+        prompt = random_prompt(rng, vocab_size, min(num_input, longest - num_output))
+        return Request(0.0, prompt, full_length(num_output))
+
+    rngs = [random.Random(f"{seed}, stream {number}") for number in range(num_streams)]
+    return [[make_request(rng) for _ in range(REQUESTS_OF_A_STREAM)] for rng in rngs]
+
+
+def serve_streams(llm: LLM, streams: Sequence[Sequence[Request]], duration_s: float) -> list[Request]:
+    """Keeps a request of each stream under way for so long: the next one is due as soon as one has ended.
+
+    Gives them in the order in which they were due, those that began in time to their end. A stream whose request fails
+    goes no further.
+    """
+    turns = [itertools.cycle(stream) for stream in streams]
+    running: dict[int, tuple[int, Request]] = {}
+    served: list[Request] = []
+    started = time.perf_counter()
+
+    def begin(stream: int) -> None:
+        request = replace(next(turns[stream]), due_s=time.perf_counter() - started, token_times_s=[])
+        running[llm.add_request(request.prompt, request.params)] = stream, request
+        served.append(request)
+
+    for stream in range(len(streams)):
+        begin(stream)
+    while running:
+        outputs = llm.step()
+        now_s = time.perf_counter() - started
+        for output in outputs:
+            stream, request = running[output.request_id]
+            request.token_times_s += [now_s] * len(output.new_token_ids)
+            if output.finished:
+                request.error = output.error
+                del running[output.request_id]
+                if request.error is None and now_s < duration_s:
+                    begin(stream)
+    return served
 
 
 def serve(llm: LLM, requests: Sequence[Request], begin_at: float | None = None) -> None:
