@@ -50,7 +50,7 @@ FAR = 4.0
 FEW_STEPS = 4
 """A step FAR from its prediction among the first FEW_STEPS means that the scale was taken from a step that hung."""
 SURPRISES_IN_A_ROW = 6
-"""So many steps that all are far too short, or far too long, mean that what was learned is of another card or load."""
+"""Steps in a row, all far too short or all far too long, that mean that what was learned is of another card."""
 NUM_RECENT = 1024
 
 
