@@ -7,8 +7,8 @@ Knows nothing of texts, which are the client's: what comes and goes are token id
 from __future__ import annotations
 
 import contextlib
-import gc
 import dataclasses
+import gc
 import logging
 import os
 import shutil
