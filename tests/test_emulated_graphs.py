@@ -130,6 +130,18 @@ def test_prompts_are_reported_beside_graphs(checkpoint, emulated, mixed):
             assert_reported(outputs[request_id][0].prompt_logprobs, prompt, reference)
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("two_devices", [False, True])
+def test_all_graphs_of_a_device_write_their_logits_to_one_buffer(tiny_path, emulated, two_devices, mixed):
+    with LLM(tiny_path, device="cpu", enable_two_gpu_pd=two_devices, mixed_steps=mixed, max_num_seqs=6) as llm:
+        for runner in (llm.prefill_runner, llm.decode_runner):
+            graphs = [runner.prefill.graphs]
+            if runner is llm.decode_runner:
+                graphs += [runner.decode.paths.steps[None], *([runner.mixed._sampling_graphs] if mixed else [])]
+            buffers = {output.logits.data_ptr() for one in graphs for output in one.outputs.values()}
+            assert len(buffers) == 1
+
+
 def test_a_closed_engine_holds_no_graphs(tiny_path, emulated):
     with LLM(tiny_path, device="cpu", max_num_seqs=4) as llm:
         llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)

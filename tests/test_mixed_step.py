@@ -7,6 +7,7 @@ import random
 import pytest
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.execution.step_handle import StepHandle
 from nanovllm.engine.scheduling.step import Step
 from tests import tiny
 from tests.test_engine import tokens_of
@@ -195,6 +196,48 @@ def test_a_step_that_fails_to_launch_loses_no_token(checkpoint, fails):
             at = [index for index, kind in enumerate(kinds) if kind == "mixed"]
             assert all(kinds[index + 1 : index + 3] == ["prefill", "decode"] for index in at)
     assert found == [tiny.reference_tokens(reference, prompt, 12) for prompt in prompts]
+
+
+def test_two_faults_at_once_cost_nobody_else(checkpoint, monkeypatch):
+    """A first token is not finite, and the step that its request has joined fails to launch."""
+    path, reference = checkpoint("gqa2")
+    prompts = [[number, 7, 9] for number in range(1, 5)]
+    with LLM(path, **SMALL_STEPS) as llm:
+        runner, launch = llm.decode_runner, llm.decode_runner.launch
+        collect, errors = StepHandle.collect, []
+        ids = [llm.add_request(prompts[0], GREEDY)]
+        llm.step()
+        ids += [llm.add_request(prompt, GREEDY) for prompt in prompts[1:]]
+
+        def collect_not_finite(handle):
+            tokens = collect(handle)
+            if len(tokens.after_chunks.token_ids) == 3:
+                tokens.after_chunks.token_ids[1] = -1
+            return tokens
+
+        def launch_or_fail(step):
+            if step.kind == "decode" and len(step.decode) == 4:
+                raise RuntimeError("injected")
+            try:
+                return launch(step)
+            except Exception as error:
+                errors.append(error)
+                raise
+
+        monkeypatch.setattr(StepHandle, "collect", collect_not_finite)
+        monkeypatch.setattr(runner, "launch", launch_or_fail)
+        llm._loop.take_in_mail()
+        llm._loop.launch_steps()
+        llm._loop.launch_steps()
+        outputs = {}
+        while not llm.is_finished():
+            for output in llm.step():
+                outputs.setdefault(output.request_id, []).append(output)
+        llm.scheduler.check_integrity()
+    assert not errors
+    assert outputs[ids[2]][-1].finish_reason == "error"
+    for number in (1, 3):
+        assert tokens_of(outputs[ids[number]]) == tiny.reference_tokens(reference, prompts[number], 12)
 
 
 def test_a_report_and_the_counters_count_both_parts(checkpoint):

@@ -131,6 +131,57 @@ def test_a_first_step_that_was_no_measure_is_forgotten(first_s):
         assert model.predict(StepSize(tokens, 8000)) == pytest.approx(true_step_s(StepSize(tokens, 8000)), rel=0.08)
 
 
+def test_a_card_unlike_the_prior_is_learned_all_the_same():
+    """Launches cost it more than weights: sizes that take turns are far from what either says of the other."""
+    model, errors = StepTimeModel(COSTS), []
+    for step in range(400):
+        size = StepSize(1 + step % 4, 4000)
+        if step % 2:
+            size = size.with_chunk(0, 2032 * (1 + step % 3 % 2))
+        took_s = 1.2 * MS + 0.35e-6 * size.num_tokens
+        errors.append(abs((model.predict(size) or took_s) / took_s - 1))
+        model.observe(size, took_s)
+    assert np.median(errors[200:]) < 0.05
+
+
+@pytest.mark.parametrize("factor", [1.25, 2.0, 0.5])
+def test_other_clocks_change_the_scale_and_leave_the_shape(factor):
+    rng, model = random.Random(7), StepTimeModel(COSTS)
+
+    def observe(count: int, scale: float, most_tokens: int) -> None:
+        for _ in range(count):
+            size = StepSize(32, 30_000)
+            if most_tokens:
+                size = size.with_chunk(rng.randrange(4000), rng.randrange(1, most_tokens))
+            model.observe(size, scale * true_step_s(size) * math.exp(rng.gauss(0, 0.015)))
+
+    def ratio(scale: float) -> float:
+        size = StepSize(32, 30_000).with_chunk(2000, 1024)
+        return model.predict(size) / (scale * true_step_s(size))
+
+    observe(400, 1.0, 1500)
+    assert ratio(1.0) == pytest.approx(1.0, abs=0.05)
+    observe(20, factor, 0)  # decode steps alone tell of all others
+    assert ratio(factor) == pytest.approx(1.0, abs=0.1)
+    observe(20, 1.0, 0)
+    assert ratio(1.0) == pytest.approx(1.0, abs=0.1)
+
+
+def test_the_search_finds_what_looking_at_every_count_finds():
+    rng, model = random.Random(8), StepTimeModel(COSTS)
+    for _ in range(300):
+        size = StepSize(rng.randint(1, 64), rng.randrange(10**5)).with_chunk(rng.randrange(8000), rng.randrange(1, 900))
+        model.observe(size, true_step_s(size))
+    for _ in range(60):
+        size, start = StepSize(rng.randint(1, 64), rng.randrange(10**5)), rng.randrange(8000)
+        most, limit_s = rng.randrange(1, 16_384), rng.uniform(4, 60) * MS
+        found = model.tokens_that_fit(limit_s, size, start, most)
+        first = -size.num_tokens % 16 or 16
+        counts = np.append(np.arange(first, most, 16, dtype=float), most)
+        last = model._largest_fit(limit_s, size, start, counts)
+        assert found == (0 if last is None else counts[last])
+
+
 @pytest.mark.parametrize("seconds", [1e-4, 1e6])
 def test_any_clock_will_do(seconds):
     model = StepTimeModel(COSTS)
@@ -351,6 +402,7 @@ def test_an_engine_goes_on_from_what_the_one_before_it_learned(tiny_path):
         {"coefficients": [1.0]},
         {"covariance": [[1.0]]},
         {"coefficients": [math.nan] * 50},
+        "lopsided",
     ],
 )
 def test_a_damaged_state_is_refused(damage):
@@ -359,9 +411,12 @@ def test_a_damaged_state_is_refused(damage):
     state = model.state()
     if "coefficients" in damage and len(damage["coefficients"]) > 1:
         damage = {"coefficients": damage["coefficients"][: len(state["coefficients"])]}
+    if damage == "lopsided":
+        state["covariance"][0][5] += 100
+        damage = {}
     other = StepTimeModel(COSTS)
     with pytest.raises((TypeError, ValueError)):
         other.restore({**state, **damage})
     assert not other.has_learned
-    other.restore(state)
+    other.restore(model.state())
     assert other.predict(StepSize(1)) == model.predict(StepSize(1))

@@ -130,7 +130,11 @@ def _parts(
         verifies_handoffs=config.verify_kv_handoff,
     )
     kept_step_times = KeptStepTimes(
-        [(card.step_time, step_time_fingerprint(runners[card])) for card in placement.cards if config.predicts_steps]
+        [
+            (card.step_time, step_time_fingerprint(config, runners[card]))
+            for card in placement.cards
+            if config.predicts_steps
+        ]
     )
     kept_step_times.restore()
     return EngineParts(tokenizer, runners, kv_transfer, scheduler, intake, observer, kept_step_times)
@@ -423,10 +427,12 @@ def model_costs(spec: RunnerSpec) -> ModelCosts:
     return ModelCosts(token_bytes / weights, attention_flops / (2 * weights / spec.dtype.itemsize))
 
 
-def step_time_fingerprint(runner: ModelRunner) -> dict[str, Any]:
+def step_time_fingerprint(config: EngineConfig, runner: ModelRunner) -> dict[str, Any]:
     """What the step times of a runner hold for."""
     about = fingerprint(runner.spec, runner.device)
-    return {**about, "what": "step times", "num_ranks": runner.spec.num_ranks, "prefills": not runner.is_decode_runner}
+    split = (config.decode_attention_sm, config.decode_ffn_sm, config.decode_micro_batches)
+    pipeline = [config.pipeline_mode, *split] if runner.is_decode_runner else None
+    return {**about, "what": "step times", "num_ranks": runner.spec.num_ranks, "pipeline": pipeline}
 
 
 def build_scheduler(config: EngineConfig, placement: Placement) -> Scheduler:

@@ -193,7 +193,7 @@ class Loop:
         """
         runner = self._runners[step.card]
         runner.synchronize(copies=not self._handoffs.is_stuck)
-        if step.decode:
+        if self._scheduler.placement.decodes(step.card):
             for work in self._steps.on(step.card):
                 self._collect(work)
             runner.forget_device_batch()

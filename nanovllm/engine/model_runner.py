@@ -129,17 +129,16 @@ class ModelRunner:
             began = None if self.clock is None else self.clock.record_moment()
             task = self._make_task(step)
             with self._workers.dispatch(task):
-                return StepHandle(self.device, self.stream, self._run(task), began)
+                handle = StepHandle(self.device, self.stream, self._run(task), began)
+            self.decode.expect_tokens(chunk.lease for chunk in step.sampling_chunks)
+            return handle
 
     def _make_task(self, step: Step) -> StepTask:
         if step.kind == "mixed":
-            task = self.mixed.make_task(step)
-        elif step.kind == "decode":
-            task = StepTask(None, self.decode.make_task(step.decode))
-        else:
-            task = StepTask(self.prefill.make_task(step.chunks, samples_in_graph=step.chunks_sample_in_graph), None)
-        self.decode.expect_tokens(chunk.lease for chunk in step.sampling_chunks)
-        return task
+            return self.mixed.make_task(step)
+        if step.kind == "decode":
+            return StepTask(None, self.decode.make_task(step.decode))
+        return StepTask(self.prefill.make_task(step.chunks, samples_in_graph=step.chunks_sample_in_graph), None)
 
     def run(self, task: StepTask) -> None:
         """Runs this rank's share of a step, made by rank 0. All ranks sample the same tokens; rank 0 returns them."""
@@ -347,7 +346,7 @@ class ModelRunner:
         if self.spec.uses_graphs(self.device):
             graph_pool = torch.cuda.graph_pool_handle()  # the memory that all graphs share
             most_rows = (self.prefill.buffers.max_num_requests, self.decode.max_num_rows)
-            forward.share_logits(self.mixed.max_num_sampled if self.spec.mixes_steps else max(most_rows))
+            forward.share_logits(max(*most_rows, self.mixed.max_num_sampled if self.spec.mixes_steps else 0))
             self.prefill.capture(graph_pool)
             if self.spec.mixes_steps:
                 self.mixed.capture(graph_pool)

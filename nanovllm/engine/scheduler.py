@@ -252,6 +252,8 @@ class Scheduler:
 
     def step_took(self, step: Step, seconds: float) -> None:
         """A step has ended so long after the one before it on its card, behind which it was queued."""
+        if any(chunk.logprob_positions for chunk in step.chunks):
+            return  # it took longer than its size says, to make the logits of prompts
         if self.limits.predicts_steps:
             step.card.step_time.observe(step.size, seconds)
         if self.admission.itl_target_s is not None and step.kind == "decode":

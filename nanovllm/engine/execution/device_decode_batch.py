@@ -202,7 +202,8 @@ class DeviceDecodeBatch:
         for number, (index, row) in enumerate(zip(free, joined, strict=True)):
             seq, table = row.seq, row.lease.decode.blocks
             # A token that the step before samples is on the device alone: its index there, as a negative number.
-            is_known = row.position < seq.num_tokens
+            # Whose lease has ended in a step that is launched in parts may be known nowhere, and matters no more.
+            is_known = row.lease.ended or row.position < seq.num_tokens
             token = seq.token_ids[-1] if is_known else -1 - self._sampled_after[row.lease]
             fields = (index, token, row.position, seq.seed, row.output_index)
             uploads[number, :NUM_UPLOADED_FIELDS] = fields

@@ -61,6 +61,9 @@ class MixedExecutor:
 
     def make_task(self, step: Step) -> StepTask:
         """The task that has every rank run a step with both parts."""
+        assert step.decode, (
+            "the attention of chunks waits for that of rows, which waits for what is stored: one at least"
+        )
         decode = self._decode.make_task(step.decode)
         num_tokens = len(step.decode) + step.num_prefill_tokens
         prefill = self._prefill.make_task(

@@ -57,7 +57,7 @@ class ChunkRoom:
                     num_long += 1
                 else:
                     num_tokens = min(self._tokens_for(seq), left_to_others)
-                    left_to_others -= num_tokens
+                    left_to_others -= num_tokens or left_to_others  # none fits, nor will another
                     yield seq, num_tokens
                 if not left_to_others or num_long > MOST_PASSED_BY or self._num_chunks == MAX_CHUNKS - 1:
                     break

@@ -37,20 +37,26 @@ SCALE_DEVIATION, KNOT_DEVIATION = 0.5, 0.3
 NOISE = 0.02
 """Relative standard deviation of single steps of one size."""
 DRIFT = 2e-4
-"""Share of the prior's uncertainty that comes back with each step: clocks change."""
-MOST_SURPRISES = 3.0
-"""Standard deviations that one step may be away from its prediction: a hitch of the host is no slow card."""
+"""Share of the prior's uncertainty that comes back with each step: clocks change. After thousands of decode steps
+without prompts, the first prompts are taken in smaller chunks again."""
+MAX_DEVIATIONS = 4.0
+"""Standard deviations from its prediction beyond which a step teaches nothing: a hitch of the host is no slow card."""
 CAREFUL_TOKENS = 64
 """Prompt tokens that are taken to fit before any step has been seen: no card computes so few slower than it reads."""
 TOKEN_MULTIPLE = 16
 """Steps are filled up to multiples of this, which is what graphs of mixed steps are padded to."""
 MIN_STEP_S = 2e-5
-"""Shorter times are not learned from: the host has seen two steps end together."""
+"""Shorter times are no step's. Where the host finds two that have ended, the first seems too long and the second too
+short: both are surprises."""
 FAR = 4.0
 FEW_STEPS = 4
-"""A step FAR from its prediction among the first FEW_STEPS means that the scale was taken from a step that hung."""
+MAX_RESTARTS = 2
+"""A step FAR from its prediction among the first FEW_STEPS may mean that the scale was taken from a step that hung. Or
+that the card is unlike the prior: so it is taken anew MAX_RESTARTS times at the most."""
 SURPRISES_IN_A_ROW = 6
-"""Steps in a row, all far too short or all far too long, that mean that what was learned is of another card."""
+"""Steps in a row, all far too short or all far too long, after which another scale is taken: clocks have changed."""
+COARSE = 16
+"""The first search for what fits looks at one count in COARSE."""
 NUM_RECENT = 1024
 
 
@@ -117,8 +123,9 @@ class StepTimeModel:
         """Seconds of the prior's unit, the time of a step of one token; None before any step was seen."""
         self._num_observed = 0
         """Steps since the unit was set."""
-        self._num_surprises = 0
-        """Steps in a row that were surprisingly long; negative for short ones."""
+        self._num_restarts_left = MAX_RESTARTS
+        self._surprises: list[float] = []
+        """Seen over predicted times of the last steps, if these were surprisingly long, or short, in a row."""
         self._recent: deque[tuple[float, float]] = deque(maxlen=NUM_RECENT)
         """Predicted and seen seconds of the last steps."""
 
@@ -131,15 +138,20 @@ class StepTimeModel:
         unit_s = self._begin(own_unit_s) if self._unit_s is None else self._unit_s
         expected_s = float(features @ self._coefficients) * unit_s
         self._recent.append((expected_s, seconds))
-        if not 1 / FAR < seconds / expected_s < FAR and self._num_observed < FEW_STEPS:
+        if not 1 / FAR < seconds / expected_s < FAR and self._num_observed < FEW_STEPS and self._num_restarts_left:
+            self._num_restarts_left -= 1
             unit_s = self._begin(own_unit_s)  # the steps before it, or this one, were no measure
         self._learn(features, seconds / unit_s)
-        if abs(self._num_surprises) == SURPRISES_IN_A_ROW:
-            self._begin(own_unit_s)
+        if len(self._surprises) == SURPRISES_IN_A_ROW:
+            # The shape stays.
+            self._unit_s = unit_s * float(np.median(self._surprises))
+            self._surprises.clear()
+            self._covariance += SCALE_DEVIATION**2
 
     def _begin(self, unit_s: float) -> float:
         """Begins anew, with this unit, which it returns."""
-        self._unit_s, self._num_observed, self._num_surprises = unit_s, 0, 0
+        self._unit_s, self._num_observed = unit_s, 0
+        self._surprises.clear()
         self._coefficients = np.ones(len(self._prior))
         self._covariance = self._prior_covariance.copy()
         return unit_s
@@ -150,11 +162,13 @@ class StepTimeModel:
         self._covariance += DRIFT * (self._prior_covariance - self._covariance)
         weighted = self._covariance @ features
         variance = float(features @ weighted) + (NOISE * expected) ** 2
-        most = MOST_SURPRISES * math.sqrt(variance)
-        surprise = min(max(took - expected, -most), most)
-        sign = (took - expected > most) - (took - expected < -most)
-        # In a row are those of one sign.
-        self._num_surprises = sign + (self._num_surprises if sign * self._num_surprises > 0 else 0)
+        surprise = took - expected
+        if abs(surprise) > MAX_DEVIATIONS * math.sqrt(variance):
+            if self._surprises and (self._surprises[-1] > 1) != (surprise > 0):
+                self._surprises.clear()  # in a row are those of one sign
+            self._surprises.append(took / expected)
+            return
+        self._surprises.clear()
         self._coefficients += weighted * (surprise / variance)
         self._covariance -= np.outer(weighted, weighted) / variance
         np.maximum(self._coefficients, 1e-3, out=self._coefficients)
@@ -181,12 +195,23 @@ class StepTimeModel:
             return min(most, CAREFUL_TOKENS)
         first = -size.num_tokens % TOKEN_MULTIPLE or TOKEN_MULTIPLE
         counts = np.append(np.arange(first, most, TOKEN_MULTIPLE, dtype=np.float64), most)
+        # Few at a time: one product of a thousand rows would wake the threads of the linear algebra library.
+        coarse = self._largest_fit(limit_s, size, start, counts[::COARSE])
+        if coarse is None:
+            return 0
+        fine = self._largest_fit(limit_s, size, start, counts[coarse * COARSE : (coarse + 1) * COARSE])
+        assert fine is not None, "the first of these fits"
+        return int(counts[coarse * COARSE + fine])
+
+    def _largest_fit(self, limit_s: float, size: StepSize, start: int, counts: np.ndarray) -> int | None:
+        """Index of the largest of some counts of prompt tokens, ascending, that fits; None if none does."""
+        assert self._unit_s is not None, "nothing is predicted before a step was seen"
         pairs = size.num_pairs + counts * (start + counts / 2)
         features = self._features(size.num_tokens + counts, size.context, pairs)
         variances = ((features @ self._covariance) * features).sum(axis=1)
         bounds = features @ self._coefficients + np.sqrt(np.maximum(variances, 0.0))
-        fitting = counts[bounds * self._unit_s <= limit_s]
-        return int(fitting[-1]) if len(fitting) else 0
+        fitting = (bounds * self._unit_s <= limit_s).nonzero()[0]
+        return int(fitting[-1]) if len(fitting) else None
 
     def state(self) -> dict[str, Any]:
         """What was learned, as JSON takes it, for `restore`."""
@@ -208,7 +233,11 @@ class StepTimeModel:
             raise ValueError("it has other knots")
         if not (0 < unit_s < math.inf and np.isfinite(coefficients).all() and (coefficients > 0).all()):
             raise ValueError("its coefficients are not all times")
-        if not np.isfinite(covariance).all() or np.linalg.eigvalsh(covariance).min() < -1e-6:
+        if (
+            not np.isfinite(covariance).all()
+            or not np.allclose(covariance, covariance.T)
+            or np.linalg.eigvalsh(covariance).min() < -1e-6
+        ):
             raise ValueError("its covariance is none")
         self._unit_s, self._coefficients, self._covariance = unit_s, coefficients, covariance
         self._num_observed = FEW_STEPS
