@@ -78,9 +78,9 @@ class EngineConfig:
             the prefill step.
         max_handoff_backlog: maximum number of requests between the beginning of their prefill and the arrival of their
             KV; others wait in the queue.
-        itl_target_ms: maximum time of a decode step, as predicted from the steps before: a request waits in the queue
-            while a step with it would take longer, and mixed steps take no more of a prompt than there is time for.
-            None for no such limit. Needs two devices or `mixed_steps`.
+        itl_target_ms: what a decode step may be predicted to take: a request waits in the queue while a step with it
+            would take longer, and mixed steps take no more of their prompts than there is time for, but for 32 tokens
+            of the oldest. None for no such limit. Needs two devices or `mixed_steps`.
         launch_lead_ms: how long before the predicted end of the decode step that runs the next one is launched, so that
             requests that become ready meanwhile are in it; None launches it as soon as there is a place. Tested on
             CPUs; not measured on a GPU yet.

@@ -2,7 +2,8 @@
 
 Such a kernel calls `begin` before it reads what the kernel before it wrote, and before it writes at all. When it
 starts, the kernel before it has passed its own `begin`, so all kernels before that one have ended: what they wrote, a
-step's positions and block tables for example, may be read at once.
+step's positions and block tables for example, may be read at once. Thread blocks that have nothing to do may end
+without a `begin`, as long as one has something to do.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Admission: whether the next request in the queue may be prefilled, by what it would do to the decode step time.
 
-It applies where prefill has a card of its own. Learns from past decode steps how long they take. Knows nothing of
-requests, pools or devices: no torch.
+Where prefill has a card of its own, it learns from past decode steps how long they take; a card that mixes steps has
+a model of its own for that (`step_time.py`). Knows nothing of requests, pools or devices: no torch.
 """
 
 from __future__ import annotations

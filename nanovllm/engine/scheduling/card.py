@@ -23,7 +23,7 @@ class Card:
         name: name in messages, such as `cuda:1`.
         label: name in a trace, such as `decode device cuda:1`.
         block_manager: accounts for the blocks of the device's KV pool.
-        max_prefill_tokens: maximum number of prompt tokens in a step; the device has workspace for no more.
+        max_prefill_tokens: maximum number of prompt tokens in a step, beside decode rows; for more is no workspace.
         breaker: whether the card is used for work that another card can do instead.
         step_time: predicts how long steps take there.
     """

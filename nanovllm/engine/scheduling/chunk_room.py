@@ -79,9 +79,11 @@ class ChunkRoom:
         """Why a request gets no more than this many tokens; None if it has no more."""
         if num_tokens == seq.num_tokens_to_prefill:
             return None
-        if self._limit_s is not None and num_tokens < self._most(seq):
-            return f"itl_target_ms={self._limit_s * 1e3:g}"
-        return "the step is full"
+        if num_tokens == self._most(seq):
+            return "the step is full"
+        if self._limit_s is None or num_tokens < self._tokens_for(seq):
+            return "half of the step is the oldest prompt's"
+        return f"itl_target_ms={self._limit_s * 1e3:g}"
 
     def _tokens_for(self, seq: Sequence, *, at_least: int = 0) -> int:
         """How many of a request's remaining prompt tokens the step takes; `at_least` of them whatever its time."""

@@ -44,7 +44,7 @@ def load(fingerprint: dict[str, Any], parse: Callable[[dict[str, Any]], Measured
         return None
     # Whatever is wrong with a file costs a measurement, not the start.
     except Exception as error:  # noqa: BLE001
-        logger.warning("a kept calibration cannot be used (%s: %s); measuring again", type(error).__name__, error)
+        logger.warning("a kept calibration cannot be used (%s: %s)", type(error).__name__, error)
         return None
     logger.info("calibration from %s", path)
     return measured
@@ -60,7 +60,7 @@ def keep(fingerprint: dict[str, Any], content: dict[str, Any]) -> None:
         unfinished.write_text(json.dumps({"about": fingerprint, **content}, indent=1), encoding="utf-8")
         unfinished.replace(path)
     except (OSError, RuntimeError) as error:  # there need not be a home directory
-        logger.warning("the calibration cannot be kept (%s); the next start measures again", error)
+        logger.warning("the calibration cannot be kept (%s)", error)
         return
     logger.info("calibration kept in %s", path)
 

@@ -44,7 +44,7 @@ MAX_DEVIATIONS = 4.0
 CAREFUL_TOKENS = 64
 """Prompt tokens that are taken to fit before any step has been seen: no card computes so few slower than it reads."""
 TOKEN_MULTIPLE = 16
-"""Steps are filled up to multiples of this, which is what graphs of mixed steps are padded to."""
+"""Steps are filled up to multiples of this: graphs of mixed steps are padded to it, those above 512 tokens to more."""
 MIN_STEP_S = 2e-5
 """Shorter times are no step's. Where the host finds two that have ended, the first seems too long and the second too
 short: both are surprises."""
