@@ -127,7 +127,7 @@ def mixed_error(
     with_split: bool,
     **shape: Any,
 ) -> float:
-    """Of a step with both parts: attention by two calls, for rows of these contexts, of which the last
+    """The error of attention in a step with both parts: by two calls, for rows of these contexts, of which the last
     `num_empty_rows` that there is room for have none, and for chunks, against the reference's one call for all."""
     case = make_case([*((1, context) for context in rows), *chunks], **shape)
     head_dim, num_kv_heads, whole = shape["head_dim"], shape["num_kv_heads"], case.metadata

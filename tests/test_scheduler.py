@@ -102,12 +102,7 @@ class OnePool(RuleBasedStateMachine):
             for chunk in step.chunks:
                 self.fail(chunk)
             return
-        ended = []
-        for chunk in step.chunks:
-            if self.scheduler.prefill_done(chunk) and chunk.is_last:
-                self.append(chunk.seq)
-                ended += [] if chunk.seq.is_finished else [chunk.seq]
-        assert self.scheduler.get_prefilled_sequences() == ended
+        self.take_tokens_after_chunks(step)
 
     @precondition(lambda self: self.handoffs)
     @rule(data=st.data(), fails=st.booleans())
@@ -146,12 +141,7 @@ class OnePool(RuleBasedStateMachine):
             return
         step = self.decodes.pop(0)
         self.scheduler.decode_done(step)
-        for index, row in enumerate(step.decode):
-            if row.seq.lease is row.lease:
-                assert row.position == row.seq.num_tokens - 1, "a token is sampled after another than the last one"
-                self.append(row.seq)
-                if index in stopped and not row.seq.is_finished:
-                    self.scheduler.finish(row.seq, "stop")
+        self.take_decoded_tokens(step, stopped)
 
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
@@ -162,6 +152,22 @@ class OnePool(RuleBasedStateMachine):
     def fail(self, row: PrefillChunk | DecodeRow) -> None:
         if row.seq.lease is row.lease:
             self.scheduler.fail(row.seq, RuntimeError("injected"))
+
+    def take_tokens_after_chunks(self, step: Step) -> None:
+        ended = []
+        for chunk in step.chunks:
+            if self.scheduler.prefill_done(chunk) and chunk.is_last:
+                self.append(chunk.seq)
+                ended += [] if chunk.seq.is_finished else [chunk.seq]
+        assert self.scheduler.get_prefilled_sequences() == ended
+
+    def take_decoded_tokens(self, step: Step, stopped: set[int]) -> None:
+        for index, row in enumerate(step.decode):
+            if row.seq.lease is row.lease:
+                assert row.position == row.seq.num_tokens - 1, "a token is sampled after another than the last one"
+                self.append(row.seq)
+                if index in stopped and not row.seq.is_finished:
+                    self.scheduler.finish(row.seq, "stop")
 
     def append(self, seq: Sequence) -> None:
         seq.token_ids.append(seq.request_id)
@@ -268,20 +274,10 @@ class MixedSteps(OnePool):
             for part in [*step.chunks, *step.decode]:
                 self.fail(part)
             return
-        ended = []
-        for chunk in step.chunks:
-            if self.scheduler.prefill_done(chunk) and chunk.is_last:
-                self.append(chunk.seq)
-                ended += [] if chunk.seq.is_finished else [chunk.seq]
-        assert self.scheduler.get_prefilled_sequences() == ended
+        self.take_tokens_after_chunks(step)
         if step.decode:
             self.scheduler.decode_done(step)
-        for index, row in enumerate(step.decode):
-            if row.seq.lease is row.lease:
-                assert row.position == row.seq.num_tokens - 1, "a token is sampled after another than the last one"
-                self.append(row.seq)
-                if index in stopped and not row.seq.is_finished:
-                    self.scheduler.finish(row.seq, "stop")
+        self.take_decoded_tokens(step, stopped)
 
     def teardown(self) -> None:
         for _ in range(3000):

@@ -295,7 +295,7 @@ class Simulation:
         return float(np.quantile(self.gaps_s, quantile)) / MS
 
     def ttft_ms(self, quantile: float, longest: int = 10**9) -> float:
-        """Of requests with prompts of at most that many tokens."""
+        """The quantile over requests with prompts of at most that many tokens."""
         times = [time for seq, time in self.ttfts_s.items() if seq.num_prompt_tokens <= longest]
         return float(np.quantile(times, quantile)) / MS
 

@@ -22,7 +22,7 @@ class Running:
 
     processes: list[subprocess.Popen[str]]
     begin_at: float
-    """As `time.time()`: the moment from which their times count."""
+    """The moment of `time.time()` from which their times count."""
 
 
 @dataclass(frozen=True)
