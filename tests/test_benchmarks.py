@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from nanovllm import LLM, RequestOutput, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
@@ -210,11 +211,19 @@ def test_the_same_load_over_http_and_in_the_engines_process(tmp_path):
             assert load[name] == other[name] > 0, "the load is the same"
         assert (load["rate"], load["num_failed"], load["errors"]) == (rate, 0, {})
         assert ratios["itl_ms"]["p50"] == load["itl_ms"]["p50"] / other["itl_ms"]["p50"]
-        assert 0.9 < load["events_per_token"] <= 1, "each token is a word"
+        assert 0.5 < load["events_per_token"] <= 1, "on a busy machine tokens that wait leave together"
         assert all(us > 0 for us in load["cpu_us_per_token"].values())
         assert 0 < load["client_busy_share"] < 1
         assert 0 < load["busy_share"]["cpu:0"] < 1
     assert (result["shutdown"]["exit_status"], "under_way" in result["shutdown"]) == (0, False)
+
+
+def test_each_token_of_the_made_tokenizer_is_a_word(tmp_path):
+    from lib.checkpoint import write_tokenizer
+
+    write_tokenizer(tmp_path, 50)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert [tokenizer.decode([token]) for token in range(50)] == [f" {token}" for token in range(50)]
 
 
 def test_streams_over_http_until_the_server_is_told_to_end():
