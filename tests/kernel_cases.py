@@ -152,6 +152,7 @@ def mixed_error(
         query_starts=torch.nn.functional.pad(
             whole.query_starts[len(rows) :], (0, 2), value=int(whole.query_starts[-1])
         ),
+        max_query_len=max(whole.max_query_len, 2),  # chunks of one token are chunks
         decode=decode,
     )
     if with_split:

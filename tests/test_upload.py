@@ -14,7 +14,7 @@ CARD = torch.device("cuda")
 class LateBuffer:
     """Keeps what is sent until it is waited for, and has one place for it, as pinned memory does."""
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
         self._num_bytes = num_bytes
         self._under_way: tuple[torch.Tensor, torch.Tensor] | None = None
 

@@ -82,7 +82,7 @@ def tensors_differ(folder: Path, first: str, second: str) -> bool:
     stored = _stored_tensors(folder, {first, second})
     if first not in stored or second not in stored:
         return False
-    with _slice(stored[first]) as one, _slice(stored[second]) as other:
+    with _slice(stored[first]) as one, _slice(stored[second]) as other, torch.device("cpu"):
         shape = one.get_shape()
         if other.get_shape() != shape:
             return True
@@ -134,7 +134,7 @@ def _twice(folder: Path, name: str, first: StoredTensor, second: StoredTensor) -
 
 @contextmanager
 def _open(path: Path) -> Iterator[Any]:
-    """The tensors of a file, which are made on the CPU, whatever `torch.set_default_device` says."""
+    """The tensors of a file, to be read in a `torch.device("cpu")` block: they are made on the default device."""
     try:
         tensors = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -143,7 +143,7 @@ def _open(path: Path) -> Iterator[Any]:
         raise ModelLoadError(
             f"{path} cannot be read ({error}); it is truncated or damaged, download it again"
         ) from error
-    with tensors, torch.device("cpu"):
+    with tensors:
         yield tensors
 
 
@@ -168,7 +168,8 @@ def _read(path: Path, name: str, tensors: Any, target: Weight) -> torch.Tensor:
                 f"{path}: tensor {name!r} has shape {stored.get_shape()}, config.json implies {shape}; "
                 "download both again"
             )
-        tensor = stored[target.index]
+        with torch.device("cpu"):  # around no more than this: it slows down every call of torch
+            tensor = stored[target.index]
     except (SafetensorError, OSError) as error:
         raise ModelLoadError(f"{path}: tensor {name!r} cannot be read ({error}); download it again") from error
     if tensor.dtype not in WEIGHT_DTYPES:

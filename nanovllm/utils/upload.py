@@ -26,7 +26,7 @@ class Upload:
 
     def __enter__(self) -> Upload:
         if self._device.type == "cuda":
-            self._buffers = [_Buffer(self._buffer_bytes) for _ in range(NUM_BUFFERS)]
+            self._buffers = [_Buffer(self._buffer_bytes, self._device) for _ in range(NUM_BUFFERS)]
         return self
 
     def __exit__(
@@ -49,20 +49,25 @@ class Upload:
 
 
 class _Buffer:
-    """Pinned memory, and the end of the copy out of it."""
+    """Pinned memory, and the end of the copy out of it.
 
-    def __init__(self, num_bytes: int) -> None:
+    Args:
+        num_bytes: its size.
+        device: what is copied to, in its current stream.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
         self._bytes = torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-        self._sent: torch.cuda.Event | None = None
+        self._stream = torch.cuda.current_stream(device)
+        self._sent = torch.cuda.Event()
 
     def send(self, values: torch.Tensor, target: torch.Tensor) -> None:
         self.wait()
         staged = self._bytes[: target.nbytes].view(target.dtype).view(target.shape)
         staged.copy_(values)
         target.copy_(staged, non_blocking=True)
-        self._sent = torch.cuda.Event()
-        self._sent.record(torch.cuda.current_stream(target.device))
+        self._sent.record(self._stream)
 
     def wait(self) -> None:
-        if self._sent is not None:
-            self._sent.synchronize()
+        """Waits for the end of the last copy; there need not have been one."""
+        self._sent.synchronize()
