@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 from typing import ClassVar
 
@@ -11,6 +10,7 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.execution import cuda_graph, decode_paths, mixed_executor, prefill_executor, step_handle
+from nanovllm.engine.execution.cuda_graph import bucket_for
 from nanovllm.engine.execution.runner_spec import RunnerSpec
 from tests import tiny
 from tests.test_engine import drain, tokens_of
@@ -36,7 +36,7 @@ class EmulatedGraphs:
         self.of_pool.setdefault(pool, []).append(self)
 
     def size_for(self, size):
-        return self.sizes[bisect.bisect_left(self.sizes, size)]
+        return bucket_for(self.sizes, size)
 
     def replay(self, size):
         self.num_replays += 1
@@ -74,13 +74,19 @@ def emulated(monkeypatch):
 
 
 @pytest.mark.parametrize("two_devices", [False, True])
-def test_graphs_give_the_tokens_of_eager_steps(checkpoint, emulated, two_devices):
+def test_graphs_give_the_tokens_of_eager_steps(checkpoint, emulated, monkeypatch, two_devices):
+    """Prompts from graphs and, where a step is larger than the largest of them, without."""
+    monkeypatch.setattr(cuda_graph, "MAX_PREFILL_GRAPH_TOKENS", 110)
     path, reference = checkpoint("gqa2")
     prompts = tiny.random_prompts(8, seed=71, longest=60) + tiny.random_prompts(4, seed=72, longest=30, shared=48)
     options = {"enable_two_gpu_pd": two_devices, "max_num_batched_tokens": 200, "prefill_chunk_tokens": 48}
     with LLM(path, device="cpu", max_num_seqs=6, **options) as llm:
+        prefill, sizes = llm.prefill_runner.prefill, []
+        run = prefill._run
+        monkeypatch.setattr(prefill, "_run", lambda size, num: (sizes.append(size), run(size, num))[1])
         ids = [llm.add_request(prompt, GREEDY if i % 3 else FILTERED) for i, prompt in enumerate(prompts)]
         outputs = drain(llm, steps_overlap=True)
+        assert any(size > 110 for size in sizes)
         graphs = [llm.prefill_runner.prefill.graphs, llm.decode_runner.decode.paths.steps[None]]
         assert all(isinstance(one, EmulatedGraphs) and one.num_replays for one in graphs)
         assert graphs[1].sizes == [1, 2, 4, 6]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import logging
 import random
@@ -15,7 +14,7 @@ import torch
 from nanovllm import LLM, OutOfKVCacheError, RequestOutput, SamplingParams
 from nanovllm.engine import scheduler
 from nanovllm.engine.execution import kv_pool, prefill_executor, step_handle
-from nanovllm.engine.execution.cuda_graph import token_buckets
+from nanovllm.engine.execution.cuda_graph import bucket_for, prefill_buckets
 from nanovllm.engine.execution.step_handle import StepHandle
 from nanovllm.layers.ranks import OneRank
 from tests import tiny
@@ -151,7 +150,7 @@ class PaddedSteps:
         self.step, self.sizes, self.num_replays = step, sizes, 0
 
     def size_for(self, size):
-        return self.sizes[bisect.bisect_left(self.sizes, size)]
+        return bucket_for(self.sizes, size)
 
     def replay(self, size):
         assert size in self.sizes, "there are graphs of buckets only"
@@ -168,7 +167,7 @@ def test_padded_steps_give_the_same_tokens(checkpoint, monkeypatch, most_request
     filtered = SamplingParams(temperature=0, max_tokens=20, min_tokens=1, top_k=5)
     with LLM(path, device="cpu", max_num_batched_tokens=50, max_num_seqs=6) as llm:
         runner = llm.decode_runner
-        runner.prefill.graphs = PaddedSteps(runner.prefill.run_core, token_buckets(50))
+        runner.prefill.graphs = PaddedSteps(runner.prefill.run_core, prefill_buckets(50))
         paths = runner.decode.paths
         paths.sizes = [2, 4, 6]
         paths.steps = {None: PaddedSteps(runner.run_decode_core, paths.sizes)}
@@ -182,12 +181,12 @@ def test_padded_steps_give_the_same_tokens(checkpoint, monkeypatch, most_request
         assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 20)
 
 
-def test_token_buckets_pad_little_and_reach_the_largest_step():
-    for most in (1, 64, 65, 2048, 16384, 16400):
-        sizes = token_buckets(most)
+def test_prefill_buckets_pad_little_and_end_where_graphs_cost_more_than_they_save():
+    for most in (1, 64, 65, 2048, 16384):
+        sizes = prefill_buckets(most)
         assert sizes == sorted(set(sizes))
-        assert sizes[-1] == most
-        assert all(after - before <= max(64, before / 32) for before, after in itertools.pairwise(sizes))
+        assert sizes[-1] == min(most, 4096)
+        assert all(after - before <= 64 for before, after in itertools.pairwise(sizes))
 
 
 @pytest.mark.parametrize("num_stop_ids", [1, 3, 20])
@@ -221,7 +220,7 @@ def test_a_pool_that_nobody_sized_takes_half_a_gib_or_a_request(tiny_path, monke
         runner = llm.decode_runner
 
         def num_blocks():
-            return kv_pool.num_kv_blocks(runner.spec, runner.device, OneRank(), 64, lambda pool: None)
+            return kv_pool.num_kv_blocks(runner.spec, runner.device, OneRank(), 64, lambda pool, num_tokens: None)
 
         assert runner.kv_pool.nbytes == kv_pool.CPU_POOL_BYTES + runner.spec.block_bytes
         monkeypatch.setattr(kv_pool, "CPU_POOL_BYTES", default_pool_bytes)

@@ -321,11 +321,11 @@ class ModelRunner:
     def _num_kv_blocks(self, forward: ForwardPass) -> int:
         spec = self.spec
         most_rows = max(spec.max_num_seqs if self.is_decode_runner else 1, MAX_CHUNKS)
-        num_tokens = self.max_prefill_tokens
+        most_tokens = self.max_prefill_tokens
         if self.is_decode_runner:
-            num_tokens = max(num_tokens + spec.max_num_seqs * spec.mixes_steps, spec.max_num_seqs)
+            most_tokens = max(most_tokens + spec.max_num_seqs * spec.mixes_steps, spec.max_num_seqs)
 
-        def run_largest_step(kv_pool: torch.Tensor) -> None:
+        def run_step(kv_pool: torch.Tensor, num_tokens: int) -> None:
             largest = largest_step(
                 self.device.torch_device,
                 num_tokens=num_tokens,
@@ -338,7 +338,7 @@ class ModelRunner:
             rows = np.arange(num_tokens)
             prompt_logprobs(hidden, PromptRows(rows, np.zeros_like(rows), MAX_LOGPROBS), forward)
 
-        return num_kv_blocks(spec, self.device, self._ranks, num_tokens, run_largest_step)
+        return num_kv_blocks(spec, self.device, self._ranks, most_tokens, run_step)
 
     def _capture(self, forward: ForwardPass) -> None:
         """Captures graphs, if steps run from them, and makes what decode steps need."""

@@ -16,8 +16,10 @@ from nanovllm.layers.sampler import SampledTokens
 
 logger = logging.getLogger(__name__)
 
+MAX_PREFILL_GRAPH_TOKENS = 4096
 MAX_MIXED_GRAPH_TOKENS = 2560
-"""A pass over more tokens takes so long that launching it without a graph costs nothing."""
+"""A pass over more tokens takes so long that launching it without a graph costs nothing, and a graph would hold memory
+for its activations."""
 
 Output = TypeVar("Output")
 
@@ -28,13 +30,10 @@ def batch_buckets(max_num_seqs: int) -> list[int]:
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
-def token_buckets(max_num_tokens: int) -> list[int]:
-    """Prefill sizes to capture, ascending: no step is padded by more than 1/32, or 64 tokens."""
-    sizes = [min(64, max_num_tokens)]
-    while sizes[-1] < max_num_tokens:
-        step = max(64, 1 << (sizes[-1].bit_length() - 6))
-        sizes.append(min(sizes[-1] + step, max_num_tokens))
-    return sizes
+def prefill_buckets(max_num_tokens: int) -> list[int]:
+    """Tokens of prefill steps to capture, ascending, up to MAX_PREFILL_GRAPH_TOKENS: none is padded by 64 or more."""
+    most = min(max_num_tokens, MAX_PREFILL_GRAPH_TOKENS)
+    return [*range(64, most, 64), most]
 
 
 def mixed_buckets(max_num_tokens: int) -> list[int]:
@@ -48,8 +47,8 @@ def mixed_buckets(max_num_tokens: int) -> list[int]:
 
 
 def bucket_for(sizes: list[int], size: int) -> int:
-    """The smallest of the buckets, ascending, that holds `size`."""
-    return sizes[bisect.bisect_left(sizes, size)]
+    """The smallest of the buckets, ascending, that holds `size`; `size` itself if none does."""
+    return sizes[bisect.bisect_left(sizes, size)] if size <= sizes[-1] else size
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,7 @@ class StepGraphs(Generic[Output]):
         logger.info("%d %s graphs, %.0f MiB, captured in %.1f s", len(sizes), what, taken_mib, seconds)
 
     def size_for(self, size: int) -> int:
+        """The size to pad a step to: that of a graph, or its own, without a graph, above the largest."""
         return bucket_for(self.sizes, size)
 
     def replay(self, size: int) -> Output:

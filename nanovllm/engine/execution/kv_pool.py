@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from nanovllm.engine.execution.cuda_graph import MAX_PREFILL_GRAPH_TOKENS
 from nanovllm.engine.execution.runner_spec import RunnerSpec
 from nanovllm.errors import OutOfKVCacheError
 from nanovllm.layers.ranks import Ranks
@@ -48,7 +49,7 @@ def num_kv_blocks(
     device: Device,
     ranks: Ranks,
     max_step_tokens: int,
-    run_largest_step: Callable[[torch.Tensor], None],
+    run_step: Callable[[torch.Tensor, int], None],
 ) -> int:
     """Number of KV blocks to allocate on a device, the padding block not counted; the same on all ranks.
 
@@ -57,14 +58,14 @@ def num_kv_blocks(
         device: has the weights already.
         ranks: agree on the smallest number.
         max_step_tokens: tokens of the largest step.
-        run_largest_step: runs it over a pool of one block.
+        run_step: runs a step of so many tokens over a pool of one block.
 
     Raises:
         OutOfKVCacheError: the pool, or the largest step, does not fit.
     """
     block_size = spec.attention.block_size
     if device.is_cuda:
-        available = _gpu_bytes_for_pool(spec, device, max_step_tokens, run_largest_step)
+        available = _gpu_bytes_for_pool(spec, device, max_step_tokens, run_step)
         where = f"{device} at gpu_memory_utilization={spec.gpu_memory_utilization}"
         remedy = "lower num_kvcache_blocks, max_num_batched_tokens or max_num_seqs, or raise gpu_memory_utilization"
         default = available // spec.block_bytes - 1
@@ -91,21 +92,26 @@ def host_memory_bytes() -> int:
 
 
 def _gpu_bytes_for_pool(
-    spec: RunnerSpec, device: Device, max_step_tokens: int, run_largest_step: Callable[[torch.Tensor], None]
+    spec: RunnerSpec, device: Device, max_step_tokens: int, run_step: Callable[[torch.Tensor, int], None]
 ) -> int:
-    """Bytes that `gpu_memory_utilization` leaves after weights, the largest step's workspace and other processes."""
+    """Bytes that `gpu_memory_utilization` leaves after weights, workspaces of steps and other processes."""
+    workspace = _workspace(spec, device, max_step_tokens, run_step)
+    if spec.uses_graphs(device):  # they keep one of their own
+        workspace += _workspace(spec, device, min(max_step_tokens, MAX_PREFILL_GRAPH_TOKENS), run_step)
+    free, total = device.memory_info()
+    return int(total * spec.gpu_memory_utilization) - (total - free) - workspace
+
+
+def _workspace(spec: RunnerSpec, device: Device, num_tokens: int, run_step: Callable[[torch.Tensor, int], None]) -> int:
+    """Bytes that a step of so many tokens takes while it runs."""
     torch.cuda.reset_peak_memory_stats(device.index)
     before = torch.cuda.memory_allocated(device.index)
     try:
-        run_largest_step(make_kv_pool(spec, device, 1))
+        run_step(make_kv_pool(spec, device, 1), num_tokens)
     except torch.OutOfMemoryError as error:
         raise OutOfKVCacheError(
-            f"{device} has no room for a step of {max_step_tokens} tokens ({error}); "
+            f"{device} has no room for a step of {num_tokens} tokens ({error}); "
             "lower max_num_batched_tokens or max_num_seqs"
         ) from error
     torch.cuda.synchronize(device.index)
-    workspace = torch.cuda.max_memory_allocated(device.index) - before
-    if spec.uses_graphs(device):
-        workspace *= 2  # the graphs keep one of their own
-    free, total = device.memory_info()
-    return int(total * spec.gpu_memory_utilization) - (total - free) - workspace
+    return torch.cuda.max_memory_allocated(device.index) - before

@@ -70,7 +70,7 @@ class MixedExecutor:
             step.chunks,
             samples_in_graph=step.chunks_sample_in_graph,
             num_rows=len(step.decode),
-            size=self._pass_size(num_tokens),
+            size=num_tokens if self._pass_graphs is None else self._pass_graphs.size_for(num_tokens),
         )
         return StepTask(prefill, decode)
 
@@ -150,11 +150,6 @@ class MixedExecutor:
         num_rows = self._prefill.buffers.num_rows()
         at_chunk = (places - num_rows).clamp(0, self._prefill.buffers.max_num_requests - 1)
         return places < num_rows, places.clamp(max=most_rows - 1), at_chunk
-
-    def _pass_size(self, num_tokens: int) -> int:
-        """The tokens to pad a pass to: steps beyond the largest graph run eagerly, which then costs little."""
-        graphs = self._pass_graphs
-        return num_tokens if graphs is None or num_tokens > graphs.sizes[-1] else graphs.size_for(num_tokens)
 
 
 class NoMixedSteps:

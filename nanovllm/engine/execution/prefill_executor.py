@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.engine.execution.cuda_graph import StepGraphs, StepOutput, token_buckets
+from nanovllm.engine.execution.cuda_graph import StepGraphs, StepOutput, prefill_buckets
 from nanovllm.engine.execution.forward_pass import ForwardPass
 from nanovllm.engine.execution.layer_push import LayerPush
 from nanovllm.engine.execution.model_inputs import sampling_arrays
@@ -58,8 +58,8 @@ class PrefillExecutor:
         self.graphs: StepGraphs[StepOutput] | None = None
 
     def capture(self, graph_pool: Any) -> None:
-        """Captures a graph for each bucket. This writes to block 0, which no request holds yet."""
-        sizes = token_buckets(min(self._max_prefill_tokens, self.buffers.max_num_tokens))
+        """Captures a graph for each bucket, which writes to block 0: no request holds it yet."""
+        sizes = prefill_buckets(min(self._max_prefill_tokens, self.buffers.max_num_tokens))
         self.graphs = StepGraphs("prefill", self.run_core, sizes, graph_pool)
 
     def make_task(
@@ -93,7 +93,7 @@ class PrefillExecutor:
         self.buffers.send(task.packed)
         in_prompts = None
         output: StepOutput | None
-        if self.graphs is not None and task.prompt_rows is None:
+        if self.graphs is not None and task.size <= self.graphs.sizes[-1] and task.prompt_rows is None:
             output = self.graphs.replay(task.size)
         else:
             # Where the hidden states of all tokens are wanted, too: those of a graph's pass cannot be had after it.
