@@ -1,7 +1,7 @@
 """The host's own work in a turn of the loop: microseconds a turn, over a runner that computes nothing.
 
-Needs no GPU. A turn forms a decode step of so many rows; or that and a chunk of a prompt before it; or both as
-one mixed step, as large as the model of step times says. It packs what the device would be sent, takes in the tokens
+Needs no GPU. A turn forms a decode step of so many rows, or one of rows and a chunk of a prompt, as large as the
+model of step times says. It packs what the device would be sent, takes in the tokens
 of the steps, which are there at once, and emits them. The tokenizer is the bundled model's.
 """
 
@@ -30,7 +30,7 @@ from nanovllm.utils.device import DoneEvent
 PROMPT_TOKENS = 100
 MAX_MODEL_LEN = 2048
 CHUNK_TOKENS = 64
-ROWS, IN_TURNS, MIXED = "rows", "rows and a chunk in turns", "rows and a chunk in one step"
+ROWS, MIXED = "rows", "rows and a chunk"
 STEP_S = 0.01
 """What each mixed step is said to have taken."""
 
@@ -108,7 +108,7 @@ def serve(rows: int, what: str, num_turns: int, measure: Callable[[LLM, int], An
     options: dict[str, Any] = {"num_kvcache_blocks": 40 * (rows + 4), "max_num_seqs": rows + 2}
     options |= {"prefill_chunk_tokens": CHUNK_TOKENS}
     if what == MIXED:
-        options |= {"mixed_steps": True, "itl_target_ms": 2e3 * STEP_S}
+        options |= {"itl_target_ms": 2e3 * STEP_S}
     with LLM(DEMO_MODEL_PATH, device="cpu", kvcache_block_size=64, max_model_len=MAX_MODEL_LEN, **options) as llm:
         # As if each step had been queued behind another.
         llm._loop._observe_duration = lambda step: llm.scheduler.step_took(step, STEP_S)  # type: ignore[method-assign]
@@ -143,9 +143,7 @@ def divide_turns(llm: LLM, num_turns: int) -> dict[str, float]:
     """Where a turn's microseconds go. Timing each stage costs some itself."""
     stages, runner = Stages(), llm.decode_runner
     stages.watch(llm, "step", "calls, mail, waiting outputs")
-    stages.watch(llm.scheduler, "schedule_prefill", "form chunks")
-    stages.watch(llm.scheduler, "schedule_decode", "form decode rows")
-    stages.watch(llm.scheduler, "_schedule_mixed", "form mixed steps")
+    stages.watch(llm.scheduler, "schedule", "form steps")
     stages.watch(llm.scheduler, "step_took", "learn how long steps take")
     stages.watch(runner.prefill, "make_task", "pack chunks")
     stages.watch(runner.decode, "make_task", "pack decode rows")
@@ -168,7 +166,7 @@ def main() -> None:
         parser.error("--rows and --turns: at least one")
     results = []
     for rows in args.rows:
-        for what in (ROWS, IN_TURNS, MIXED):
+        for what in (ROWS, MIXED):
             found = serve(rows, what, args.turns, time_turns)
             stages = serve(rows, what, args.turns, divide_turns)
             results.append({"rows": rows, "what": what, **found, "stages_us": stages})

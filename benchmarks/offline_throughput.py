@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import time
 
-from lib.arguments import add_shape, add_tensor_parallel, model_options, new_parser
+from lib.arguments import add_prefill_chunk_tokens, add_shape, add_tensor_parallel, model_options, new_parser
 from lib.ceilings import gemm_rate, kv_bytes_per_token, linear_flops, weight_bytes
 from lib.loads import full_length, generate_timed, random_prompt
 from lib.report import report
@@ -26,9 +26,8 @@ def main() -> None:
     parser.add_argument("--num-requests", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--attention-backend", default="auto")
-    parser.add_argument("--prefill-chunk-tokens", type=int, default=2048)
+    add_prefill_chunk_tokens(parser)
     parser.add_argument("--enforce-eager", action="store_true")
-    parser.add_argument("--mixed-steps", action="store_true", help="prompts and decode rows in one forward pass")
     add_tensor_parallel(parser)
     args = parser.parse_args()
 
@@ -43,7 +42,6 @@ def main() -> None:
         attention_backend=args.attention_backend,
         prefill_chunk_tokens=args.prefill_chunk_tokens,
         enforce_eager=args.enforce_eager,
-        mixed_steps=args.mixed_steps,
         tensor_parallel_size=num_ranks,
         enable_prefix_caching=False,
         max_num_seqs=max(512, args.num_requests),

@@ -47,8 +47,6 @@ class EngineConfig:
             `max_num_seqs` bounds them.
         prefill_chunk_tokens: the same limit on a device where streamed requests decode, if that is lower; streamed are
             all requests but those of `generate` and `chat` without stop strings.
-        mixed_steps: run prompts and decode rows of one device in one forward pass, which reads the weights once for
-            both, instead of in steps that take turns. Tested on CPUs; not measured on a GPU yet.
         max_num_seqs: maximum number of requests that hold KV blocks at a time.
         max_model_len: maximum length of a request in tokens, prompt and output; None takes 4096, or what the model
             allows if that is less.
@@ -79,8 +77,8 @@ class EngineConfig:
         max_handoff_backlog: maximum number of requests between the beginning of their prefill and the arrival of their
             KV; others wait in the queue.
         itl_target_ms: what a decode step may be predicted to take: a request waits in the queue while a step with it
-            would take longer, and mixed steps take no more of their prompts than there is time for, but for 32 tokens
-            of the oldest. None for no such limit. Needs two devices or `mixed_steps`.
+            would take longer, and a step with prompts takes no more of them than there is time for, but for 32 tokens
+            of the oldest. None for no such limit.
         launch_lead_ms: how long before the predicted end of the decode step that runs the next one is launched, so that
             requests that become ready meanwhile are in it; None launches it as soon as there is a place. Tested on
             CPUs; not measured on a GPU yet.
@@ -102,8 +100,7 @@ class EngineConfig:
 
     model: str
     max_num_batched_tokens: int = 16384
-    prefill_chunk_tokens: int = 2048
-    mixed_steps: bool = False
+    prefill_chunk_tokens: int = 1024
     max_num_seqs: int = 512
     max_model_len: int | None = None
     gpu_memory_utilization: float = 0.9
@@ -168,7 +165,6 @@ class EngineConfig:
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
-        _check_bool("mixed_steps", self.mixed_steps)
         _check_bool("enforce_eager", self.enforce_eager)
         _check_bool("enable_prefix_caching", self.enable_prefix_caching)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
@@ -187,11 +183,6 @@ class EngineConfig:
     def launch_lead_s(self) -> float | None:
         """`launch_lead_ms` in seconds."""
         return None if self.launch_lead_ms is None else self.launch_lead_ms * 1e-3
-
-    @property
-    def predicts_steps(self) -> bool:
-        """Whether something depends on how long a step will take."""
-        return self.mixed_steps or self.launch_lead_ms is not None
 
     @property
     def pipeline_mode(self) -> str:
@@ -261,11 +252,6 @@ class EngineConfig:
             unused = [name for name in switched if name in options]
             if unused and not options.get(switch):
                 raise ConfigError(f"{', '.join(unused)} given without {switch}=True; add it or leave them out")
-        if "itl_target_ms" in options and not (options.get("enable_two_gpu_pd") or options.get("mixed_steps")):
-            raise ConfigError(
-                "itl_target_ms given without enable_two_gpu_pd=True or mixed_steps=True: else steps of prompts come "
-                "between decode steps; add one of them or leave it out"
-            )
         return cls(model=model, **options)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nanovllm import LLM
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.scheduler import DECODE_STEPS_AHEAD
+from nanovllm.engine.scheduler import STEPS_AHEAD
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.placement import Placement
 
@@ -25,7 +25,7 @@ def place(
 def launch_decode(llm: LLM) -> bool:
     """Launches one more decode step, if so many may be in flight; whether it did."""
     card = llm.scheduler.placement.decode_card
-    if sum(bool(work.step.decode) for work in llm._steps.on(card)) >= DECODE_STEPS_AHEAD:
+    if sum(bool(work.step.decode) for work in llm._steps.on(card)) >= STEPS_AHEAD:
         return False
     step = llm.scheduler.schedule_decode()
     return step is not None and llm._loop._launch(step)

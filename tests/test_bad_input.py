@@ -354,9 +354,8 @@ def test_code_in_a_checkpoint_is_not_run(demo_copy, tmp_path, changes):
         ({"seed": -1}, r"seed=-1 is not an integer from 0 to 2\*\*63 - 1"),
         ({"seed": 2**63}, r"seed=9223372036854775808 is not an integer from 0 to 2\*\*63 - 1"),
         ({"seed": None}, "seed=None is not an integer from 0"),
-        ({"itl_target_ms": 10}, "itl_target_ms given without enable_two_gpu_pd=True or mixed_steps=True"),
         *(
-            ({"itl_target_ms": value, "enable_two_gpu_pd": True}, "itl_target_ms=.* is not a positive number of milli")
+            ({"itl_target_ms": value}, "itl_target_ms=.* is not a positive number of milli")
             for value in (0, -1.5, True, "10", NAN, INF, 10**400)
         ),
     ],

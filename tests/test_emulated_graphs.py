@@ -87,7 +87,8 @@ def test_graphs_give_the_tokens_of_eager_steps(checkpoint, emulated, monkeypatch
         ids = [llm.add_request(prompt, GREEDY if i % 3 else FILTERED) for i, prompt in enumerate(prompts)]
         outputs = drain(llm, steps_overlap=True)
         assert any(size > 110 for size in sizes)
-        graphs = [llm.prefill_runner.prefill.graphs, llm.decode_runner.decode.paths.steps[None]]
+        prompts_graphs = prefill.graphs if two_devices else llm.decode_runner.mixed._pass_graphs
+        graphs = [prompts_graphs, llm.decode_runner.decode.paths.steps[None]]
         assert all(isinstance(one, EmulatedGraphs) and one.num_replays for one in graphs)
         assert graphs[1].sizes == [1, 2, 4, 6]
         assert len(EmulatedGraphs.of_pool) == (2 if two_devices else 1), "a device's plain graphs share memory"
@@ -118,17 +119,17 @@ def test_graphs_of_mixed_steps_give_the_tokens_of_eager_steps(checkpoint, emulat
     assert found == [tiny.reference_tokens(reference, prompt, 20) for prompt in prompts]
 
 
-@pytest.mark.parametrize("mixed", [False, True])
-def test_prompts_are_reported_beside_graphs(checkpoint, emulated, mixed):
+@pytest.mark.parametrize("two_devices", [False, True])
+def test_prompts_are_reported_beside_graphs(checkpoint, emulated, two_devices):
     """Their steps run without one; the others, and sampling, go on as they were captured."""
     path, reference = checkpoint("gqa2")
     prompts = tiny.random_prompts(10, seed=75, longest=60)
     params = [dataclasses.replace(GREEDY, prompt_logprobs=None if index % 3 else 2) for index in range(10)]
-    with LLM(path, **{**SMALL_STEPS, "mixed_steps": mixed}, max_num_seqs=4) as llm:
+    with LLM(path, **SMALL_STEPS, enable_two_gpu_pd=two_devices, max_num_seqs=4) as llm:
         ids = [llm.add_request(*pair) for pair in zip(prompts, params, strict=True)]
-        outputs = drain(llm, steps_overlap=not mixed)
-        executor = llm.decode_runner.mixed if mixed else llm.decode_runner.prefill
-        graphs = [executor._pass_graphs, executor._sampling_graphs] if mixed else [executor.graphs]
+        outputs = drain(llm, steps_overlap=two_devices)
+        mixed = llm.decode_runner.mixed
+        graphs = [llm.prefill_runner.prefill.graphs] if two_devices else [mixed._pass_graphs, mixed._sampling_graphs]
         assert all(one.num_replays for one in graphs)
     for index, (request_id, prompt) in enumerate(zip(ids, prompts, strict=True)):
         assert tokens_of(outputs[request_id]) == tiny.reference_tokens(reference, prompt, 20)
@@ -136,14 +137,13 @@ def test_prompts_are_reported_beside_graphs(checkpoint, emulated, mixed):
             assert_reported(outputs[request_id][0].prompt_logprobs, prompt, reference)
 
 
-@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("two_devices", [False, True])
-def test_all_graphs_of_a_device_write_their_logits_to_one_buffer(tiny_path, emulated, two_devices, mixed):
-    with LLM(tiny_path, device="cpu", enable_two_gpu_pd=two_devices, mixed_steps=mixed, max_num_seqs=6) as llm:
+def test_all_graphs_of_a_device_write_their_logits_to_one_buffer(tiny_path, emulated, two_devices):
+    with LLM(tiny_path, device="cpu", enable_two_gpu_pd=two_devices, max_num_seqs=6) as llm:
         for runner in (llm.prefill_runner, llm.decode_runner):
             graphs = [runner.prefill.graphs]
             if runner is llm.decode_runner:
-                graphs += [runner.decode.paths.steps[None], *([runner.mixed._sampling_graphs] if mixed else [])]
+                graphs += [runner.decode.paths.steps[None], runner.mixed._sampling_graphs]
             buffers = {output.logits.data_ptr() for one in graphs for output in one.outputs.values()}
             assert len(buffers) == 1
 

@@ -16,6 +16,7 @@ from nanovllm.engine import scheduler
 from nanovllm.engine.execution import kv_pool, prefill_executor, step_handle
 from nanovllm.engine.execution.cuda_graph import bucket_for, prefill_buckets
 from nanovllm.engine.execution.step_handle import StepHandle
+from nanovllm.engine.scheduling import chunk_room
 from nanovllm.layers.ranks import OneRank
 from tests import tiny
 from tests.steps import launch_decode
@@ -161,7 +162,7 @@ class PaddedSteps:
 @pytest.mark.parametrize("most_requests", [1, 3, 32])
 def test_padded_steps_give_the_same_tokens(checkpoint, monkeypatch, most_requests):
     path, reference = checkpoint("gqa2")
-    for module in (prefill_executor, scheduler):
+    for module in (prefill_executor, scheduler, chunk_room):
         monkeypatch.setattr(module, "MAX_CHUNKS", most_requests)
     prompts = tiny.random_prompts(8, seed=30) + tiny.random_prompts(4, seed=31, longest=40, shared=48)
     filtered = SamplingParams(temperature=0, max_tokens=20, min_tokens=1, top_k=5)
@@ -171,12 +172,13 @@ def test_padded_steps_give_the_same_tokens(checkpoint, monkeypatch, most_request
         paths = runner.decode.paths
         paths.sizes = [2, 4, 6]
         paths.steps = {None: PaddedSteps(runner.run_decode_core, paths.sizes)}
-        launch, num_rows = runner.launch, []
-        runner.launch = lambda step: (num_rows.append(step.num_requests), launch(step))[1]
+        launch, launched = runner.launch, []
+        runner.launch = lambda step: (launched.append(step), launch(step))[1]
         answers = llm.generate(prompts, [GREEDY, GREEDY, filtered] * 4, use_tqdm=False)
         assert runner.prefill.graphs.num_replays > 0
         assert paths.steps[None].num_replays > 0
-        assert llm.counters.prefill_steps + llm.counters.decode_steps == len(num_rows)  # none had to be halved
+        assert llm.counters.prefill_steps == sum(bool(step.chunks) for step in launched), "none had to be halved"
+        assert llm.counters.decode_steps == sum(bool(step.decode) for step in launched)
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 20)
 
@@ -242,11 +244,12 @@ def test_generate_leaves_outputs_of_other_requests_for_step(checkpoint, llm):
 
 
 def failing_launch(llm, monkeypatch, request_id: int, kind: str, times: int) -> None:
-    """Makes steps of one kind that have this request in them fail, `times` times when it stands alone in one."""
+    """Makes steps with this part that have this request in them fail, `times` times when it stands alone in one."""
     launch, left = llm.prefill_runner.launch, [times]
 
     def fail(step):
-        if step.kind == kind and any(seq.request_id == request_id for seq in step.seqs):
+        part = step.chunks if kind == "prefill" else step.decode
+        if any(each.seq.request_id == request_id for each in part):
             if step.num_requests > 1:
                 raise RuntimeError("injected")
             if left[0] > 0:

@@ -13,7 +13,7 @@ from tests import tiny
 from tests.test_engine import tokens_of
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
-SMALL_STEPS = {"device": "cpu", "max_num_batched_tokens": 64, "prefill_chunk_tokens": 16, "mixed_steps": True}
+SMALL_STEPS = {"device": "cpu", "max_num_batched_tokens": 64, "prefill_chunk_tokens": 16}
 
 
 def serve(llm: LLM, prompts, params, *, aborts=(), steps_ahead: int = 1):
@@ -91,13 +91,14 @@ EVERY_PARAMETER = [
 
 @pytest.mark.parametrize("steps_ahead", [1, 2])
 @pytest.mark.parametrize("blocks", [200, 12])
-def test_sampled_tokens_and_logprobs_are_those_of_steps_in_turns(tiny_path, blocks, steps_ahead):
+def test_sampled_tokens_and_logprobs_are_those_of_steps_with_one_part(tiny_path, blocks, steps_ahead):
     prompts = tiny.random_prompts(16, seed=55, longest=50)
     params = [EVERY_PARAMETER[index % len(EVERY_PARAMETER)] for index in range(16)]
     found, logprobs = {}, {}
     for mixed in (False, True):
-        options = {**SMALL_STEPS, "mixed_steps": mixed, "num_kvcache_blocks": blocks, "kvcache_block_size": 16}
-        with LLM(tiny_path, **options, max_num_seqs=8) as llm:
+        # On two devices no step has both parts.
+        options = {**SMALL_STEPS, "enable_two_gpu_pd": not mixed, "kvcache_block_size": 16}
+        with LLM(tiny_path, **options, num_kvcache_blocks=blocks, max_num_seqs=8) as llm:
             found[mixed], kinds = serve(llm, prompts, params, steps_ahead=steps_ahead)
             assert ("mixed" in kinds) == mixed
             answers = llm.generate(prompts, params, use_tqdm=False)

@@ -11,10 +11,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from nanovllm import SamplingParams
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
-from nanovllm.engine.scheduling.admission import AdmissionPolicy
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.decode_batch import DecodeRow
 from nanovllm.engine.scheduling.step import PrefillChunk, Step
+from nanovllm.engine.scheduling.step_time import StepSize
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from tests.steps import place
 
@@ -22,7 +22,7 @@ BLOCK_SIZE = 4
 NUM_BLOCKS = 10
 MAX_MODEL_LEN = 36
 MAX_NUM_BATCHED_TOKENS = 14
-LIMITS = SchedulerLimits(prefill_chunk_tokens=5, max_num_seqs=4)
+LIMITS = SchedulerLimits(prefill_chunk_tokens=5, max_num_seqs=4, max_handoff_backlog=2)
 
 
 def make_sequence(request_id: int, tokens: list[int], max_tokens: int = 8) -> Sequence:
@@ -40,15 +40,12 @@ class OnePool(RuleBasedStateMachine):
         pool = BlockManager(NUM_BLOCKS, BLOCK_SIZE)
         return pool, pool
 
-    def admission(self) -> AdmissionPolicy:
-        return AdmissionPolicy(max_backlog=2)
-
     def __init__(self) -> None:
         super().__init__()
         self.prefill_pool, self.decode_pool = self.pools()
         chunk_tokens = self.limits.prefill_chunk_tokens
         placement = place(self.prefill_pool, self.decode_pool, MAX_NUM_BATCHED_TOKENS, chunk_tokens)
-        self.scheduler = Scheduler(self.limits, self.admission(), placement)
+        self.scheduler = Scheduler(self.limits, placement)
         self.prefill_card, self.decode_card = placement.prefill_card, placement.decode_card
         self.seqs: list[Sequence] = []
         self.prefills: dict[Card, list[Step]] = {}
@@ -230,16 +227,16 @@ class TwoPools(OnePool):
 class OneAtATime(TwoPools):
     """The same with a target that no step keeps to."""
 
-    def admission(self) -> AdmissionPolicy:
-        policy = AdmissionPolicy(max_backlog=2, itl_target_s=1e-6)
-        policy.observe(1, 10, 1.0)
-        return policy
+    limits = replace(LIMITS, itl_target_s=1e-6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decode_card.step_time.observe(StepSize(1, 10), 1.0)
 
 
 class MixedSteps(OnePool):
     """The same with steps of prompts and decode rows together, which end in the order of their launch."""
 
-    limits = replace(LIMITS, mixes_steps=True, predicts_steps=True)
     launch_prefill = end_prefill = end_handoff = launch_decode = end_decode = None  # type: ignore[assignment]
 
     def __init__(self) -> None:
@@ -254,7 +251,8 @@ class MixedSteps(OnePool):
     @precondition(lambda self: len(self.steps) < 2)
     @rule(splits=st.booleans())
     def launch(self, splits: bool = False) -> None:
-        for step in self.scheduler.schedule(self.decode_card, self.steps):
+        step = self.scheduler.schedule(self.decode_card, self.steps)
+        if step is not None:
             assert step.chunks or step.decode
             assert not {chunk.lease for chunk in step.chunks} & set(step.decode.batch.leases), "a chunk beside its row"
             self.steps += (splits and self.scheduler.halve(step)) or [step]
@@ -302,9 +300,9 @@ def scheduler_with(
     num_blocks: int, *prompts: list[int], max_num_batched_tokens: int = 100, prefill_chunk_tokens: int = 5
 ) -> tuple[Scheduler, list[Sequence]]:
     pool = BlockManager(num_blocks, BLOCK_SIZE)
-    limits = SchedulerLimits(prefill_chunk_tokens=prefill_chunk_tokens, max_num_seqs=8)
+    limits = SchedulerLimits(prefill_chunk_tokens=prefill_chunk_tokens, max_num_seqs=8, max_handoff_backlog=8)
     placement = place(pool, pool, max_num_batched_tokens, prefill_chunk_tokens)
-    scheduler = Scheduler(limits, AdmissionPolicy(max_backlog=8), placement)
+    scheduler = Scheduler(limits, placement)
     seqs = [make_sequence(index, tokens, max_tokens=50) for index, tokens in enumerate(prompts)]
     for seq in seqs:
         scheduler.add(seq)

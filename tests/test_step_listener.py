@@ -17,7 +17,10 @@ MODES = {
     "one": {"device": "cpu", "max_num_batched_tokens": 24},
     "two": {"device": "cpu", "max_num_batched_tokens": 24, "enable_two_gpu_pd": True},
 }
-DEVICES = {"one": {"prefill": "cpu:0", "decode": "cpu:0"}, "two": {"prefill": "cpu:0", "decode": "cpu:1"}}
+DEVICES = {
+    "one": dict.fromkeys(("prefill", "decode", "mixed"), "cpu:0"),
+    "two": {"prefill": "cpu:0", "decode": "cpu:1"},
+}
 
 
 @pytest.fixture(params=list(MODES))
@@ -50,9 +53,9 @@ def test_reports_are_what_the_metrics_count(llm, mode, monkeypatch):
     drain(llm)
     ended_s, metrics = time.perf_counter(), llm.metrics()
     num_steps = Counter(report.kind for report in reports)
-    assert num_steps == {"prefill": metrics["prefill_steps"], "decode": metrics["decode_steps"]}
-    for kind in num_steps:
-        assert sum(report.num_tokens for report in reports if report.kind == kind) == metrics[f"{kind}_tokens"]
+    assert num_steps["prefill"] + num_steps["mixed"] == metrics["prefill_steps"]
+    assert num_steps["decode"] + num_steps["mixed"] == metrics["decode_steps"]
+    assert sum(report.num_tokens for report in reports) == metrics["prefill_tokens"] + metrics["decode_tokens"]
     assert {report.kind: report.device for report in reports} == DEVICES[mode]
     assert any(report.num_tokens < report.num_requests for report in reports if report.kind == "decode")
     assert all(started_s < report.launched_s <= report.ended_s < ended_s for report in reports)

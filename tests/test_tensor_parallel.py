@@ -240,8 +240,8 @@ def test_sampled_tokens_and_logprobs_equal_those_of_one_rank(even):
 @uses_workers
 @pytest.mark.parametrize(
     ("name", "size", "options"),
-    [("biased", 2, {}), ("biased", 2, {"mixed_steps": True, **MODES["chunked"]}), ("tied", 4, MODES["preempted"])],
-    ids=["plain", "mixed", "preempted"],
+    [("biased", 2, {}), ("biased", 2, MODES["chunked"]), ("tied", 4, MODES["preempted"])],
+    ids=["plain", "chunked", "preempted"],
 )
 def test_log_probabilities_of_prompts_are_those_of_transformers(even, name, size, options):
     """Each rank has the logits of its part of the vocabulary."""

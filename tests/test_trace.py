@@ -101,8 +101,11 @@ def test_every_step_handoff_and_request_is_there_once(tiny_path, tmp_path, mode,
     rows = rows_of(path)
     is_one = "one" in mode
     assert set(rows) == ({"device cpu:0"} if is_one else {PREFILL, HANDOFF, DECODE})
-    decodes = named(rows["device cpu:0" if is_one else DECODE], "decode")
-    prefills = named([span for spans in rows.values() for span in spans], "prefill")
+    steps = [span for spans in rows.values() for span in spans]
+    mixed = named(steps, "mixed")
+    assert bool(mixed) == (mode == "one_preempted")
+    decodes = named(rows["device cpu:0" if is_one else DECODE], "decode") + mixed
+    prefills = named(steps, "prefill") + mixed
     handoffs = rows.get(HANDOFF, [])
     assert (len(prefills), total(prefills, "tokens")) == (counters.prefill_steps, counters.prefill_tokens)
     assert len(decodes) == counters.decode_steps

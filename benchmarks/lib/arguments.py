@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanovllm.config import DECODE_PIPELINES, KV_HANDOFFS
+from nanovllm.config import DECODE_PIPELINES, KV_HANDOFFS, EngineConfig
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {
@@ -96,12 +96,16 @@ def add_tensor_parallel(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
 
 
+def add_prefill_chunk_tokens(parser: argparse.ArgumentParser) -> None:
+    """Adds `--prefill-chunk-tokens`, with the engine's default."""
+    parser.add_argument("--prefill-chunk-tokens", type=int, default=EngineConfig.prefill_chunk_tokens)
+
+
 def add_mode(parser: argparse.ArgumentParser, default: str, modes: Sequence[str] = ("single", "pd")) -> None:
     """Adds `--mode`, and where its engines run: devices, pools, and the options of mode `pd`."""
     parser.add_argument(
         "--mode", choices=modes, default=default, help="one device (single), prefill and decode on two (pd)"
     )
-    parser.add_argument("--mixed-steps", action="store_true", help="prompts and decode rows in one forward pass")
     parser.add_argument("--kv-handoff", choices=KV_HANDOFFS, help="of mode pd, auto if not given")
     parser.add_argument("--decode-pipeline", choices=DECODE_PIPELINES, help="of mode pd, no pipeline if not given")
     add_device(parser)
@@ -151,7 +155,6 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """What to serve and where, as arguments of `LLM`, by the options of `add_model` and `add_mode`."""
     options = {**model_options(args), "device": args.device, "num_kvcache_blocks": args.num_kvcache_blocks}
-    options |= {"mixed_steps": args.mixed_steps}
     if args.mode != "pd":
         return options
     options |= {"enable_two_gpu_pd": True, "kv_handoff": args.kv_handoff or "auto"}

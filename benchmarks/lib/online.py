@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.arguments import add_mode, add_model, engine_options, parse_args
+from lib.arguments import add_mode, add_model, add_prefill_chunk_tokens, engine_options, parse_args
 from lib.loads import WORKLOADS, Request, make_load, make_streams
 from lib.report import QUANTILES, quantiles_ms
 from lib.traces import Trace, read_trace
@@ -32,9 +32,9 @@ def add_service(parser: argparse.ArgumentParser, modes: Sequence[str]) -> None:
     parser.add_argument("--duration", type=float, default=30.0, help="seconds in which requests arrive")
     parser.add_argument("--ttft-limit-ms", type=float, default=600.0, help="of a good request")
     parser.add_argument("--itl-limit-ms", type=float, default=10.0, help="of a good request")
-    parser.add_argument("--itl-target-ms", type=float, help="needs mode pd or --mixed-steps; no target if not given")
+    parser.add_argument("--itl-target-ms", type=float, help="no target if not given")
     parser.add_argument("--launch-lead-ms", type=float, help="launches decode steps just in time; at once if not given")
-    parser.add_argument("--prefill-chunk-tokens", type=int, default=2048)
+    add_prefill_chunk_tokens(parser)
     parser.add_argument("--max-num-seqs", type=int, default=512)
     parser.add_argument("--max-model-len", type=int, default=12288, help="longer requests of a workload are cut to it")
     parser.add_argument("--seed", type=int, default=0)

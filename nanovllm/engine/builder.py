@@ -30,7 +30,6 @@ from nanovllm.engine.observer import Observer
 from nanovllm.engine.requests import RequestIntake
 from nanovllm.engine.runners import Runners
 from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
-from nanovllm.engine.scheduling.admission import AdmissionPolicy
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.placement import Placement
 from nanovllm.engine.scheduling.step_time import ModelCosts, StepTimeModel
@@ -130,11 +129,7 @@ def _parts(
         verifies_handoffs=config.verify_kv_handoff,
     )
     kept_step_times = KeptStepTimes(
-        [
-            (card.step_time, step_time_fingerprint(config, runners[card]))
-            for card in placement.cards
-            if config.predicts_steps
-        ]
+        [(card.step_time, step_time_fingerprint(config, runners[card])) for card in placement.cards]
     )
     kept_step_times.restore()
     return EngineParts(tokenizer, runners, kv_transfer, scheduler, intake, observer, kept_step_times)
@@ -210,7 +205,6 @@ def runner_spec(config: EngineConfig, folder: Path, hf_config: dict[str, Any], d
         enforce_eager=config.enforce_eager,
         step_timeout_s=config.step_timeout_s,
         num_ranks=config.tensor_parallel_size,
-        mixes_steps=config.mixed_steps,
     )
 
 
@@ -439,8 +433,7 @@ def build_scheduler(config: EngineConfig, placement: Placement) -> Scheduler:
     limits = SchedulerLimits(
         prefill_chunk_tokens=config.prefill_chunk_tokens,
         max_num_seqs=config.max_num_seqs,
-        mixes_steps=config.mixed_steps,
-        predicts_steps=config.predicts_steps,
+        max_handoff_backlog=config.max_handoff_backlog,
+        itl_target_s=None if config.itl_target_ms is None else config.itl_target_ms * 1e-3,
     )
-    itl_target_s = None if config.itl_target_ms is None else config.itl_target_ms * 1e-3
-    return Scheduler(limits, AdmissionPolicy(config.max_handoff_backlog, itl_target_s), placement)
+    return Scheduler(limits, placement)

@@ -150,7 +150,8 @@ class Loop:
                     self._launch_at_s = min(self._launch_at_s, launch_at_s)
                     continue
             in_flight = [work.step for work in self._steps.on(card)]
-            for step in self._scheduler.schedule(card, in_flight):
+            step = self._scheduler.schedule(card, in_flight)
+            if step is not None:
                 self._launch_times.launching(card)
                 launched = self._launch(step) or launched
             self._launch_times.nothing_to_launch(card)

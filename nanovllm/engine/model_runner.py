@@ -323,7 +323,7 @@ class ModelRunner:
         most_rows = max(spec.max_num_seqs if self.is_decode_runner else 1, MAX_CHUNKS)
         most_tokens = self.max_prefill_tokens
         if self.is_decode_runner:
-            most_tokens = max(most_tokens + spec.max_num_seqs * spec.mixes_steps, spec.max_num_seqs)
+            most_tokens = most_tokens + spec.max_num_seqs
 
         def run_step(kv_pool: torch.Tensor, num_tokens: int) -> None:
             largest = largest_step(
@@ -346,10 +346,9 @@ class ModelRunner:
         if self.spec.uses_graphs(self.device):
             graph_pool = torch.cuda.graph_pool_handle()  # the memory that all graphs share
             most_rows = (self.prefill.buffers.max_num_requests, self.decode.max_num_rows)
-            forward.share_logits(max(*most_rows, self.mixed.max_num_sampled if self.spec.mixes_steps else 0))
+            forward.share_logits(max(*most_rows, self.mixed.max_num_sampled))
             self.prefill.capture(graph_pool)
-            if self.spec.mixes_steps:
-                self.mixed.capture(graph_pool)
+            self.mixed.capture(graph_pool)
         else:
             logger.info("%s: no graphs, the %s backend runs eagerly", self.device, self.spec.attention.backend.name)
         self.decode.prepare(graph_pool)

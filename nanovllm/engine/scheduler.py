@@ -11,11 +11,10 @@ import logging
 from collections import Counter, abc
 from dataclasses import dataclass
 
-from nanovllm.engine.scheduling.admission import LOOK_AHEAD_STEPS, AdmissionPolicy
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.chunk_room import ChunkRoom
 from nanovllm.engine.scheduling.decode_batch import DecodeRow, DecodeRows
-from nanovllm.engine.scheduling.decode_set import DecodeSet
+from nanovllm.engine.scheduling.decode_set import LOOK_AHEAD_STEPS, DecodeSet
 from nanovllm.engine.scheduling.lease import Allocation, Lease
 from nanovllm.engine.scheduling.placement import Placement
 from nanovllm.engine.scheduling.step import MAX_CHUNKS, BlockPair, PrefillChunk, Step
@@ -26,11 +25,8 @@ from nanovllm.outputs import FinishReason
 
 logger = logging.getLogger(__name__)
 
-DECODE_STEPS_AHEAD = 2
-"""Decode steps in flight: one that runs and one queued behind it, launched before the first one's tokens are seen."""
-
-PREFILL_STEPS_AHEAD = 2
-"""Prefill steps in flight on a card that only prefills, for the same reason. On a card that also decodes, it is one."""
+STEPS_AHEAD = 2
+"""Steps in flight on a card: one that runs, and one queued behind it before the first one's tokens are seen."""
 
 MAX_STREAMED_PREFILL_TOKENS = 4096
 """Token budget of a prefill step with a streamed request: larger steps give no more tokens per second, and the first
@@ -42,10 +38,10 @@ class SchedulerLimits:
     prefill_chunk_tokens: int
     """Maximum number of prompt tokens in a step of a card on which a streamed request decodes."""
     max_num_seqs: int
-    mixes_steps: bool = False
-    """Whether a step of a card that decodes takes prompts and decode rows together."""
-    predicts_steps: bool = False
-    """Whether steps are predicted, by what is learned of those that have ended; so they are where steps are mixed."""
+    max_handoff_backlog: int
+    """Maximum number of requests between the beginning of their prefill and the arrival of their KV."""
+    itl_target_s: float | None = None
+    """Maximum predicted seconds of a step with decode rows; None for no limit. Single steps vary around it."""
 
 
 class Scheduler:
@@ -56,9 +52,8 @@ class Scheduler:
     in the order of their launch.
     """
 
-    def __init__(self, limits: SchedulerLimits, admission: AdmissionPolicy, placement: Placement) -> None:
+    def __init__(self, limits: SchedulerLimits, placement: Placement) -> None:
         self.limits = limits
-        self.admission = admission
         self.placement = placement
         self.num_preemptions = 0
         self.num_queried_tokens = 0
@@ -147,37 +142,22 @@ class Scheduler:
     @property
     def predicted_itl_s(self) -> float | None:
         """Predicted seconds of a decode step with all running requests; None if there are none, or it is unknown."""
-        if self.admission.itl_target_s is None:
-            return None
-        # Other threads may read this at any moment, even when no request has a token left to decode.
+        # Other threads may read this at any moment.
         num_rows, num_tokens = len(self._running), self._num_tokens_ahead()
-        if self.limits.mixes_steps:
-            return self.placement.decode_card.step_time.predict(StepSize(num_rows, num_tokens)) if num_rows else None
-        return self.admission.expected_s(num_rows, num_tokens) if num_rows and num_tokens else None
+        return self.placement.decode_card.step_time.predict(StepSize(num_rows, num_tokens)) if num_rows else None
 
     # Forming steps
 
-    def schedule(self, card: Card, in_flight: abc.Sequence[Step]) -> abc.Iterator[Step]:
-        """The steps to launch on a card now, formed one by one as they are asked for.
+    def schedule(self, card: Card, in_flight: abc.Sequence[Step]) -> Step | None:
+        """The step to launch on a card now, if there is one.
 
         Args:
             card: one of `cards`.
             in_flight: its steps that have been launched and have not ended.
         """
-        if self.limits.mixes_steps and self.placement.decodes(card):
-            step = self._schedule_mixed(card, in_flight)
-            if step is not None:
-                yield step
-            return
-        most_prefills = PREFILL_STEPS_AHEAD if not self.placement.decodes(card) else 1
-        if sum(bool(step.chunks) for step in in_flight) < most_prefills:
-            step = self.schedule_prefill(card)
-            if step is not None:
-                yield step
-        if self.placement.decodes(card) and sum(bool(step.decode) for step in in_flight) < DECODE_STEPS_AHEAD:
-            step = self.schedule_decode(card)
-            if step is not None:
-                yield step
+        if len(in_flight) >= STEPS_AHEAD:
+            return None
+        return self._schedule_mixed(card, in_flight) if self.placement.decodes(card) else self.schedule_prefill(card)
 
     def schedule_prefill(self, card: Card | None = None) -> Step | None:
         """The next chunks of the requests that are prefilled on `card`, by default the one that prefills.
@@ -202,8 +182,6 @@ class Scheduler:
 
     def _schedule_mixed(self, card: Card, in_flight: abc.Sequence[Step]) -> Step | None:
         """A token for every request that decodes on a card, and the next chunks of those that are prefilled there."""
-        if len(in_flight) >= DECODE_STEPS_AHEAD:
-            return None
         self._join_arrived()
         if in_flight:
             self._join_ahead(in_flight[-1])
@@ -254,10 +232,7 @@ class Scheduler:
         """A step has ended so long after the one before it on its card, behind which it was queued."""
         if any(chunk.logprob_positions for chunk in step.chunks):
             return  # it took longer than its size says, to make the logits of prompts
-        if self.limits.predicts_steps:
-            step.card.step_time.observe(step.size, seconds)
-        if self.admission.itl_target_s is not None and step.kind == "decode":
-            self.admission.observe(len(step.decode), step.decode.num_tokens, seconds)
+        step.card.step_time.observe(step.size, seconds)
 
     def decode_done(self, step: Step) -> None:
         """The decode part of a step has run: the KV of the tokens that it was fed is in the card's pool."""
@@ -369,7 +344,7 @@ class Scheduler:
     def _chunks_beside(self, card: Card, rows: DecodeRows) -> list[PrefillChunk]:
         """The next chunks for a step that has decode rows."""
         chunks: list[PrefillChunk] = []
-        room = ChunkRoom(card.step_time, rows, self._prefill_token_budget(card), self.admission.itl_target_s)
+        room = ChunkRoom(card.step_time, rows, self._prefill_token_budget(card), self.limits.itl_target_s)
         for seq, num_tokens in room.share_out(self._prefill_candidates(card)):
             reason = room.reason_for_no_more(seq, num_tokens)
             if num_tokens:
@@ -397,7 +372,7 @@ class Scheduler:
             if seq.lease is not None and seq.lease.prefill.card is card:
                 yield seq
         # Computed once for all requests admitted here, since it visits every running request.
-        num_tokens_ahead = self._num_tokens_ahead() if self._waiting and self.admission.itl_target_s is not None else 0
+        num_tokens_ahead = self._num_tokens_ahead() if self._waiting and self.limits.itl_target_s is not None else 0
         while self._waiting and self._may_admit(self._waiting[0], num_tokens_ahead):
             seq = self._waiting[0]
             decode_card = self.placement.decode_card_of(seq)
@@ -421,19 +396,20 @@ class Scheduler:
         if any(decoding.waits_for_blocks for decoding in self._decoding.values()):
             seq.timeline.mark("waits for a lease (a decoding request needs the next free blocks)")
             return False
-        card = self.placement.decode_card_of(seq)
-        is_one_card = self.placement.prefill_card_of(seq) is card
-        if is_one_card and not self.limits.mixes_steps:
-            return True
-        num_rows, num_tokens = len(self._running) + 1, num_tokens_ahead + seq.num_tokens_ahead(LOOK_AHEAD_STEPS)
-        if is_one_card:
-            predicted_s = card.step_time.predict(StepSize(num_rows, num_tokens)) if self._running else None
-            reason = self.admission.reason_of_time(predicted_s)
-        else:
-            reason = self.admission.reason_to_wait(len(self._prefill_backlog), num_rows, num_tokens)
-        if reason is not None:
-            seq.timeline.mark(f"waits for a lease ({reason})")
-        return reason is None
+        card, limit, target_s = (
+            self.placement.decode_card_of(seq),
+            self.limits.max_handoff_backlog,
+            self.limits.itl_target_s,
+        )
+        if self.placement.prefill_card_of(seq) is not card and len(self._prefill_backlog) >= limit:
+            seq.timeline.mark(f"waits for a lease (max_handoff_backlog={limit} are under way)")
+            return False
+        if target_s is not None and self._running:  # a request alone makes the shortest possible steps
+            num_tokens = num_tokens_ahead + seq.num_tokens_ahead(LOOK_AHEAD_STEPS)
+            if card.step_time.may_exceed(target_s, StepSize(len(self._running) + 1, num_tokens)):
+                seq.timeline.mark(f"waits for a lease (itl_target_ms={target_s * 1e3:g} would be exceeded)")
+                return False
+        return True
 
     def _num_tokens_ahead(self) -> int:
         """Context tokens, LOOK_AHEAD_STEPS from now, of all requests that decode or are being prefilled."""

@@ -39,10 +39,7 @@ def tiny_on_disk(tmp_path_factory):
         {"max_num_batched_tokens": 24, "prefill_chunk_tokens": 7},
         {"num_kvcache_blocks": 9},
         {"max_num_seqs": 3},
-        {"mixed_steps": True, "max_num_seqs": 3},
-        {"mixed_steps": True, "max_num_seqs": 3, "enforce_eager": True},
-        {"mixed_steps": True, "max_num_batched_tokens": 24, "prefill_chunk_tokens": 7},
-        {"mixed_steps": True, "num_kvcache_blocks": 9},
+        {"max_num_seqs": 3, "enforce_eager": True},
     ],
 )
 def test_float32_tokens_equal_transformers(tiny_on_disk, backend, mode):
@@ -54,7 +51,7 @@ def test_float32_tokens_equal_transformers(tiny_on_disk, backend, mode):
         llm.add_step_listener(lambda report: kinds.add(report.kind))
         answers = llm.generate(prompts, GREEDY, use_tqdm=False)
         llm.scheduler.check_integrity()
-    assert ("mixed" in kinds) == ("mixed_steps" in mode)
+    assert "mixed" in kinds or not mode
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 40)
 
@@ -89,8 +86,7 @@ def test_penalties_are_those_of_their_definition(tiny_on_disk, penalties):
         {},
         {"enforce_eager": True},
         {"max_num_batched_tokens": 24, "prefill_chunk_tokens": 7},
-        {"mixed_steps": True, "max_num_batched_tokens": 64, "prefill_chunk_tokens": 16},
-        {"mixed_steps": True, "enforce_eager": True, "max_num_batched_tokens": 64},
+        {"enforce_eager": True, "max_num_batched_tokens": 64},
     ],
 )
 def test_log_probabilities_of_prompts_are_those_of_transformers(tiny_on_disk, backend, mode):
@@ -114,8 +110,7 @@ def test_log_probabilities_of_prompts_are_those_of_transformers(tiny_on_disk, ba
     [
         {},
         {"max_num_batched_tokens": 64},
-        {"mixed_steps": True, "max_num_seqs": 100},
-        {"mixed_steps": True, "max_num_batched_tokens": 64},
+        {"max_num_seqs": 100},
     ],
 )
 def test_demo_answers_in_bfloat16_equal_the_written_ones(options):
@@ -134,7 +129,7 @@ def test_requests_join_the_step_behind_their_prompts(tiny_on_disk, eager):
     path, reference = tiny_on_disk
     prompts = tiny.random_prompts(10, seed=16, longest=60)
     options = {"num_kvcache_blocks": 400, "max_num_batched_tokens": 64, "prefill_chunk_tokens": 16, "max_num_seqs": 8}
-    with LLM(path, device="cuda", dtype="float32", mixed_steps=True, enforce_eager=eager, **options) as llm:
+    with LLM(path, device="cuda", dtype="float32", enforce_eager=eager, **options) as llm:
         found, kinds = serve(llm, prompts, GREEDY)
         assert "mixed" in kinds
         assert llm.metrics()["leases"] == 0

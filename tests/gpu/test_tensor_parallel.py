@@ -41,8 +41,8 @@ MODES = {
     "eager": {"enforce_eager": True},
     "chunked": {"max_num_batched_tokens": 24, "prefill_chunk_tokens": 7},
     "preempted": {"num_kvcache_blocks": 9},
-    "mixed": {"mixed_steps": True, "max_num_seqs": 3},
-    "mixed eager": {"mixed_steps": True, "max_num_seqs": 3, "enforce_eager": True},
+    "few at a time": {"max_num_seqs": 3},
+    "few at a time, eager": {"max_num_seqs": 3, "enforce_eager": True},
 }
 
 

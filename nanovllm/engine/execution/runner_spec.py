@@ -31,7 +31,6 @@ class RunnerSpec:
     enforce_eager: bool
     step_timeout_s: float
     num_ranks: int = 1
-    mixes_steps: bool = False
 
     def uses_graphs(self, device: Device) -> bool:
         """Whether steps on the device run from CUDA graphs."""

@@ -15,6 +15,8 @@ an end."""
 
 SHORTER = 4
 """How many times as long the rest of the oldest prompt is as one that shares its room."""
+GEMM_TILE_TOKENS = 128
+"""A GEMM's time grows in steps of so many tokens."""
 MOST_PASSED_BY = 2
 """Long prompts behind the oldest that shorter ones pass by: each holds blocks from the moment that it is looked at."""
 
@@ -94,4 +96,10 @@ class ChunkRoom:
         return max(fitting, min(most, at_least))
 
     def _most(self, seq: Sequence) -> int:
-        return 0 if self._num_chunks == MAX_CHUNKS else min(self._budget, seq.num_tokens_to_prefill)
+        if self._num_chunks == MAX_CHUNKS:
+            return 0
+        if seq.num_tokens_to_prefill <= self._budget:
+            return seq.num_tokens_to_prefill
+        # Where the chunk ends is free: the step ends with a full tile, unless that takes most of the chunk.
+        beyond = (self._size.num_tokens + self._budget) % GEMM_TILE_TOKENS
+        return self._budget - beyond if beyond < self._budget // 2 else self._budget

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from nanovllm.engine.scheduling.admission import LOOK_AHEAD_STEPS
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.decode_batch import DecodeRow, DecodeRows, HostDecodeBatch
 from nanovllm.engine.scheduling.lease import Lease
+
+LOOK_AHEAD_STEPS = 128
+"""How many steps ahead a step is predicted: contexts grow meanwhile, up to the limits of their requests.
+
+The growth of a burst of requests beyond that is not predicted. Predicting up to `max_tokens` would hold others back
+for tokens that are allowed but mostly never come, and would ignore the room that requests make when they end.
+"""
 
 GROW_AHEAD_TOKENS = 16
 """When a request needs a block, others that will need one within this many tokens get theirs, too, if there are plenty:

@@ -180,6 +180,16 @@ class StepTimeModel:
             return None
         return float(self._features(size.num_tokens, size.context, size.num_pairs) @ self._coefficients) * self._unit_s
 
+    def may_exceed(self, limit_s: float, size: StepSize) -> bool:
+        """Whether a step may take longer: by its expected time and, where little is known, a standard deviation more.
+
+        False before any step was seen. Safe to call from any thread.
+        """
+        if self._unit_s is None:
+            return False
+        features = self._features(np.array([size.num_tokens], float), size.context, size.num_pairs)
+        return float(self._bounds(features)[0]) * self._unit_s > limit_s
+
     def tokens_that_fit(self, limit_s: float, size: StepSize, start: int, most: int) -> int:
         """How many prompt tokens a step of this size has room for, that it may take `limit_s` with them.
 
@@ -208,10 +218,13 @@ class StepTimeModel:
         assert self._unit_s is not None, "nothing is predicted before a step was seen"
         pairs = size.num_pairs + counts * (start + counts / 2)
         features = self._features(size.num_tokens + counts, size.context, pairs)
-        variances = ((features @ self._covariance) * features).sum(axis=1)
-        bounds = features @ self._coefficients + np.sqrt(np.maximum(variances, 0.0))
-        fitting = (bounds * self._unit_s <= limit_s).nonzero()[0]
+        fitting = (self._bounds(features) * self._unit_s <= limit_s).nonzero()[0]
         return int(fitting[-1]) if len(fitting) else None
+
+    def _bounds(self, features: np.ndarray) -> np.ndarray:
+        """[N, coefficients] -> [N] times, in units, a standard deviation above those expected."""
+        variances = ((features @ self._covariance) * features).sum(axis=1)
+        return features @ self._coefficients + np.sqrt(np.maximum(variances, 0.0))
 
     def state(self) -> dict[str, Any]:
         """What was learned, as JSON takes it, for `restore`."""

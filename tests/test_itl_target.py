@@ -1,6 +1,6 @@
-"""What decode steps are predicted to take, and what comes of holding requests back by it.
+"""What comes of holding requests back by what decode steps are predicted to take.
 
-The scheduler runs on simulated devices here, whose steps cost what no line can say.
+The scheduler runs on simulated devices here, whose steps cost what no model says exactly.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.execution.step_handle import StepHandle
 from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
-from nanovllm.engine.scheduling import admission
-from nanovllm.engine.scheduling.admission import AdmissionPolicy
+from nanovllm.engine.scheduling.decode_set import LOOK_AHEAD_STEPS
 from nanovllm.engine.scheduling.step import Step
+from nanovllm.engine.scheduling.step_time import StepSize, StepTimeModel
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.entrypoints.prometheus import Collector
 from tests import tiny
@@ -30,120 +30,6 @@ from tests.test_engine import drain, tokens_of
 from tests.test_metrics import phases
 
 MS = 1e-3
-
-
-# The fit
-
-
-def observed(*steps: tuple[int, int, float], target_ms: float = 10.0) -> AdmissionPolicy:
-    policy = AdmissionPolicy(8, target_ms * MS)
-    for step in steps:
-        policy.observe(*step)
-    return policy
-
-
-def line(rows: float, tokens: float) -> float:
-    return 4 * MS + 0.02 * MS * rows + 30e-9 * tokens
-
-
-def test_nothing_is_predicted_from_nothing():
-    policy = observed()
-    assert policy.predict(3, 100) is None
-    assert policy.reason_to_wait(0, 500, 10**7) is None
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.05])
-def test_a_line_is_found_beyond_what_was_seen(noise):
-    rng = random.Random(1)
-    policy = observed()
-    for _ in range(3000):
-        rows = rng.randint(1, 60)
-        tokens = sum(rng.randint(100, 2000) for _ in range(rows))
-        policy.observe(rows, tokens, line(rows, tokens) * math.exp(rng.gauss(0, noise)))
-    for rows, tokens in [(1, 300), (30, 30_000), (60, 60_000), (120, 240_000), (200, 60_000)]:
-        assert policy.predict(rows, tokens) == pytest.approx(line(rows, tokens), rel=0.06 + noise)
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.05])
-def test_one_request_tells_little_and_its_steps_are_not_taken_for_more(noise):
-    """Its contexts differ by little, and noise would make any slope of them."""
-    rng = random.Random(2)
-    policy = observed()
-    for tokens in range(400, 900):
-        policy.observe(1, tokens, 5 * MS * math.exp(rng.gauss(0, noise)))
-    assert policy.predict(1, 900) == pytest.approx(5 * MS, rel=0.05)
-    assert 5 * MS * (1 - noise) < policy.predict(2, 1800) < 5.5 * MS
-    assert policy.predict(16, 16_000) < 10 * MS
-    assert policy.predict(400, 400_000) > 20 * MS
-
-
-def test_rows_and_tokens_that_grow_together_are_told_by_their_sum():
-    policy = observed()
-    for rows in list(range(1, 65)) * 4:
-        policy.observe(rows, 500 * rows, line(rows, 500 * rows))
-    assert policy.predict(128, 64_000) == pytest.approx(line(128, 64_000), rel=0.03)
-
-
-def test_steps_that_get_shorter_with_size_do_not_make_a_coefficient_negative():
-    policy = observed()
-    for rows in list(range(1, 65)) * 4:
-        policy.observe(rows, 500 * rows, 9 * MS - 0.05 * MS * rows)
-    assert policy.predict(500, 250_000) >= policy.predict(64, 32_000) > 0
-    assert min(policy._coefficients) >= 0
-
-
-def test_a_hitch_changes_little_and_a_slower_card_is_noticed():
-    policy = observed(*[(32, 16_000, 6 * MS)] * 100)
-    before = policy.predict(32, 16_000)
-    assert before == pytest.approx(6 * MS)
-    policy.observe(32, 16_000, 2.0)
-    assert policy.predict(32, 16_000) < 1.1 * before
-    for _ in range(100):
-        policy.observe(32, 16_000, 9 * MS)
-    assert policy.predict(32, 16_000) == pytest.approx(9 * MS, rel=0.01)
-    assert policy.predict(34, 17_000) > 9 * MS
-
-
-def test_what_is_no_line_is_predicted_where_it_was_seen():
-    policy = observed()
-    for rows in list(range(1, 129)) * 4:
-        policy.observe(rows, 500 * rows, 4 * MS if rows <= 64 else 7 * MS)
-    assert [policy.predict(rows, 500 * rows) for rows in (50, 62, 72, 120)] == pytest.approx(
-        [4 * MS, 4 * MS, 7 * MS, 7 * MS], rel=0.07
-    )
-
-
-def test_hours_at_one_load_leave_what_was_seen_at_others_and_take_no_more_room():
-    rng = random.Random(3)
-    policy = observed(*[(rows, 600 * rows, line(rows, 600 * rows)) for rows in list(range(1, 129)) * 8])
-    for _ in range(5000):
-        policy.observe(40, 24_000 + rng.randrange(100), line(40, 24_000))
-    assert policy.predict(120, 72_000) == pytest.approx(line(120, 72_000), rel=0.05)
-    for _ in range(admission.OLDEST_STEPS):
-        policy.observe(40, 24_000, line(40, 24_000))
-    assert policy.predict(40, 24_000) == pytest.approx(line(40, 24_000), rel=0.01)
-    assert len(policy._sizes) <= 2
-
-
-@pytest.mark.parametrize("seconds", [0.0, 1e-12, 1e6])
-def test_any_clock_will_do(seconds):
-    policy = observed(*[(1, 1, seconds)] * 50)
-    assert 0 < policy.predict(512, 10**8) < math.inf
-
-
-# Reasons
-
-
-def test_reasons_are_named():
-    policy = observed(*[(1, 100, 9 * MS), (16, 1600, 9.9 * MS)] * 20, target_ms=10.5)
-    assert policy.reason_to_wait(7, 8, 800) is None
-    assert policy.reason_to_wait(8, 8, 800) == "max_handoff_backlog=8 are under way"
-    assert policy.reason_to_wait(0, 64, 6400) == "itl_target_ms=10.5 would be exceeded"
-    assert policy.reason_to_wait(0, 1, 10**6) is None
-    without = AdmissionPolicy(8)
-    without.observe(1, 100, 9.0)
-    assert without.reason_to_wait(7, 64, 10**6) is None
-    assert without.reason_to_wait(8, 1, 10) == "max_handoff_backlog=8 are under way"
 
 
 # The scheduler on simulated devices
@@ -168,16 +54,17 @@ class Simulation:
 
     def __init__(
         self,
-        policy: AdmissionPolicy,
         trace: list[tuple[float, int, int, int]],
         *,
+        max_backlog: int = 64,
+        target_ms: float | None = None,
         max_num_seqs: int = 512,
         give_up_s: float | None = None,
     ) -> None:
-        limits = SchedulerLimits(prefill_chunk_tokens=2048, max_num_seqs=max_num_seqs)
+        target_s = None if target_ms is None else target_ms * MS
+        limits = SchedulerLimits(2048, max_num_seqs, max_backlog, target_s)
         pools = [BlockManager(2**17, 64, enable_prefix_caching=False) for _ in range(2)]
-        self.scheduler = Scheduler(limits, policy, place(*pools, 16384, 2048))
-        self.policy = policy
+        self.scheduler = Scheduler(limits, place(*pools, 16384, 2048))
         self.rng = random.Random(0)
         self.now = 0.0
         self.seqs: list[Sequence] = []
@@ -256,8 +143,8 @@ class Simulation:
     def decode_ended(self) -> None:
         step = self.decodes.popleft()
         self.scheduler.decode_done(step)
-        if self.gap_start_s is not None and self.policy.itl_target_s is not None:
-            self.policy.observe(len(step.decode), step.decode.num_tokens, self.now - self.gap_start_s)
+        if self.gap_start_s is not None:
+            self.scheduler.step_took(step, self.now - self.gap_start_s)
         self.gap_start_s = self.now if self.decodes else None
         for seq, lease in zip(step.seqs, step.leases, strict=True):
             if seq.lease is lease:
@@ -301,19 +188,19 @@ GIVE_UP_S = 13.0
 TARGET_MS = 8.0
 
 
-def simulated(name: str, policy: AdmissionPolicy, **options) -> Simulation:
-    return Simulation(policy, TRACES[name], give_up_s=GIVE_UP_S, **options)
+def simulated(name: str, **options) -> Simulation:
+    return Simulation(TRACES[name], give_up_s=GIVE_UP_S, **options)
 
 
 def itl_and_rate(name: str, **options) -> tuple[float, float]:
     """Without a target."""
-    run = simulated(name, AdmissionPolicy(64), **options)
+    run = simulated(name, **options)
     return run.itl_p99_ms, run.tokens_per_s
 
 
 @pytest.mark.parametrize("name", TRACES)
 def test_itl_keeps_to_the_target_and_throughput_near_the_best_that_does(name):
-    held = simulated(name, AdmissionPolicy(64, TARGET_MS * MS))
+    held = simulated(name, target_ms=TARGET_MS)
     assert held.itl_p99_ms < 1.1 * TARGET_MS
     assert held.admitted == sorted(held.admitted)
     assert held.most_under_way <= 64
@@ -328,14 +215,14 @@ def test_itl_keeps_to_the_target_and_throughput_near_the_best_that_does(name):
 
 
 def test_long_answers_that_begin_together_grow_past_the_target_by_what_is_not_looked_ahead():
-    held = Simulation(AdmissionPolicy(64, TARGET_MS * MS), FEW_FIRST + [(2.0, 500, 1000, 1000)] * 150)
+    held = Simulation(FEW_FIRST + [(2.0, 500, 1000, 1000)] * 150, target_ms=TARGET_MS)
     assert held.itl_p99_ms < 1.2 * TARGET_MS
 
 
 def test_a_target_just_above_one_requests_steps_is_used_all_the_same():
     """16 rows cost as much as one, which nothing says until they are tried."""
     trace = [(0.0, 200, 400, 400)] + [(1.0, 500, 300, 300)] * 100
-    held = Simulation(AdmissionPolicy(64, 5.2 * MS), trace)
+    held = Simulation(trace, target_ms=5.2)
     assert true_step_s(1, 200) > 0.85 * 5.2 * MS
     assert held.most_running >= 12
     assert held.itl_p99_ms < 1.15 * 5.2
@@ -343,7 +230,7 @@ def test_a_target_just_above_one_requests_steps_is_used_all_the_same():
 
 def test_an_impossible_target_lets_one_at_a_time_through():
     trace = [(0.0, 200, 20, 20)] + [(0.1, 500, 20, 20)] * 50
-    held = Simulation(AdmissionPolicy(64, 1e-6), trace)
+    held = Simulation(trace, target_ms=1e-3)
     assert held.most_running == 1
     assert held.admitted == list(range(51))
 
@@ -351,44 +238,41 @@ def test_an_impossible_target_lets_one_at_a_time_through():
 @pytest.mark.parametrize("limit", [1, 5])
 @pytest.mark.parametrize("target_ms", [None, TARGET_MS])
 def test_the_backlog_is_bounded_with_and_without_a_target(limit, target_ms):
-    policy = AdmissionPolicy(limit, None if target_ms is None else target_ms * MS)
-    assert Simulation(policy, TRACES["burst"][:60]).most_under_way == limit
+    assert Simulation(TRACES["burst"][:60], max_backlog=limit, target_ms=target_ms).most_under_way == limit
 
 
 def test_without_a_target_requests_run_as_with_one_that_holds_nobody_back():
-    without, generous = simulated("burst", AdmissionPolicy(64)), simulated("burst", AdmissionPolicy(64, 1e6))
+    without, generous = simulated("burst"), simulated("burst", target_ms=1e9)
     assert without.admitted == generous.admitted
     assert without.gaps == generous.gaps
-    assert generous.policy.predict(1, 1) is not None
-    assert without.scheduler.predicted_itl_s is without.policy.predict(1, 1) is None
 
 
-class Asked(AdmissionPolicy):
+class Asked(StepTimeModel):
     """Keeps what it is asked."""
 
     def __init__(self) -> None:
-        super().__init__(8, 1.0)
-        self.questions: list[tuple[int, int, int]] = []
+        super().__init__()
+        self.questions: list[StepSize] = []
 
-    def reason_to_wait(self, *question: int) -> str | None:
-        self.questions.append(question)
-        return super().reason_to_wait(*question)
+    def may_exceed(self, limit_s: float, size: StepSize) -> bool:
+        self.questions.append(size)
+        return super().may_exceed(limit_s, size)
 
 
 def test_contexts_count_as_long_as_they_soon_may_be():
-    policy = Asked()
-    limits = SchedulerLimits(prefill_chunk_tokens=100, max_num_seqs=8)
-    scheduler = Scheduler(limits, policy, place(BlockManager(64, 4), BlockManager(64, 4), 100, 100))
+    scheduler = Scheduler(
+        SchedulerLimits(100, 8, 8, itl_target_s=1.0), place(BlockManager(64, 4), BlockManager(64, 4), 100, 100)
+    )
+    model = scheduler.placement.decode_card.step_time = Asked()
 
     def add(number: int, prompt: int, most: int) -> None:
         scheduler.add(Sequence(number, [number] * prompt, SamplingParams(), number, 0.0, prompt + most))
 
-    ahead = admission.LOOK_AHEAD_STEPS
     add(0, 30, 1000)
     add(1, 20, 12)
     chunks = scheduler.schedule_prefill().chunks
     # The last token of an output is not fed, so that its KV is no context.
-    assert policy.questions == [(0, 1, 30 + ahead), (1, 2, 30 + ahead + 20 + 11)]
+    assert model.questions == [StepSize(2, 30 + LOOK_AHEAD_STEPS + 20 + 11)]
     for chunk in chunks:
         scheduler.prefill_done(chunk)
         chunk.seq.token_ids.append(7)
@@ -396,8 +280,9 @@ def test_contexts_count_as_long_as_they_soon_may_be():
     for num_fed in range(2):
         add(2 + num_fed, 5, 500)
         scheduler.schedule_prefill()
-        still_there = num_fed * (5 + ahead)
-        assert policy.questions[-1] == (num_fed, 3 + num_fed, 31 + num_fed + ahead + 31 + still_there + 5 + ahead)
+        still_there = num_fed * (5 + LOOK_AHEAD_STEPS)
+        context = 31 + num_fed + LOOK_AHEAD_STEPS + 31 + still_there + 5 + LOOK_AHEAD_STEPS
+        assert model.questions[-1] == StepSize(3 + num_fed, context)
         scheduler.schedule_decode()
 
 
@@ -434,7 +319,8 @@ def test_an_impossible_target_changes_no_token_and_explains_the_wait(tiny_path):
 
 def observations(llm: LLM, monkeypatch) -> list[tuple[int, int, float]]:
     found: list[tuple[int, int, float]] = []
-    monkeypatch.setattr(llm.scheduler.admission, "observe", lambda *observation: found.append(observation))
+    model = llm.scheduler.placement.decode_card.step_time
+    monkeypatch.setattr(model, "observe", lambda size, seconds: found.append((size.num_tokens, size.context, seconds)))
     return found
 
 
@@ -476,17 +362,10 @@ def test_the_time_of_a_step_begins_where_the_one_before_it_ended(tiny_path, monk
             assert launch_prefill(llm, llm.scheduler.placement.decode_card)
         assert launch_decode(llm)
         llm._loop.collect_steps()
-        ((rows, _, seconds),) = found
+        assert len(found) == 1 + between
+        rows, _, seconds = found[-1]
         assert rows == 1
         assert seconds < 0.1, "it includes the prefill"
-
-
-def test_nothing_is_observed_without_a_target(tiny_path, monkeypatch):
-    with two_devices(tiny_path) as llm:
-        found = observations(llm, monkeypatch)
-        llm.add_request([1] * 30, SamplingParams(max_tokens=9))
-        drain(llm, steps_overlap=True)
-    assert not found
 
 
 def test_prometheus_reads_the_prediction(tiny_path):
@@ -498,6 +377,5 @@ def test_prometheus_reads_the_prediction(tiny_path):
         assert registry.get_sample_value(name) is None
         llm.add_request([1] * 30, SamplingParams(temperature=0, max_tokens=20))
         llm.step()
-        llm.scheduler.admission.observe(1, 31, 0.25)
-        llm.scheduler.admission.predict(2, 60)  # a request that waits asks so
-        assert registry.get_sample_value(name) == pytest.approx(0.25, rel=0.01)
+        llm.scheduler.placement.decode_card.step_time.observe(StepSize(1, 31), 0.25)
+        assert registry.get_sample_value(name) == pytest.approx(0.25, rel=0.05)
