@@ -125,6 +125,7 @@ def mixed_error(
     num_empty_rows: int,
     *,
     with_split: bool,
+    decode_stream: torch.cuda.Stream | None = None,
     **shape: Any,
 ) -> float:
     """The error of attention in a step with both parts: by two calls, for rows of these contexts, of which the last
@@ -154,6 +155,7 @@ def mixed_error(
         ),
         max_query_len=max(whole.max_query_len, 2),  # chunks of one token are chunks
         decode=decode,
+        decode_stream=decode_stream,
     )
     if with_split:
         decode = replace(decode, work_split=backend.split_work(decode, num_kv_heads))

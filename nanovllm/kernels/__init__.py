@@ -53,6 +53,8 @@ class AttentionMetadata:
         decode: of a step with both parts, its decode rows, whose tokens come first in T; the other fields but
             `slot_mapping` are of the chunks then. It may have rows without context behind those that there are, up to
             T. None for a step with one part.
+        decode_stream: a stream for the attention of these rows, beside that of the chunks; None to run one after the
+            other.
     """
 
     slot_mapping: torch.Tensor
@@ -65,6 +67,7 @@ class AttentionMetadata:
     num_sms: int | None = None
     after_store: Callable[[torch.Tensor], None] | None = None
     decode: AttentionMetadata | None = None
+    decode_stream: torch.cuda.Stream | None = None
 
     @property
     def is_decode(self) -> bool:
@@ -82,6 +85,8 @@ class Kernels(Protocol):
     name: str
     is_capturable: bool
     """Whether steps can be captured in a CUDA graph: no value is read back to the host."""
+    skips_empty_requests: bool
+    """Whether `attend` writes nothing for requests without context."""
 
     def norm_rotate_store(
         self,

@@ -26,6 +26,7 @@ def unsupported_reasons(needs: BackendRequirements) -> list[str]:
 class Backend(torch_reference.Backend):
     name = "flash_attn"
     is_capturable = True
+    skips_empty_requests = False
 
     def attend(
         self,

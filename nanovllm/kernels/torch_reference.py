@@ -20,6 +20,7 @@ def unsupported_reasons(needs: BackendRequirements) -> list[str]:
 class Backend:
     name = "torch"
     is_capturable = False
+    skips_empty_requests = True
 
     def norm_rotate_store(
         self,

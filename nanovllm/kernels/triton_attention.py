@@ -55,6 +55,7 @@ def unsupported_reasons(needs: BackendRequirements) -> list[str]:
 class Backend:
     name = "triton"
     is_capturable = True
+    skips_empty_requests = True
     norm_rotate_store = staticmethod(triton_fused.norm_rotate_store)
     linear = staticmethod(triton_fused.linear)
     norm_linear = staticmethod(triton_fused.norm_linear)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -76,5 +79,20 @@ class PagedAttention(nn.Module):
         attended = torch.empty_like(query, memory_format=torch.contiguous_format)
         # The rows first: those without context are tokens of chunks, whose place they may write to.
         num_rows = len(metadata.decode.context_lens)
-        self.backend.attend(query[:num_rows], kv_cache, metadata.decode, self.scale, attended[:num_rows])
-        return self.backend.attend(query, kv_cache, metadata, self.scale, attended)
+        with _beside(metadata.decode_stream):
+            self.backend.attend(query[:num_rows], kv_cache, metadata.decode, self.scale, attended[:num_rows])
+        self.backend.attend(query, kv_cache, metadata, self.scale, attended)
+        if metadata.decode_stream is not None:
+            torch.cuda.current_stream().wait_stream(metadata.decode_stream)
+        return attended
+
+
+@contextlib.contextmanager
+def _beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Runs on a stream, if one is given, what may run from here on."""
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield

@@ -44,12 +44,15 @@ def test_attention_equals_reference(spans, num_heads, num_kv_heads, head_dim, bl
     ("rows", "chunks", "num_empty_rows"),
     [*MIXED, ([3000] * 40 + [1], [(512, 4000), (300, 300)], 400), ([700] * 200, [(1, 900)], 0)],
 )
+@pytest.mark.parametrize("is_beside", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_attention_of_both_parts_equals_reference(rows, chunks, num_empty_rows, with_split, dtype):
+def test_attention_of_both_parts_equals_reference(rows, chunks, num_empty_rows, with_split, is_beside, dtype):
     from nanovllm.kernels.triton_attention import Backend
 
     shape = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "block_size": 64, "device": "cuda"}
-    error = mixed_error(Backend(), rows, chunks, num_empty_rows, with_split=with_split, dtype=dtype, **shape)
+    stream = torch.cuda.Stream() if is_beside else None
+    options = {"with_split": with_split, "decode_stream": stream, "dtype": dtype, **shape}
+    error = mixed_error(Backend(), rows, chunks, num_empty_rows, **options)
     assert error < TOLERANCE[dtype]
 
 

@@ -46,6 +46,12 @@ class MixedExecutor:
         shape = (self.max_num_sampled, spec.model_config.hidden_size)
         self._sampled_hidden = torch.zeros(shape, dtype=spec.dtype, device=where)
         self._places = torch.arange(self.max_num_sampled, device=where)
+        # For the attention of rows, which waits for memory, beside that of chunks, which computes.
+        self._decode_stream = (
+            torch.cuda.Stream(forward.device.index, priority=-1)
+            if forward.device.is_cuda and spec.attention.backend.skips_empty_requests
+            else None
+        )
         self._pass_graphs: StepGraphs[None] | None = None
         self._sampling_graphs: StepGraphs[StepOutput] | None = None
 
@@ -137,7 +143,11 @@ class MixedExecutor:
             of_chunks[:most_rows] = torch.where(is_row, of_rows, of_chunks[:most_rows])
         # The attention of rows gets nothing to do behind those that there are.
         context_lens = torch.where(is_row, rows.metadata.context_lens, 0)
-        metadata = dataclasses.replace(metadata, decode=dataclasses.replace(rows.metadata, context_lens=context_lens))
+        metadata = dataclasses.replace(
+            metadata,
+            decode=dataclasses.replace(rows.metadata, context_lens=context_lens),
+            decode_stream=self._decode_stream,
+        )
         hidden = self._forward.hidden_states(chunks.input_ids, chunks.positions, metadata, self._kv_pool)
         is_row, at_row, at_chunk = self._parts(self.max_num_sampled, most_rows)
         sampled_rows = torch.where(is_row, at_row, self._prefill.buffers.sampled_rows()[at_chunk])
