@@ -73,6 +73,7 @@ def test_latencies_count_from_the_moment_a_request_was_due(online_load, loads):
     assert (summary["input_tokens"], summary["output_tokens"], summary["seconds"]) == (4, 4, 6.0)
     assert summary["ttft_ms"]["max"] == 4000.0
     assert summary["itl_ms"]["max"] == pytest.approx(800.0)
+    assert summary["first_gap_ms"]["max"] == pytest.approx(200.0)
     assert summary["tpot_ms"]["p50"] == pytest.approx(500.0)
     # Requests were due until 4.0; three tokens came between 0.4 and then.
     assert summary["saturated_tokens_per_s"] == pytest.approx(3 / 3.6)

@@ -132,6 +132,7 @@ def summarize(requests: Sequence[Request], ttft_limit_s: float, itl_limit_s: flo
         "ttft_ms": quantiles_ms([request.ttft_s for request in answered]),
         "tpot_ms": quantiles_ms(tpot),
         "itl_ms": quantiles_ms([gap for request in answered for gap in request.gaps_s]),
+        "first_gap_ms": quantiles_ms([request.gaps_s[0] for request in answered if request.gaps_s]),
     }
 
 
@@ -170,6 +171,6 @@ def print_served(args: argparse.Namespace, summary: dict[str, Any]) -> None:
 
 
 def print_latencies(summary: dict[str, Any]) -> None:
-    print(f"{'ms':<8}" + "".join(f"{name:>10}" for name in QUANTILES))
-    for name in ("ttft_ms", "tpot_ms", "itl_ms"):
-        print(f"{name[:-3].upper():<8}" + "".join(f"{summary[name][quantile]:10.1f}" for quantile in QUANTILES))
+    print(f"{'ms':<10}" + "".join(f"{name:>10}" for name in QUANTILES))
+    for name in ("ttft_ms", "tpot_ms", "itl_ms", "first_gap_ms"):
+        print(f"{name[:-3].upper().replace('_', ' '):<10}" + "".join(f"{summary[name][quantile]:10.1f}" for quantile in QUANTILES))
