@@ -79,9 +79,6 @@ class EngineConfig:
         itl_target_ms: what a decode step may be predicted to take: a request waits in the queue while a step with it
             would take longer, and a step with prompts takes no more of them than there is time for, but for 32 tokens
             of the oldest. None for no such limit.
-        launch_lead_ms: how long before the predicted end of the decode step that runs the next one is launched, so that
-            requests that become ready meanwhile are in it; None launches it as soon as there is a place. Tested on
-            CPUs; not measured on a GPU yet.
         enable_decode_pipeline: run attention and GEMMs of decode steps side by side on two SM partitions of the decode
             card; needs `enable_two_gpu_pd=True`.
         decode_pipeline: `static` (the given split for every step), `auto` (whichever of the pipeline and plain decode
@@ -123,7 +120,6 @@ class EngineConfig:
     handoff_timeout_s: float = 30.0
     max_handoff_backlog: int = 256
     itl_target_ms: float | None = None
-    launch_lead_ms: float | None = None
     enable_decode_pipeline: bool = False
     decode_pipeline: str | None = None
     decode_attention_sm: int | None = None
@@ -180,11 +176,6 @@ class EngineConfig:
         self._check_pipeline_options()
 
     @property
-    def launch_lead_s(self) -> float | None:
-        """`launch_lead_ms` in seconds."""
-        return None if self.launch_lead_ms is None else self.launch_lead_ms * 1e-3
-
-    @property
     def pipeline_mode(self) -> str:
         """`decode_pipeline` with its defaults: `disabled` without `enable_decode_pipeline`."""
         if not self.enable_decode_pipeline:
@@ -220,8 +211,6 @@ class EngineConfig:
         _check_seconds("handoff_timeout_s", self.handoff_timeout_s)
         if self.itl_target_ms is not None:
             _check_seconds("itl_target_ms", self.itl_target_ms, "milliseconds")
-        if self.launch_lead_ms is not None:
-            _check_seconds("launch_lead_ms", self.launch_lead_ms, "milliseconds")
         if not self.enable_two_gpu_pd:
             return
         if self.prefill_device_id == self.decode_device_id:

@@ -33,7 +33,6 @@ def add_service(parser: argparse.ArgumentParser, modes: Sequence[str]) -> None:
     parser.add_argument("--ttft-limit-ms", type=float, default=600.0, help="of a good request")
     parser.add_argument("--itl-limit-ms", type=float, default=10.0, help="of a good request")
     parser.add_argument("--itl-target-ms", type=float, help="no target if not given")
-    parser.add_argument("--launch-lead-ms", type=float, help="launches decode steps just in time; at once if not given")
     add_prefill_chunk_tokens(parser)
     parser.add_argument("--max-num-seqs", type=int, default=512)
     parser.add_argument("--max-model-len", type=int, default=12288, help="longer requests of a workload are cut to it")
@@ -88,7 +87,7 @@ def trace_of(args: argparse.Namespace) -> Trace | None:
 
 def service_options(args: argparse.Namespace, trace: Trace | None) -> dict[str, Any]:
     """What to serve and how, as arguments of `LLM`; the prefix cache is on where a trace gives it something to find."""
-    names = ("max_model_len", "max_num_seqs", "prefill_chunk_tokens", "itl_target_ms", "launch_lead_ms")
+    names = ("max_model_len", "max_num_seqs", "prefill_chunk_tokens", "itl_target_ms")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     return {**engine_options(args), **given, "enable_prefix_caching": trace is not None and trace.has_hash_ids}
 
@@ -173,4 +172,7 @@ def print_served(args: argparse.Namespace, summary: dict[str, Any]) -> None:
 def print_latencies(summary: dict[str, Any]) -> None:
     print(f"{'ms':<10}" + "".join(f"{name:>10}" for name in QUANTILES))
     for name in ("ttft_ms", "tpot_ms", "itl_ms", "first_gap_ms"):
-        print(f"{name[:-3].upper().replace('_', ' '):<10}" + "".join(f"{summary[name][quantile]:10.1f}" for quantile in QUANTILES))
+        print(
+            f"{name[:-3].upper().replace('_', ' '):<10}"
+            + "".join(f"{summary[name][quantile]:10.1f}" for quantile in QUANTILES)
+        )

@@ -1,14 +1,24 @@
-"""When a card's next decode step is launched: as soon as there is a place, or just before it can begin."""
+"""When a card's next step is launched: just before it can begin, so that whoever becomes ready meanwhile is in it."""
 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 
 from nanovllm.engine.in_flight import StepsInFlight
 from nanovllm.engine.observer import Counters
 from nanovllm.engine.scheduling.card import Card
 
 AT_ONCE = 0.0
+FIRST_LEAD_S = 2e-3
+"""Seconds between a launch and the predicted end of what is in flight, at the start."""
+LEADS_S = (0.3e-3, 5e-3)
+"""Lower and upper bound of it."""
+EARLIER_S, LATER_S = 2e-4, 2e-6
+"""What is added to it after a launch that came too late, and taken off after one that did not: so one launch in a
+hundred is late. Then the device is idle for as long as the launch takes, a tenth of a step or so."""
+UNSURE = 0.03
+"""Share of the predicted time that is added to the lead: the error of predictions grows with them."""
 
 
 class LaunchTimes:
@@ -19,38 +29,40 @@ class LaunchTimes:
 
     Args:
         steps: the work in flight.
-        lead_s: seconds before the predicted end of what is in flight; None to launch at once.
         counters: count the launches that were put off and came when the step before had ended.
     """
 
-    def __init__(self, steps: StepsInFlight, lead_s: float | None, counters: Counters) -> None:
+    def __init__(self, steps: StepsInFlight, counters: Counters) -> None:
         self._steps = steps
-        self._lead_s = lead_s
         self._counters = counters
+        self._leads_s: defaultdict[Card, float] = defaultdict(lambda: FIRST_LEAD_S)
         self._put_off: set[Card] = set()
         """Cards whose next step could have been launched, and was not."""
 
     def next_on(self, card: Card) -> float:
         """The moment to launch the card's next step at, of `time.perf_counter()`; AT_ONCE where that is now.
 
-        So it is for a step whose time nothing is known of yet.
+        So it is behind a step whose time nothing is known of yet.
         """
         works = self._steps.on(card)
-        if self._lead_s is None or not works:
+        if not works:
             return AT_ONCE
         predicted_s = [card.step_time.predict(work.step.size) for work in works]
         known_s = [seconds for seconds in predicted_s if seconds is not None]
         if len(known_s) < len(works):
             return AT_ONCE
-        launch_at_s = self._steps.began_s(works[0]) + sum(known_s) - self._lead_s
+        launch_at_s = self._steps.began_s(works[0]) + sum(known_s) * (1 - UNSURE) - self._leads_s[card]
         if launch_at_s > time.perf_counter():
             self._put_off.add(card)
         return launch_at_s
 
     def launching(self, card: Card) -> None:
         """Notes that the card's next step is launched now."""
-        if card in self._put_off and all(work.handle.is_done() for work in self._steps.on(card)):
-            self._counters.late_launches += 1
+        if card in self._put_off:
+            is_late = all(work.handle.is_done() for work in self._steps.on(card))
+            self._counters.late_launches += is_late
+            lead_s = self._leads_s[card] + (EARLIER_S if is_late else -LATER_S)
+            self._leads_s[card] = min(max(lead_s, LEADS_S[0]), LEADS_S[1])
         self._put_off.discard(card)
 
     def nothing_to_launch(self, card: Card) -> None:

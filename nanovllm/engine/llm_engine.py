@@ -101,7 +101,7 @@ class LLMEngine:
             self.scheduler,
             self._steps,
             self._handoffs,
-            LaunchTimes(self._steps, self.config.launch_lead_s, self.counters),
+            LaunchTimes(self._steps, self.counters),
             self._outputs,
             self._mailbox,
             self._observer,

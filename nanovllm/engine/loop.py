@@ -144,7 +144,8 @@ class Loop:
         """Launches every step that a card can be given now. Returns whether there was one."""
         launched, self._launch_at_s = False, math.inf
         for card in self._scheduler.cards:
-            if self._scheduler.placement.decodes(card):
+            # Without streamed requests there is hardly anyone who could join meanwhile.
+            if self._scheduler.placement.decodes(card) and self._scheduler.has_streamed_requests:
                 launch_at_s = self._launch_times.next_on(card)
                 if launch_at_s > time.perf_counter():
                     self._launch_at_s = min(self._launch_at_s, launch_at_s)

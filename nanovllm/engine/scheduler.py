@@ -7,6 +7,7 @@ the same), is prefilled in chunks, handed off and decoded.
 from __future__ import annotations
 
 import bisect
+import itertools
 import logging
 from collections import Counter, abc
 from dataclasses import dataclass
@@ -133,6 +134,11 @@ class Scheduler:
         """Requests in each state, but for those that have ended."""
         counts = Counter(seq.status for seq in [*self._waiting, *self._running])
         return {status: counts[status] for status in SequenceStatus if status is not SequenceStatus.FINISHED}
+
+    @property
+    def has_streamed_requests(self) -> bool:
+        """Whether a request that has not ended is streamed."""
+        return any(seq.is_streamed for seq in itertools.chain(self._running, self._waiting))
 
     @property
     def num_leases(self) -> int:
