@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 from nanovllm import LLM, ConfigError, EngineBusyError, EngineClosedError, SamplingParams, StepReport
+from nanovllm.engine import launch_times
 from nanovllm.engine.execution.step_handle import StepHandle
 from tests import tiny
 from tests.test_engine import drain
@@ -43,6 +44,7 @@ def test_reports_are_what_the_metrics_count(llm, mode, monkeypatch):
         return polls[handle] > 3
 
     monkeypatch.setattr(StepHandle, "is_done", late)
+    monkeypatch.setattr(launch_times, "FIRST_LEAD_S", 1.0)  # each step is launched at once
     reports: list[StepReport] = []
     llm.add_step_listener(reports.append)
     started_s = time.perf_counter()

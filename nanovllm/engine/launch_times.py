@@ -12,11 +12,13 @@ from nanovllm.engine.scheduling.card import Card
 AT_ONCE = 0.0
 FIRST_LEAD_S = 2e-3
 """Seconds between a launch and the predicted end of what is in flight, at the start."""
-LEADS_S = (0.3e-3, 5e-3)
-"""Lower and upper bound of it."""
-EARLIER_S, LATER_S = 2e-4, 2e-6
-"""What is added to it after a launch that came too late, and taken off after one that did not: so one launch in a
-hundred is late. Then the device is idle for as long as the launch takes, a tenth of a step or so."""
+LEAST_LEAD_S = 0.3e-3
+CHANGE, CHANGE_S = 0.1, 0.2e-3
+"""Share of the lead, and seconds besides, that are added after a launch that came too late. So a caller that takes its
+time between two `step()` soon has its steps launched at once."""
+LATE_SHARE = 0.01
+"""Share of launches that come too late, in the long run: of the change, so much is taken off after each of the others.
+A late one leaves the device idle for about as long as a launch takes."""
 UNSURE = 0.03
 """Share of the predicted time that is added to the lead: the error of predictions grows with them."""
 
@@ -58,12 +60,12 @@ class LaunchTimes:
 
     def launching(self, card: Card) -> None:
         """Notes that the card's next step is launched now."""
-        if card in self._put_off:
-            is_late = all(work.handle.is_done() for work in self._steps.on(card))
-            self._counters.late_launches += is_late
-            lead_s = self._leads_s[card] + (EARLIER_S if is_late else -LATER_S)
-            self._leads_s[card] = min(max(lead_s, LEADS_S[0]), LEADS_S[1])
+        is_late = card in self._put_off and all(work.handle.is_done() for work in self._steps.on(card))
         self._put_off.discard(card)
+        self._counters.late_launches += is_late
+        lead_s = self._leads_s[card]
+        change_s = CHANGE * lead_s + CHANGE_S
+        self._leads_s[card] = max(lead_s + (change_s if is_late else -LATE_SHARE * change_s), LEAST_LEAD_S)
 
     def nothing_to_launch(self, card: Card) -> None:
         """Notes that the card has no next step, so that none is late."""
