@@ -7,7 +7,6 @@ the same), is prefilled in chunks, handed off and decoded.
 from __future__ import annotations
 
 import bisect
-import itertools
 import logging
 from collections import Counter, abc
 from dataclasses import dataclass
@@ -66,6 +65,8 @@ class Scheduler:
         """Resets the state: no requests, no work in flight."""
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
+        self._streamed: set[Sequence] = set()
+        """Those of both that are streamed."""
         self._prefilling: list[Sequence] = []
         self._prefill_backlog: set[Sequence] = set()
         """Requests between the start of their prefill and the arrival of their KV."""
@@ -88,6 +89,8 @@ class Scheduler:
         """Queues a request, in order of arrival."""
         seq.timeline.mark("waits for a lease (its turn)")
         bisect.insort(self._waiting, seq, key=_request_id)
+        if seq.is_streamed:
+            self._streamed.add(seq)
 
     def unfinished(self) -> list[Sequence]:
         """Requests that have not ended, oldest first."""
@@ -97,6 +100,7 @@ class Scheduler:
         """Ends a request in whatever state it is; its blocks return as soon as nothing in flight touches them."""
         assert not seq.is_finished, f"request {seq.request_id} finishes twice"
         (self._waiting if seq.status is SequenceStatus.WAITING else self._running).remove(seq)
+        self._streamed.discard(seq)
         seq.finish_reason, seq.error = reason, error
         seq.status = SequenceStatus.FINISHED
         seq.timeline.mark(f"ended: {reason}" if error is None else f"ended: {reason}, {error}")
@@ -138,7 +142,7 @@ class Scheduler:
     @property
     def has_streamed_requests(self) -> bool:
         """Whether a request that has not ended is streamed."""
-        return any(seq.is_streamed for seq in itertools.chain(self._running, self._waiting))
+        return bool(self._streamed)
 
     @property
     def num_leases(self) -> int:
@@ -304,6 +308,7 @@ class Scheduler:
             lease.ended = True
         self._clear()
         self._waiting = sorted(unfinished, key=_request_id)
+        self._streamed = {seq for seq in unfinished if seq.is_streamed}
         self._draining_leases = list(dict.fromkeys(stuck))
         for lease in self._draining_leases:
             lease.in_flight = stuck.count(lease)
@@ -323,6 +328,7 @@ class Scheduler:
         )
         handing_off = {seq for seq in self._running if seq.status is SequenceStatus.HANDING_OFF}
         assert self._handing_off.keys() == handing_off, "the list of handoffs is not the set of requests in HANDING_OFF"
+        assert self._streamed == {seq for seq in self.unfinished() if seq.is_streamed}
         for seq in self._waiting:
             assert seq.lease is None, f"waiting request {seq.request_id} holds a lease"
             assert seq.status is SequenceStatus.WAITING, f"request {seq.request_id} waits but is {seq.status}"
@@ -363,7 +369,7 @@ class Scheduler:
     def _prefill_token_budget(self, card: Card) -> int:
         """Maximum number of prompt tokens in the card's next step."""
         decodes_streamed = self.placement.decodes(card) and any(
-            seq.is_streamed and seq.status is SequenceStatus.DECODING for seq in self._running
+            seq.status is SequenceStatus.DECODING for seq in self._streamed
         )
         return (
             min(card.max_prefill_tokens, self.limits.prefill_chunk_tokens)
