@@ -161,6 +161,11 @@ def test_what_is_not_known_is_not_waited_for(one_in_flight):
     assert LaunchTimes(StepsInFlight(), Counters()).next_on(card) == AT_ONCE
 
 
+def test_ranks_in_other_processes_are_not_kept_waiting(one_in_flight):
+    times, card, *_ = one_in_flight
+    assert LaunchTimes(times._steps, Counters(), puts_off=False).next_on(card) == AT_ONCE
+
+
 def test_a_launch_that_was_not_put_off_is_not_late(one_in_flight):
     times, card, work, counters = one_in_flight
     work.launched_s -= 1.0

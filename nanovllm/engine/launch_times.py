@@ -32,11 +32,14 @@ class LaunchTimes:
     Args:
         steps: the work in flight.
         counters: count the launches that were put off and came when the step before had ended.
+        puts_off: False to launch at once. Ranks in other processes begin a step later than this one, and how much later
+            cannot be seen here.
     """
 
-    def __init__(self, steps: StepsInFlight, counters: Counters) -> None:
+    def __init__(self, steps: StepsInFlight, counters: Counters, *, puts_off: bool = True) -> None:
         self._steps = steps
         self._counters = counters
+        self._puts_off = puts_off
         self._leads_s: defaultdict[Card, float] = defaultdict(lambda: FIRST_LEAD_S)
         self._put_off: set[Card] = set()
         """Cards whose next step could have been launched, and was not."""
@@ -47,7 +50,7 @@ class LaunchTimes:
         So it is behind a step whose time nothing is known of yet.
         """
         works = self._steps.on(card)
-        if not works:
+        if not works or not self._puts_off:
             return AT_ONCE
         predicted_s = [card.step_time.predict(work.step.size) for work in works]
         known_s = [seconds for seconds in predicted_s if seconds is not None]

@@ -101,7 +101,7 @@ class LLMEngine:
             self.scheduler,
             self._steps,
             self._handoffs,
-            LaunchTimes(self._steps, self.counters),
+            LaunchTimes(self._steps, self.counters, puts_off=self.config.tensor_parallel_size == 1),
             self._outputs,
             self._mailbox,
             self._observer,

@@ -33,7 +33,7 @@ class Loop:
         runners: run the steps.
         scheduler: forms the steps.
         steps, handoffs: the work in flight.
-        launch_times: say when decode steps are launched.
+        launch_times: say when steps are launched.
         outputs: is given the tokens.
         mailbox: what calls have posted.
         observer: is told of steps.
@@ -144,8 +144,7 @@ class Loop:
         """Launches every step that a card can be given now. Returns whether there was one."""
         launched, self._launch_at_s = False, math.inf
         for card in self._scheduler.cards:
-            # Without streamed requests there is hardly anyone who could join meanwhile.
-            if self._scheduler.placement.decodes(card) and self._scheduler.has_streamed_requests:
+            if self._scheduler.has_streamed_requests:  # else hardly anyone can become ready meanwhile
                 launch_at_s = self._launch_times.next_on(card)
                 if launch_at_s > time.perf_counter():
                     self._launch_at_s = min(self._launch_at_s, launch_at_s)
