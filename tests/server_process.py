@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,6 +68,12 @@ class ServerProcess:
         self.process.kill()
         self.process.wait()
         self.process.stdout.close()
+
+
+def metric(server, pattern):
+    """The sum of the metrics whose lines begin like this."""
+    _, _, text = server.ask("GET", "/metrics")
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if re.match(pattern, line))
 
 
 def head(method, path, length, headers=()):

@@ -258,6 +258,20 @@ def test_what_a_server_cannot_be_loaded_with_is_refused(options, complaint):
     assert complaint in run.stderr
 
 
+def test_the_cpu_of_the_server_is_measured_of_streams_that_have_their_own_texts():
+    command = [sys.executable, str(BENCHMARKS / "server_cpu.py"), "--streams", "20", "--seconds", "1", "--rounds", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    one, chat, eight = (each["best"] for each in json.loads(run.stdout.splitlines()[-1])["results"])
+    for found in (one, chat, eight):
+        assert 1000 < found["tokens_per_s"] < 3500, "20 streams, a token each in 8 ms"
+        assert found["us_per_token"] > 0
+        assert found["events_per_token"] * found["us_per_event"] == pytest.approx(found["us_per_token"])
+    assert min(one["events_per_token"], chat["events_per_token"]) > 0.5
+    assert 0.1 < eight["events_per_token"] < 0.3
+
+
 def chunked(*parts: bytes) -> bytes:
     return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
 
@@ -478,7 +492,7 @@ def test_waiting_is_not_host_work(monkeypatch):
 def test_every_benchmark_says_what_it_takes(monkeypatch, capsys):
     """All but plots.py, which takes nothing; a parser with two options of a name would fail."""
     names = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != "plots")
-    assert len(names) == 19
+    assert len(names) == 20
     for name in names:
         monkeypatch.setattr(sys, "argv", [name, "--help"])
         with pytest.raises(SystemExit, match="0"):

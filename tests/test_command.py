@@ -61,6 +61,9 @@ def test_help_is_what_the_config_says(parser):
         (["/no/such/folder", "--kv-handoff", "copy"], "kv_handoff given without enable_two_gpu_pd=True"),
         (["/no/such/folder", "--host", "300.1.1.1"], "cannot listen at --host 300.1.1.1 --port 0"),
         (["/no/such/folder", "--port", "-1"], "--port -1 is below 0"),
+        (["/no/such/folder", "--send-timeout", "-1"], "--send-timeout -1.0 is not a number of seconds up to"),
+        (["/no/such/folder", "--send-timeout", "nan"], "--send-timeout nan is not a number of seconds up to"),
+        (["/no/such/folder", "--send-timeout", "3e6"], "--send-timeout 3000000.0 is not a number of seconds up to"),
         (["/no/such/folder", "--shutdown-timeout", "nan"], "--shutdown-timeout nan is not a positive number"),
     ],
 )

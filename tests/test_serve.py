@@ -15,7 +15,7 @@ import pytest
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
-from tests.server_process import ANSWERS, OPTIONS, PRIMES, ServerProcess, ask, events, head, read_head
+from tests.server_process import ANSWERS, OPTIONS, PRIMES, ServerProcess, ask, events, head, metric, read_head
 
 for package in ("starlette", "uvicorn", "httptools", "msgspec", "zmq"):
     pytest.importorskip(package, reason="needs the extra `serve`")
@@ -26,12 +26,6 @@ ENDLESS = {"temperature": 0, "max_tokens": 1900, "ignore_eos": True, "stream": T
 
 def chat_body(question, **more):
     return {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 600, **more}
-
-
-def metric(server, pattern):
-    """The sum of the metrics whose lines begin like this."""
-    _, _, text = server.ask("GET", "/metrics")
-    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if re.match(pattern, line))
 
 
 def at_rest(server, within_s=15.0):

@@ -196,6 +196,13 @@ def test_special_tokens_before_min_tokens_do_not_stop_and_a_stop_token_may_be_pa
         assert "".join(shown) == expected
 
 
+def test_nothing_comes_after_a_stop():
+    tokenizer, vocabulary = made("byte_level")
+    text = StreamedText(vocabulary, ("b",))
+    assert [text.add([token], may_stop=True) for token in ids(tokenizer, *"abcc")] == ["a", "", "", ""]
+    assert text.finish([]) == ""
+
+
 def test_a_stop_within_an_open_run_of_bytes_is_found_at_once():
     tokenizer, vocabulary = made("byte_fallback")
     written = ids(tokenizer, "▁a", "<0xC3>", "<0xA9>", "<0x0A>", "<0x0A>", "b")

@@ -49,6 +49,7 @@ class ServerProcess:
         model: folder of a checkpoint.
         options: arguments of `LLM`.
         more: options of the server's own.
+        program: what Python runs; this package, unless something is to stand in for a part of it.
 
     Attributes:
         port: where it listens.
@@ -58,9 +59,16 @@ class ServerProcess:
         ServerFailedError: it ended before it was ready.
     """
 
-    def __init__(self, model: str, options: Mapping[str, Any], more: Sequence[str]) -> None:
+    def __init__(
+        self,
+        model: str,
+        options: Mapping[str, Any],
+        more: Sequence[str],
+        *,
+        program: Sequence[str] = ("-m", "nanovllm"),
+    ) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
-        command = [sys.executable, "-m", "nanovllm", "serve", model, "--port", "0", *as_flags(options), *more]
+        command = [sys.executable, *program, "serve", model, "--port", "0", *as_flags(options), *more]
         started = time.perf_counter()
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log, text=True)
         assert self._process.stdout is not None, "it is a pipe"

@@ -19,7 +19,7 @@ from nanovllm.engine.requests import Prompt, RequestIntake
 from nanovllm.engine.scheduling.timeline import Timeline
 from nanovllm.engine.text.chat import ChatTemplate
 from nanovllm.engine.text.tokenizer import load_tokenizer
-from nanovllm.entrypoints.output_stream import OutputStream, closed
+from nanovllm.entrypoints.output_stream import Bell, OutputStream, closed
 from nanovllm.errors import EngineProcessError, EngineTimeoutError, UnknownRequestError, short_repr
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -140,7 +140,12 @@ class AsyncLLM:
             stream.close()
 
     async def open(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, add_special_tokens: bool = True
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        add_special_tokens: bool = True,
+        bell: Bell | None = None,
     ) -> OutputStream:
         """Queues a request and gives its outputs; what `generate` raises is raised before that.
 
@@ -148,6 +153,7 @@ class AsyncLLM:
             prompt: a text or token ids.
             sampling_params: the defaults if None.
             add_special_tokens: those that the tokenizer puts around a text.
+            bell: rings when there is something to take, for whoever waits for several requests at a time.
         """
         self._check_open()
         params = self._intake.checked_params(sampling_params, max_n=1)
@@ -157,7 +163,7 @@ class AsyncLLM:
         seq, text = self._intake.make(request_id, token_ids, params, streamed=True)
         self._engine.send(Add(request_id, token_ids, self._without_text(params)))
         self._num_requests += 1
-        stream = OutputStream(seq, text, self._leave)
+        stream = OutputStream(seq, text, self._leave, bell or Bell())
         self._streams[request_id] = weakref.ref(stream)
         return stream
 

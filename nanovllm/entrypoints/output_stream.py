@@ -18,6 +18,29 @@ from nanovllm.outputs import FinishReason, RequestOutput, TokenLogprobs
 logger = logging.getLogger(__name__)
 
 
+class Bell:
+    """Wakes a coroutine when something has come for it. One coroutine waits at a time."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
+        self._has_rung = False
+
+    def ring(self) -> None:
+        """Ends the wait, or the next one if nobody waits."""
+        self._has_rung = True
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Until it has rung since the last wait."""
+        if not self._has_rung:
+            self._waiter = asyncio.Future(loop=self._loop)
+            await self._waiter
+        self._has_rung = False
+
+
 class OutputStream(AsyncIterator[RequestOutput]):
     """The outputs of one request; the last one is `finished`. Left early or cancelled, it aborts the request.
 
@@ -25,13 +48,15 @@ class OutputStream(AsyncIterator[RequestOutput]):
         seq: what was asked for. Its tokens are not kept here.
         text: turns them into text.
         leave: is called when nothing more is wanted of the engine, before the engine has ended the request.
+        bell: rings when there is something to take; several streams may share one.
 
     Attributes:
         request_id: as in the outputs, and for `abort` and `explain`.
         num_prompt_tokens: of the request.
+        is_over: whether the last output was taken, or nobody wants it.
     """
 
-    def __init__(self, seq: Sequence, text: RequestText, leave: Callable[[int], None]) -> None:
+    def __init__(self, seq: Sequence, text: RequestText, leave: Callable[[int], None], bell: Bell) -> None:
         self.request_id = seq.request_id
         self.num_prompt_tokens = seq.num_prompt_tokens
         self._stop_token_ids = seq.stop_token_ids
@@ -41,14 +66,13 @@ class OutputStream(AsyncIterator[RequestOutput]):
         self._text = text
         self._leave = leave
         self._loop = asyncio.get_running_loop()
-        self._waiter: asyncio.Future[None] | None = None
+        self._bell = bell
         self._num_tokens = 0
         self._ttft_s: float | None = None
         self._reason: FinishReason | None = None
         self._error: Exception | None = None
         self._latency_s: float | None = None
-        self._is_over = False
-        """Whether the last output was taken, or nobody wants it."""
+        self.is_over = False
         self._failure: Exception | None = None
         """Raised in place of more outputs."""
         self._new_texts: list[str] = []
@@ -80,7 +104,7 @@ class OutputStream(AsyncIterator[RequestOutput]):
             self._leave(self.request_id)
             self.end("stop")
         else:
-            self._wake()
+            self._bell.ring()
 
     def add_logprobs(self, logprobs: Iterable[TokenLogprobs]) -> None:
         """Takes those of the tokens that come next."""
@@ -101,13 +125,13 @@ class OutputStream(AsyncIterator[RequestOutput]):
         except Exception as failure:  # noqa: BLE001 - as above
             logger.warning("the text of request %d failed (%s); giving up", self.request_id, failure)
             self._reason, self._error = "error", failure
-        self._wake()
+        self._bell.ring()
 
     def fail(self, error: Exception) -> None:
         """Raises this error in place of the next output."""
-        if not self._is_over:
+        if not self.is_over:
             self._failure = error
-            self._wake()
+            self._bell.ring()
 
     # What is taken
 
@@ -118,58 +142,59 @@ class OutputStream(AsyncIterator[RequestOutput]):
             EngineClosedError: the engine was closed.
         """
         try:
-            while not (self._is_over or self._failure or self._has_new):
-                self._waiter = self._loop.create_future()
-                await self._waiter
+            while (output := self.take()) is None and not self.is_over:
+                await self._bell.wait()
         except BaseException:
             self.close()
             raise
-        if self._failure is not None:
-            self._is_over = True
-            raise self._failure
-        if self._is_over:
+        if output is None:
             raise StopAsyncIteration
-        return self._take()
+        return output
+
+    def take(self) -> RequestOutput | None:
+        """All that has come since the last output; None if that is nothing, or after the last output.
+
+        Raises:
+            EngineClosedError: the engine was closed.
+        """
+        if self._failure is not None:
+            self.is_over = True
+            raise self._failure
+        token_ids, reason = self._new_token_ids, self._reason
+        if self.is_over or not (token_ids or reason is not None):
+            return None
+        logprobs = None
+        if self._wants_logprobs and token_ids:
+            count = len(token_ids)
+            logprobs, self._new_logprobs = self._new_logprobs[:count], self._new_logprobs[count:]
+        texts, of_prompt = self._new_texts, self._prompt_logprobs
+        self._new_token_ids, self._new_texts, self._prompt_logprobs = [], [], None
+        self.is_over = is_last = reason is not None
+        # By position: an output for every token of every stream.
+        return RequestOutput(
+            self.request_id,
+            token_ids,
+            "".join(texts),
+            is_last,
+            reason,
+            self._error,
+            logprobs,
+            self._ttft_s,
+            self._latency_s,
+            of_prompt,
+        )
 
     def close(self) -> None:
         """Aborts the request if it is still running; no more outputs come."""
-        if self._reason is None and not self._is_over and self._failure is None:
+        if self._reason is None and not self.is_over and self._failure is None:
             self._leave(self.request_id)
-        self._is_over = True
-        self._wake()
+        self.is_over = True
+        self._bell.ring()
 
     def __del__(self) -> None:
         # A collection of garbage may run in any thread.
-        if not self._is_over and self._reason is None and self._failure is None and not self._loop.is_closed():
+        if not self.is_over and self._reason is None and self._failure is None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._leave, self.request_id)
-
-    @property
-    def _has_new(self) -> bool:
-        return bool(self._new_token_ids) or self._reason is not None
-
-    def _take(self) -> RequestOutput:
-        has_logprobs = self._wants_logprobs and self._new_token_ids
-        count = len(self._new_token_ids)
-        output = RequestOutput(
-            request_id=self.request_id,
-            new_token_ids=self._new_token_ids,
-            text="".join(self._new_texts),
-            finished=self._reason is not None,
-            finish_reason=self._reason,
-            error=self._error,
-            new_logprobs=self._new_logprobs[:count] if has_logprobs else None,
-            ttft_s=self._ttft_s,
-            latency_s=self._latency_s,
-            prompt_logprobs=self._prompt_logprobs,
-        )
-        self._prompt_logprobs = None
-        self._new_token_ids, self._new_texts, self._new_logprobs = [], [], self._new_logprobs[count:]
-        self._is_over = output.finished
-        return output
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
     def _text_failed(self, error: Exception) -> None:
         logger.warning("the text of request %d failed (%s); giving up", self.request_id, error)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from nanovllm.engine.text.stops import MAX_MARKS, StopFinder, has_marks, mark
+from nanovllm.engine.text.stops import MAX_MARKS, StopFinder, first_characters, has_marks, mark
 from nanovllm.errors import RequestError
 
 NUM_CONTEXT = 4
@@ -278,12 +278,26 @@ class StreamedText:
         self._num_exempt = 0
         """Characters to come whose tokens were below `min_tokens`."""
         self.token_texts = None if self._finders else token_texts
+        self._each_text = token_texts
+        self._first_of_stop = first_characters(stop) if stop else None
+        self._is_settled = token_texts is not None
+        """Whether a token's text depends on no earlier token, and none of these may be the beginning of a stop."""
 
     @property
     def has_open_text(self) -> bool:
         return self._decoder.is_open
 
     def add(self, token_ids: list[int], *, may_stop: bool) -> str:
+        if self._is_settled and self._each_text is not None and len(token_ids) == 1:  # nearly always
+            text = self._each_text[token_ids[0]]
+            if text and (self._first_of_stop is None or self._first_of_stop.search(text) is None):
+                return text
+        text = self._add(token_ids, may_stop)
+        if self._each_text is not None:
+            self._is_settled = not self._decoder.is_open and all(finder.is_at_rest for finder in self._finders)
+        return text
+
+    def _add(self, token_ids: list[int], may_stop: bool) -> str:
         if not self._finders:
             return "".join(self._decoder.add(token) for token in token_ids if token not in self._special)
         self._may_stop = may_stop

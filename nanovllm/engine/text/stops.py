@@ -23,6 +23,11 @@ def has_marks(text: str) -> bool:
     return MARKS.search(text) is not None
 
 
+def first_characters(stops: Iterable[str]) -> re.Pattern[str]:
+    """Matches the characters with which these begin; there is at least one, and none is empty."""
+    return re.compile("[" + "".join(re.escape(char) for char in {stop[0] for stop in stops}) + "]")
+
+
 class _State:
     """A state of the automaton: the prefix of `length` characters that the sorted stop strings [low, high) share."""
 
@@ -60,11 +65,16 @@ class StopFinder:
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = sorted(set(stops))
         self._root = self._state = _State(0, len(self._stops), 0, 0)
-        self._first = re.compile("[" + "".join(re.escape(char) for char in {stop[0] for stop in self._stops}) + "]")
+        self._first = first_characters(self._stops)
 
     @property
     def num_held(self) -> int:
         return self._state.width
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether the text so far does not end with the beginning of a stop string."""
+        return self._state is self._root
 
     def reset(self) -> None:
         """Forgets the text so far: no stop string may begin in it."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar
 
+import msgspec
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm.entrypoints.server.chat_text import ChatText, ToolCall
@@ -17,6 +18,11 @@ from nanovllm.outputs import RequestOutput, TokenLogprobs
 
 LEAST_LOGPROB = -9999.0
 """OpenAI's word for a probability of nothing; JSON has no infinity."""
+
+SOME_TEXT = "\0"
+"""Stands for a text in a chunk, after which nothing else is like it."""
+
+_to_json = msgspec.json.Encoder().encode
 
 
 class TokenNames:
@@ -84,6 +90,7 @@ class Answers(ABC):
         wants_logprobs: whether there are log-probabilities.
         num_prompt_logprobs: most probable tokens to list for each prompt token as vLLM's `prompt_logprobs`, beside that
             token; None for no such list.
+        includes_usage: whether a stream ends with the numbers of tokens; then every other chunk has `usage`, null.
     """
 
     whole_object = ""
@@ -101,10 +108,14 @@ class Answers(ABC):
         *,
         wants_logprobs: bool,
         num_prompt_logprobs: int | None = None,
+        includes_usage: bool = False,
     ) -> None:
         self._names = names
         self._wants_logprobs = wants_logprobs
         self._num_prompt_logprobs = num_prompt_logprobs
+        self.includes_usage = includes_usage
+        self._around: dict[int, tuple[bytes, bytes]] = {}
+        """What is before and after the text, by choice, in the JSON of a chunk that tells of nothing but text."""
         self._head: dict[str, Any] = {"id": name, "object": "", "created": int(time.time()), "model": model}
 
     def whole(self, choices: Sequence[Choice], num_prompt_tokens: int) -> dict[str, Any]:
@@ -131,13 +142,35 @@ class Answers(ABC):
         said = self._said_next(index, output.text, is_last=output.finished)
         if said is None and not (output.finished or has_logprobs):
             return None
-        choice = {
-            "index": index,
-            **(said or self._nothing),
-            "logprobs": self._all_logprobs(index, output.prompt_logprobs, output.new_logprobs or ()),
-            "finish_reason": self._finish_reason(index, output.finish_reason),
-        }
-        return {**self._head, "object": self.chunk_object, "choices": [choice]}
+        return self._chunk(
+            {
+                "index": index,
+                **(said or self._nothing),
+                "logprobs": self._all_logprobs(index, output.prompt_logprobs, output.new_logprobs or ()),
+                "finish_reason": self._finish_reason(index, output.finish_reason),
+            }
+        )
+
+    def chunk_json(self, index: int, output: RequestOutput) -> bytes | None:
+        """The same as JSON. Most chunks tell of nothing but text, and only that is turned into JSON then."""
+        around = self._around.get(index)
+        if around is None or output.finished:
+            chunk = self.chunk(index, output)
+            if not (output.finished or self._wants_logprobs) and self._is_plain(index):
+                self._around[index] = self._make_around(index)
+            return None if chunk is None else _to_json(chunk)
+        if not output.text:
+            return None
+        return b"%b%b%b" % (around[0], _to_json(output.text), around[1])
+
+    def _make_around(self, index: int) -> tuple[bytes, bytes]:
+        choice = {"index": index, **self._plain(SOME_TEXT), "logprobs": None, "finish_reason": None}
+        before, _, after = _to_json(self._chunk(choice)).rpartition(_to_json(SOME_TEXT))
+        return before, after
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        chunk = {**self._head, "object": self.chunk_object, "choices": [choice]}
+        return {**chunk, "usage": None} if self.includes_usage else chunk
 
     def last_chunk(self, num_prompt_tokens: int, num_tokens: int) -> dict[str, Any]:
         """The chunk after all choices, with the numbers of tokens."""
@@ -151,6 +184,14 @@ class Answers(ABC):
     @abstractmethod
     def _said_next(self, index: int, text: str, *, is_last: bool) -> dict[str, Any] | None:
         """How a chunk has the next part of it; None if it says nothing yet."""
+
+    @abstractmethod
+    def _is_plain(self, index: int) -> bool:
+        """Whether all texts that come of a choice, but for the last one, are told as they are."""
+
+    @abstractmethod
+    def _plain(self, text: str) -> dict[str, Any]:
+        """How a chunk has such a text."""
 
     def _finish_reason(self, index: int, reason: str | None) -> str | None:
         return reason
@@ -202,9 +243,17 @@ class Completion(Answers):
         *,
         wants_logprobs: bool,
         num_prompt_logprobs: int | None = None,
+        includes_usage: bool = False,
         echoes: Sequence[Echo] = (),
     ) -> None:
-        super().__init__(name, model, names, wants_logprobs=wants_logprobs, num_prompt_logprobs=num_prompt_logprobs)
+        super().__init__(
+            name,
+            model,
+            names,
+            wants_logprobs=wants_logprobs,
+            num_prompt_logprobs=num_prompt_logprobs,
+            includes_usage=includes_usage,
+        )
         self._echoes = echoes
         self._echoed: set[int] = set()
         self._offsets: dict[int, int] = {}
@@ -217,6 +266,12 @@ class Completion(Answers):
 
     def _said_next(self, index: int, text: str, *, is_last: bool) -> dict[str, Any] | None:
         return self._said(index, text)
+
+    def _is_plain(self, index: int) -> bool:
+        return not self._echoes or index in self._echoed
+
+    def _plain(self, text: str) -> dict[str, Any]:
+        return {"text": text}
 
     def _all_logprobs(
         self, index: int, in_prompt: Sequence[TokenLogprobs | None] | None, entries: Sequence[TokenLogprobs]
@@ -264,8 +319,16 @@ class Chat(Answers):
         *,
         wants_logprobs: bool,
         num_prompt_logprobs: int | None = None,
+        includes_usage: bool = False,
     ) -> None:
-        super().__init__(name, model, names, wants_logprobs=wants_logprobs, num_prompt_logprobs=num_prompt_logprobs)
+        super().__init__(
+            name,
+            model,
+            names,
+            wants_logprobs=wants_logprobs,
+            num_prompt_logprobs=num_prompt_logprobs,
+            includes_usage=includes_usage,
+        )
         self._make_text = make_text
         self._texts: dict[int, ChatText] = {}
         self._num_calls: dict[int, int] = {}
@@ -297,6 +360,13 @@ class Chat(Answers):
             delta["tool_calls"] = [{"index": place, **_call(call)} for place, call in enumerate(said.calls, first)]
             self._num_calls[index] = first + len(said.calls)
         return {"delta": delta}
+
+    def _is_plain(self, index: int) -> bool:
+        text = self._texts.get(index)
+        return text is not None and text.is_plain
+
+    def _plain(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text}}
 
     def _finish_reason(self, index: int, reason: str | None) -> str | None:
         return "tool_calls" if reason == "stop" and self._num_calls.get(index) else reason

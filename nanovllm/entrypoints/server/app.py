@@ -29,11 +29,12 @@ from nanovllm.entrypoints.server.body import read_object
 from nanovllm.entrypoints.server.chat_text import CALL, THINK, ChatText
 from nanovllm.entrypoints.server.completions import (
     CLIENT_HAS_LEFT,
+    Events,
     EventStream,
     Requests,
     answer_whole,
     event_of,
-    events,
+    with_server_send,
 )
 from nanovllm.entrypoints.server.gate import Gate
 from nanovllm.entrypoints.server.live import Live
@@ -102,6 +103,7 @@ class Endpoints:
                 self._names,
                 wants_logprobs=asked.params.logprobs is not None,
                 num_prompt_logprobs=asked.prompt_logprobs,
+                includes_usage=asked.includes_usage,
                 echoes=echoes,
             )
         except BaseException:
@@ -135,6 +137,7 @@ class Endpoints:
             make_text,
             wants_logprobs=asked.params.logprobs is not None,
             num_prompt_logprobs=asked.prompt_logprobs,
+            includes_usage=asked.includes_usage,
         )
         return await self._answer(request, requests, answers, asked)
 
@@ -200,7 +203,7 @@ class Endpoints:
 
     async def _answer(self, request: Request, requests: Requests, answers: Answers, asked: Asked) -> Response:
         if asked.streams:
-            return EventStream(events(requests, answers, includes_usage=asked.includes_usage), requests)
+            return EventStream(Events(requests, answers), requests)
         return await answer_whole(request, requests, answers)
 
     async def _body(self, request: Request) -> dict[str, Any]:
@@ -251,7 +254,7 @@ class KeyCheck:
         await problem.as_response()(scope, receive, send)
 
 
-def make_app(llm: AsyncLLM, gate: Gate, settings: ServerSettings) -> Starlette:
+def make_app(llm: AsyncLLM, gate: Gate, settings: ServerSettings) -> ASGIApp:
     """The application that uvicorn serves."""
     at = Endpoints(llm, gate, settings)
     routes = [
@@ -275,7 +278,7 @@ def make_app(llm: AsyncLLM, gate: Gate, settings: ServerSettings) -> Starlette:
         Exception: _tell,
     }
     checks = [] if settings.api_key is None else [Middleware(KeyCheck, api_key=settings.api_key)]
-    return Starlette(routes=routes, exception_handlers=handlers, middleware=checks)
+    return with_server_send(Starlette(routes=routes, exception_handlers=handlers, middleware=checks))
 
 
 async def _tell(request: Request, error: Exception) -> Response:

@@ -45,11 +45,14 @@ class ChatText:
         finds_reasoning: whether the model thinks aloud at the beginning.
         in_reasoning: whether the prompt has begun that already.
         finds_calls: whether it was given tools.
+
+    Attributes:
+        is_plain: whether all text that comes is content, as it is.
     """
 
     def __init__(self, *, finds_reasoning: bool, in_reasoning: bool, finds_calls: bool) -> None:
         self._finds_calls = finds_calls
-        self._is_plain = not (finds_reasoning or finds_calls)
+        self.is_plain = not (finds_reasoning or finds_calls)
         first = self._reasoning if in_reasoning else self._begin if finds_reasoning else self._content
         self._step: Callable[[Said, bool], bool] = first
         self._text = ""
@@ -59,7 +62,7 @@ class ChatText:
 
     def add(self, text: str, *, is_last: bool) -> Said:
         """Takes the next part of the text, and gives what it says as far as no later part can change that."""
-        if self._is_plain:
+        if self.is_plain:
             return Said(content=text)
         self._text += text
         said = Said()

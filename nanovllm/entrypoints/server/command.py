@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import ipaddress
 import logging
+import math
 import os
 import socket
 from pathlib import Path
@@ -17,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C before the server serves; after that it drains."""
+
+MAX_SEND_TIMEOUT_S = 1_000_000
+"""The kernel takes milliseconds, in 31 bits."""
 
 API_KEY_VARIABLE = "NANOVLLM_API_KEY"
 
@@ -44,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--body-timeout", type=float, default=30.0, help="seconds in which a body has to come (default: %(default)s)"
     )
     group.add_argument(
+        "--send-timeout",
+        type=float,
+        default=60.0,
+        help="seconds after which a client that reads nothing is left, its requests aborted; 0 waits for ever "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
         "--shutdown-timeout",
         type=float,
         default=10.0,
@@ -67,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as missing:
         raise ConfigError(f"the server needs more packages ({missing}): pip install nanovllm[serve]") from missing
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    with _listening(args.host, args.port) as listening:
+    with _listening(args.host, args.port, args.send_timeout) as listening:
         try:
             llm = AsyncLLM(args.model, **engine_options(args))
         except KeyboardInterrupt:
@@ -91,15 +102,26 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("body_timeout", "shutdown_timeout"):
         if not 0 < getattr(args, name) < float("inf"):
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not a positive number of seconds")
+    if not 0 <= args.send_timeout <= MAX_SEND_TIMEOUT_S:
+        raise ConfigError(f"--send-timeout {args.send_timeout} is not a number of seconds up to {MAX_SEND_TIMEOUT_S}")
+    if args.send_timeout and not hasattr(socket, "TCP_USER_TIMEOUT"):
+        raise ConfigError("--send-timeout needs TCP_USER_TIMEOUT, which this system lacks; 0 goes without it")
 
 
-def _listening(host: str, port: int) -> socket.socket:
-    """A socket that listens; before the model is loaded, so that a wrong address does not take minutes to tell."""
+def _listening(host: str, port: int, send_timeout_s: float) -> socket.socket:
+    """A socket that listens; before the model is loaded, so that a wrong address does not take minutes to tell.
+
+    The kernel ends a connection on which nothing that was sent has been taken for `send_timeout_s`: it alone sees
+    whether the client reads. Connections have this option from the socket that listens, tcp(7).
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listening = socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
         raise ConfigError(f"cannot listen at --host {host} --port {port}: {error}") from error
+    if send_timeout_s:
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(send_timeout_s * 1e3))
+    return listening
 
 
 def _is_loopback(host: str) -> bool:

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import Coroutine, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nanovllm.engine.requests import Prompt
 from nanovllm.entrypoints.async_llm import AsyncLLM
-from nanovllm.entrypoints.output_stream import OutputStream
+from nanovllm.entrypoints.output_stream import Bell, OutputStream
 from nanovllm.entrypoints.server.answers import Answers, Choice
 from nanovllm.entrypoints.server.gate import Gate
 from nanovllm.entrypoints.server.problems import json_response, problem_of
@@ -30,6 +30,12 @@ Result = TypeVar("Result")
 
 CLIENT_HAS_LEFT = 499
 """The status of an answer that nobody reads."""
+
+DATA, END_OF_EVENT = b"data: ", b"\n\n"
+DONE = b"data: [DONE]\n\n"
+
+SERVER_SEND = "nanovllm.send"
+"""Where `with_server_send` puts the server's own `send`."""
 
 
 class Requests:
@@ -43,6 +49,7 @@ class Requests:
 
     Attributes:
         streams: those of the first prompt, then those of the next, in the order of the answer's choices.
+        bell: rings when `take` has something to give.
 
     Raises:
         Problem: the gate lets none in.
@@ -55,6 +62,8 @@ class Requests:
         self._n = n
         self._gives_tokens = gives_tokens
         self.streams: list[OutputStream] = []
+        self.bell = Bell()
+        self._open: list[tuple[int, OutputStream]] = []
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -71,13 +80,40 @@ class Requests:
         """
         token_ids = await llm.tokenize(prompt, add_special_tokens=add_special_tokens)
         for each in one_by_one(params):
-            self.streams.append(await llm.open(token_ids, each))
+            self.add(await llm.open(token_ids, each, bell=self.bell))
         return token_ids
 
-    def told(self, output: RequestOutput) -> RequestOutput:
-        """What clients are told of an output."""
-        if self._gives_tokens:
-            return output
+    def add(self, stream: OutputStream) -> None:
+        """Takes a request that is queued, whose bell is this one's, as the next one."""
+        self._open.append((len(self.streams), stream))
+        self.streams.append(stream)
+
+    @property
+    def are_over(self) -> bool:
+        """Whether the last outputs of all were taken."""
+        return not self._open
+
+    def take(self) -> Iterator[tuple[int, RequestOutput]]:
+        """What has come, one output for each request that has any, with its place among `streams`.
+
+        Raises:
+            Problem: a request has failed.
+            EngineClosedError: the engine was closed.
+        """
+        have_ended = False
+        for index, stream in self._open:
+            output = stream.take()
+            if output is None:
+                continue
+            if output.finished:
+                have_ended = True
+                if output.finish_reason == "error":
+                    raise problem_of(output.error)
+            yield index, output if self._gives_tokens else self._without_tokens(output)
+        if have_ended:
+            self._open = [(index, stream) for index, stream in self._open if not stream.is_over]
+
+    def _without_tokens(self, output: RequestOutput) -> RequestOutput:
         reason = "length" if output.finish_reason == "stop" else output.finish_reason
         return replace(output, new_token_ids=[], text="", new_logprobs=None, finish_reason=reason)
 
@@ -89,25 +125,92 @@ class Requests:
         self._count = 0
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events; the requests behind them end with it, also if the client leaves before the first event."""
+def with_server_send(app: ASGIApp) -> ASGIApp:
+    """An application whose scopes have the server's own `send`, for EventStream.
 
-    def __init__(self, events: AsyncIterator[bytes], requests: Requests) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    Starlette wraps `send` three times to see the beginning of a response, which costs three calls for each token.
+    """
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        scope[SERVER_SEND] = send
+        await app(scope, receive, send)
+
+    return wrapped
+
+
+class Events:
+    """The answers as server-sent events, in the order in which they come. An error is the last event.
+
+    Attributes:
+        are_over: whether the last event was taken.
+    """
+
+    def __init__(self, requests: Requests, answers: Answers) -> None:
+        self._requests = requests
+        self._answers = answers
+        self._num_tokens = 0
+        self.are_over = False
+
+    def take(self) -> bytes:
+        """All events that have come since the last ones; nothing, if only text that is held back has come."""
+        requests, chunk_json = self._requests, self._answers.chunk_json
+        found: list[bytes] = []
+        try:
+            for index, output in requests.take():
+                self._num_tokens += len(output.new_token_ids)
+                chunk = chunk_json(index, output)
+                if chunk is not None:
+                    found += (DATA, chunk, END_OF_EVENT)
+            if requests.are_over:
+                self._end(found)
+        except Exception as error:  # noqa: BLE001 - the status has been sent, so that an event has to tell of it
+            self.are_over = True
+            found.append(event_of(problem_of(error).as_dict()))
+        return b"".join(found)
+
+    def _end(self, found: list[bytes]) -> None:
+        self.are_over = True
+        if self._answers.includes_usage:
+            found.append(event_of(self._answers.last_chunk(self._requests.num_prompt_tokens, self._num_tokens)))
+        found.append(DONE)
+
+
+class EventStream(Response):
+    """Server-sent events; the requests behind them end with it, also if the client leaves before the first event.
+
+    A chunk of HTTP has all that has come when it is sent. While a client does not read, sending waits, and what comes
+    meanwhile waits in the streams.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: Events, requests: Requests) -> None:
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"Cache-Control": "no-cache"})
+        self._events = events
         self._requests = requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            await unless_left(receive, self._send_all(send, scope[SERVER_SEND]))
         finally:
             self._requests.close()
+
+    async def _send_all(self, send: Send, send_part: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        events, bell = self._events, self._requests.bell
+        while not events.are_over:
+            await bell.wait()
+            data = events.take()
+            if data:
+                await send_part({"type": "http.response.body", "body": data, "more_body": not events.are_over})
 
 
 async def answer_whole(request: Request, requests: Requests, answers: Answers) -> Response:
     """Waits for all answers; ends the requests if the client leaves."""
     try:
-        all_choices = asyncio.gather(*(_whole(requests, stream) for stream in requests.streams))
-        choices = await unless_left(request, all_choices)
+        choices = await unless_left(request.receive, _whole(requests))
         if choices is None:
             return Response(status_code=CLIENT_HAS_LEFT)
         return json_response(answers.whole(choices, requests.num_prompt_tokens))
@@ -115,28 +218,9 @@ async def answer_whole(request: Request, requests: Requests, answers: Answers) -
         requests.close()
 
 
-async def events(requests: Requests, answers: Answers, *, includes_usage: bool) -> AsyncIterator[bytes]:
-    """The answers as server-sent events, in the order in which they come. An error is the last event."""
-    num_tokens = 0
-    try:
-        async for index, given in _merged(requests.streams):
-            output = requests.told(given)
-            num_tokens += len(output.new_token_ids)
-            if output.finish_reason == "error":
-                raise problem_of(output.error)
-            chunk = answers.chunk(index, output)
-            if chunk is not None:
-                yield event_of({**chunk, "usage": None} if includes_usage else chunk)
-        if includes_usage:
-            yield event_of(answers.last_chunk(requests.num_prompt_tokens, num_tokens))
-        yield b"data: [DONE]\n\n"
-    except Exception as error:  # noqa: BLE001 - the status has been sent, so that an event has to tell of it
-        yield event_of(problem_of(error).as_dict())
-
-
-async def unless_left(request: Request, work: Coroutine[Any, Any, Result] | asyncio.Future[Result]) -> Result | None:
+async def unless_left(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
     """What comes of `work`, or None, with `work` cancelled, if the client leaves before. Its body has been read."""
-    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(receive())
     try:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
         return await task if task.done() else None
@@ -147,37 +231,15 @@ async def unless_left(request: Request, work: Coroutine[Any, Any, Result] | asyn
                 await each
 
 
-async def _whole(requests: Requests, stream: OutputStream) -> Choice:
-    choice = Choice()
-    async for output in stream:
-        if output.finish_reason == "error":
-            raise problem_of(output.error)
-        choice.add(requests.told(output))
-    return choice
-
-
-async def _merged(streams: Sequence[OutputStream]) -> AsyncIterator[tuple[int, RequestOutput]]:
-    """The outputs of all streams as they come, each with the place of its stream."""
-    if len(streams) == 1:
-        async for output in streams[0]:
-            yield 0, output
-        return
-    tasks = {asyncio.ensure_future(anext(stream)): index for index, stream in enumerate(streams)}
-    try:
-        while tasks:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                index = tasks.pop(task)
-                output = task.result()
-                if not output.finished:
-                    tasks[asyncio.ensure_future(anext(streams[index]))] = index
-                yield index, output
-    finally:
-        for task in tasks:
-            if not task.cancel() and not task.cancelled():
-                task.exception()  # it has ended; what the first one raised is told
+async def _whole(requests: Requests) -> list[Choice]:
+    choices = [Choice() for _ in requests.streams]
+    while not requests.are_over:
+        await requests.bell.wait()
+        for index, output in requests.take():
+            choices[index].add(output)
+    return choices
 
 
 def event_of(content: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+    return DATA + msgspec.json.encode(content) + END_OF_EVENT

@@ -10,7 +10,7 @@ import sys
 from types import FrameType
 
 import uvicorn
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from nanovllm.entrypoints.async_llm import AsyncLLM
 from nanovllm.entrypoints.server.app import ServerSettings, make_app
@@ -35,7 +35,7 @@ class Server(uvicorn.Server):
         status: exit status of the process; 1 if the engine's process has ended.
     """
 
-    def __init__(self, app: Starlette, llm: AsyncLLM, gate: Gate, shutdown_timeout_s: float) -> None:
+    def __init__(self, app: ASGIApp, llm: AsyncLLM, gate: Gate, shutdown_timeout_s: float) -> None:
         config = uvicorn.Config(
             app,
             http="httptools",
