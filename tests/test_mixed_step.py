@@ -1,4 +1,4 @@
-"""Steps of prompts and decode rows together: tokens are those of steps that take turns, in every mode."""
+"""Steps of prompts and decode rows together: tokens are those of `transformers`, in every mode."""
 
 from __future__ import annotations
 

@@ -235,39 +235,54 @@ class OneAtATime(TwoPools):
 
 
 class MixedSteps(OnePool):
-    """The same with steps of prompts and decode rows together, which end in the order of their launch."""
+    """The same as the engine does it: `schedule` forms the steps of a card, which end in the order of their launch."""
 
     launch_prefill = end_prefill = end_handoff = launch_decode = end_decode = None  # type: ignore[assignment]
 
     def __init__(self) -> None:
         super().__init__()
-        self.steps: list[Step] = []
+        self.steps: dict[Card, list[Step]] = {card: [] for card in self.scheduler.cards}
 
     def note_steps(self) -> None:
         """For the invariants."""
-        self.decodes = [step for step in self.steps if step.decode]
-        self.prefills = {self.decode_card: [step for step in self.steps if step.chunks]}
+        self.decodes = [step for step in self.steps[self.decode_card] if step.decode]
+        self.prefills = {card: [step for step in steps if step.chunks] for card, steps in self.steps.items()}
 
-    @precondition(lambda self: len(self.steps) < 2)
-    @rule(splits=st.booleans())
-    def launch(self, splits: bool = False) -> None:
-        step = self.scheduler.schedule(self.decode_card, self.steps)
-        if step is not None:
-            assert step.chunks or step.decode
-            assert not {chunk.lease for chunk in step.chunks} & set(step.decode.batch.leases), "a chunk beside its row"
-            self.steps += (splits and self.scheduler.halve(step)) or [step]
-            for row in step.decode:
-                assert self.decode_pool._ref_counts[row.lease.decode.blocks[row.position // BLOCK_SIZE]] == 1
-                assert row.output_index < row.seq.params.max_tokens, "a step beyond the request's length"
-            assert step.num_prefill_tokens <= MAX_NUM_BATCHED_TOKENS
+    @rule(on_decode_card=st.booleans(), splits=st.booleans())
+    def launch(self, on_decode_card: bool, splits: bool = False) -> None:
+        card = self.decode_card if on_decode_card else self.prefill_card
+        step = self.scheduler.schedule(card, self.steps[card])
+        if step is None:
+            return
+        assert len(self.steps[card]) < 2
+        assert step.chunks or step.decode
+        assert not step.decode or card is self.decode_card
+        assert not {chunk.lease for chunk in step.chunks} & set(step.decode.batch.leases), "a chunk beside its row"
+        underway = {chunk.lease for chunk in self.handoffs}
+        assert underway.isdisjoint(step.decode.batch.leases), "a request decodes before its KV has arrived"
+        self.steps[card] += (splits and self.scheduler.halve(step)) or [step]
+        for row in step.decode:
+            assert self.decode_pool._ref_counts[row.lease.decode.blocks[row.position // BLOCK_SIZE]] == 1
+            assert row.output_index < row.seq.params.max_tokens, "a step beyond the request's length"
+        for chunk in step.chunks:
+            assert chunk.lease.prefill.card is card
+            if chunk.handoff:
+                self.scheduler.hold(chunk.lease)
+                self.handoffs.append(chunk)
+        assert step.num_prefill_tokens <= card.max_prefill_tokens
         self.note_steps()
 
-    @precondition(lambda self: self.steps)
-    @rule(fails=st.booleans(), stopped=st.sets(st.integers(0, 3)))
-    def end(self, fails: bool, stopped: set[int]) -> None:
-        step = self.steps.pop(0)
+    @precondition(lambda self: any(self.steps.values()))
+    @rule(data=st.data(), fails=st.booleans(), stopped=st.sets(st.integers(0, 3)))
+    def end(self, data: st.DataObject, fails: bool, stopped: set[int]) -> None:
+        card = data.draw(st.sampled_from([card for card, steps in self.steps.items() if steps]))
+        self.end_step_of(card, fails, stopped)
+
+    def end_step_of(self, card: Card, fails: bool, stopped: set[int]) -> None:
+        step = self.steps[card].pop(0)
         self.note_steps()
-        if fails and not self.steps:  # it is a launch that fails, once the steps before have ended
+        sends = any(chunk.handoff for chunk in step.chunks)  # a launch that fails has sent nothing
+        if fails and not self.steps[card] and not sends:  # and the steps before it have ended
             self.scheduler.cancel(step)
             for part in [*step.chunks, *step.decode]:
                 self.fail(part)
@@ -279,25 +294,40 @@ class MixedSteps(OnePool):
 
     def teardown(self) -> None:
         for _ in range(3000):
-            self.launch()
-            self.launch()
-            if self.steps:
-                self.end(fails=False, stopped=set())
-            if not (self.scheduler.unfinished() or self.steps):
+            for on_decode_card in (False, True, True):
+                self.launch(on_decode_card)
+            for card, steps in self.steps.items():
+                if steps:
+                    self.end_step_of(card, fails=False, stopped=set())
+            for chunk in list(self.handoffs):
+                self.end_handoff_of(chunk)
+            if not (self.scheduler.unfinished() or any(self.steps.values()) or self.handoffs):
                 break
         assert all(seq.is_finished for seq in self.seqs), "a request is lost"
-        assert self.decode_pool.num_held_blocks == 0
+        assert self.prefill_pool.num_held_blocks == self.decode_pool.num_held_blocks == 0
         self.scheduler.check_integrity()
+
+
+class MixedStepsOfTwoPools(MixedSteps):
+    """The same with two cards, where the decode card prefills what failed, or has outgrown the other pool."""
+
+    pools = TwoPools.pools
+    end_handoff = TwoPools.end_handoff
 
 
 TestOnePool = OnePool.TestCase
 TestTwoPools = TwoPools.TestCase
 TestOneAtATime = OneAtATime.TestCase
 TestMixedSteps = MixedSteps.TestCase
+TestMixedStepsOfTwoPools = MixedStepsOfTwoPools.TestCase
 
 
 def scheduler_with(
-    num_blocks: int, *prompts: list[int], max_num_batched_tokens: int = 100, prefill_chunk_tokens: int = 5
+    num_blocks: int,
+    *prompts: list[int],
+    max_num_batched_tokens: int = 100,
+    prefill_chunk_tokens: int = 5,
+    is_streamed: bool = True,
 ) -> tuple[Scheduler, list[Sequence]]:
     pool = BlockManager(num_blocks, BLOCK_SIZE)
     limits = SchedulerLimits(prefill_chunk_tokens=prefill_chunk_tokens, max_num_seqs=8, max_handoff_backlog=8)
@@ -305,6 +335,7 @@ def scheduler_with(
     scheduler = Scheduler(limits, placement)
     seqs = [make_sequence(index, tokens, max_tokens=50) for index, tokens in enumerate(prompts)]
     for seq in seqs:
+        seq.is_streamed = is_streamed
         scheduler.add(seq)
     return scheduler, seqs
 
@@ -349,15 +380,13 @@ def test_a_prefill_step_has_at_most_so_many_requests(monkeypatch):
     assert [len(run_prefill(scheduler)) for _ in range(3)] == [3, 3, 2]
 
 
-def test_the_first_request_of_a_step_waits_for_few_others_if_it_is_streamed(monkeypatch):
+def test_the_first_request_of_a_step_waits_for_few_others_if_one_is_streamed(monkeypatch):
     monkeypatch.setattr("nanovllm.engine.scheduler.MAX_STREAMED_PREFILL_TOKENS", 10)
     scheduler, _ = scheduler_with(40, [1] * 6, [2] * 20, [3] * 4)
     assert run_prefill(scheduler) == [(0, 0, 6), (1, 0, 4)]
-    scheduler, seqs = scheduler_with(40, [1] * 30, [2] * 20)
-    assert run_prefill(scheduler) == [(0, 0, 30)]
-    scheduler, seqs = scheduler_with(40, [1] * 6, [2] * 20, [3] * 4)
-    for seq in seqs:
-        seq.is_streamed = False
+    scheduler, _ = scheduler_with(40, [1] * 30, [2] * 20)
+    assert run_prefill(scheduler) == [(0, 0, 10)]
+    scheduler, _ = scheduler_with(40, [1] * 6, [2] * 20, [3] * 4, is_streamed=False)
     assert run_prefill(scheduler) == [(0, 0, 6), (1, 0, 20), (2, 0, 4)]
 
 

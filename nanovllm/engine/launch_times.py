@@ -4,34 +4,35 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 
-from nanovllm.engine.in_flight import StepsInFlight
+from nanovllm.engine.in_flight import InFlight, StepsInFlight
 from nanovllm.engine.observer import Counters
 from nanovllm.engine.scheduling.card import Card
 
 AT_ONCE = 0.0
 FIRST_LEAD_S = 2e-3
-"""Seconds between a launch and the predicted end of what is in flight, at the start."""
+"""Seconds from the beginning of a launch to the predicted end of the step in flight, at the start."""
 LEAST_LEAD_S = 0.3e-3
 CHANGE, CHANGE_S = 0.1, 0.2e-3
 """Share of the lead, and seconds besides, that are added after a launch that came too late. So a caller that takes its
 time between two `step()` soon has its steps launched at once."""
 LATE_SHARE = 0.01
-"""Share of launches that come too late, in the long run: of the change, so much is taken off after each of the others.
-A late one leaves the device idle for about as long as a launch takes."""
+"""Share of launches that come too late, in the long run: each launch in time takes this share of a change off the
+lead."""
 UNSURE = 0.03
-"""Share of the predicted time that is added to the lead: the error of predictions grows with them."""
+"""Share of the predicted time that is added to the lead: longer steps are predicted with larger errors."""
 
 
 class LaunchTimes:
-    """Decides when to launch the next step of a card on which others are in flight.
+    """Decides when to launch the next step of a card on which another is in flight.
 
     Who is in a step is fixed when it is launched. One that is queued early leaves out the requests that become ready
     while the step before it runs; one that is queued late leaves the device idle.
 
     Args:
         steps: the work in flight.
-        counters: count the launches that were put off and came when the step before had ended.
+        counters: count the launches that were put off and had not been done when the step before ended.
         puts_off: False to launch at once. Ranks in other processes begin a step later than this one, and how much later
             cannot be seen here.
     """
@@ -47,23 +48,25 @@ class LaunchTimes:
     def next_on(self, card: Card) -> float:
         """The moment to launch the card's next step at, of `time.perf_counter()`; AT_ONCE where that is now.
 
-        So it is behind a step whose time nothing is known of yet.
+        So it is behind a step that has ended, or whose time nothing is known of yet.
         """
         works = self._steps.on(card)
-        if not works or not self._puts_off:
+        if not self._puts_off or len(works) != 1 or works[0].handle.is_done():
             return AT_ONCE
-        predicted_s = [card.step_time.predict(work.step.size) for work in works]
-        known_s = [seconds for seconds in predicted_s if seconds is not None]
-        if len(known_s) < len(works):
+        predicted_s = card.step_time.predict(works[0].step.size)
+        if predicted_s is None:
             return AT_ONCE
-        launch_at_s = self._steps.began_s(works[0]) + sum(known_s) * (1 - UNSURE) - self._leads_s[card]
+        launch_at_s = self._steps.began_s(works[0]) + predicted_s * (1 - UNSURE) - self._leads_s[card]
         if launch_at_s > time.perf_counter():
             self._put_off.add(card)
         return launch_at_s
 
-    def launching(self, card: Card) -> None:
-        """Notes that the card's next step is launched now."""
-        is_late = card in self._put_off and all(work.handle.is_done() for work in self._steps.on(card))
+    def launched(self, card: Card, before: Sequence[InFlight]) -> None:
+        """Notes that the card's next step has been launched; `before` was in flight when that began.
+
+        The launch itself takes time, so that only its end tells whether it came in time.
+        """
+        is_late = card in self._put_off and all(work.handle.is_done() for work in before)
         self._put_off.discard(card)
         self._counters.late_launches += is_late
         lead_s = self._leads_s[card]

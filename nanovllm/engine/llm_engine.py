@@ -215,8 +215,8 @@ class LLMEngine:
         Times are histograms (`count`, `sum`, `buckets` of (bound, values at or below it)) in seconds: `ttft_s` from
         arrival to the first token, `itl_s` of every gap between two tokens of a request, `tpot_s` of a request's mean
         gap, `latency_s` from arrival to the end, `handoff_s` from the end of a prefill step until its KV has
-        arrived. `predicted_itl_s` is what a decode step will take with all requests that are under way, None without
-        any, or if unknown. `stage_s` is how long attention and FFN kept their lanes busy in the last decode
+        arrived. `predicted_itl_s` is what a decode step will take with all requests that are under way, None if there
+        are none or it is unknown. `stage_s` is how long attention and FFN kept their lanes busy in the last decode
         step on lanes that was timed, None if there was none, and `pipeline_split` the SMs of the current split, None of
         plain decode. `busy_s` is how long each card has run steps of each kind, as the loop saw it: a step begins with
         its launch, or when the one before it ends. `fallbacks` counts falls back to something slower by cause,

@@ -77,12 +77,15 @@ class Loop:
         """The step that was queued when the last step of a card ended, and the time of that end."""
 
     def run_turn(self) -> None:
-        """One turn: launch what can be launched, else wait; then collect what has ended."""
+        """One turn: launch what can be launched, else wait until something can be or has ended; collect what has."""
         self.take_in_mail()
-        if self.launch_steps():
-            self._progressed()
-        else:
+        launched = self.launch_steps()
+        if not launched:
             self._listeners.time_wait(self._wait)
+            if time.perf_counter() >= self._launch_at_s:
+                launched = self.launch_steps()
+        if launched:
+            self._progressed()
         self.collect_steps()
         if self._handoffs.collect():
             self._progressed()
@@ -149,12 +152,13 @@ class Loop:
                 if launch_at_s > time.perf_counter():
                     self._launch_at_s = min(self._launch_at_s, launch_at_s)
                     continue
-            in_flight = [work.step for work in self._steps.on(card)]
-            step = self._scheduler.schedule(card, in_flight)
-            if step is not None:
-                self._launch_times.launching(card)
+            works = self._steps.on(card)
+            step = self._scheduler.schedule(card, [work.step for work in works])
+            if step is None:
+                self._launch_times.nothing_to_launch(card)
+            else:
                 launched = self._launch(step) or launched
-            self._launch_times.nothing_to_launch(card)
+                self._launch_times.launched(card, works)
         for seq in self._scheduler.get_outgrown_sequences():
             self._outputs.emit(seq)
         return launched

@@ -97,7 +97,9 @@ class ModelRunner:
             # All ranks meet here, since a collective would time out if one of them loads longer.
             self._ranks.all_reduce_min(0)
             forward = ForwardPass(device, spec, self._ranks, self.model)
-            # Before the pool is sized, since lanes take memory.
+            # Before the pool is sized, since lanes and logits take memory.
+            if spec.uses_graphs(device):
+                forward.share_logits(MAX_CHUNKS + (spec.max_num_seqs if is_decode_runner else 0))
             paths = self._make_decode_paths(pipeline) if is_decode_runner else None
             self.num_kv_blocks = self._num_kv_blocks(forward)
             # The last block is the padding block.
@@ -323,7 +325,7 @@ class ModelRunner:
         most_rows = max(spec.max_num_seqs if self.is_decode_runner else 1, MAX_CHUNKS)
         most_tokens = self.max_prefill_tokens
         if self.is_decode_runner:
-            most_tokens = most_tokens + spec.max_num_seqs
+            most_tokens += spec.max_num_seqs
 
         def run_step(kv_pool: torch.Tensor, num_tokens: int) -> None:
             largest = largest_step(
@@ -345,8 +347,6 @@ class ModelRunner:
         graph_pool = None
         if self.spec.uses_graphs(self.device):
             graph_pool = torch.cuda.graph_pool_handle()  # the memory that all graphs share
-            most_rows = (self.prefill.buffers.max_num_requests, self.decode.max_num_rows)
-            forward.share_logits(max(*most_rows, self.mixed.max_num_sampled))
             self.prefill.capture(graph_pool)
             self.mixed.capture(graph_pool)
         else:

@@ -29,8 +29,8 @@ STEPS_AHEAD = 2
 """Steps in flight on a card: one that runs, and one queued behind it before the first one's tokens are seen."""
 
 MAX_STREAMED_PREFILL_TOKENS = 4096
-"""Token budget of a prefill step with a streamed request: larger steps give no more tokens per second, and the first
-prompt would wait for the last."""
+"""Token budget of a prefill step while requests are streamed: larger steps give no more tokens per second, the first
+prompt would wait for the last, and launches without graphs would keep the other card waiting."""
 
 
 @dataclass(frozen=True)
@@ -343,12 +343,12 @@ class Scheduler:
         if seq is None:
             return chunks
         budget, num_tokens = self._prefill_token_budget(card), 0
+        if self._streamed:
+            budget = min(budget, MAX_STREAMED_PREFILL_TOKENS)
         while seq is not None:
             chunk = self._next_chunk(seq, budget - num_tokens)
             chunks.append(chunk)
             num_tokens += chunk.num_tokens
-            if seq.is_streamed:
-                budget = min(budget, MAX_STREAMED_PREFILL_TOKENS)
             is_full = num_tokens >= budget or len(chunks) == MAX_CHUNKS
             seq = None if is_full else next(candidates, None)
         return chunks
@@ -408,14 +408,11 @@ class Scheduler:
         if any(decoding.waits_for_blocks for decoding in self._decoding.values()):
             seq.timeline.mark("waits for a lease (a decoding request needs the next free blocks)")
             return False
-        card, limit, target_s = (
-            self.placement.decode_card_of(seq),
-            self.limits.max_handoff_backlog,
-            self.limits.itl_target_s,
-        )
-        if self.placement.prefill_card_of(seq) is not card and len(self._prefill_backlog) >= limit:
-            seq.timeline.mark(f"waits for a lease (max_handoff_backlog={limit} are under way)")
+        card, most_under_way = self.placement.decode_card_of(seq), self.limits.max_handoff_backlog
+        if self.placement.prefill_card_of(seq) is not card and len(self._prefill_backlog) >= most_under_way:
+            seq.timeline.mark(f"waits for a lease (max_handoff_backlog={most_under_way} are under way)")
             return False
+        target_s = self.limits.itl_target_s
         if target_s is not None and self._running:  # a request alone makes the shortest possible steps
             num_tokens = num_tokens_ahead + seq.num_tokens_ahead(LOOK_AHEAD_STEPS)
             if card.step_time.may_exceed(target_s, StepSize(len(self._running) + 1, num_tokens)):

@@ -18,7 +18,7 @@ HISTOGRAMS = {
 COUNTERS = {
     "prefill_tokens": ("prefill_tokens", "Prompt tokens computed"),
     "decode_tokens": ("decode_tokens", "Tokens decoded"),
-    "late_launches": ("late_launches", "Decode steps that were launched late, when the step before had ended"),
+    "late_launches": ("late_launches", "Steps whose launch came too late: the step before had ended"),
     "prefix_cache_queried_tokens": ("prefix_cache_queried_tokens", "Tokens that were looked up in the prefix cache"),
     "prefix_cache_hit_tokens": ("prefix_cache_hit_tokens", "Tokens that were found there"),
     "handoff_bytes": ("handoff_bytes", "Bytes of KV handed over"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
@@ -79,20 +81,25 @@ class PagedAttention(nn.Module):
         attended = torch.empty_like(query, memory_format=torch.contiguous_format)
         # The rows first: those without context are tokens of chunks, whose place they may write to.
         num_rows = len(metadata.decode.context_lens)
-        with _beside(metadata.decode_stream):
-            self.backend.attend(query[:num_rows], kv_cache, metadata.decode, self.scale, attended[:num_rows])
-        self.backend.attend(query, kv_cache, metadata, self.scale, attended)
-        if metadata.decode_stream is not None:
-            torch.cuda.current_stream().wait_stream(metadata.decode_stream)
+        with _beside(metadata.decode_stream) as on_it:
+            with on_it:
+                self.backend.attend(query[:num_rows], kv_cache, metadata.decode, self.scale, attended[:num_rows])
+            self.backend.attend(query, kv_cache, metadata, self.scale, attended)
         return attended
 
 
 @contextlib.contextmanager
-def _beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Runs on a stream, if one is given, what may run from here on."""
+def _beside(stream: torch.cuda.Stream | None) -> Iterator[AbstractContextManager[Any]]:
+    """Yields a block for what is to run on the stream, beside the rest of this block; None for the current stream.
+
+    The current stream waits for both, after an error too: their tensors are freed in its order.
+    """
     if stream is None:
-        yield
+        yield contextlib.nullcontext()
         return
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
+    current = torch.cuda.current_stream()
+    stream.wait_stream(current)
+    try:
+        yield torch.cuda.stream(stream)
+    finally:
+        current.wait_stream(stream)

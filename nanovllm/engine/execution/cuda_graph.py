@@ -17,9 +17,10 @@ from nanovllm.layers.sampler import SampledTokens
 logger = logging.getLogger(__name__)
 
 MAX_PREFILL_GRAPH_TOKENS = 4096
-MAX_MIXED_GRAPH_TOKENS = 2560
 """A pass over more tokens takes so long that launching it without a graph costs nothing, and a graph would hold memory
 for its activations."""
+MAX_MIXED_GRAPH_TOKENS = 2560
+"""The same for mixed steps, whose graphs are closer to each other."""
 
 Output = TypeVar("Output")
 

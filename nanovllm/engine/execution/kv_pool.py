@@ -97,7 +97,8 @@ def _gpu_bytes_for_pool(
     """Bytes that `gpu_memory_utilization` leaves after weights, workspaces of steps and other processes."""
     workspace = _workspace(spec, device, max_step_tokens, run_step)
     if spec.uses_graphs(device):  # they keep one of their own
-        workspace += _workspace(spec, device, min(max_step_tokens, MAX_PREFILL_GRAPH_TOKENS), run_step)
+        largest_graph = max(MAX_PREFILL_GRAPH_TOKENS, spec.max_num_seqs)
+        workspace += _workspace(spec, device, min(max_step_tokens, largest_graph), run_step)
     free, total = device.memory_info()
     return int(total * spec.gpu_memory_utilization) - (total - free) - workspace
 

@@ -46,7 +46,7 @@ class MixedExecutor:
         shape = (self.max_num_sampled, spec.model_config.hidden_size)
         self._sampled_hidden = torch.zeros(shape, dtype=spec.dtype, device=where)
         self._places = torch.arange(self.max_num_sampled, device=where)
-        # For the attention of rows, which waits for memory, beside that of chunks, which computes.
+        # For the attention of rows, which is memory-bound, beside that of chunks, which is compute-bound.
         self._decode_stream = (
             torch.cuda.Stream(forward.device.index, priority=-1)
             if forward.device.is_cuda and spec.attention.backend.skips_empty_requests

@@ -100,6 +100,6 @@ class ChunkRoom:
             return 0
         if seq.num_tokens_to_prefill <= self._budget:
             return seq.num_tokens_to_prefill
-        # Where the chunk ends is free: the step ends with a full tile, unless that takes most of the chunk.
+        # Where the chunk ends is free: the step ends with a full tile, unless that takes half of the chunk.
         beyond = (self._size.num_tokens + self._budget) % GEMM_TILE_TOKENS
         return self._budget - beyond if beyond < self._budget // 2 else self._budget
