@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -100,3 +101,12 @@ def test_examples_and_benchmarks_end_with_a_message(script):
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
     assert ended.returncode == 1
     assert ended.stderr.startswith("error: model path '/no/such/folder' does not exist")
+
+
+def test_connections_send_small_parts_at_once():
+    """Else each event of a stream waits for the acknowledgement of the one before it."""
+    command = importlib.import_module("nanovllm.entrypoints.server.command")
+    with command._listening("127.0.0.1", 0, 0.0) as listening, socket.create_connection(listening.getsockname()):
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
