@@ -119,8 +119,8 @@ def _listening(host: str, port: int, send_timeout_s: float) -> socket.socket:
         listening = socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
         raise ConfigError(f"cannot listen at --host {host} --port {port}: {error}") from error
-    # Else an event waits until the client's kernel has acknowledged the one before it, 40 ms at times. asyncio sets this
-    # only for sockets that were made with a protocol number.
+    # Else an event waits until the client's kernel has acknowledged the one before it, 40 ms at times. asyncio sets
+    # this only for sockets that were made with a protocol number.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if send_timeout_s:
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(send_timeout_s * 1e3))
