@@ -227,6 +227,7 @@ class Simulation:
         self.errors: list[float] = []
         self.kinds: Counter[str] = Counter()
         self.launched: list[Step] = []
+        self.most_in_flight = 0
         self.events: list[tuple] = []
         self.order = itertools.count()
         for moment, prompt, output in trace:
@@ -256,6 +257,7 @@ class Simulation:
                 self.launched.append(step)
                 self.kinds[step.kind] += 1
                 self.steps.append(step)
+                self.most_in_flight = max(self.most_in_flight, len(self.steps))
                 self.free_s = max(self.free_s, self.now) + took
                 self.at(self.free_s, self.step_ended)
 
@@ -423,3 +425,12 @@ def test_a_damaged_state_is_refused(damage):
     assert not other.has_learned
     other.restore(model.state())
     assert other.predict(StepSize(1)) == model.predict(StepSize(1))
+
+
+def test_a_card_is_not_idle_between_the_chunks_of_a_prompt():
+    """Nobody decodes, and the next chunk is launched behind the one that runs."""
+    alone = Simulation([(0.0, 32_000, 1)], None)
+    steps_s = sum(true_step_s(step.size) for step in alone.launched)
+    assert len(alone.launched) >= 8
+    assert alone.ttft_ms(0.5) == pytest.approx(steps_s / MS, rel=0.03)
+    assert alone.most_in_flight == 2

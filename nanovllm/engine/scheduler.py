@@ -197,8 +197,8 @@ class Scheduler:
             self._join_ahead(in_flight[-1])
         # The rows first: room for their next tokens may be taken from a request that is prefilled.
         rows = self._decoding[card].next_rows(self._grow)
-        if rows is None and any(step.chunks for step in in_flight):
-            return None  # whoever joins once that step has ended would wait for one more step of prompts
+        if rows is None and any(chunk.seq.params.needs_counts for step in in_flight for chunk in step.sampling_chunks):
+            return None  # who joins only once that step has ended would wait for one more step of prompts
         if rows is not None:
             return Step(card, self._chunks_beside(card, rows), rows)
         chunks = self._next_chunks(card)
