@@ -173,8 +173,8 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Launches what can be launched and returns what has completed since the last call, perhaps nothing.
 
-        Waits for a device only when there was nothing to launch. While another thread runs the loop, in `generate`
-        for example, waits briefly for outputs of that.
+        Waits for a device when there was nothing to launch, or not yet. While another thread runs the loop, in
+        `generate` for example, waits briefly for outputs of that.
 
         Raises:
             EngineClosedError: the engine was closed.
