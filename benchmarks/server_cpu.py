@@ -74,7 +74,7 @@ class Prompt:
 
 
 def prompts_of(load: Load, count: int) -> list[Prompt]:
-    """As many prompts, answers of the bundled model, as the engine sees them and gives them back."""
+    """Makes `count` prompts of the bundled model's answers, with what the engine sees and gives back of each."""
     pairs = json.loads((Path(DEMO_MODEL_PATH) / "questions.json").read_text(encoding="utf-8"))
     tokenizer = load_tokenizer(Path(DEMO_MODEL_PATH))
     assert tokenizer is not None, "the bundled model has a tokenizer"
