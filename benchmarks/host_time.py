@@ -1,8 +1,8 @@
 """The host's own work in a turn of the loop: microseconds a turn, over a runner that computes nothing.
 
-Needs no GPU. A turn forms a decode step of so many rows, or one of rows and a chunk of a prompt, as large as the
-model of step times says. It packs what the device would be sent, takes in the tokens
-of the steps, which are there at once, and emits them. The tokenizer is the bundled model's.
+Needs no GPU. A turn forms a decode step of so many rows, or one of rows and a chunk of a prompt, as large as the model
+of step times says. It packs what the device would be sent, takes in the tokens of the steps, which are there at once,
+and emits them. The tokenizer is the bundled model's.
 """
 
 from __future__ import annotations

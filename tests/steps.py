@@ -1,6 +1,10 @@
-"""Cards without devices, and single steps of an engine."""
+"""Cards without devices, simulated time, and single steps of an engine."""
 
 from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable
 
 from nanovllm import LLM
 from nanovllm.engine.block_manager import BlockManager
@@ -20,6 +24,30 @@ def place(
         Card("cpu:0", "prefill device cpu:0", prefill_pool, max_num_batched_tokens),
         Card("cpu:1", "decode device cpu:1", decode_pool, min(prefill_chunk_tokens, max_num_batched_tokens)),
     )
+
+
+class SimulatedTime:
+    """Events in the order of their moments; of those at one moment, in the order in which they were added.
+
+    Attributes:
+        now: the moment of the event that happens, in seconds.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._events: list[tuple] = []
+        self._order = itertools.count()
+
+    def at(self, moment: float, event: Callable[..., None], *arguments: object) -> None:
+        """Adds an event."""
+        heapq.heappush(self._events, (moment, next(self._order), event, arguments))
+
+    def run(self, after_each: Callable[[], None]) -> None:
+        """Has all events happen, those that they add among them, and `after_each` after each."""
+        while self._events:
+            self.now, _, event, arguments = heapq.heappop(self._events)
+            event(*arguments)
+            after_each()
 
 
 def launch_decode(llm: LLM) -> bool:

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("msgspec", reason="needs the extra `serve`")
 
-from nanovllm.entrypoints.server.answers import Chat, Choice, TokenNames
+from nanovllm.entrypoints.server.answers import AnswerSettings, Chat, Choice, TokenNames
 from nanovllm.entrypoints.server.chat_text import ChatText, Said, ToolCall, with_parsed_arguments
 from nanovllm.entrypoints.server.parameters import chat_of
 from nanovllm.entrypoints.server.problems import Problem
@@ -103,7 +103,7 @@ def chat():
     def make_text():
         return ChatText(finds_reasoning=True, in_reasoning=False, finds_calls=True)
 
-    return Chat("chatcmpl-0", "it", TokenNames(None), make_text, wants_logprobs=False)
+    return Chat(AnswerSettings("chatcmpl-0", "it", TokenNames(None)), make_text)
 
 
 def test_an_answer_with_reasoning_and_calls():

@@ -5,8 +5,6 @@ The scheduler runs on simulated devices here, whose steps cost what no model say
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import math
 import random
 import time
@@ -25,7 +23,7 @@ from nanovllm.engine.scheduling.step_time import StepSize, StepTimeModel
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.entrypoints.prometheus import Collector
 from tests import tiny
-from tests.steps import launch_decode, launch_prefill, place
+from tests.steps import SimulatedTime, launch_decode, launch_prefill, place
 from tests.test_engine import drain, tokens_of
 from tests.test_metrics import phases
 
@@ -44,8 +42,8 @@ def true_step_s(rows: int, tokens: int) -> float:
     return 4 * MS + 0.5 * MS * math.ceil(rows / 16) + 2 * MS * (tokens / 100_000) ** 0.8
 
 
-class Simulation:
-    """Devices by the clock of a heap of events, and the engine's loop between them.
+class Simulation(SimulatedTime):
+    """Devices by simulated time, and the engine's loop between them.
 
     Args:
         trace: arrivals, as (seconds, prompt tokens, most output tokens, output tokens after which it stops).
@@ -61,12 +59,12 @@ class Simulation:
         max_num_seqs: int = 512,
         give_up_s: float | None = None,
     ) -> None:
+        super().__init__()
         target_s = None if target_ms is None else target_ms * MS
         limits = SchedulerLimits(2048, max_num_seqs, max_backlog, target_s)
         pools = [BlockManager(2**17, 64, enable_prefix_caching=False) for _ in range(2)]
         self.scheduler = Scheduler(limits, place(*pools, 16384, 2048))
         self.rng = random.Random(0)
-        self.now = 0.0
         self.seqs: list[Sequence] = []
         self.num_stopped: dict[Sequence, int] = {}
         self.admitted: list[int] = []
@@ -77,21 +75,13 @@ class Simulation:
         self.gap_start_s: float | None = None
         self.last_token_s: dict[Sequence, float] = {}
         self.gaps: list[float] = []
-        self.events: list[tuple] = []
-        self.order = itertools.count()
         for arrival in trace:
             self.at(arrival[0], self.arrive, *arrival)
         if give_up_s is not None:
             self.at(give_up_s, self.give_up)
-        while self.events:
-            self.now, _, event, arguments = heapq.heappop(self.events)
-            event(*arguments)
-            self.launch()
+        self.run(self.launch)
         assert all(seq.is_finished for seq in self.seqs), "a request is lost"
         self.scheduler.check_integrity()
-
-    def at(self, moment: float, event, *arguments) -> None:
-        heapq.heappush(self.events, (moment, next(self.order), event, arguments))
 
     @property
     def itl_p99_ms(self) -> float:

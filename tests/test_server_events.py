@@ -18,7 +18,7 @@ from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine.requests import RequestIntake
 from nanovllm.engine.text.tokenizer import load_tokenizer
 from nanovllm.entrypoints.output_stream import OutputStream
-from nanovllm.entrypoints.server.answers import Chat, Completion, Echo, TokenNames
+from nanovllm.entrypoints.server.answers import AnswerSettings, Chat, Completion, Echo, TokenNames
 from nanovllm.entrypoints.server.chat_text import ChatText
 from nanovllm.entrypoints.server.completions import SERVER_SEND, Events, EventStream, Requests
 from nanovllm.entrypoints.server.gate import Gate
@@ -34,15 +34,15 @@ TEXTS = ["", "a", "", 'x"y\\', "\0", "\u2028\n\r", "<b>&", "\N{GRINNING FACE}", 
 # Chunks
 
 
-def completion(**options):
-    return Completion("cmpl-0", 'it "\0"', TokenNames(None), **{"wants_logprobs": False, **options})
+def completion(echoes=(), **options):
+    return Completion(AnswerSettings("cmpl-0", 'it "\0"', TokenNames(None), **options), echoes)
 
 
 def chat(finds_reasoning=False, finds_calls=False, **options):
     def make_text():
         return ChatText(finds_reasoning=finds_reasoning, in_reasoning=False, finds_calls=finds_calls)
 
-    return Chat("chatcmpl-0", "it", TokenNames(None), make_text, **{"wants_logprobs": False, **options})
+    return Chat(AnswerSettings("chatcmpl-0", "it", TokenNames(None), **options), make_text)
 
 
 MAKERS = {

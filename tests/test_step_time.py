@@ -7,8 +7,6 @@ of attention.
 from __future__ import annotations
 
 import bisect
-import heapq
-import itertools
 import json
 import math
 import random
@@ -27,6 +25,7 @@ from nanovllm.engine.scheduling.step import Step
 from nanovllm.engine.scheduling.step_time import CAREFUL_TOKENS, ModelCosts, StepSize, StepTimeModel
 from nanovllm.engine.sequence import Sequence
 from tests import tiny
+from tests.steps import SimulatedTime
 from tests.test_mixed_step import SMALL_STEPS, serve
 
 MS = 1e-3
@@ -203,8 +202,8 @@ def test_hours_of_steps_leave_the_model_sound():
 # The scheduler on a simulated card
 
 
-class Simulation:
-    """One card by the clock of a heap of events, and the engine's loop before it.
+class Simulation(SimulatedTime):
+    """One card by simulated time, and the engine's loop before it.
 
     Args:
         trace: arrivals, as (seconds, prompt tokens, output tokens).
@@ -212,12 +211,13 @@ class Simulation:
     """
 
     def __init__(self, trace, target_ms: float | None, *, chunk_tokens: int = 2048) -> None:
+        super().__init__()
         limits = SchedulerLimits(chunk_tokens, 512, 64, None if target_ms is None else target_ms * MS)
         pool = BlockManager(2**13, 64, enable_prefix_caching=False)
         self.card = Card("cpu:0", "device cpu:0", pool, 16384, step_time=StepTimeModel(COSTS))
         self.scheduler = Scheduler(limits, Placement(self.card, self.card))
         self.rng = random.Random(0)
-        self.now = self.free_s = 0.0
+        self.free_s = 0.0
         self.steps: deque[Step] = deque()
         self.queued: tuple[Step | None, float] = (None, 0.0)
         self.seqs: list[Sequence] = []
@@ -228,19 +228,11 @@ class Simulation:
         self.kinds: Counter[str] = Counter()
         self.launched: list[Step] = []
         self.most_in_flight = 0
-        self.events: list[tuple] = []
-        self.order = itertools.count()
         for moment, prompt, output in trace:
             self.at(moment, self.arrive, prompt, output)
-        while self.events:
-            self.now, _, event, arguments = heapq.heappop(self.events)
-            event(*arguments)
-            self.launch()
+        self.run(self.launch)
         assert all(seq.is_finished for seq in self.seqs), "a request is lost"
         self.scheduler.check_integrity()
-
-    def at(self, moment: float, event, *arguments) -> None:
-        heapq.heappush(self.events, (moment, next(self.order), event, arguments))
 
     def arrive(self, prompt: int, output: int) -> None:
         number = len(self.seqs)

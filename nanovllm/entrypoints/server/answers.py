@@ -80,10 +80,11 @@ class Choice:
             self.prompt_logprobs = output.prompt_logprobs
 
 
-class Answers(ABC):
-    """What the answers to one body have in common.
+@dataclass(frozen=True)
+class AnswerSettings:
+    """What the answers to any body go by.
 
-    Args:
+    Attributes:
         name: of the answer, its `id`.
         model: its name.
         names: of tokens.
@@ -93,6 +94,17 @@ class Answers(ABC):
         includes_usage: whether a stream ends with the numbers of tokens; then every other chunk has `usage`, null.
     """
 
+    name: str
+    model: str
+    names: TokenNames
+    wants_logprobs: bool = False
+    num_prompt_logprobs: int | None = None
+    includes_usage: bool = False
+
+
+class Answers(ABC):
+    """What the answers to one body have in common."""
+
     whole_object = ""
     chunk_object = ""
     _nothing: ClassVar[dict[str, Any]] = {}
@@ -100,23 +112,19 @@ class Answers(ABC):
     _lists_prompt_by_choice = False
     """Whether each choice has its `prompt_logprobs`, or the answer as a whole."""
 
-    def __init__(
-        self,
-        name: str,
-        model: str,
-        names: TokenNames,
-        *,
-        wants_logprobs: bool,
-        num_prompt_logprobs: int | None = None,
-        includes_usage: bool = False,
-    ) -> None:
-        self._names = names
-        self._wants_logprobs = wants_logprobs
-        self._num_prompt_logprobs = num_prompt_logprobs
-        self.includes_usage = includes_usage
+    def __init__(self, settings: AnswerSettings) -> None:
+        self._names = settings.names
+        self._wants_logprobs = settings.wants_logprobs
+        self._num_prompt_logprobs = settings.num_prompt_logprobs
+        self.includes_usage = settings.includes_usage
         self._around: dict[int, tuple[bytes, bytes]] = {}
         """What is before and after the text, by choice, in the JSON of a chunk that tells of nothing but text."""
-        self._head: dict[str, Any] = {"id": name, "object": "", "created": int(time.time()), "model": model}
+        self._head: dict[str, Any] = {
+            "id": settings.name,
+            "object": "",
+            "created": int(time.time()),
+            "model": settings.model,
+        }
 
     def whole(self, choices: Sequence[Choice], num_prompt_tokens: int) -> dict[str, Any]:
         """The answer as one."""
@@ -235,25 +243,8 @@ class Completion(Answers):
     _nothing: ClassVar[dict[str, Any]] = {"text": ""}
     _lists_prompt_by_choice = True
 
-    def __init__(
-        self,
-        name: str,
-        model: str,
-        names: TokenNames,
-        *,
-        wants_logprobs: bool,
-        num_prompt_logprobs: int | None = None,
-        includes_usage: bool = False,
-        echoes: Sequence[Echo] = (),
-    ) -> None:
-        super().__init__(
-            name,
-            model,
-            names,
-            wants_logprobs=wants_logprobs,
-            num_prompt_logprobs=num_prompt_logprobs,
-            includes_usage=includes_usage,
-        )
+    def __init__(self, settings: AnswerSettings, echoes: Sequence[Echo] = ()) -> None:
+        super().__init__(settings)
         self._echoes = echoes
         self._echoed: set[int] = set()
         self._offsets: dict[int, int] = {}
@@ -310,25 +301,8 @@ class Chat(Answers):
     chunk_object = "chat.completion.chunk"
     _nothing: ClassVar[dict[str, Any]] = {"delta": {"content": ""}}
 
-    def __init__(
-        self,
-        name: str,
-        model: str,
-        names: TokenNames,
-        make_text: Callable[[], ChatText],
-        *,
-        wants_logprobs: bool,
-        num_prompt_logprobs: int | None = None,
-        includes_usage: bool = False,
-    ) -> None:
-        super().__init__(
-            name,
-            model,
-            names,
-            wants_logprobs=wants_logprobs,
-            num_prompt_logprobs=num_prompt_logprobs,
-            includes_usage=includes_usage,
-        )
+    def __init__(self, settings: AnswerSettings, make_text: Callable[[], ChatText]) -> None:
+        super().__init__(settings)
         self._make_text = make_text
         self._texts: dict[int, ChatText] = {}
         self._num_calls: dict[int, int] = {}

@@ -24,7 +24,7 @@ from nanovllm.engine.requests import Prompt
 from nanovllm.engine.text.tokenizer import check_text
 from nanovllm.entrypoints.async_llm import AsyncLLM
 from nanovllm.entrypoints.prometheus import Collector
-from nanovllm.entrypoints.server.answers import Answers, Chat, Completion, Echo, TokenNames
+from nanovllm.entrypoints.server.answers import Answers, AnswerSettings, Chat, Completion, Echo, TokenNames
 from nanovllm.entrypoints.server.body import read_object
 from nanovllm.entrypoints.server.chat_text import CALL, THINK, ChatText
 from nanovllm.entrypoints.server.completions import (
@@ -97,15 +97,7 @@ class Endpoints:
                 if asked.echoes:
                     echo = Echo(self._text_of(prompt), token_ids[0], asked.params.logprobs)
                     echoes += [echo] * asked.params.n
-            answers = Completion(
-                self._name("cmpl", requests),
-                self._settings.model_name,
-                self._names,
-                wants_logprobs=asked.params.logprobs is not None,
-                num_prompt_logprobs=asked.prompt_logprobs,
-                includes_usage=asked.includes_usage,
-                echoes=echoes,
-            )
+            answers = Completion(self._answer_settings("cmpl", requests, asked), echoes)
         except BaseException:
             requests.close()
             raise
@@ -130,15 +122,7 @@ class Endpoints:
             in_reasoning=prompt.rstrip().endswith(THINK),
             finds_calls=asked.may_call,
         )
-        answers = Chat(
-            self._name("chatcmpl", requests),
-            self._settings.model_name,
-            self._names,
-            make_text,
-            wants_logprobs=asked.params.logprobs is not None,
-            num_prompt_logprobs=asked.prompt_logprobs,
-            includes_usage=asked.includes_usage,
-        )
+        answers = Chat(self._answer_settings("chatcmpl", requests, asked), make_text)
         return await self._answer(request, requests, answers, asked)
 
     async def models(self, request: Request) -> Response:
@@ -209,8 +193,15 @@ class Endpoints:
     async def _body(self, request: Request) -> dict[str, Any]:
         return await read_object(request, self._settings.max_body_bytes, self._settings.body_timeout_s)
 
-    def _name(self, kind: str, requests: Requests) -> str:
-        return f"{kind}-{self._run}-{requests.streams[0].request_id}"
+    def _answer_settings(self, kind: str, requests: Requests, asked: Asked) -> AnswerSettings:
+        return AnswerSettings(
+            name=f"{kind}-{self._run}-{requests.streams[0].request_id}",
+            model=self._settings.model_name,
+            names=self._names,
+            wants_logprobs=asked.params.logprobs is not None,
+            num_prompt_logprobs=asked.prompt_logprobs,
+            includes_usage=asked.includes_usage,
+        )
 
     def _model(self) -> dict[str, Any]:
         about = {"id": self._settings.model_name, "object": "model", "created": self._started, "owned_by": "nanovllm"}
