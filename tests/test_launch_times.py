@@ -104,12 +104,12 @@ class Clock:
         self.free_s = 0.0
 
     def launch(self) -> None:
-        before = self.steps.on(self.card)
+        before, began_s = self.steps.on(self.card), self.now_s
         self.now_s += self.launch_s(self.rng)
         self.idle_s.append(max(0.0, self.now_s - self.free_s))
         self.free_s = max(self.now_s, self.free_s) + STEP_S * self.rng.gauss(1, 0.01)
         self.steps._steps.append(Work(self, self.now_s, self.free_s))
-        self.times.launched(self.card, before)
+        self.times.launched(self.card, before, began_s)
 
     def run(self, num_steps: int) -> None:
         """A step is collected when it has ended, and the next one is launched when it is time."""
@@ -186,8 +186,40 @@ def test_behind_a_step_that_has_ended_there_is_no_wait(monkeypatch):
     clock.launch()
     clock.now_s = clock.free_s
     assert clock.times.next_on(clock.card) == AT_ONCE
-    clock.times.launched(clock.card, clock.steps.on(clock.card))
+    clock.times.launched(clock.card, clock.steps.on(clock.card), clock.now_s)
     assert clock.counters.late_launches == 0, "it was not put off"
+
+
+def test_a_launch_as_long_as_the_last_one_must_end_before_the_moment_of_another(monkeypatch):
+    clock = Clock(monkeypatch, lambda rng: 2e-3)
+    assert not clock.times.makes_late(clock.card, clock.now_s + 1e-6), "how long it takes is not known yet"
+    clock.launch()
+    assert clock.times.makes_late(clock.card, clock.now_s + 1.9e-3)
+    assert not clock.times.makes_late(clock.card, clock.now_s + 2.1e-3)
+
+
+def test_a_prefill_step_is_launched_after_a_decode_step_that_it_would_make_late(checkpoint, timed_steps, monkeypatch):
+    """Requests arrive just before the moment of the decode step, and a launch on the prefill card takes a while."""
+    path, _ = checkpoint("gqa2")
+    launched: list[str] = []
+    with LLM(path, device="cpu", enable_two_gpu_pd=True) as llm:
+        for runner in llm._runners:
+
+            def launch(step, launch=runner.launch):
+                launched.append(step.kind)
+                return launch(step)
+
+            monkeypatch.setattr(runner, "launch", launch)
+        llm.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
+        while len(launched) < 8 or len(llm._steps) != 1:
+            llm.step()
+        (prefill_card,) = (card for card in llm.scheduler.cards if card is llm.scheduler.placement.prefill_card)
+        llm._loop._launch_times._launch_s[prefill_card] = 10.0
+        del launched[:]
+        llm.add_request([4, 5, 6], SamplingParams(temperature=0, max_tokens=2))
+        while "prefill" not in launched:
+            llm.step()
+    assert launched == ["decode", "prefill"]
 
 
 def test_ranks_in_other_processes_are_not_kept_waiting(monkeypatch):

@@ -42,6 +42,8 @@ class LaunchTimes:
         self._counters = counters
         self._puts_off = puts_off
         self._leads_s: defaultdict[Card, float] = defaultdict(lambda: FIRST_LEAD_S)
+        self._launch_s: defaultdict[Card, float] = defaultdict(float)
+        """How long the last launch on a card took."""
         self._put_off: set[Card] = set()
         """Cards whose next step could have been launched, and was not."""
 
@@ -61,11 +63,16 @@ class LaunchTimes:
             self._put_off.add(card)
         return launch_at_s
 
-    def launched(self, card: Card, before: Sequence[InFlight]) -> None:
+    def makes_late(self, card: Card, launch_at_s: float) -> bool:
+        """Whether a launch on the card that begins now would last beyond the moment of another one."""
+        return time.perf_counter() + self._launch_s[card] > launch_at_s
+
+    def launched(self, card: Card, before: Sequence[InFlight], began_s: float) -> None:
         """Notes that the card's next step has been launched; `before` was in flight when that began.
 
         The launch itself takes time, so that only its end tells whether it came in time.
         """
+        self._launch_s[card] = time.perf_counter() - began_s
         is_late = card in self._put_off and all(work.handle.is_done() for work in before)
         self._put_off.discard(card)
         self._counters.late_launches += is_late

@@ -152,13 +152,15 @@ class Loop:
                 if launch_at_s > time.perf_counter():
                     self._launch_at_s = min(self._launch_at_s, launch_at_s)
                     continue
-            works = self._steps.on(card)
+            if self._launch_times.makes_late(card, self._launch_at_s):
+                continue  # the step that was put off is launched first, in its time
+            works, began_s = self._steps.on(card), time.perf_counter()
             step = self._scheduler.schedule(card, [work.step for work in works])
             if step is None:
                 self._launch_times.nothing_to_launch(card)
             else:
                 launched = self._launch(step) or launched
-                self._launch_times.launched(card, works)
+                self._launch_times.launched(card, works, began_s)
         for seq in self._scheduler.get_outgrown_sequences():
             self._outputs.emit(seq)
         return launched

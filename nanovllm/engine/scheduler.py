@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 STEPS_AHEAD = 2
 """Steps in flight on a card: one that runs, and one queued behind it before the first one's tokens are seen."""
 
-MAX_STREAMED_PREFILL_TOKENS = 4096
+MAX_STREAMED_PREFILL_TOKENS = 3072
 """Token budget of a prefill step while requests are streamed: larger steps give no more tokens per second, the first
 prompt would wait for the last, and launches without graphs would keep the other card waiting."""
 
@@ -343,8 +343,6 @@ class Scheduler:
         if seq is None:
             return chunks
         budget, num_tokens = self._prefill_token_budget(card), 0
-        if self._streamed:
-            budget = min(budget, MAX_STREAMED_PREFILL_TOKENS)
         while seq is not None:
             chunk = self._next_chunk(seq, budget - num_tokens)
             chunks.append(chunk)
@@ -368,14 +366,13 @@ class Scheduler:
 
     def _prefill_token_budget(self, card: Card) -> int:
         """Maximum number of prompt tokens in the card's next step."""
+        if not self._streamed:
+            return card.max_prefill_tokens
         decodes_streamed = self.placement.decodes(card) and any(
             seq.status is SequenceStatus.DECODING for seq in self._streamed
         )
-        return (
-            min(card.max_prefill_tokens, self.limits.prefill_chunk_tokens)
-            if decodes_streamed
-            else card.max_prefill_tokens
-        )
+        most = self.limits.prefill_chunk_tokens if decodes_streamed else MAX_STREAMED_PREFILL_TOKENS
+        return min(card.max_prefill_tokens, most)
 
     def _prefill_candidates(self, card: Card) -> abc.Iterator[Sequence]:
         """Requests with tokens left to prefill, oldest lease first, then those of the queue that get a lease."""

@@ -1,6 +1,9 @@
-"""GPU memory that other processes of the host may write to (CUDA IPC). Driver calls only; the device is current."""
+"""GPU memory that other processes of the host may write to (CUDA IPC)."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 
@@ -8,7 +11,7 @@ from nanovllm.utils.cuda_driver import call_driver
 
 
 class PeerMemory:
-    """Memory of the current device, zeroed.
+    """Memory of the current device, zeroed. Any thread may close it, whatever device is current there.
 
     Raises:
         BackendUnavailableError: the driver refuses, as it may within containers.
@@ -17,6 +20,7 @@ class PeerMemory:
     def __init__(self, num_bytes: int) -> None:
         self._opened: list[int] = []
         torch.cuda.synchronize()  # makes the device's context
+        self._context = call_driver("cuCtxGetCurrent")
         self.address = int(call_driver("cuMemAlloc", num_bytes))
         call_driver("cuMemsetD8", self.address, 0, num_bytes)
         torch.cuda.synchronize()
@@ -43,11 +47,22 @@ class PeerMemory:
 
     def close_others(self) -> None:
         """Unmaps other processes' memory, which nothing here may be using any more."""
-        for address in self._opened:
-            call_driver("cuIpcCloseMemHandle", address)
+        with self._in_context():
+            for address in self._opened:
+                call_driver("cuIpcCloseMemHandle", address)
         self._opened.clear()
 
     def close(self) -> None:
         """Unmaps other processes' memory and frees this one, which no process may have open."""
         self.close_others()
-        call_driver("cuMemFree", self.address)
+        with self._in_context():
+            call_driver("cuMemFree", self.address)
+
+    @contextlib.contextmanager
+    def _in_context(self) -> Iterator[None]:
+        """Makes the device's context current; a thread that has used no device yet has none."""
+        call_driver("cuCtxPushCurrent", self._context)
+        try:
+            yield
+        finally:
+            call_driver("cuCtxPopCurrent")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine.distributed.tensor_parallel import ProcessRanks, Workers
 from nanovllm.kernels.cuda_all_reduce import PeerAllReduce
 from nanovllm.utils.device import Device
+from nanovllm.utils.peer_memory import PeerMemory
 from tests import tiny
 from tests.test_engine import drain, tokens_of
 from tests.test_tensor_parallel import (
@@ -213,6 +215,13 @@ def test_sums_are_right_for_all_sizes_and_types(tmp_path, check, size):
         process.join(60)
         process.kill()
     assert [process.exitcode for process in processes] == [0] * size
+
+
+def test_any_thread_may_free_memory_for_peers():
+    """A thread that has used no device yet has no context, as the main thread has none while the ranks connect."""
+    memory = PeerMemory(1 << 20)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(memory.close).result()
 
 
 def fail(ranks):

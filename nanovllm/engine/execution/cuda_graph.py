@@ -16,7 +16,7 @@ from nanovllm.layers.sampler import SampledTokens
 
 logger = logging.getLogger(__name__)
 
-MAX_PREFILL_GRAPH_TOKENS = 4096
+MAX_PREFILL_GRAPH_TOKENS = 3072
 """A pass over more tokens takes so long that launching it without a graph costs nothing, and a graph would hold memory
 for its activations."""
 MAX_MIXED_GRAPH_TOKENS = 2560
