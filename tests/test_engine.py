@@ -187,7 +187,7 @@ def test_prefill_buckets_pad_little_and_end_where_graphs_cost_more_than_they_sav
     for most in (1, 64, 65, 2048, 16384):
         sizes = prefill_buckets(most)
         assert sizes == sorted(set(sizes))
-        assert sizes[-1] == min(most, 4096)
+        assert sizes[-1] == min(most, 3072)
         assert all(after - before <= 64 for before, after in itertools.pairwise(sizes))
 
 

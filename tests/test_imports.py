@@ -28,6 +28,7 @@ WITHOUT_TORCH = [
 ENGINE_LAYERS = [
     {"scheduling.timeline", "scheduling.circuit_breaker", "scheduling.step_time", "block_manager"},
     {"scheduling.card"},
+    {"scheduling.shared_prompt"},
     {"scheduling.lease"},
     {"sequence", "callers", "text"},
     {"scheduling"},

@@ -72,9 +72,9 @@ class OnePool(RuleBasedStateMachine):
         self.prefills.setdefault(card, []).append(step)
         for chunk in step.chunks:
             assert chunk.start < chunk.end <= chunk.seq.num_tokens
-            assert chunk.lease.prefill.card is card
+            assert chunk.allocation.card is card
             assert chunk.lease.crosses == (card is not self.decode_card)
-            num_blocks = len(chunk.lease.prefill.blocks)
+            num_blocks = len(chunk.allocation.blocks)
             if chunk.lease.crosses:
                 assert num_blocks == card.block_manager.blocks_for(chunk.seq.num_tokens)
             else:
@@ -192,7 +192,7 @@ class OnePool(RuleBasedStateMachine):
                 assert self.decode_pool._ref_counts[target] == 1, "a handoff writes to a block that others may get"
         for card, prefills in self.prefills.items():
             for chunk in (chunk for prefill in prefills for chunk in prefill.chunks):
-                written = chunk.lease.prefill.blocks[chunk.start // BLOCK_SIZE : -(-chunk.end // BLOCK_SIZE)]
+                written = chunk.allocation.blocks[chunk.start // BLOCK_SIZE : -(-chunk.end // BLOCK_SIZE)]
                 assert all(map(card.block_manager._ref_counts.__getitem__, written)), (
                     "a prefill writes to a block that others may get"
                 )
@@ -265,7 +265,7 @@ class MixedSteps(OnePool):
             assert self.decode_pool._ref_counts[row.lease.decode.blocks[row.position // BLOCK_SIZE]] == 1
             assert row.output_index < row.seq.params.max_tokens, "a step beyond the request's length"
         for chunk in step.chunks:
-            assert chunk.lease.prefill.card is card
+            assert chunk.allocation.card is card
             if chunk.handoff:
                 self.scheduler.hold(chunk.lease)
                 self.handoffs.append(chunk)

@@ -34,7 +34,7 @@ class BlockManager:
     """Reference counts and prefix cache of one pool.
 
     A block is free (no reference) or held. A free block keeps its cached content until it is allocated again; blocks
-    without content are allocated first, then those freed longest ago.
+    without content are allocated first, then those that were freed to be evicted first, then those freed longest ago.
     """
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
@@ -47,7 +47,10 @@ class BlockManager:
     def reset(self, tables: abc.Iterable[abc.Sequence[int]]) -> None:
         """Starts over: the blocks of `tables` are held, all others are free, and the prefix cache is empty."""
         self._ref_counts = [0] * self.num_blocks
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(self.num_blocks))
+        self._empty: OrderedDict[int, None] = OrderedDict.fromkeys(range(self.num_blocks))
+        """Free blocks without content."""
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        """Free blocks with content, in the order in which they are evicted."""
         self._contents: dict[int, CachedBlock] = {}
         self._block_of_hash: dict[int, int] = {}
         for table in tables:
@@ -55,11 +58,11 @@ class BlockManager:
 
     @property
     def num_free_blocks(self) -> int:
-        return len(self._free)
+        return len(self._empty) + len(self._cached)
 
     @property
     def num_held_blocks(self) -> int:
-        return self.num_blocks - len(self._free)
+        return self.num_blocks - self.num_free_blocks
 
     def blocks_for(self, num_tokens: int) -> int:
         """Number of blocks that `num_tokens` tokens need; the last one may be partly filled."""
@@ -80,7 +83,7 @@ class BlockManager:
     def can_allocate(self, cached: abc.Sequence[int], num_blocks: int) -> bool:
         """Whether `allocate` would find enough free blocks."""
         num_new = num_blocks - len(cached)
-        return num_new + sum(self._ref_counts[block] == 0 for block in cached) <= len(self._free)
+        return num_new + sum(self._ref_counts[block] == 0 for block in cached) <= self.num_free_blocks
 
     def allocate(self, cached: abc.Sequence[int], num_blocks: int) -> list[int]:
         """Takes references to the `cached` blocks, then to new ones: `num_blocks` in all. Call `can_allocate` first."""
@@ -91,18 +94,22 @@ class BlockManager:
         """Adds a reference to each block."""
         for block in blocks:
             if self._ref_counts[block] == 0:
-                del self._free[block]
+                del (self._cached if block in self._contents else self._empty)[block]
             self._ref_counts[block] += 1
 
-    def free(self, blocks: abc.Sequence[int]) -> None:
-        """Drops a reference to each block; the last blocks of a request are the first to be allocated again."""
-        for block in reversed(blocks):
+    def free(self, blocks: abc.Sequence[int], *, evict_first: bool = False) -> None:
+        """Drops a reference to each block; the last blocks of a request are the first to be allocated again.
+
+        With `evict_first` its contents are evicted before those of all blocks that are free now: another pool has them.
+        """
+        for block in blocks if evict_first else reversed(blocks):
             assert self._ref_counts[block] > 0, f"block {block} is freed but has no references"
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0:
-                self._free[block] = None
-                if block not in self._contents:
-                    self._free.move_to_end(block, last=False)
+                free = self._cached if block in self._contents else self._empty
+                free[block] = None
+                if evict_first or free is self._empty:
+                    free.move_to_end(block, last=False)
 
     def cache(self, seq: HashedTokens, table: abc.Sequence[int], start: int, end: int) -> None:
         """Makes the full blocks of `seq` that cover tokens [start, end) shareable; their KV must be in the pool."""
@@ -120,6 +127,9 @@ class BlockManager:
             content = self._contents.pop(block, None)
             if content is not None:
                 del self._block_of_hash[content.block_hash]
+                if block in self._cached:
+                    del self._cached[block]
+                    self._empty[block] = None
 
     def check_integrity(self, tables: abc.Iterable[abc.Sequence[int]]) -> None:
         """Asserts that the block `tables` of all leases account for every reference, and free + held == total."""
@@ -128,13 +138,15 @@ class BlockManager:
             assert count == references[block], (
                 f"block {block} counts {count} references, tables have {references[block]}"
             )
-            assert (count == 0) == (block in self._free), f"block {block} with {count} references: free list is wrong"
+            is_free = block in (self._cached if block in self._contents else self._empty)
+            assert (count == 0) == is_free, f"block {block} with {count} references: free list is wrong"
+        assert not self._cached.keys() & self._empty.keys(), "a block is free twice"
         for block_hash, block in self._block_of_hash.items():
             assert self._contents[block].block_hash == block_hash, f"prefix cache entry of block {block} is stale"
         assert len(self._contents) == len(self._block_of_hash), "a cached block has no hash entry"
 
     def _pop_free(self) -> int:
-        block, _ = self._free.popitem(last=False)
+        block, _ = (self._empty or self._cached).popitem(last=False)
         content = self._contents.pop(block, None)
         if content is not None:
             del self._block_of_hash[content.block_hash]

@@ -74,7 +74,7 @@ class Handoffs:
                 if chunk.seq.lease is chunk.lease:
                     self._outputs.fail(chunk.seq, HandoffError(f"{self._observer.about_handoff(chunk.seq)}: {error}"))
                 continue
-            self.under_way.append(Handoff(chunk.seq, chunk.lease, step, chunk.lease.decode.card, chunk.handoff, handle))
+            self.under_way.append(Handoff(chunk.seq, chunk.lease, step, chunk.handoff_target, chunk.handoff, handle))
             self._observer.handoff_sent(chunk.seq, chunk.handoff)
 
     def step_ended(self, step: Step) -> None:

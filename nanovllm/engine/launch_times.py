@@ -63,6 +63,14 @@ class LaunchTimes:
             self._put_off.add(card)
         return launch_at_s
 
+    def free_in_s(self, card: Card) -> float:
+        """Predicted seconds until the card has ended what was launched there; 0 if nothing is known."""
+        works = self._steps.on(card)
+        if not works:
+            return 0.0
+        steps_s = [card.step_time.predict(work.step.size) or 0.0 for work in works]
+        return max(self._steps.began_s(works[0]) + steps_s[0] - time.perf_counter(), 0.0) + sum(steps_s[1:])
+
     def makes_late(self, card: Card, launch_at_s: float) -> bool:
         """Whether a launch on the card that begins now would last beyond the moment of another one."""
         return time.perf_counter() + self._launch_s[card] > launch_at_s

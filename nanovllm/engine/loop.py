@@ -155,7 +155,7 @@ class Loop:
             if self._launch_times.makes_late(card, self._launch_at_s):
                 continue  # the step that was put off is launched first, in its time
             works, began_s = self._steps.on(card), time.perf_counter()
-            step = self._scheduler.schedule(card, [work.step for work in works])
+            step = self._scheduler.schedule(card, [work.step for work in works], self._launch_times.free_in_s)
             if step is None:
                 self._launch_times.nothing_to_launch(card)
             else:

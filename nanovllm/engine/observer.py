@@ -137,14 +137,14 @@ class Observer:
 
     def log_prefill_health(self) -> None:
         """Logs, once each time, that the prefill device is left out, or works again."""
-        card = self._placement.prefill_card
-        was_out, self._prefill_is_out = self._prefill_is_out, card.breaker.is_open
+        was_out, self._prefill_is_out = self._prefill_is_out, self._placement.is_degraded
+        cause, words = self._placement.words_for_degraded()
         if self._prefill_is_out and not was_out:
-            self._fallbacks["prefill device left out"] += 1
-            logger.warning("%s is left out for a while, %s prefills alone", card, self._placement.decode_card)
+            self._fallbacks[cause] += 1
+            logger.warning("%s", words)
         elif was_out and not self._prefill_is_out:
             self._num_recoveries += 1
-            logger.warning("%s works again", card)
+            logger.warning("%s works again", self._placement.prefill_card)
 
     def close(self, unfinished: abc.Iterable[Sequence]) -> None:
         """Writes the trace, with these requests in it."""

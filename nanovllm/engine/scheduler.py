@@ -7,6 +7,7 @@ the same), is prefilled in chunks, handed off and decoded.
 from __future__ import annotations
 
 import bisect
+import functools
 import logging
 from collections import Counter, abc
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from nanovllm.engine.scheduling.chunk_room import ChunkRoom
 from nanovllm.engine.scheduling.decode_batch import DecodeRow, DecodeRows
 from nanovllm.engine.scheduling.decode_set import LOOK_AHEAD_STEPS, DecodeSet
 from nanovllm.engine.scheduling.lease import Allocation, Lease
-from nanovllm.engine.scheduling.placement import Placement
+from nanovllm.engine.scheduling.placement import LEAST_SHARED_TOKENS, Placement, Places
+from nanovllm.engine.scheduling.shared_prompt import SharedPrompt
 from nanovllm.engine.scheduling.step import MAX_CHUNKS, BlockPair, PrefillChunk, Step
 from nanovllm.engine.scheduling.step_time import StepSize
 from nanovllm.engine.sequence import Sequence, SequenceStatus
@@ -59,6 +61,8 @@ class Scheduler:
         self.num_queried_tokens = 0
         """Tokens of requests that got a lease, looked up in the prefix cache of their prefill card."""
         self.num_hit_tokens = 0
+        self._num_shared_chunks = 0
+        """Chunks of shared prompts that were formed; never set back, since cards compare these numbers."""
         self._clear()
 
     def _clear(self) -> None:
@@ -76,6 +80,8 @@ class Scheduler:
         self._draining_leases: list[Lease] = []
         """Leases that have ended while work in flight still touches their blocks."""
         self._prefilled: dict[Sequence, None] = {}
+        self._free_in_s: abc.Callable[[Card], float] | None = None
+        """See `schedule`."""
         self._outgrown: list[Sequence] = []
 
     @property
@@ -151,22 +157,28 @@ class Scheduler:
 
     @property
     def predicted_itl_s(self) -> float | None:
-        """Predicted seconds of a decode step with all running requests; None if there are none, or it is unknown."""
-        # Other threads may read this at any moment.
-        num_rows, num_tokens = len(self._running), self._num_tokens_ahead()
-        return self.placement.decode_card.step_time.predict(StepSize(num_rows, num_tokens)) if num_rows else None
+        """Predicted seconds of a decode step with all running requests, of those on the card where it takes longest;
+        None if there are none, or it is unknown."""
+        predicted = [card.step_time.predict(size) for card, size in self._sizes_ahead().items() if size.num_tokens]
+        known = [seconds for seconds in predicted if seconds is not None]
+        return max(known) if known else None
 
     # Forming steps
 
-    def schedule(self, card: Card, in_flight: abc.Sequence[Step]) -> Step | None:
+    def schedule(
+        self, card: Card, in_flight: abc.Sequence[Step], free_in_s: abc.Callable[[Card], float] | None = None
+    ) -> Step | None:
         """The step to launch on a card now, if there is one.
 
         Args:
             card: one of `cards`.
             in_flight: its steps that have been launched and have not ended.
+            free_in_s: gives the predicted seconds until a card has ended what was launched there. By these, a step with
+                a target waits for no chunk of the other card that would make it too long; None for no such care.
         """
         if len(in_flight) >= STEPS_AHEAD:
             return None
+        self._free_in_s = free_in_s
         return self._schedule_mixed(card, in_flight) if self.placement.decodes(card) else self.schedule_prefill(card)
 
     def schedule_prefill(self, card: Card | None = None) -> Step | None:
@@ -218,8 +230,10 @@ class Scheduler:
         """
         seq, lease = chunk.seq, chunk.lease
         is_live = seq.lease is lease
+        if lease.shared is not None:
+            lease.shared.ended_number = chunk.number
         if is_live:
-            lease.prefill.card.block_manager.cache(seq, lease.prefill.blocks, chunk.start, chunk.end)
+            self._cache_computed(chunk)
             if chunk.is_last and not chunk.handoff:
                 self.placement.prefill_worked(lease)
             if chunk.is_last:
@@ -232,6 +246,13 @@ class Scheduler:
                 seq.timeline.mark("prefill queue")
         self.release(lease)
         return is_live
+
+    def _cache_computed(self, chunk: PrefillChunk) -> None:
+        lease, block_manager = chunk.lease, chunk.allocation.card.block_manager
+        if lease.shared is None:
+            block_manager.cache(chunk.seq, chunk.allocation.blocks, chunk.start, chunk.end)
+        elif chunk.is_last and lease.in_flight == 1:  # all that the other card has pushed has arrived
+            block_manager.cache(chunk.seq, chunk.allocation.blocks, 0, chunk.end)
 
     def blocks_arrived(self, lease: Lease) -> None:
         """A handoff of blocks of the lease has succeeded."""
@@ -344,9 +365,10 @@ class Scheduler:
             return chunks
         budget, num_tokens = self._prefill_token_budget(card), 0
         while seq is not None:
-            chunk = self._next_chunk(seq, budget - num_tokens)
-            chunks.append(chunk)
-            num_tokens += chunk.num_tokens
+            most = self._whole_blocks(seq, min(self._most_tokens(seq, card), budget - num_tokens), budget - num_tokens)
+            if most:
+                chunks.append(self._next_chunk(seq, card, most))
+                num_tokens += most
             is_full = num_tokens >= budget or len(chunks) == MAX_CHUNKS
             seq = None if is_full else next(candidates, None)
         return chunks
@@ -354,23 +376,65 @@ class Scheduler:
     def _chunks_beside(self, card: Card, rows: DecodeRows) -> list[PrefillChunk]:
         """The next chunks for a step that has decode rows."""
         chunks: list[PrefillChunk] = []
-        room = ChunkRoom(card.step_time, rows, self._prefill_token_budget(card), self.limits.itl_target_s)
+        limit_s = self.limits.itl_target_s
+        size = StepSize(len(rows), rows.num_tokens)
+        most_tokens = functools.partial(self._most_tokens, card=card, size=size)
+        room = ChunkRoom(card.step_time, size, self._prefill_token_budget(card), limit_s, most_tokens)
         for seq, num_tokens in room.share_out(self._prefill_candidates(card)):
             reason = room.reason_for_no_more(seq, num_tokens)
-            if num_tokens:
-                chunks.append(self._next_chunk(seq, num_tokens, reason))
+            whole = self._whole_blocks(seq, num_tokens, room.num_tokens_left)
+            if whole:
+                chunks.append(self._next_chunk(seq, card, whole, reason))
                 room.take(chunks[-1])
             else:
                 seq.timeline.mark(f"prefill queue ({reason})")
         return chunks
 
+    def _most_tokens(self, seq: Sequence, card: Card, size: StepSize | None = None) -> int:
+        """Maximum number of a request's remaining prompt tokens that the card's next step may take, whatever else it
+        has; of a shared prompt, so many that the other card does not have to wait longer than it may.
+
+        `size` is what the step has already, None for nothing.
+        """
+        lease, start = seq.lease, seq.num_prefilled_tokens
+        assert lease is not None, f"request {seq.request_id} is prefilled without a lease"
+        if lease.shared is None:
+            return seq.num_tokens_to_prefill
+        (partner,) = (allocation.card for allocation in lease.allocations if allocation.card is not card)
+        limit_s, beside = self.limits.itl_target_s, self._decoding[partner].size
+        if limit_s is not None and size is not None and self._would_wait(lease.shared, card, partner, limit_s):
+            return 0
+        most = min(self._prefill_token_budget(card), self._prefill_token_budget(partner))
+        lease.shared.plan((card, partner), start, seq.num_tokens_to_prefill, most, card.block_manager.block_size)
+        most = min(most, lease.shared.planned_end - start)
+        if limit_s is None or not beside.num_tokens:
+            return most
+        return max(partner.step_time.tokens_that_fit(limit_s, beside, start, most), 1)
+
+    def _would_wait(self, shared: SharedPrompt, card: Card, partner: Card, limit_s: float) -> bool:
+        """Whether a step of the card would take too long since the chunk before is still to be computed."""
+        if self._free_in_s is None or shared.last_number == shared.ended_number:
+            return False
+        return self._free_in_s(partner) > self._free_in_s(card) + limit_s
+
+    def _whole_blocks(self, seq: Sequence, num_tokens: int, most: int) -> int:
+        """So many tokens of a request; of a shared prompt, blocks that both cards compute are cut nowhere.
+
+        At least a block if there are any, unless that is more than `most`.
+        """
+        lease = seq.lease
+        assert lease is not None, f"request {seq.request_id} is prefilled without a lease"
+        if lease.shared is None or num_tokens in (0, seq.num_tokens_to_prefill):
+            return num_tokens
+        block_size = lease.decode.card.block_manager.block_size
+        whole = max(num_tokens // block_size, 1) * block_size
+        return min(whole, seq.num_tokens_to_prefill) if whole <= most else 0
+
     def _prefill_token_budget(self, card: Card) -> int:
         """Maximum number of prompt tokens in the card's next step."""
         if not self._streamed:
             return card.max_prefill_tokens
-        decodes_streamed = self.placement.decodes(card) and any(
-            seq.status is SequenceStatus.DECODING for seq in self._streamed
-        )
+        decodes_streamed = self.placement.decodes(card) and any(_decodes_on(card, seq) for seq in self._streamed)
         most = self.limits.prefill_chunk_tokens if decodes_streamed else MAX_STREAMED_PREFILL_TOKENS
         return min(card.max_prefill_tokens, most)
 
@@ -378,26 +442,31 @@ class Scheduler:
         """Requests with tokens left to prefill, oldest lease first, then those of the queue that get a lease."""
         self._prefilling = [seq for seq in self._prefilling if _has_tokens_to_prefill(seq)]
         for seq in list(self._prefilling):
-            if seq.lease is not None and seq.lease.prefill.card is card:
+            if seq.lease is not None and seq.lease.computes_next_on(card):
                 yield seq
         # Computed once for all requests admitted here, since it visits every running request.
-        num_tokens_ahead = self._num_tokens_ahead() if self._waiting and self.limits.itl_target_s is not None else 0
-        while self._waiting and self._may_admit(self._waiting[0], num_tokens_ahead):
+        sizes = self._sizes_ahead() if self._waiting else {}
+        while self._waiting:
             seq = self._waiting[0]
-            decode_card = self.placement.decode_card_of(seq)
+            places = self.placement.places_of(seq, sizes)
+            if not self._may_admit(seq, places, sizes):
+                return
+            decode_card = places.decode
             if decode_card.block_manager.blocks_for(seq.num_tokens) > decode_card.block_manager.num_blocks:
                 self._outgrew(seq, decode_card)
-            elif self.placement.prefill_card_of(seq) is card and self._admit(seq, card, decode_card):
+            elif (places.is_shared or places.prefill is card) and self._admit(seq, places):
                 self._waiting.remove(seq)
                 self._running.append(seq)
                 self._prefilling.append(seq)
                 self._prefill_backlog.add(seq)
-                num_tokens_ahead += seq.num_tokens_ahead(LOOK_AHEAD_STEPS)
-                yield seq
+                sizes[decode_card] = sizes[decode_card].with_row(seq.num_tokens_ahead(LOOK_AHEAD_STEPS))
+                assert seq.lease is not None, "it was just granted"
+                if seq.lease.computes_next_on(card):
+                    yield seq
             else:
                 return
 
-    def _may_admit(self, seq: Sequence, num_tokens_ahead: int) -> bool:
+    def _may_admit(self, seq: Sequence, places: Places, sizes: abc.Mapping[Card, StepSize]) -> bool:
         num_leases = len(self._running) + sum(not lease.stuck for lease in self._draining_leases)
         if num_leases >= self.limits.max_num_seqs:
             seq.timeline.mark(f"waits for a lease (max_num_seqs={self.limits.max_num_seqs} are held)")
@@ -405,30 +474,45 @@ class Scheduler:
         if any(decoding.waits_for_blocks for decoding in self._decoding.values()):
             seq.timeline.mark("waits for a lease (a decoding request needs the next free blocks)")
             return False
-        card, most_under_way = self.placement.decode_card_of(seq), self.limits.max_handoff_backlog
-        if self.placement.prefill_card_of(seq) is not card and len(self._prefill_backlog) >= most_under_way:
+        card, most_under_way = places.decode, self.limits.max_handoff_backlog
+        if places.prefill is not card and len(self._prefill_backlog) >= most_under_way:
             seq.timeline.mark(f"waits for a lease (max_handoff_backlog={most_under_way} are under way)")
             return False
         target_s = self.limits.itl_target_s
-        if target_s is not None and self._running:  # a request alone makes the shortest possible steps
-            num_tokens = num_tokens_ahead + seq.num_tokens_ahead(LOOK_AHEAD_STEPS)
-            if card.step_time.may_exceed(target_s, StepSize(len(self._running) + 1, num_tokens)):
-                seq.timeline.mark(f"waits for a lease (itl_target_ms={target_s * 1e3:g} would be exceeded)")
-                return False
+        size = sizes[card].with_row(seq.num_tokens_ahead(LOOK_AHEAD_STEPS))
+        is_alone = size.num_tokens == 1  # then it makes the shortest possible steps
+        if target_s is not None and not is_alone and card.step_time.may_exceed(target_s, size):
+            seq.timeline.mark(f"waits for a lease (itl_target_ms={target_s * 1e3:g} would be exceeded)")
+            return False
         return True
 
-    def _num_tokens_ahead(self) -> int:
-        """Context tokens, LOOK_AHEAD_STEPS from now, of all requests that decode or are being prefilled."""
-        decoding = sum(decoding.num_tokens_ahead() for decoding in self._decoding.values())
-        return decoding + sum(seq.num_tokens_ahead(LOOK_AHEAD_STEPS) for seq in list(self._prefill_backlog))
+    def _sizes_ahead(self) -> dict[Card, StepSize]:
+        """The step of each card LOOK_AHEAD_STEPS from now, with all requests that have a lease and decode there.
 
-    def _admit(self, seq: Sequence, prefill_card: Card, decode_card: Card) -> bool:
-        """Grants a lease, with blocks on both cards, if both pools have enough. Returns whether it did."""
-        is_one_card = prefill_card is decode_card
+        Other threads may ask at any moment.
+        """
+        contexts = Counter({card: decoding.num_tokens_ahead() for card, decoding in self._decoding.items()})
+        for seq in list(self._prefill_backlog):
+            if (lease := seq.lease) is not None:
+                contexts[lease.decode.card] += seq.num_tokens_ahead(LOOK_AHEAD_STEPS)
+        num_rows = Counter(lease.decode.card for seq in list(self._running) if (lease := seq.lease) is not None)
+        return {card: StepSize(num_rows[card], contexts[card]) for card in self.cards}
+
+    def _admit(self, seq: Sequence, places: Places) -> bool:
+        """Grants a lease, with blocks on both cards, if both pools have enough. Returns whether it did.
+
+        A prompt that only the card where it decodes has blocks for, or has most of, is not shared.
+        """
+        prefill_card, decode_card = places.prefill, places.decode
+        is_one_card, block_size = prefill_card is decode_card, decode_card.block_manager.block_size
         # A prefill must compute at least the last token, for its logits; blocks to hand off may all be cached already.
         # It computes also whatever has log-probabilities of the prompt to report.
         most_hit = min(seq.num_tokens - 1, seq.num_reported_tokens)
-        cached = decode_card.block_manager.match_prefix(seq, most_hit if is_one_card else seq.num_tokens)
+        computes_there = is_one_card or places.is_shared
+        cached = decode_card.block_manager.match_prefix(seq, most_hit if computes_there else seq.num_tokens)
+        alone = Places(decode_card, decode_card)
+        if places.is_shared and seq.num_tokens - len(cached) * block_size < LEAST_SHARED_TOKENS:
+            return self._admit(seq, alone)
         num_leased = self._lease_blocks(seq, decode_card)
         hit = cached if is_one_card else prefill_card.block_manager.match_prefix(seq, most_hit)
         num_prefilled = prefill_card.block_manager.blocks_for(seq.num_tokens)
@@ -436,6 +520,8 @@ class Scheduler:
             seq.timeline.mark(f"waits for a lease ({num_leased} blocks of the decode pool)")
             return False
         if not is_one_card and not prefill_card.block_manager.can_allocate(hit, num_prefilled):
+            if places.is_shared:
+                return self._admit(seq, alone)
             seq.timeline.mark(f"waits for a lease ({num_prefilled} blocks of the prefill pool)")
             return False
         decode = Allocation(decode_card, decode_card.block_manager.allocate(cached, num_leased))
@@ -443,8 +529,14 @@ class Scheduler:
             decode if is_one_card else Allocation(prefill_card, prefill_card.block_manager.allocate(hit, num_prefilled))
         )
         seq.lease = Lease(prefill, decode, num_handed_off_blocks=len(cached))
+        num_hit_blocks = len(hit)
+        if places.is_shared:
+            # The card that has more of the prompt begins, and pushes what the other lacks.
+            longer = None if len(hit) == len(cached) else prefill_card if len(hit) > len(cached) else decode_card
+            seq.lease.shared = SharedPrompt(longer)
+            seq.lease.num_handed_off_blocks, num_hit_blocks = sorted((len(hit), len(cached)))
         self.placement.prefill_began(seq.lease)
-        seq.num_prefilled_tokens = len(hit) * prefill_card.block_manager.block_size
+        seq.num_prefilled_tokens = num_hit_blocks * block_size
         self.num_queried_tokens += seq.num_tokens
         self.num_hit_tokens += seq.num_prefilled_tokens
         seq.status = SequenceStatus.PREFILLING
@@ -466,28 +558,44 @@ class Scheduler:
         most = max(needed, min(card.block_manager.blocks_for(seq.max_num_tokens - 1), card.block_manager.num_blocks))
         return min(needed + 1, most)
 
-    def _next_chunk(self, seq: Sequence, budget: int, reason: str | None = None) -> PrefillChunk:
-        """The request's next tokens, as many as the budget allows; `reason` is why it is no larger, for `explain`."""
-        assert seq.lease is not None, f"request {seq.request_id} is prefilled without a lease"
+    def _next_chunk(self, seq: Sequence, card: Card, num_tokens: int, reason: str | None = None) -> PrefillChunk:
+        """The request's next tokens, for a step of the card; `reason` is why there are no more, for `explain`."""
+        lease = seq.lease
+        assert lease is not None, f"request {seq.request_id} is prefilled without a lease"
         start = seq.num_prefilled_tokens
-        end = min(seq.num_tokens, start + budget)
+        end = start + num_tokens
         seq.num_prefilled_tokens = end
+        where = "" if lease.shared is None else f" on {card}"
         cut = "" if reason is None else f" ({reason})"
-        seq.timeline.mark(f"prefill of tokens {start} to {end} of {seq.num_tokens}{cut}")
-        self.hold(seq.lease)
+        seq.timeline.mark(f"prefill of tokens {start} to {end} of {seq.num_tokens}{where}{cut}")
+        self.hold(lease)
         is_last = end == seq.num_tokens
-        handoff = self._handoff_pairs(seq, seq.lease, end, is_last)
-        return PrefillChunk(seq, seq.lease, start, end, is_last, handoff, len(seq.prompt_logprobs))
+        handoff = self._handoff_pairs(seq, lease, card, end, is_last)
+        number = waits_for = 0
+        if lease.shared is not None:
+            waits_for = lease.shared.last_number
+            self._num_shared_chunks += 1
+            number = self._num_shared_chunks
+            (partner,) = (allocation.card for allocation in lease.allocations if allocation.card is not card)
+            lease.shared.took(end, number, partner)
+        num_known = len(seq.prompt_logprobs)
+        allocation = lease.allocation_on(card)
+        return PrefillChunk(seq, lease, allocation, start, end, is_last, handoff, num_known, number, waits_for)
 
-    def _handoff_pairs(self, seq: Sequence, lease: Lease, end: int, is_last: bool) -> tuple[BlockPair, ...]:
-        """Blocks to send once the tokens before `end` are computed: complete ones that the decode pool lacks."""
-        if not lease.crosses or seq.num_tokens + 1 == seq.max_num_tokens:
+    def _handoff_pairs(self, seq: Sequence, lease: Lease, card: Card, end: int, is_last: bool) -> tuple[BlockPair, ...]:
+        """Blocks to send once the card has computed the tokens before `end`: complete ones that the other lacks."""
+        if not lease.crosses:
             return ()
+        if seq.num_tokens + 1 == seq.max_num_tokens and (lease.shared is None or is_last):
+            return ()  # it ends with its first token: nothing reads its KV
         first, block_manager = lease.num_handed_off_blocks, lease.decode.card.block_manager
         complete = block_manager.blocks_for(end) if is_last else end // block_manager.block_size
         last = max(first, complete)
         lease.num_handed_off_blocks = last
-        return tuple(zip(lease.prefill.blocks[first:last], lease.decode.blocks[first:last], strict=True))
+        source, target = lease.prefill, lease.decode
+        if source.card is not card:
+            source, target = target, source
+        return tuple(zip(source.blocks[first:last], target.blocks[first:last], strict=True))
 
     def _join_arrived(self) -> None:
         """Moves requests on to decode whose prefill has ended and whose blocks have all arrived."""
@@ -510,7 +618,10 @@ class Scheduler:
                 self._decoding[step.card].join(DecodeRow(seq, lease, seq.num_tokens))
 
     def handoff_done(self, seq: Sequence) -> None:
-        """All KV of a request is on its decode card: it may be shared there, and the prefill blocks are freed."""
+        """All KV of a request is on its decode card: it may be shared there, and the prefill blocks are freed.
+
+        Both cards have a prompt that both computed: its copy where it does not decode is the first to be evicted.
+        """
         lease = seq.lease
         assert lease is not None, f"request {seq.request_id} is handed off without a lease"
         lease.decode.card.block_manager.cache(seq, lease.decode.blocks, 0, seq.num_prefilled_tokens)
@@ -521,8 +632,11 @@ class Scheduler:
             len(lease.decode.blocks),
         )
         if lease.crosses:
-            lease.prefill.card.block_manager.free(lease.prefill.blocks)
-            lease.prefill = lease.decode
+            prefill_pool, is_copy = lease.prefill.card.block_manager, lease.shared is not None
+            if is_copy:
+                prefill_pool.cache(seq, lease.prefill.blocks, 0, seq.num_prefilled_tokens)
+            prefill_pool.free(lease.prefill.blocks, evict_first=is_copy)
+            lease.prefill, lease.shared = lease.decode, None
         seq.status = SequenceStatus.DECODING
         del self._handing_off[seq]
         self._prefill_backlog.remove(seq)
@@ -587,6 +701,10 @@ def _free(lease: Lease) -> None:
 def _blocks_on(card: Card, leases: abc.Iterable[Lease]) -> list[list[int]]:
     """The blocks of each lease that holds some on the card."""
     return [allocation.blocks for lease in leases for allocation in lease.allocations if allocation.card is card]
+
+
+def _decodes_on(card: Card, seq: Sequence) -> bool:
+    return seq.status is SequenceStatus.DECODING and seq.lease is not None and seq.lease.decode.card is card
 
 
 def _has_tokens_to_prefill(seq: Sequence) -> bool:

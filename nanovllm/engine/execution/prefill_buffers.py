@@ -68,7 +68,7 @@ class PrefillBuffers:
         slots[:] = self._padding_slot
         end, num_sampled = num_rows, 0
         for row, chunk in enumerate(chunks):
-            seq, table = chunk.seq, np.array(chunk.lease.prefill.blocks, dtype=np.int64)
+            seq, table = chunk.seq, np.array(chunk.allocation.blocks, dtype=np.int64)
             first, end = end, end + chunk.end - chunk.start
             offsets = np.arange(chunk.start, chunk.end)
             token_ids[first:end] = seq.token_ids[chunk.start : chunk.end]

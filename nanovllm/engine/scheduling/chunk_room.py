@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from nanovllm.engine.scheduling.decode_batch import DecodeRows
 from nanovllm.engine.scheduling.step import MAX_CHUNKS, PrefillChunk
 from nanovllm.engine.scheduling.step_time import StepSize, StepTimeModel
 from nanovllm.engine.sequence import Sequence
@@ -26,16 +25,25 @@ class ChunkRoom:
 
     Args:
         step_time: predicts the step's time.
-        rows: its decode rows.
+        size: what the step has already.
         budget: maximum number of prompt tokens.
         limit_s: maximum predicted seconds of the step; None for no limit.
+        most_tokens: gives the maximum number of a request's remaining prompt tokens, however much room there is.
     """
 
-    def __init__(self, step_time: StepTimeModel, rows: DecodeRows, budget: int, limit_s: float | None) -> None:
+    def __init__(
+        self,
+        step_time: StepTimeModel,
+        size: StepSize,
+        budget: int,
+        limit_s: float | None,
+        most_tokens: Callable[[Sequence], int],
+    ) -> None:
         self._step_time = step_time
-        self._size = StepSize(len(rows), rows.num_tokens)
+        self._size = size
         self._limit_s = limit_s
-        self._budget = budget
+        self._most_tokens = most_tokens
+        self.num_tokens_left = budget
         self._num_chunks = 0
 
     def share_out(self, candidates: Iterator[Sequence]) -> Iterator[tuple[Sequence, int]]:
@@ -51,55 +59,65 @@ class ChunkRoom:
         oldest = next(candidates, None)
         if oldest is None:
             return
-        most = self._tokens_for(oldest, at_least=LEAST_TOKENS)
-        if most < oldest.num_tokens_to_prefill:
+        wanted = self._most_tokens(oldest)
+        most = self._tokens_for(oldest, wanted, at_least=LEAST_TOKENS)
+        if most < wanted:
             left_to_others, num_long = most // 2, 0
             for seq in candidates:
                 if seq.num_tokens_to_prefill * SHORTER > oldest.num_tokens_to_prefill:
                     num_long += 1
                 else:
-                    num_tokens = min(self._tokens_for(seq), left_to_others)
+                    num_tokens = min(self._tokens_for(seq, self._most_tokens(seq)), left_to_others)
                     left_to_others -= num_tokens or left_to_others  # none fits, nor will another
                     yield seq, num_tokens
                 if not left_to_others or num_long > MOST_PASSED_BY or self._num_chunks == MAX_CHUNKS - 1:
                     break
-            yield oldest, self._tokens_for(oldest, at_least=LEAST_TOKENS)
+            yield oldest, self._tokens_for(oldest, wanted, at_least=LEAST_TOKENS)
             return
         yield oldest, most
         for seq in candidates:
-            yield seq, self._tokens_for(seq)
-            if seq.num_tokens_to_prefill:
+            wanted = self._most_tokens(seq)
+            num_tokens = self._tokens_for(seq, wanted)
+            yield seq, num_tokens
+            if num_tokens < wanted:
                 return
 
     def take(self, chunk: PrefillChunk) -> None:
         """Takes the room for a chunk."""
         self._size = self._size.with_chunk(chunk.start, chunk.num_tokens)
-        self._budget -= chunk.num_tokens
+        self.num_tokens_left -= chunk.num_tokens
         self._num_chunks += 1
 
     def reason_for_no_more(self, seq: Sequence, num_tokens: int) -> str | None:
         """Why a request gets no more than this many tokens; None if it has no more."""
         if num_tokens == seq.num_tokens_to_prefill:
             return None
-        if num_tokens == self._most(seq):
+        wanted = self._most_tokens(seq)
+        if not wanted:
+            return "the other card's chunk comes first"
+        if num_tokens == wanted:
+            return None  # its card takes the next chunk
+        if num_tokens == self._most(wanted):
             return "the step is full"
-        if self._limit_s is None or num_tokens < self._tokens_for(seq):
+        if self._limit_s is None or num_tokens < self._tokens_for(seq, wanted):
             return "half of the step is the oldest prompt's"
         return f"itl_target_ms={self._limit_s * 1e3:g}"
 
-    def _tokens_for(self, seq: Sequence, *, at_least: int = 0) -> int:
-        """How many of a request's remaining prompt tokens the step takes; `at_least` of them whatever its time."""
-        most = self._most(seq)
+    def _tokens_for(self, seq: Sequence, wanted: int, *, at_least: int = 0) -> int:
+        """How many of `wanted` prompt tokens of a request the step takes; `at_least` of them whatever its time."""
+        most = self._most(wanted)
         if self._limit_s is None or not most:
             return most
         fitting = self._step_time.tokens_that_fit(self._limit_s, self._size, seq.num_prefilled_tokens, most)
         return max(fitting, min(most, at_least))
 
-    def _most(self, seq: Sequence) -> int:
+    def _most(self, wanted: int) -> int:
+        """How many of so many prompt tokens of a request the step's budget allows."""
+        budget = self.num_tokens_left
         if self._num_chunks == MAX_CHUNKS:
             return 0
-        if seq.num_tokens_to_prefill <= self._budget:
-            return seq.num_tokens_to_prefill
+        if wanted <= budget:
+            return wanted
         # Where the chunk ends is free: the step ends with a full tile, unless that takes half of the chunk.
-        beyond = (self._size.num_tokens + self._budget) % GEMM_TILE_TOKENS
-        return self._budget - beyond if beyond < self._budget // 2 else self._budget
+        beyond = (self._size.num_tokens + budget) % GEMM_TILE_TOKENS
+        return budget - beyond if beyond < budget // 2 else budget

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.decode_batch import DecodeRow, DecodeRows, HostDecodeBatch
 from nanovllm.engine.scheduling.lease import Lease
+from nanovllm.engine.scheduling.step_time import StepSize
 
 LOOK_AHEAD_STEPS = 128
 """How many steps ahead a step is predicted: contexts grow meanwhile, up to the limits of their requests.
@@ -40,6 +41,11 @@ class DecodeSet:
     def leases(self) -> list[Lease]:
         """The leases of the batch."""
         return self._batch.leases
+
+    @property
+    def size(self) -> StepSize:
+        """The size of a step of those that decode now."""
+        return StepSize(len(self._batch), int(self._batch.positions.sum()) + len(self._batch))
 
     def num_tokens_ahead(self) -> int:
         """Context tokens of all requests, LOOK_AHEAD_STEPS from now."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nanovllm.engine.scheduling.card import Card
+from nanovllm.engine.scheduling.shared_prompt import SharedPrompt
 
 
 @dataclass(eq=False)
@@ -23,11 +24,15 @@ class Lease:
     """
 
     prefill: Allocation
-    """Where the prompt is computed. The same object as `decode` on one card, and after the handoff."""
+    """Where the prompt is computed. The same object as `decode` on one card, and after the handoff. Of a shared prompt,
+    the blocks on the other card than that where the request decodes."""
     decode: Allocation
     """Where the request decodes: its prompt's blocks, and one to grow into if there was one."""
     num_handed_off_blocks: int = 0
-    """Number of leading blocks of `decode` whose KV was cached there, or has been sent."""
+    """Number of leading blocks of `decode` whose KV was cached there, or has been sent. Of a shared prompt, the number
+    of those that both cards have, or that a chunk pushes from one to the other."""
+    shared: SharedPrompt | None = None
+    """Which card computes the next chunk of a prompt that both compute; None for other prompts."""
     in_flight: int = 0
     """Number of steps and copies in flight that touch the blocks; no block is freed while it is above 0."""
     ended: bool = False
@@ -39,6 +44,14 @@ class Lease:
     def allocations(self) -> tuple[Allocation, ...]:
         """One allocation for each card."""
         return (self.decode,) if self.prefill is self.decode else (self.prefill, self.decode)
+
+    def allocation_on(self, card: Card) -> Allocation:
+        """The blocks on one of its cards."""
+        return self.decode if self.decode.card is card else self.prefill
+
+    def computes_next_on(self, card: Card) -> bool:
+        """Whether the next chunk of the prompt runs on the card."""
+        return self.prefill.card is card if self.shared is None else self.shared.next_card in (None, card)
 
     def holds_on(self, card: Card) -> bool:
         """Whether it holds blocks of the card's pool."""

@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.lease import Lease
+from nanovllm.engine.scheduling.step_time import StepSize
 from nanovllm.engine.sequence import Sequence
+
+LEAST_SHARED_TOKENS = 1024
+"""Prompts that have fewer tokens to compute run on one card: two chunks would take as long together."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a request runs.
+
+    Attributes:
+        prefill: computes its prompt; of a shared prompt, the card other than `decode`, which computes it, too.
+        decode: decodes it.
+        is_shared: whether both cards compute the prompt, chunk by chunk in turns.
+    """
+
+    prefill: Card
+    decode: Card
+    is_shared: bool = False
 
 
 class Placement:
@@ -29,28 +50,86 @@ class Placement:
         """Whether requests decode on the card."""
         return card is self.decode_card
 
-    def decode_card_of(self, seq: Sequence) -> Card:
-        """Where a request that gets its lease now will decode."""
-        return self.decode_card
+    def places_of(self, seq: Sequence, sizes: Mapping[Card, StepSize]) -> Places:
+        """Where a request that gets its lease now runs.
 
-    def prefill_card_of(self, seq: Sequence) -> Card:
-        """Where a request that gets its lease now will be prefilled."""
+        Args:
+            seq: the request.
+            sizes: what each card's decode steps will come to with the requests that have a lease.
+        """
         card, now = self.prefill_card, time.monotonic()
         is_left_out = card.breaker.is_open and not card.breaker.allows_trial(now)
-        has_outgrown = card.block_manager.blocks_for(seq.num_tokens) > card.block_manager.num_blocks
-        return self.decode_card if seq.failures or has_outgrown or is_left_out else card
+        leaves_out = seq.failures or is_left_out or not _may_hold(card, seq)
+        return Places(self.decode_card if leaves_out else card, self.decode_card)
 
     def prefill_began(self, lease: Lease) -> None:
         """A request got its lease. If its prefill card is left out, this request is the trial."""
-        if lease.crosses and lease.prefill.card.breaker.is_open:
-            lease.prefill.card.breaker.begin_trial(time.monotonic())
+        if lease.crosses and self.prefill_card.breaker.is_open:
+            self.prefill_card.breaker.begin_trial(time.monotonic())
 
     def prefill_worked(self, lease: Lease) -> None:
         """A request was prefilled, and its KV has arrived where it decodes."""
         if lease.crosses:
-            lease.prefill.card.breaker.worked()
+            self.prefill_card.breaker.worked()
 
     def prefill_failed(self, lease: Lease) -> None:
         """The prefill of a request, or the handoff of its KV, failed."""
         if lease.crosses:
-            lease.prefill.card.breaker.failed(time.monotonic())
+            self.prefill_card.breaker.failed(time.monotonic())
+
+    @property
+    def is_degraded(self) -> bool:
+        """Whether prompts run where they should not, since too many failed where they should."""
+        return self.prefill_card.breaker.is_open
+
+    def words_for_degraded(self) -> tuple[str, str]:
+        """What that is called in metrics and in the log."""
+        words = f"{self.prefill_card} is left out for a while, {self.decode_card} prefills alone"
+        return "prefill device left out", words
+
+
+class ElasticPlacement(Placement):
+    """Both cards prefill and decode. Long prompts are shared: the cards compute their chunks in turns.
+
+    A request decodes on the card with less context, and a prompt that is not shared is computed there: one that is
+    short, has failed once, reports log-probabilities, or is too long for one of the pools; and every prompt while too
+    many shared ones fail, or if the cards cannot write to each other's memory.
+
+    The circuit breaker of `prefill_card` is that of sharing.
+
+    Args:
+        prefill_card, decode_card: the two cards, whose names mean nothing here.
+        can_share: whether the cards can write to each other's memory.
+    """
+
+    def __init__(self, prefill_card: Card, decode_card: Card, *, can_share: bool) -> None:
+        super().__init__(prefill_card, decode_card)
+        self._can_share = can_share
+
+    def decodes(self, card: Card) -> bool:
+        return True
+
+    def places_of(self, seq: Sequence, sizes: Mapping[Card, StepSize]) -> Places:
+        holding = [card for card in self.cards if _may_hold(card, seq)]
+        decode = min(holding or self.cards, key=lambda card: sizes[card].context)
+        if not (self._may_share(seq) and len(holding) == 2):
+            return Places(decode, decode)
+        (other,) = (card for card in self.cards if card is not decode)
+        return Places(other, decode, is_shared=True)
+
+    def _may_share(self, seq: Sequence) -> bool:
+        if not self._can_share or seq.failures or seq.params.prompt_logprobs is not None:
+            return False
+        if seq.num_tokens < LEAST_SHARED_TOKENS:
+            return False
+        breaker = self.prefill_card.breaker
+        return not breaker.is_open or breaker.allows_trial(time.monotonic())
+
+    def words_for_degraded(self) -> tuple[str, str]:
+        words = "too many prompts failed that two cards computed; for a while each runs on one card"
+        return "prompts not shared", words
+
+
+def _may_hold(card: Card, seq: Sequence) -> bool:
+    """Whether the card's pool has as many blocks, held or not, as the request needs."""
+    return card.block_manager.blocks_for(seq.num_tokens) <= card.block_manager.num_blocks

@@ -7,7 +7,7 @@ from typing import Literal
 
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.decode_batch import NO_DECODE_ROWS, DecodeRows
-from nanovllm.engine.scheduling.lease import Lease
+from nanovllm.engine.scheduling.lease import Allocation, Lease
 from nanovllm.engine.scheduling.step_time import StepSize
 from nanovllm.engine.sequence import Sequence
 
@@ -15,28 +15,40 @@ MAX_CHUNKS = 32
 """Maximum number of chunks in a step: the buffers have room for this many, and every step is padded to it."""
 
 BlockPair = tuple[int, int]
-"""A block of the pool that a prompt is prefilled into, and the block of the decode pool that its KV goes to."""
+"""A block of the pool where a chunk is computed, and the block of the other card's pool that its KV goes to."""
 
 
 @dataclass(frozen=True)
 class PrefillChunk:
     """Tokens [start, end) of a request to run through the model; `is_last` samples a token after them.
 
-    `handoff` lists the blocks whose KV is ready to cross to the decode pool once this chunk has run.
+    `handoff` lists the blocks whose KV is ready to cross to the other pool once this chunk has run.
     """
 
     seq: Sequence
     lease: Lease
+    allocation: Allocation
+    """The blocks of the lease on the card where the chunk runs."""
     start: int
     end: int
     is_last: bool
     handoff: tuple[BlockPair, ...]
     num_known_logprobs: int = 0
     """Prompt tokens of the request whose log-probabilities had been taken in when the chunk was formed."""
+    number: int = 0
+    """Of a shared prompt's chunk: its place among all such chunks, in the order of their launch, from 1 on; else 0."""
+    waits_for: int = 0
+    """Number of the chunk before it, which the other card computes; 0 if there is none."""
 
     @property
     def num_tokens(self) -> int:
         return self.end - self.start
+
+    @property
+    def handoff_target(self) -> Card:
+        """The card whose pool its blocks are handed to."""
+        (target,) = (each.card for each in self.lease.allocations if each is not self.allocation)
+        return target
 
     @property
     def logprob_positions(self) -> range:
@@ -75,6 +87,21 @@ class Step:
     @property
     def num_prefill_tokens(self) -> int:
         return sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def shared_chunks(self) -> list[PrefillChunk]:
+        """Chunks of prompts that two cards compute."""
+        return [chunk for chunk in self.chunks if chunk.number]
+
+    @property
+    def number(self) -> int:
+        """Number of its last shared chunk, 0 if it has none."""
+        return max((chunk.number for chunk in self.chunks), default=0)
+
+    @property
+    def waits_for(self) -> int:
+        """Number of the last of the other card's chunks that it waits for, layer by layer; 0 for none."""
+        return max((chunk.waits_for for chunk in self.chunks), default=0)
 
     @property
     def seqs(self) -> list[Sequence]:

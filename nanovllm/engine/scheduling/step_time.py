@@ -74,6 +74,10 @@ class StepSize:
     context: int = 0
     num_pairs: float = 0.0
 
+    def with_row(self, context: int) -> StepSize:
+        """The size with another decode row of so many context tokens."""
+        return StepSize(self.num_tokens + 1, self.context + context, self.num_pairs)
+
     def with_chunk(self, start: int, num_tokens: int) -> StepSize:
         """The size with `num_tokens` more prompt tokens, behind `start` others of their request."""
         pairs = num_tokens * (start + num_tokens / 2)

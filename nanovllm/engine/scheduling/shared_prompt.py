@@ -1,0 +1,104 @@
+"""How the chunks of a prompt that two cards compute are cut, so that both end together. No torch.
+
+Chunks alternate between the cards. A chunk attends to all chunks before it, whose KV the other card pushes layer by
+layer: so it runs a layer behind the one before it, and a later chunk of the same length takes longer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanovllm.engine.scheduling.card import Card
+from nanovllm.engine.scheduling.step_time import StepSize
+
+FIRST_SHARE = 0.56
+"""Share of the first chunk of a pair where nothing is known of the cards' times."""
+LAG_S, LAG_SHARE = 1e-3, 0.03
+"""What the second chunk of a pair ends later than if it had begun with the first: seconds, and a share of its time."""
+LEAST_PAIR_TOKENS = 1024
+"""The rest of a prompt that is shorter is one chunk."""
+
+
+@dataclass
+class SharedPrompt:
+    """How far a prompt is whose chunks alternate between two cards.
+
+    Attributes:
+        next_card: computes the next chunk; None if either may.
+        last_number, ended_number: numbers of the last chunk that was formed, and of the last one that has ended; 0
+            before the first.
+        planned_end: where the next chunk is to end.
+        pair_end: where the pair ends to which it belongs.
+    """
+
+    next_card: Card | None
+    last_number: int = 0
+    ended_number: int = 0
+    planned_end: int = 0
+    pair_end: int = 0
+
+    def plan(self, cards: tuple[Card, Card], start: int, num_left: int, most: int, block_size: int) -> None:
+        """Plans where the next chunk ends, which `cards[0]` is to compute; see `tokens_of_pair`."""
+        if not start < self.planned_end:
+            first, second = tokens_of_pair(cards, start, num_left, most, block_size)
+            self.planned_end, self.pair_end = start + first, start + first + second
+
+    def took(self, end: int, number: int, next_card: Card) -> None:
+        """Notes that the next chunk was formed, which ends there, perhaps sooner than planned."""
+        self.next_card, self.last_number = next_card, number
+        # The second chunk of a pair as planned, unless the first one was shorter.
+        self.planned_end = self.pair_end if end == self.planned_end else 0
+
+
+def tokens_of_pair(cards: tuple[Card, Card], start: int, num_left: int, most: int, block_size: int) -> tuple[int, int]:
+    """Tokens of the next pair of chunks, the first of which `cards[0]` computes and the second `cards[1]`.
+
+    The rest of the prompt is divided into pairs of the same length. Where both cards' times are known, the two chunks
+    of a pair are predicted to end together. Chunks end with a block, but for the prompt's last.
+
+    Args:
+        cards: that share the prompt.
+        start: tokens of the prompt before these.
+        num_left: tokens of it that are left.
+        most: maximum number of tokens of a chunk, at least a block.
+        block_size: tokens of a block.
+
+    Returns:
+        Tokens of the two chunks. The second may be 0: the rest is one chunk, or longer than a chunk may be.
+    """
+    most -= most % block_size
+    if num_left < LEAST_PAIR_TOKENS:
+        return (num_left if num_left <= most else most), 0
+    num_pairs = -(-num_left // (2 * most))
+    pair = min(_up(-(-num_left // num_pairs), block_size), num_left)
+    least, greatest = _up(max(pair - most, block_size), block_size), min(most, _up(pair, block_size) - block_size)
+    if least > greatest:
+        return min(most, num_left), 0
+    blocks = range(least // block_size, greatest // block_size + 1)
+    first = blocks[_first_that_ends_last(cards, start, pair, blocks, block_size)] * block_size
+    return first, pair - first
+
+
+def _first_that_ends_last(cards: tuple[Card, Card], start: int, pair: int, blocks: range, block_size: int) -> int:
+    """Index of the fewest blocks with which the first chunk ends after the second; the last one if none does."""
+    low, high = 0, len(blocks) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if _ends_last(cards, start, blocks[middle] * block_size, pair):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _ends_last(cards: tuple[Card, Card], start: int, first: int, pair: int) -> bool:
+    """Whether the first chunk of a pair, with so many of its tokens, ends after the second."""
+    first_s = cards[0].step_time.predict(StepSize(0).with_chunk(start, first))
+    second_s = cards[1].step_time.predict(StepSize(0).with_chunk(start + first, pair - first))
+    if first_s is None or second_s is None:
+        return first >= FIRST_SHARE * pair
+    return first_s >= second_s * (1 + LAG_SHARE) + LAG_S
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
