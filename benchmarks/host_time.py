@@ -113,7 +113,9 @@ def serve(rows: int, what: str, num_turns: int, measure: Callable[[LLM, int], An
         options |= {"itl_target_ms": 2e3 * STEP_S}
     with LLM(DEMO_MODEL_PATH, device="cpu", kvcache_block_size=64, max_model_len=MAX_MODEL_LEN, **options) as llm:
         # As if each step had been queued behind another.
-        llm._loop._observe_duration = lambda step: llm.scheduler.step_took(step, STEP_S)  # type: ignore[method-assign]
+        llm._loop._observe_duration = lambda step, waited_s: llm.scheduler.step_took(  # type: ignore[method-assign]
+            step, STEP_S - waited_s
+        )
         words = tokens_of_answers(llm)
         compute_nothing(llm.decode_runner, words)
         rng = random.Random(0)

@@ -184,7 +184,7 @@ def print_meters(summary: dict[str, Any]) -> None:
 
 def read_options() -> argparse.Namespace:
     parser = new_parser(__doc__)
-    add_service(parser, ("single", "pd", "dp2"))
+    add_service(parser, ("single", "pd", "elastic", "dp2"))
     parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics there; not of mode dp2")
     args = parse_service_args(parser)
     if args.metrics_port is not None and args.mode == "dp2":

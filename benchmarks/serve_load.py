@@ -274,7 +274,7 @@ def add_own(parser: argparse.ArgumentParser) -> None:
 def read_options() -> tuple[argparse.Namespace, list[str]]:
     """The options, and those of them that online_load.py has too, as they were given."""
     parser = new_parser(__doc__)
-    add_service(parser, ("single", "pd"))
+    add_service(parser, ("single", "pd", "elastic"))
     add_own(parser)
     args = parse_service_args(parser)
     if args.clients < 1:

@@ -18,6 +18,7 @@ ATTENTION_BACKENDS = ("auto", "torch", "triton", "flash_attn")
 KV_HANDOFFS = ("auto", "copy", "push", "direct")
 BLOCK_SIZE_MULTIPLE = 16
 TWO_GPU_OPTIONS = (
+    "card_roles",
     "prefill_device_id",
     "decode_device_id",
     "kv_handoff",
@@ -25,6 +26,7 @@ TWO_GPU_OPTIONS = (
     "handoff_timeout_s",
     "max_handoff_backlog",
 )
+CARD_ROLES = ("fixed", "elastic")
 DECODE_PIPELINES = ("static", "auto", "disabled")
 PIPELINE_OPTIONS = (
     "decode_pipeline",
@@ -67,6 +69,8 @@ class EngineConfig:
         step_timeout_s: seconds after which a step that has not ended is taken for a lost GPU: all requests end with a
             `DeviceError`.
         enable_two_gpu_pd: prefill on one GPU and decode on another; with `device="cpu"`, on two logical CPU devices.
+        card_roles: `fixed` (one GPU prefills, the other one decodes) or `elastic`: both prefill and decode. They compute
+            long prompts together, in chunks that alternate; others run where fewer tokens of context are.
         prefill_device_id, decode_device_id: two different GPUs, by torch's ids (after `CUDA_VISIBLE_DEVICES`).
         kv_handoff: how KV is transferred to the decode GPU: `copy` (torch's copies, after each prefill step), `push`
             (the same by one kernel, over peer access), `direct` (each layer's KV within the step, while the layer
@@ -113,6 +117,7 @@ class EngineConfig:
     seed: int = 0
     step_timeout_s: float = 120.0
     enable_two_gpu_pd: bool = False
+    card_roles: str = "fixed"
     prefill_device_id: int = 0
     decode_device_id: int = 1
     kv_handoff: str = "auto"
@@ -203,6 +208,7 @@ class EngineConfig:
         _check_bool("enable_two_gpu_pd", self.enable_two_gpu_pd)
         _check_bool("verify_kv_handoff", self.verify_kv_handoff)
         _check_choice("kv_handoff", self.kv_handoff, KV_HANDOFFS)
+        _check_choice("card_roles", self.card_roles, CARD_ROLES)
         _check_positive("max_handoff_backlog", self.max_handoff_backlog)
         for name in ("prefill_device_id", "decode_device_id"):
             value = getattr(self, name)
@@ -211,6 +217,16 @@ class EngineConfig:
         _check_seconds("handoff_timeout_s", self.handoff_timeout_s)
         if self.itl_target_ms is not None:
             _check_seconds("itl_target_ms", self.itl_target_ms, "milliseconds")
+        if self.card_roles == "elastic" and self.kv_handoff not in ("auto", "direct"):
+            raise ConfigError(
+                f"card_roles='elastic' pushes KV within the steps that compute it, kv_handoff={self.kv_handoff!r} is "
+                "for fixed roles; leave one of them out"
+            )
+        if self.card_roles == "elastic" and self.enable_decode_pipeline:
+            raise ConfigError(
+                "card_roles='elastic' and enable_decode_pipeline=True exclude each other: the pipeline splits a card "
+                "that only decodes; leave one of them out"
+            )
         if not self.enable_two_gpu_pd:
             return
         if self.prefill_device_id == self.decode_device_id:

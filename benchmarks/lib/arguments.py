@@ -104,7 +104,10 @@ def add_prefill_chunk_tokens(parser: argparse.ArgumentParser) -> None:
 def add_mode(parser: argparse.ArgumentParser, default: str, modes: Sequence[str] = ("single", "pd")) -> None:
     """Adds `--mode`, and where its engines run: devices, pools, and the options of mode `pd`."""
     parser.add_argument(
-        "--mode", choices=modes, default=default, help="one device (single), prefill and decode on two (pd)"
+        "--mode",
+        choices=modes,
+        default=default,
+        help="one device (single), prefill and decode on two (pd), both on each of two (elastic)",
     )
     parser.add_argument("--kv-handoff", choices=KV_HANDOFFS, help="of mode pd, auto if not given")
     parser.add_argument("--decode-pipeline", choices=DECODE_PIPELINES, help="of mode pd, no pipeline if not given")
@@ -155,6 +158,8 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """What to serve and where, as arguments of `LLM`, by the options of `add_model` and `add_mode`."""
     options = {**model_options(args), "device": args.device, "num_kvcache_blocks": args.num_kvcache_blocks}
+    if args.mode == "elastic":
+        return options | {"enable_two_gpu_pd": True, "card_roles": "elastic"}
     if args.mode != "pd":
         return options
     options |= {"enable_two_gpu_pd": True, "kv_handoff": args.kv_handoff or "auto"}

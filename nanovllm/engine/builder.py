@@ -31,7 +31,7 @@ from nanovllm.engine.requests import RequestIntake
 from nanovllm.engine.runners import Runners
 from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
 from nanovllm.engine.scheduling.card import Card
-from nanovllm.engine.scheduling.placement import Placement
+from nanovllm.engine.scheduling.placement import ElasticPlacement, Placement
 from nanovllm.engine.scheduling.step_time import ModelCosts, StepTimeModel
 from nanovllm.engine.text.tokenizer import end_of_sequence_ids, load_tokenizer, warn_of_generation_settings
 from nanovllm.errors import ConfigError, ModelLoadError, NanoVLLMError, short_repr
@@ -41,7 +41,7 @@ from nanovllm.models import resolve_model
 from nanovllm.models.decoder import CausalLM
 from nanovllm.models.description import ModelDescription
 from nanovllm.utils.checkpoint import checkpoint_folder, read_json
-from nanovllm.utils.device import Device, DeviceClock, resolve_device, resolve_device_pair
+from nanovllm.utils.device import Device, DeviceClock, peer_access, resolve_device, resolve_device_pair
 from nanovllm.utils.loader import tensors_differ
 
 logger = logging.getLogger(__name__)
@@ -51,12 +51,16 @@ BUILD_LOCK = threading.Lock()
 
 DEFAULT_MAX_MODEL_LEN = 4096
 
+MAX_WAIT_S = 1e6
+"""Kernels count a wait's milliseconds in 32 bits."""
+
 
 @dataclass(frozen=True)
 class EngineParts:
     tokenizer: PreTrainedTokenizerBase | None
     runners: Runners
-    kv_transfer: KVTransfer
+    kv_transfers: dict[Card, KVTransfer]
+    """By the card whose blocks each sends."""
     scheduler: Scheduler
     intake: RequestIntake
     observer: Observer
@@ -82,9 +86,9 @@ def build_engine(config: EngineConfig) -> EngineParts:
     eos_ids = end_of_sequence_ids(folder, hf_config, tokenizer, spec.model_config.vocab_size)
     warn_of_generation_settings(folder, hf_config)
     with BUILD_LOCK:
-        prefill_runner, decode_runner, kv_transfer = build_runners(config, spec, devices)
+        prefill_runner, decode_runner, transfers = build_runners(config, spec, devices)
     try:
-        return _parts(config, prefill_runner, decode_runner, kv_transfer, tokenizer, eos_ids, tracer)
+        return _parts(config, prefill_runner, decode_runner, transfers, tokenizer, eos_ids, tracer)
     except BaseException:
         decode_runner.close_workers()
         raise
@@ -94,7 +98,7 @@ def _parts(
     config: EngineConfig,
     prefill_runner: ModelRunner,
     decode_runner: ModelRunner,
-    kv_transfer: KVTransfer,
+    transfers: tuple[KVTransfer, KVTransfer],
     tokenizer: PreTrainedTokenizerBase | None,
     eos_ids: frozenset[int],
     tracer: Tracer | None,
@@ -104,6 +108,7 @@ def _parts(
     runner_of = {placement.prefill_card: prefill_runner, placement.decode_card: decode_runner}
     runners = Runners({card: runner_of[card] for card in placement.cards})
     scheduler = build_scheduler(config, placement)
+    kv_transfer, transfer_back = transfers
     options = resolved_options(config, prefill_runner, decode_runner, kv_transfer)
     logger.info("resolved options: %s", ", ".join(f"{name}={value}" for name, value in options.items()))
     pools = [card.block_manager for card in scheduler.cards]
@@ -132,7 +137,8 @@ def _parts(
         [(card.step_time, step_time_fingerprint(config, runners[card])) for card in placement.cards]
     )
     kept_step_times.restore()
-    return EngineParts(tokenizer, runners, kv_transfer, scheduler, intake, observer, kept_step_times)
+    kv_transfers = {placement.decode_card: transfer_back, placement.prefill_card: kv_transfer}
+    return EngineParts(tokenizer, runners, kv_transfers, scheduler, intake, observer, kept_step_times)
 
 
 def resolved_options(
@@ -295,20 +301,23 @@ def resolve_max_model_len(option: int | None, model_config: ModelDescription) ->
 
 def build_runners(
     config: EngineConfig, spec: RunnerSpec, devices: tuple[Device, Device]
-) -> tuple[ModelRunner, ModelRunner, KVTransfer]:
-    """Prefill runner, decode runner and the KV transfer between them; on one device both runners are one object.
+) -> tuple[ModelRunner, ModelRunner, tuple[KVTransfer, KVTransfer]]:
+    """Prefill runner, decode runner and the KV transfers between them, from the former to the latter and back; on one
+    device both runners are one object.
 
     This is the one place that asks how many devices there are.
     """
     prefill_device, decode_device = devices
     if config.tensor_parallel_size > 1:
         runner = build_ranks(config, spec, decode_device)
-        return runner, runner, NoTransfer()
+        return runner, runner, (NoTransfer(), NoTransfer())
     if prefill_device == decode_device:
         runner = ModelRunner(
             spec, decode_device, is_decode_runner=True, max_prefill_tokens=config.max_num_batched_tokens
         )
-        return runner, runner, NoTransfer()
+        return runner, runner, (NoTransfer(), NoTransfer())
+    if config.card_roles == "elastic":
+        return build_elastic_runners(config, spec, devices)
     method = resolve_handoff(config.kv_handoff, prefill_device, decode_device)
     # A request that failed once is prefilled here, in chunks.
     chunk_tokens = min(config.prefill_chunk_tokens, config.max_num_batched_tokens)
@@ -333,7 +342,49 @@ def build_runners(
         push_to=decode_runner if method == "direct" else None,
     )
     transfer = PeerTransfer(prefill_runner, decode_runner, method, verify=config.verify_kv_handoff)
-    return prefill_runner, decode_runner, transfer
+    return prefill_runner, decode_runner, (transfer, NoTransfer())
+
+
+def build_elastic_runners(
+    config: EngineConfig, spec: RunnerSpec, devices: tuple[Device, Device]
+) -> tuple[ModelRunner, ModelRunner, tuple[KVTransfer, KVTransfer]]:
+    """Two runners that both prefill and decode, and push the KV of prompts that they share into each other's pool."""
+    reason = reason_not_to_share(config, spec, devices)
+    if reason is not None:
+        logger.warning("card_roles='elastic': prompts are not shared, each runs on one card: %s", reason)
+    # A card that does not answer is lost after `step_timeout_s`: the other one gives up on its layers before.
+    limit_s = None if reason is not None else min(config.handoff_timeout_s, config.step_timeout_s / 2, MAX_WAIT_S)
+    runners: list[ModelRunner] = []
+    for device in reversed(devices):
+        runners.append(
+            ModelRunner(
+                spec,
+                device,
+                is_decode_runner=True,
+                max_prefill_tokens=config.max_num_batched_tokens,
+                weights_of=runners[0] if runners else None,
+                share_limit_s=limit_s,
+            )
+        )
+    decode_runner, prefill_runner = runners
+    if reason is not None:
+        return prefill_runner, decode_runner, (NoTransfer(), NoTransfer())
+    prefill_runner.share_prompts_with(decode_runner)
+    decode_runner.share_prompts_with(prefill_runner)
+    there = PeerTransfer(prefill_runner, decode_runner, "direct", verify=config.verify_kv_handoff)
+    back = PeerTransfer(decode_runner, prefill_runner, "direct", verify=config.verify_kv_handoff)
+    return prefill_runner, decode_runner, (there, back)
+
+
+def reason_not_to_share(config: EngineConfig, spec: RunnerSpec, devices: tuple[Device, Device]) -> str | None:
+    """Why two devices cannot compute one prompt together; None if they can."""
+    first, second = devices
+    if first.is_cuda and not (peer_access(first, second) and peer_access(second, first)):
+        return f"{first} and {second} have no peer access"
+    chunk_tokens = min(config.prefill_chunk_tokens, config.max_num_batched_tokens)
+    if chunk_tokens < spec.attention.block_size:
+        return f"chunks of {chunk_tokens} tokens are less than a block of {spec.attention.block_size}"
+    return None
 
 
 def build_ranks(config: EngineConfig, spec: RunnerSpec, device: Device) -> ModelRunner:
@@ -409,6 +460,9 @@ def build_placement(config: EngineConfig, prefill_runner: ModelRunner, decode_ru
     if prefill_runner is decode_runner:
         card = make_card(decode_runner, "device")
         return Placement(card, card)
+    if config.card_roles == "elastic":
+        first, second = make_card(prefill_runner, "device"), make_card(decode_runner, "device")
+        return ElasticPlacement(first, second, can_share=decode_runner.arrivals is not None)
     return Placement(make_card(prefill_runner, "prefill device"), make_card(decode_runner, "decode device"))
 
 

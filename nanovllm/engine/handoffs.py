@@ -10,8 +10,9 @@ from nanovllm.engine.observer import Observer
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.runners import Runners
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.lease import Lease
-from nanovllm.engine.scheduling.step import Step
+from nanovllm.engine.scheduling.step import PrefillChunk, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import HandoffError, HandoffTimeout
 from nanovllm.utils.device import Event
@@ -21,7 +22,7 @@ class Handoffs:
     """All handoffs of one engine.
 
     Args:
-        transfer: carries the blocks.
+        transfers: carry the blocks, from the card that each is listed by.
         scheduler: is told of copies that touch a lease's blocks, and of blocks that have arrived.
         outputs: is told of requests that fail.
         observer: is told of handoffs.
@@ -32,7 +33,7 @@ class Handoffs:
 
     def __init__(
         self,
-        transfer: KVTransfer,
+        transfers: dict[Card, KVTransfer],
         scheduler: Scheduler,
         outputs: OutputProcessor,
         observer: Observer,
@@ -41,7 +42,7 @@ class Handoffs:
         timeout_s: float,
     ) -> None:
         self.under_way: list[Handoff] = []
-        self.transfer = transfer
+        self.transfers = transfers
         self._scheduler = scheduler
         self._outputs = outputs
         self._observer = observer
@@ -67,15 +68,16 @@ class Handoffs:
                 continue
             self._scheduler.hold(chunk.lease)
             try:
-                handle = self.transfer.send(chunk.handoff, after)
+                handle = self.transfers[step.card].send(chunk.handoff, after)
             except Exception as error:  # noqa: BLE001 - a copy that cannot be launched fails its request alone
                 self._runners.raise_if_lost(error)
                 self._scheduler.release(chunk.lease)
                 if chunk.seq.lease is chunk.lease:
-                    self._outputs.fail(chunk.seq, HandoffError(f"{self._observer.about_handoff(chunk.seq)}: {error}"))
+                    about = self._observer.about_handoff(chunk.seq, step.card, chunk.handoff_target)
+                    self._outputs.fail(chunk.seq, HandoffError(f"{about}: {error}"))
                 continue
             self.under_way.append(Handoff(chunk.seq, chunk.lease, step, chunk.handoff_target, chunk.handoff, handle))
-            self._observer.handoff_sent(chunk.seq, chunk.handoff)
+            self._observer.handoff_sent(self.under_way[-1])
 
     def step_ended(self, step: Step) -> None:
         """Starts the timeout of the handoffs of a step that has ended."""
@@ -98,6 +100,13 @@ class Handoffs:
                     self._outputs.fail(handoff.seq, HandoffTimeout(self._timeout_message(handoff)))
                     has_progressed = True
         return has_progressed
+
+    def missed(self, chunk: PrefillChunk, layer: int) -> HandoffError:
+        """The error of a chunk that has not waited any longer for the KV of a layer, which another card computes."""
+        return HandoffError(
+            f"request {chunk.seq.request_id}: the KV of layer {layer} of the tokens before {chunk.start} has not come "
+            f"from {chunk.handoff_target} to {chunk.allocation.card} within handoff_timeout_s={self._timeout_s}"
+        )
 
     def fail_waiting(self, seq: Sequence) -> None:
         """Ends a request that waits for blocks of a handoff that never ends."""
@@ -128,7 +137,7 @@ class Handoffs:
             handoff.handle.wait()
         except Exception as raised:  # noqa: BLE001 - whatever went wrong on the way fails this request alone
             self._runners.raise_if_lost(raised)
-            error = HandoffError(f"{self._observer.about_handoff(handoff.seq)}: {raised}")
+            error = HandoffError(f"{self._about(handoff)}: {raised}")
         self._observer.handoff_ended(handoff, arrived=error is None)
         if error is None:
             self._scheduler.blocks_arrived(handoff.lease)
@@ -137,13 +146,16 @@ class Handoffs:
             if handoff.seq.lease is handoff.lease:
                 self._outputs.fail(handoff.seq, error)
 
+    def _about(self, handoff: Handoff) -> str:
+        return self._observer.about_handoff(handoff.seq, handoff.source, handoff.target)
+
     def _timeout_message(self, handoff: Handoff) -> str:
         cards = (handoff.source, handoff.target)
         prefill_state, decode_state = (
             f"{card.block_manager.num_held_blocks} of {card.block_manager.num_blocks} blocks held" for card in cards
         )
         return (
-            f"{self._observer.about_handoff(handoff.seq)}: {len(handoff.pairs)} blocks, from {handoff.pairs[0][0]} to "
+            f"{self._about(handoff)}: {len(handoff.pairs)} blocks, from {handoff.pairs[0][0]} to "
             f"{handoff.pairs[0][1]} on, have not arrived within handoff_timeout_s={self._timeout_s}; "
             f"prefill pool: {prefill_state}; decode pool: {decode_state}; handoffs under way: {len(self)}; "
             f"steps in flight: {len(self._steps)}. The blocks stay held until the copy ends"

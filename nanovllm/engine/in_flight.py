@@ -63,13 +63,21 @@ class StepsInFlight:
         return any(work.handle.is_done() for work in self._steps)
 
     def ended(self) -> list[InFlight]:
-        """Steps that have ended, in the order of their launch in each queue."""
-        ended, running = [], set()
+        """Steps that have ended, in the order of their launch in each queue.
+
+        A chunk of a shared prompt ends after the one before it, whose KV it has read, though another card computed it.
+        """
+        ended: list[InFlight] = []
+        running: set[abc.Hashable] = set()
+        running_chunks: set[int] = set()
         for work in self._steps:
-            if work.queue not in running and work.handle.is_done():
+            chunks = work.step.shared_chunks
+            reads_running = any(chunk.waits_for in running_chunks for chunk in chunks)
+            if work.queue not in running and work.handle.is_done() and not reads_running:
                 ended.append(work)
             else:
                 running.add(work.queue)
+                running_chunks.update(chunk.number for chunk in chunks)
         return ended
 
     def began_s(self, work: InFlight) -> float:

@@ -31,7 +31,7 @@ from nanovllm.engine.requests import Prompt
 from nanovllm.engine.scheduling.timeline import Timeline
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_listeners import StepListener, StepListeners
-from nanovllm.errors import EngineClosedError, UnknownRequestError, short_repr
+from nanovllm.errors import ConfigError, EngineClosedError, UnknownRequestError, short_repr
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
@@ -85,7 +85,7 @@ class LLMEngine:
         self._outputs = OutputProcessor(self.scheduler, self._observer)
         self._steps = StepsInFlight()
         self._handoffs = Handoffs(
-            parts.kv_transfer,
+            parts.kv_transfers,
             self.scheduler,
             self._outputs,
             self._observer,
@@ -116,12 +116,17 @@ class LLMEngine:
 
     @property
     def kv_transfer(self) -> KVTransfer:
-        """Carries KV between the pools. May be replaced while no handoff is under way."""
-        return self._handoffs.transfer
+        """Carries KV from the prefill pool to the other one. May be replaced while no handoff is under way.
+
+        With `card_roles="elastic"` it tells of blocks that steps push themselves, and is not replaced.
+        """
+        return self._handoffs.transfers[self.scheduler.placement.prefill_card]
 
     @kv_transfer.setter
     def kv_transfer(self, transfer: KVTransfer) -> None:
-        self._handoffs.transfer = transfer
+        if self.config.card_roles == "elastic":
+            raise ConfigError("kv_transfer cannot be replaced with card_roles='elastic': steps push KV themselves")
+        self._handoffs.transfers[self.scheduler.placement.prefill_card] = transfer
 
     def __del__(self) -> None:
         # It was never closed, and other ranks would be left running; or an interrupt broke off `close`.
@@ -219,8 +224,10 @@ class LLMEngine:
         are none or it is unknown. `stage_s` is how long attention and FFN kept their lanes busy in the last decode
         step on lanes that was timed, None if there was none, and `pipeline_split` the SMs of the current split, None of
         plain decode. `busy_s` is how long each card has run steps of each kind, as the loop saw it: a step begins with
-        its launch, or when the one before it ends. `fallbacks` counts falls back to something slower by cause,
-        `recoveries` returns from them.
+        its launch, or when the one before it ends. `prefill_chunks` counts chunks of prompts that two cards compute
+        together, and others; `layer_wait_s` is how long the steps of the former have waited for layers of the other
+        card, and `handoff_bytes_by_link` what has crossed each way. `fallbacks` counts falls back to something slower
+        by cause, `recoveries` returns from them.
 
         Raises:
             EngineClosedError: the engine was closed.

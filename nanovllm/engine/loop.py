@@ -15,7 +15,7 @@ from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.runners import Runners
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.scheduling.card import Card
-from nanovllm.engine.scheduling.step import Step
+from nanovllm.engine.scheduling.step import PrefillChunk, Step
 from nanovllm.engine.step_listeners import StepListeners
 from nanovllm.errors import DeviceError
 
@@ -217,14 +217,14 @@ class Loop:
             step.card
         ].check_workers()  # collectives with a rank that is gone were ended, and their results mean nothing
         self._steps.remove(work)
-        self._observer.step_ended(work)
-        self._observe_duration(step)
+        self._observer.step_ended(work, tokens.waits)
+        self._observe_duration(step, tokens.waits.waited_s)
         self._listeners.step_ended(work)
         self._progressed()
         if step.chunks:
             counters.prefill_steps += 1
             counters.prefill_tokens += step.num_prefill_tokens
-            live = [self._scheduler.prefill_done(chunk) for chunk in step.chunks]
+            live = [self._chunk_ended(chunk, tokens.waits.missed_layer) for chunk in step.chunks]
             self._outputs.take_prompt_logprobs(live, step, tokens.in_prompts)
             self._outputs.take_tokens_after_chunks(live, step, tokens.after_chunks)
             self._handoffs.step_ended(step)
@@ -234,12 +234,24 @@ class Loop:
             self._scheduler.decode_done(step)
             self._outputs.take_decoded_tokens(step, tokens.after_decode)
 
-    def _observe_duration(self, step: Step) -> None:
-        """Tells the scheduler how long a step took, if it was queued when the step before it on its card ended."""
+    def _chunk_ended(self, chunk: PrefillChunk, missed_layer: int | None) -> bool:
+        """Takes in a chunk that has run. Returns whether it is live: what it computed is of use."""
+        if missed_layer is None or not chunk.waits_for:
+            return self._scheduler.prefill_done(chunk)
+        self._scheduler.release(chunk.lease)
+        if chunk.seq.lease is chunk.lease:
+            self._outputs.fail(chunk.seq, self._handoffs.missed(chunk, missed_layer))
+        return False
+
+    def _observe_duration(self, step: Step, waited_s: float) -> None:
+        """Tells the scheduler how long a step took, if it was queued when the step before it on its card ended.
+
+        The time that it has waited for another card is not the step's.
+        """
         now = time.perf_counter()
         queued, began_s = self._queued.get(step.card, (None, 0.0))
         if queued is step:
-            self._scheduler.step_took(step, now - began_s)
+            self._scheduler.step_took(step, now - began_s - waited_s)
         following = next((work.step for work in self._steps.on(step.card)), None)
         self._queued[step.card] = (following, now)
 

@@ -18,6 +18,7 @@ from nanovllm.engine.execution.decode_paths import DecodePaths
 from nanovllm.engine.execution.forward_pass import ForwardPass
 from nanovllm.engine.execution.kv_copy import COPY_METHODS, checksum_layers
 from nanovllm.engine.execution.kv_pool import make_kv_pool, num_kv_blocks
+from nanovllm.engine.execution.layer_exchange import LayerArrivals, LayerExchange
 from nanovllm.engine.execution.layer_push import NoPush, PushToPool
 from nanovllm.engine.execution.load_model import load_model
 from nanovllm.engine.execution.mixed_executor import MixedExecutor, NoMixedSteps
@@ -51,6 +52,8 @@ class ModelRunner:
         max_prefill_tokens: maximum number of prompt tokens in a step; workspace for them is kept free.
         weights_of: a runner to copy the weights from, instead of reading them.
         push_to: a runner into whose pool prefill steps push the blocks that they hand over; of the same spec.
+        share_limit_s: seconds that a step may wait for a layer's KV of another runner that computes the same prompts;
+            None for a runner that shares none.
         pipeline: how decode steps use SM partitions, None for plain decode.
         ranks: all ranks that compute the model together; each makes its runner at the same time.
         workers: the other ranks, on rank 0.
@@ -59,6 +62,7 @@ class ModelRunner:
         model: the weights.
         kv_pool: [num_kv_blocks + 1, num_layers, 2, num_kv_heads, block_size, head_dim]; the last block pads steps.
         prefill, decode, mixed: what runs steps of prompts alone, of decode rows alone, and of both.
+        arrivals: what has arrived in the pool of another runner's chunks; None if prompts are not shared.
         clock: times steps and copies, for a trace; None if there is none.
 
     Raises:
@@ -76,6 +80,7 @@ class ModelRunner:
         max_prefill_tokens: int,
         weights_of: ModelRunner | None = None,
         push_to: ModelRunner | None = None,
+        share_limit_s: float | None = None,
         pipeline: PipelineOptions | None = None,
         ranks: Ranks | None = None,
         workers: WorkerGroup | None = None,
@@ -104,19 +109,30 @@ class ModelRunner:
             self.num_kv_blocks = self._num_kv_blocks(forward)
             # The last block is the padding block.
             self.kv_pool: torch.Tensor = make_kv_pool(spec, device, self.num_kv_blocks + 1)
+            self.arrivals = (
+                None
+                if share_limit_s is None
+                else LayerArrivals(device, spec.model_config.num_hidden_layers, share_limit_s)
+            )
             push = NoPush() if push_to is None else PushToPool(push_to.kv_pool, self.copy_stream)
             if push_to is not None and device.is_cuda:
                 enable_peer_access(device, push_to.device)
             self.decode = NoDecode(device) if paths is None else DecodeExecutor(forward, self.kv_pool, paths)
             self.prefill = PrefillExecutor(
-                forward, self.kv_pool, max_prefill_tokens, push, max_num_rows=self.decode.max_num_rows
+                forward,
+                self.kv_pool,
+                max_prefill_tokens,
+                push,
+                max_num_rows=self.decode.max_num_rows,
+                shares_prompts=self.arrivals is not None,
             )
             self.mixed = (
                 MixedExecutor(forward, self.kv_pool, self.prefill, self.decode)
                 if isinstance(self.decode, DecodeExecutor)
                 else NoMixedSteps(device)
             )
-            self._capture(forward)
+            self._graph_pool: Any = None
+            self._capture()
         self.synchronize()  # other streams are about to read the weights and write to the pool
 
     @property
@@ -131,7 +147,10 @@ class ModelRunner:
             began = None if self.clock is None else self.clock.record_moment()
             task = self._make_task(step)
             with self._workers.dispatch(task):
-                handle = StepHandle(self.device, self.stream, self._run(task), began)
+                report = None
+                if self.arrivals is not None and task.prefill is not None and task.prefill.report is not None:
+                    report = functools.partial(self.arrivals.report, task.prefill.report)
+                handle = StepHandle(self.device, self.stream, self._run(task), began, report)
             self.decode.expect_tokens(chunk.lease for chunk in step.sampling_chunks)
             return handle
 
@@ -190,6 +209,25 @@ class ModelRunner:
     def print_pipeline_statistics(self) -> None:
         """Prints `get_pipeline_statistics` as a table."""
         print("\n".join(lines(self.get_pipeline_statistics(), str(self.device))))  # noqa: T201 - what it is for
+
+    # Prompts that two runners compute
+
+    def share_prompts_with(self, other: ModelRunner) -> None:
+        """Prepares for prompts whose chunks this runner and another one compute in turns; both call it, once.
+
+        From then on a step with chunks of such prompts pushes the KV of each layer into the other's pool, and waits
+        for the KV of the layer that the other one pushes. It waits only for steps that were launched before it.
+        """
+        assert self.arrivals is not None, "this runner was made to share prompts"
+        assert other.arrivals is not None, "the other runner was made to share prompts"
+        with self.on(self.stream):
+            if self.device.is_cuda:
+                enable_peer_access(self.device, other.device)
+            push = PushToPool(other.kv_pool, self.copy_stream)
+            self.prefill.share(LayerExchange(self.arrivals, other.arrivals, push), self._graph_pool)
+            if self._graph_pool is not None:
+                self.mixed.capture_shared(self._graph_pool)
+        self.synchronize()
 
     # Copies of KV blocks
 
@@ -342,13 +380,12 @@ class ModelRunner:
 
         return num_kv_blocks(spec, self.device, self._ranks, most_tokens, run_step)
 
-    def _capture(self, forward: ForwardPass) -> None:
+    def _capture(self) -> None:
         """Captures graphs, if steps run from them, and makes what decode steps need."""
-        graph_pool = None
         if self.spec.uses_graphs(self.device):
-            graph_pool = torch.cuda.graph_pool_handle()  # the memory that all graphs share
-            self.prefill.capture(graph_pool)
-            self.mixed.capture(graph_pool)
+            self._graph_pool = torch.cuda.graph_pool_handle()  # the memory that all graphs share
+            self.prefill.capture(self._graph_pool)
+            self.mixed.capture(self._graph_pool)
         else:
             logger.info("%s: no graphs, the %s backend runs eagerly", self.device, self.spec.attention.backend.name)
-        self.decode.prepare(graph_pool)
+        self.decode.prepare(self._graph_pool)

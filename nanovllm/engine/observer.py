@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.engine.execution.decode_paths import DecodePaths
+from nanovllm.engine.execution.layer_exchange import NOTHING_WAITED_FOR, WaitReport
 from nanovllm.engine.in_flight import Handoff, InFlight
 from nanovllm.engine.observability.metrics import Metrics
 from nanovllm.engine.observability.trace import Moments, Tracer
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.step import BlockPair, Step
 from nanovllm.engine.scheduling.timeline import Timeline
 from nanovllm.engine.sequence import Sequence, SequenceStatus
@@ -34,6 +36,9 @@ class Counters:
     handoffs: int = 0
     handoff_blocks: int = 0
     late_launches: int = 0
+    shared_chunks: int = 0
+    single_chunks: int = 0
+    waited_s: float = 0.0
 
 
 class Observer:
@@ -43,7 +48,7 @@ class Observer:
         scheduler: whose state `metrics` reports.
         decode_paths: how decode steps run.
         block_bytes: bytes of a KV block.
-        handoff_name: name of the KV transfer.
+        handoff_name: name of the KV transfer. Blocks of `direct` are part of their steps.
         tracer: collects the trace; None for none.
         verifies_handoffs: whether blocks that arrive are compared with those that left.
     """
@@ -71,6 +76,8 @@ class Observer:
         self._fallbacks: Counter[str] = Counter()
         self._busy_s = {card.name: {"prefill": 0.0, "decode": 0.0, "mixed": 0.0} for card in scheduler.cards}
         self._last_end_s = {card.name: 0.0 for card in scheduler.cards}
+        self._sent_blocks: Counter[str] = Counter()
+        """By link, the blocks that have arrived."""
         self._num_recoveries = 0
         self._prefill_is_out = False
 
@@ -90,24 +97,30 @@ class Observer:
                 len(chunk.handoff),
             )
 
-    def step_ended(self, work: InFlight) -> None:
+    def step_ended(self, work: InFlight, waits: WaitReport = NOTHING_WAITED_FOR) -> None:
+        """A step has ended, which has waited for another card's layers like this."""
         card, now = work.step.card.name, time.perf_counter()
+        num_shared = len(work.step.shared_chunks)
+        self.counters.shared_chunks += num_shared
+        self.counters.single_chunks += len(work.step.chunks) - num_shared
+        self.counters.waited_s += waits.waited_s
         # Steps of a card follow each other: one that was launched ahead begins when the one before it ends.
         self._busy_s[card][work.step.kind] += now - max(work.began_s, self._last_end_s[card])
         self._last_end_s[card] = now
         moments = None if self._tracer is None else work.handle.moments()
         if self._tracer is None or moments is None:
             return
-        self._tracer.add_step(work.step.card.label, work.step, moments)
+        self._tracer.add_step(work.step.card.label, work.step, moments, waited_s=waits.waited_s)
         # Copies of `direct` are part of their step.
         if self._handoff_name == "direct":
             sent = [chunk for chunk in work.step.chunks if chunk.handoff]
             if sent:
                 pairs = [pair for chunk in sent for pair in chunk.handoff]
-                self._trace_copies([chunk.seq for chunk in sent], pairs, moments)
+                source, target = work.step.card, sent[0].handoff_target
+                self._trace_copies([chunk.seq for chunk in sent], pairs, source, target, moments)
 
-    def handoff_sent(self, seq: Sequence, pairs: abc.Sequence[BlockPair]) -> None:
-        self._log_blocks("sent", seq, pairs)
+    def handoff_sent(self, handoff: Handoff) -> None:
+        self._log_blocks("sent", handoff)
 
     def handoff_ended(self, handoff: Handoff, *, arrived: bool) -> None:
         self._trace_handoff(handoff)
@@ -116,8 +129,9 @@ class Observer:
         if arrived:
             self.counters.handoffs += 1
             self.counters.handoff_blocks += len(handoff.pairs)
+            self._sent_blocks[_link(handoff.source, handoff.target)] += len(handoff.pairs)
             what = "arrived and verified" if self._verifies_handoffs else "arrived"
-            self._log_blocks(what, handoff.seq, handoff.pairs)
+            self._log_blocks(what, handoff)
 
     def dropped(self, steps: abc.Iterable[InFlight], handoffs: abc.Iterable[Handoff]) -> None:
         """Traces steps and handoffs that nobody will collect; the steps, and perhaps the handoffs, have ended."""
@@ -191,6 +205,9 @@ class Observer:
             "prefix_cache_hit_tokens": scheduler.num_hit_tokens,
             "handoff_s": times.handoff_s.as_dict(),
             "handoff_bytes": counters.handoff_blocks * self._block_bytes,
+            "handoff_bytes_by_link": {link: number * self._block_bytes for link, number in self._sent_blocks.items()},
+            "prefill_chunks": {"shared": counters.shared_chunks, "single": counters.single_chunks},
+            "layer_wait_s": counters.waited_s,
             "handoff_backlog": states[SequenceStatus.PREFILLING] + states[SequenceStatus.HANDING_OFF],
             "predicted_itl_s": scheduler.predicted_itl_s,
             "step_time": {card.name: card.step_time.statistics() for card in scheduler.cards},
@@ -204,25 +221,33 @@ class Observer:
             "recoveries": paths.counters.recoveries + self._num_recoveries,
         }
 
-    def about_handoff(self, seq: Sequence) -> str:
+    def about_handoff(self, seq: Sequence, source: Card, target: Card) -> str:
         """How messages name a request's handoff."""
-        return f"handoff of request {seq.request_id} from {self._link} by {self._handoff_name!r}"
+        return f"handoff of request {seq.request_id} from {_link(source, target)} by {self._handoff_name!r}"
 
-    @property
-    def _link(self) -> str:
-        return f"{self._placement.prefill_card} to {self._placement.decode_card}"
-
-    def _log_blocks(self, what: str, seq: Sequence, pairs: abc.Sequence[BlockPair]) -> None:
+    def _log_blocks(self, what: str, handoff: Handoff) -> None:
         if logger.isEnabledFor(logging.DEBUG):
-            num_bytes = len(pairs) * self._block_bytes
-            logger.debug("%s: %d blocks (%d bytes) %s", self.about_handoff(seq), len(pairs), num_bytes, what)
+            about = self.about_handoff(handoff.seq, handoff.source, handoff.target)
+            num_blocks = len(handoff.pairs)
+            logger.debug("%s: %d blocks (%d bytes) %s", about, num_blocks, num_blocks * self._block_bytes, what)
 
     def _trace_handoff(self, handoff: Handoff) -> None:
         moments = None if self._tracer is None else handoff.handle.moments()
         if moments is not None:
-            self._trace_copies([handoff.seq], handoff.pairs, moments)
+            self._trace_copies([handoff.seq], handoff.pairs, handoff.source, handoff.target, moments)
 
-    def _trace_copies(self, seqs: abc.Sequence[Sequence], pairs: abc.Sequence[BlockPair], moments: Moments) -> None:
+    def _trace_copies(
+        self,
+        seqs: abc.Sequence[Sequence],
+        pairs: abc.Sequence[BlockPair],
+        source: Card,
+        target: Card,
+        moments: Moments,
+    ) -> None:
         assert self._tracer is not None, "nothing is timed without a tracer"
         num_bytes = len(pairs) * self._block_bytes
-        self._tracer.add_handoff(f"handoff {self._link}", seqs, len(pairs), num_bytes, moments)
+        self._tracer.add_handoff(f"handoff {_link(source, target)}", seqs, len(pairs), num_bytes, moments)
+
+
+def _link(source: Card, target: Card) -> str:
+    return f"{source} to {target}"

@@ -400,7 +400,7 @@ class Scheduler:
         assert lease is not None, f"request {seq.request_id} is prefilled without a lease"
         if lease.shared is None:
             return seq.num_tokens_to_prefill
-        (partner,) = (allocation.card for allocation in lease.allocations if allocation.card is not card)
+        partner = lease.card_beside(card)
         limit_s, beside = self.limits.itl_target_s, self._decoding[partner].size
         if limit_s is not None and size is not None and self._would_wait(lease.shared, card, partner, limit_s):
             return 0
@@ -576,8 +576,7 @@ class Scheduler:
             waits_for = lease.shared.last_number
             self._num_shared_chunks += 1
             number = self._num_shared_chunks
-            (partner,) = (allocation.card for allocation in lease.allocations if allocation.card is not card)
-            lease.shared.took(end, number, partner)
+            lease.shared.took(end, number, lease.card_beside(card))
         num_known = len(seq.prompt_logprobs)
         allocation = lease.allocation_on(card)
         return PrefillChunk(seq, lease, allocation, start, end, is_last, handoff, num_known, number, waits_for)

@@ -33,6 +33,23 @@ NO_FINITE_TOKEN = -1
 
 
 @dataclass(frozen=True)
+class LayerHooks:
+    """What each layer in turn calls in a step; None for nothing to do.
+
+    Attributes:
+        after_store: called with the layer's view of the pool once the step's KV is stored there, before any of it is
+            attended to.
+        before_attend: called before chunks of prompts, but not decode rows, attend to what is in the pool.
+    """
+
+    after_store: Callable[[torch.Tensor], None] | None = None
+    before_attend: Callable[[], None] | None = None
+
+
+NO_HOOKS = LayerHooks()
+
+
+@dataclass(frozen=True)
 class AttentionMetadata:
     """Where the tokens of one step belong. B requests, T tokens in all, one after another.
 
@@ -48,8 +65,7 @@ class AttentionMetadata:
             computed from the other fields. Its kernel must not be the immediate predecessor of `attend` (overlapped
             launch).
         num_sms: how many SMs to spread decode attention over, None for all of the GPU.
-        after_store: called by each layer in turn with its view of the pool, once the step's KV is stored there and
-            before it is attended to; None for nothing to do.
+        hooks: what each layer calls.
         decode: of a step with both parts, its decode rows, whose tokens come first in T; the other fields but
             `slot_mapping` are of the chunks then. It may have rows without context behind those that there are, up to
             T. None for a step with one part.
@@ -65,7 +81,7 @@ class AttentionMetadata:
     max_context_len: int
     work_split: torch.Tensor | None = None
     num_sms: int | None = None
-    after_store: Callable[[torch.Tensor], None] | None = None
+    hooks: LayerHooks = NO_HOOKS
     decode: AttentionMetadata | None = None
     decode_stream: torch.cuda.Stream | None = None
 

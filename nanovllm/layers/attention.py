@@ -65,8 +65,8 @@ class PagedAttention(nn.Module):
             kv_cache,
             metadata.slot_mapping,
         )
-        if metadata.after_store is not None:
-            metadata.after_store(kv_cache)
+        if metadata.hooks.after_store is not None:
+            metadata.hooks.after_store(kv_cache)
         return query
 
     def checkpoint_tensors(self) -> dict[str, Weight]:
@@ -76,7 +76,10 @@ class PagedAttention(nn.Module):
 
     def attend(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         """[T, num_heads, head_dim] -> the same."""
+        before_attend = metadata.hooks.before_attend
         if metadata.decode is None:
+            if before_attend is not None:
+                before_attend()
             return self.backend.attend(query, kv_cache, metadata, self.scale)
         attended = torch.empty_like(query, memory_format=torch.contiguous_format)
         # The rows first: those without context are tokens of chunks, whose place they may write to.
@@ -84,6 +87,8 @@ class PagedAttention(nn.Module):
         with _beside(metadata.decode_stream) as on_it:
             with on_it:
                 self.backend.attend(query[:num_rows], kv_cache, metadata.decode, self.scale, attended[:num_rows])
+            if before_attend is not None:
+                before_attend()
             self.backend.attend(query, kv_cache, metadata, self.scale, attended)
         return attended
 

@@ -70,17 +70,26 @@ class Kernel:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         call_driver("cuFuncSetAttribute", self._function, attribute, shared_bytes)
 
-    def launch(self, num_blocks: int, num_threads: int, arguments: Sequence[Any], *, cluster: int = 1) -> None:
-        """Launches on the current stream; the kernel itself waits for the one before it (programmatic launch).
+    def launch(
+        self,
+        num_blocks: int,
+        num_threads: int,
+        arguments: Sequence[Any],
+        *,
+        cluster: int = 1,
+        overlaps: bool = True,
+    ) -> None:
+        """Launches on the current stream.
 
         Args:
             num_blocks, num_threads: of a one-dimensional grid and block.
             arguments: tensors (their addresses), integers (32 bits) and what `tensor_map` gives.
             cluster: thread blocks per cluster.
+            overlaps: whether the kernel itself waits for the one before it (programmatic launch).
         """
         values = [_argument(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*[address for address, _ in values])
-        config = self._config(num_blocks, num_threads, cluster)
+        config = self._config(num_blocks, num_threads, cluster, overlaps=overlaps)
         call_driver("cuLaunchKernelEx", config, self._function, ctypes.addressof(pointers), 0)
 
     def max_clusters(self, num_threads: int, cluster: int) -> int:
@@ -88,19 +97,19 @@ class Kernel:
         config = self._config(cluster, num_threads, cluster)
         return int(call_driver("cuOccupancyMaxActiveClusters", self._function, config))
 
-    def _config(self, num_blocks: int, num_threads: int, cluster: int) -> Any:
+    def _config(self, num_blocks: int, num_threads: int, cluster: int, *, overlaps: bool = True) -> Any:
         driver = self._driver
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = num_blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = num_threads, 1, 1
         config.sharedMemBytes = self._shared_bytes
         config.hStream = torch.cuda.current_stream().cuda_stream
-        overlaps, clusters = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
-        overlaps.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        overlaps.value.programmaticStreamSerializationAllowed = 1
+        serialization, clusters = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
+        serialization.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        serialization.value.programmaticStreamSerializationAllowed = int(overlaps)
         clusters.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
         clusters.value.clusterDim.x, clusters.value.clusterDim.y, clusters.value.clusterDim.z = cluster, 1, 1
-        config.attrs, config.numAttrs = [overlaps, clusters], 2
+        config.attrs, config.numAttrs = [serialization, clusters], 2
         return config
 
 

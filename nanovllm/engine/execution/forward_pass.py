@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 
 from nanovllm.engine.execution.cuda_graph import StepOutput
 from nanovllm.engine.execution.model_inputs import ModelInputs, SamplingArrays
 from nanovllm.engine.execution.runner_spec import RunnerSpec
-from nanovllm.kernels import AttentionMetadata
+from nanovllm.kernels import NO_HOOKS, AttentionMetadata, LayerHooks
 from nanovllm.layers.ranks import Ranks
 from nanovllm.layers.sampler import SampledTokens, SamplingInputs, sample
 from nanovllm.models.decoder import CausalLM
@@ -44,15 +43,13 @@ class ForwardPass:
         self,
         inputs: ModelInputs,
         kv_pool: torch.Tensor,
-        after_store: Callable[[torch.Tensor], None] | None = None,
+        hooks: LayerHooks = NO_HOOKS,
     ) -> tuple[torch.Tensor, StepOutput | None]:
         """Runs the pass: its hidden states as of `hidden_states`, and what is sampled, None if no row is.
 
-        `after_store` is called with each layer's KV once it is stored.
+        Each layer calls `hooks`.
         """
-        metadata = inputs.metadata
-        if after_store is not None:
-            metadata = dataclasses.replace(metadata, after_store=after_store)
+        metadata = dataclasses.replace(inputs.metadata, hooks=hooks)
         hidden = self.hidden_states(inputs.input_ids, inputs.positions, metadata, kv_pool)
         if inputs.sampling is None:
             return hidden, None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 
@@ -70,6 +72,10 @@ class PushToPool:
                 push_blocks(kv_cache, target, pushed_blocks, NUM_PROGRAMS_BESIDE)
 
         return push
+
+    def on_stream(self) -> AbstractContextManager[Any]:
+        """Makes the stream current on which blocks are pushed."""
+        return contextlib.nullcontext() if self._copy_stream is None else torch.cuda.stream(self._copy_stream)
 
     def join(self) -> None:
         if self._copy_stream is not None:

@@ -53,6 +53,8 @@ class MixedExecutor:
             else None
         )
         self._pass_graphs: StepGraphs[None] | None = None
+        self._shared_pass_graphs: StepGraphs[None] | None = None
+        """Of steps with a chunk of a prompt that two runners compute."""
         self._sampling_graphs: StepGraphs[StepOutput] | None = None
 
     def capture(self, graph_pool: Any) -> None:
@@ -64,6 +66,11 @@ class MixedExecutor:
         self._pass_graphs = StepGraphs("mixed", self.run_core, pass_sizes, graph_pool)
         sizes = batch_buckets(self.max_num_sampled)
         self._sampling_graphs = StepGraphs("sampling", self.run_sampling_core, sizes, graph_pool)
+
+    def capture_shared(self, graph_pool: Any) -> None:
+        """Captures graphs of passes with a chunk of a prompt that another runner computes, too."""
+        assert self._pass_graphs is not None, "those of other passes are captured first"
+        self._shared_pass_graphs = StepGraphs("shared mixed", self.run_shared_core, self._pass_graphs.sizes, graph_pool)
 
     def make_task(self, step: Step) -> StepTask:
         """The task that has every rank run a step with both parts."""
@@ -88,12 +95,13 @@ class MixedExecutor:
         self._decode.apply(decode)
         self._prefill.buffers.send(prefill.packed)
         num_rows, num_sampled = decode.num_rows, decode.num_rows + prefill.num_sampled
-        graphs = self._pass_graphs
+        graphs = self._shared_pass_graphs if prefill.is_shared else self._pass_graphs
         if graphs is not None and prefill.size <= graphs.sizes[-1] and prefill.prompt_rows is None:
             graphs.replay(prefill.size)
             yield None
         else:
-            yield self._prefill.report(self._run_pass(prefill.size, num_rows), prefill)
+            hidden = self._run_pass(prefill.size, num_rows, shared=prefill.is_shared)
+            yield self._prefill.report(hidden, prefill)
         if self._sampling_graphs is not None:
             output = self._sampling_graphs.replay(self._sampling_graphs.size_for(num_sampled))
         else:
@@ -107,7 +115,11 @@ class MixedExecutor:
 
     def run_core(self, size: int) -> None:
         """The pass over `size` tokens, on the device alone, with as many rows as fit."""
-        self._run_pass(size, min(size, self._decode.max_num_rows))
+        self._run_pass(size, min(size, self._decode.max_num_rows), shared=False)
+
+    def run_shared_core(self, size: int) -> None:
+        """The same with a chunk of a prompt that another runner computes, too."""
+        self._run_pass(size, min(size, self._decode.max_num_rows), shared=True)
 
     def run_sampling_core(self, size: int) -> StepOutput:
         """Samples a token for each row and after each last chunk of the pass before, `size` in all, padded; and makes
@@ -125,7 +137,7 @@ class MixedExecutor:
         self._decode.rows.advance(rows, output.sampled.token_ids[:most_rows])
         return output
 
-    def _run_pass(self, size: int, most_rows: int) -> torch.Tensor:
+    def _run_pass(self, size: int, most_rows: int, *, shared: bool) -> torch.Tensor:
         """The hidden states of a pass over `size` tokens, of which at most `most_rows` are rows'.
 
         It leaves those to sample from to `run_sampling_core`. `most_rows` is an upper bound in a graph, and the number
@@ -147,8 +159,10 @@ class MixedExecutor:
             metadata,
             decode=dataclasses.replace(rows.metadata, context_lens=context_lens),
             decode_stream=self._decode_stream,
+            hooks=self._prefill.layer_hooks(chunks.pushed_blocks, shared=shared),
         )
         hidden = self._forward.hidden_states(chunks.input_ids, chunks.positions, metadata, self._kv_pool)
+        self._prefill.join(shared=shared)
         is_row, at_row, at_chunk = self._parts(self.max_num_sampled, most_rows)
         sampled_rows = torch.where(is_row, at_row, self._prefill.buffers.sampled_rows()[at_chunk])
         torch.index_select(hidden, 0, sampled_rows, out=self._sampled_hidden)
@@ -171,6 +185,9 @@ class NoMixedSteps:
         self._device = device
 
     def capture(self, graph_pool: Any) -> None: ...
+
+    def capture_shared(self, graph_pool: Any) -> None:
+        self._refuse()
 
     def make_task(self, step: Step) -> StepTask:
         self._refuse()

@@ -13,6 +13,8 @@ from nanovllm.kernels import AttentionMetadata
 from nanovllm.layers.sampler import SamplingInputs
 from nanovllm.utils.device import Device
 
+NUM_STEP_NUMBERS = 3
+"""Numbers sent for a step as a whole: those of `LayerExchange.hooks`."""
 NUM_TOKEN_COLUMNS = 3
 """Numbers sent for each token: its id, position and slot."""
 NUM_REQUEST_COLUMNS = 7
@@ -49,17 +51,26 @@ class PrefillBuffers:
         self._num_request_numbers = max_num_requests * (NUM_REQUEST_COLUMNS + self._max_blocks)
         self._pushes = pushes
         most_pushed_numbers = 1 + 2 * max_num_requests * self._max_blocks
-        size = self._num_request_numbers + NUM_TOKEN_COLUMNS * max_num_tokens + most_pushed_numbers
+        size = NUM_STEP_NUMBERS + self._num_request_numbers + NUM_TOKEN_COLUMNS * max_num_tokens + most_pushed_numbers
         self._numbers = torch.zeros(size, dtype=torch.int64, device=device.torch_device)
 
-    def pack(self, chunks: abc.Sequence[PrefillChunk], size: int, *, num_rows: int = 0) -> np.ndarray:
+    def pack(
+        self,
+        chunks: abc.Sequence[PrefillChunk],
+        size: int,
+        *,
+        num_rows: int = 0,
+        step_numbers: tuple[int, int, int] = (0, 0, 0),
+    ) -> np.ndarray:
         """The upload for these chunks, padded to `size` tokens: [N] int64.
 
         The first `num_rows` tokens are left to decode rows, whose ids, positions and slots the device has.
+        `step_numbers` are those of `LayerExchange.hooks`.
         """
-        num_numbers = self._num_request_numbers + NUM_TOKEN_COLUMNS * size
+        num_numbers = NUM_STEP_NUMBERS + self._num_request_numbers + NUM_TOKEN_COLUMNS * size
         pushed = block_list([pair for chunk in chunks for pair in chunk.handoff] if self._pushes else [])
         numbers = np.zeros(num_numbers + len(pushed), dtype=np.int64)
+        numbers[:NUM_STEP_NUMBERS] = step_numbers
         numbers[num_numbers:] = pushed
         requests, tokens = self._views(numbers, size)
         context_lens, starts, ends, sampled_rows, seeds, output_indices, temperatures = requests[:NUM_REQUEST_COLUMNS]
@@ -103,7 +114,7 @@ class PrefillBuffers:
             max_query_len=max(size, 2),
             max_context_len=self.max_model_len,
         )
-        first_pushed = self._num_request_numbers + NUM_TOKEN_COLUMNS * size
+        first_pushed = NUM_STEP_NUMBERS + self._num_request_numbers + NUM_TOKEN_COLUMNS * size
         return ModelInputs(
             token_ids,
             positions,
@@ -119,6 +130,10 @@ class PrefillBuffers:
         seeds, output_indices, temperatures = columns
         return SamplingInputs(temperatures.view(torch.float64).float(), seeds, output_indices)
 
+    def step_numbers(self) -> torch.Tensor:
+        """[3] int64: the numbers of the step as a whole."""
+        return self._numbers[:NUM_STEP_NUMBERS]
+
     def sampled_rows(self) -> torch.Tensor:
         """[max_num_requests] int64: which token of the step each last chunk samples after."""
         return self._request_columns()[3]
@@ -132,6 +147,7 @@ class PrefillBuffers:
 
     def _views(self, numbers, size):  # type: ignore[no-untyped-def] # numpy and torch alike
         """[columns, max_num_requests] and [NUM_TOKEN_COLUMNS, size] views of an upload."""
-        requests = numbers[: self._num_request_numbers].reshape(-1, self.max_num_requests)
-        first, last = self._num_request_numbers, self._num_request_numbers + NUM_TOKEN_COLUMNS * size
+        first = NUM_STEP_NUMBERS + self._num_request_numbers
+        requests = numbers[NUM_STEP_NUMBERS:first].reshape(-1, self.max_num_requests)
+        last = first + NUM_TOKEN_COLUMNS * size
         return requests, numbers[first:last].reshape(NUM_TOKEN_COLUMNS, size)

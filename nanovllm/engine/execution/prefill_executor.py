@@ -9,6 +9,7 @@ import torch
 
 from nanovllm.engine.execution.cuda_graph import StepGraphs, StepOutput, prefill_buckets
 from nanovllm.engine.execution.forward_pass import ForwardPass
+from nanovllm.engine.execution.layer_exchange import LayerExchange
 from nanovllm.engine.execution.layer_push import LayerPush
 from nanovllm.engine.execution.model_inputs import sampling_arrays
 from nanovllm.engine.execution.prefill_buffers import PrefillBuffers
@@ -16,6 +17,7 @@ from nanovllm.engine.execution.prompt_logprobs import prompt_logprobs, prompt_ro
 from nanovllm.engine.execution.tasks import PrefillTask
 from nanovllm.engine.execution.token_counts import TokenCounts, count_tokens
 from nanovllm.engine.scheduling.step import MAX_CHUNKS, PrefillChunk
+from nanovllm.kernels import NO_HOOKS, LayerHooks
 from nanovllm.layers.sampler import SampledTokens
 
 
@@ -28,6 +30,7 @@ class PrefillExecutor:
         max_prefill_tokens: maximum number of prompt tokens in a step.
         push: whether and how steps push the blocks that they hand over.
         max_num_rows: decode rows that mixed steps have room for besides.
+        shares_prompts: whether `share` will be called, before the first step.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class PrefillExecutor:
         push: LayerPush,
         *,
         max_num_rows: int,
+        shares_prompts: bool = False,
     ) -> None:
         self._forward = forward
         self._kv_pool = kv_pool
@@ -53,14 +57,24 @@ class PrefillExecutor:
             spec.max_model_len,
             block_size,
             num_blocks,
-            pushes=push.is_on,
+            pushes=push.is_on or shares_prompts,
         )
         self.graphs: StepGraphs[StepOutput] | None = None
+        self._shared_graphs: StepGraphs[StepOutput] | None = None
+        """Of steps with a chunk of a prompt that two runners compute."""
+        self._exchange: LayerExchange | None = None
 
     def capture(self, graph_pool: Any) -> None:
         """Captures a graph for each bucket, which writes to block 0: no request holds it yet."""
         sizes = prefill_buckets(min(self._max_prefill_tokens, self.buffers.max_num_tokens))
         self.graphs = StepGraphs("prefill", self.run_core, sizes, graph_pool)
+
+    def share(self, exchange: LayerExchange, graph_pool: Any) -> None:
+        """Prepares for prompts that another runner computes, too; captures graphs if there is a pool for them."""
+        self._exchange = exchange
+        if self.graphs is not None:
+            sizes = self.graphs.sizes
+            self._shared_graphs = StepGraphs("shared prefill", self.run_shared_core, sizes, graph_pool)
 
     def make_task(
         self,
@@ -85,19 +99,25 @@ class PrefillExecutor:
         vocab_size = self._forward.spec.model_config.vocab_size
         sampling = None if samples_in_graph or not last else sampling_arrays(last, vocab_size)
         counted = None if sampling is None else count_tokens((index, seq) for index, (seq, _) in enumerate(last))
-        packed, rows = self.buffers.pack(chunks, size, num_rows=num_rows), prompt_rows(chunks, num_rows)
-        return PrefillTask(packed, size, len(last), sampling, counted, rows)
+        number, report = max(chunk.number for chunk in chunks), None
+        if number:
+            assert self._exchange is not None, "prompts are shared by runners that are connected"
+            report = self._exchange.arrivals.new_report()
+        step_numbers = (number, max(chunk.waits_for for chunk in chunks), report or 0)
+        packed = self.buffers.pack(chunks, size, num_rows=num_rows, step_numbers=step_numbers)
+        return PrefillTask(packed, size, len(last), sampling, counted, prompt_rows(chunks, num_rows), report)
 
     def run(self, task: PrefillTask) -> tuple[SampledTokens | None, SampledTokens | None]:
         """Runs a task: the prompt tokens to report, and a token for each prompt that its chunks complete, or None."""
         self.buffers.send(task.packed)
         in_prompts = None
         output: StepOutput | None
-        if self.graphs is not None and task.size <= self.graphs.sizes[-1] and task.prompt_rows is None:
-            output = self.graphs.replay(task.size)
+        graphs = self._shared_graphs if task.is_shared else self.graphs
+        if graphs is not None and task.size <= graphs.sizes[-1] and task.prompt_rows is None:
+            output = graphs.replay(task.size)
         else:
             # Where the hidden states of all tokens are wanted, too: those of a graph's pass cannot be had after it.
-            hidden, output = self._run(task.size, task.num_sampled)
+            hidden, output = self._run(task.size, task.num_sampled, shared=task.is_shared)
             in_prompts = self.report(hidden, task)
         return in_prompts, None if output is None or not task.num_sampled else self.finish(output, task)
 
@@ -118,13 +138,32 @@ class PrefillExecutor:
 
     def run_core(self, size: int) -> StepOutput:
         """Runs the step in the buffers, padded to `size` tokens and to the maximum number of requests."""
-        _, output = self._run(size, self.buffers.max_num_requests)
+        _, output = self._run(size, self.buffers.max_num_requests, shared=False)
         assert output is not None, "a step that is padded to at least one request samples a token"
         return output
 
-    def _run(self, size: int, num_sampled: int) -> tuple[torch.Tensor, StepOutput | None]:
+    def run_shared_core(self, size: int) -> StepOutput:
+        """The same for a step with a chunk of a prompt that another runner computes, too."""
+        _, output = self._run(size, self.buffers.max_num_requests, shared=True)
+        assert output is not None, "a step that is padded to at least one request samples a token"
+        return output
+
+    def layer_hooks(self, pushed_blocks: torch.Tensor | None, *, shared: bool) -> LayerHooks:
+        """What the layers of a step call; `pushed_blocks` are those of `ModelInputs`."""
+        if pushed_blocks is None or not (shared or self._push.is_on):
+            return NO_HOOKS
+        if not shared:
+            return LayerHooks(self._push.after_store(pushed_blocks))
+        assert self._exchange is not None, "prompts are shared by runners that are connected"
+        return self._exchange.hooks(pushed_blocks, self.buffers.step_numbers())
+
+    def join(self, *, shared: bool) -> None:
+        """Makes the current stream wait for what the layers of a step have pushed."""
+        (self._exchange if shared and self._exchange is not None else self._push).join()
+
+    def _run(self, size: int, num_sampled: int, *, shared: bool) -> tuple[torch.Tensor, StepOutput | None]:
         inputs = self.buffers.gather(size, num_sampled)
-        after_store = None if inputs.pushed_blocks is None else self._push.after_store(inputs.pushed_blocks)
-        hidden, output = self._forward.run(inputs, self._kv_pool, after_store)
-        self._push.join()
+        hooks = self.layer_hooks(inputs.pushed_blocks, shared=shared)
+        hidden, output = self._forward.run(inputs, self._kv_pool, hooks)
+        self.join(shared=shared)
         return hidden, output

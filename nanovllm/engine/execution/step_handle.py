@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import abc
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from nanovllm.engine.execution.layer_exchange import NOTHING_WAITED_FOR, WaitReport
 from nanovllm.layers.sampler import SampledTokens
 from nanovllm.outputs import TokenLogprobs
 from nanovllm.utils.device import Device, Event, Moment
@@ -31,12 +33,14 @@ NOTHING_SAMPLED = SampledOnHost(np.empty(0, dtype=np.int64))
 class StepTokens:
     """What a step has sampled: after the last chunk of each prompt that it completes, and for each decode row.
 
-    `in_prompts` are the prompt tokens whose log-probabilities its chunks were asked for, chunk by chunk.
+    `in_prompts` are the prompt tokens whose log-probabilities its chunks were asked for, chunk by chunk, and `waits` is
+    how it has waited for another runner that computes the same prompts.
     """
 
     after_chunks: SampledOnHost
     after_decode: SampledOnHost
     in_prompts: SampledOnHost = NOTHING_SAMPLED
+    waits: WaitReport = NOTHING_WAITED_FOR
 
 
 class StepHandle:
@@ -48,6 +52,7 @@ class StepHandle:
         sampled: the prompt tokens to report, what the chunks sample and what the decode rows sample, None for nothing.
             Each is being copied to the host before the next, which may overwrite it on the device, is asked for.
         began: when the step began on the device; None if it is not timed.
+        report: gives how a step that has ended has waited for another runner; None for one that waits for none.
     """
 
     def __init__(
@@ -56,8 +61,10 @@ class StepHandle:
         stream: abc.Hashable,
         sampled: abc.Iterable[SampledTokens | None],
         began: Moment | None = None,
+        report: Callable[[], WaitReport] | None = None,
     ) -> None:
         self._device = device
+        self._report = report
         self.stream = stream
         self._host = [None if part is None else _to_host(part, device) for part in sampled]
         self._began, self._ended = began, None if began is None else began.clock.record_moment()
@@ -78,7 +85,8 @@ class StepHandle:
                 NOTHING_SAMPLED if part is None else _on_host(part) for part in self._host
             )
             self._host = [None] * 3
-        return StepTokens(after_chunks, after_decode, in_prompts)
+        waits = NOTHING_WAITED_FOR if self._report is None else self._report()
+        return StepTokens(after_chunks, after_decode, in_prompts, waits)
 
     def moments(self) -> tuple[float, float] | None:
         """When the step began and ended, in seconds of `time.perf_counter()`; waits for it. None if it is not timed."""

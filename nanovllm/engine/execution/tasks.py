@@ -23,6 +23,8 @@ class PrefillTask:
         sampling: all sampling parameters, if some request needs more than temperature, seed and output index.
         counted: token counts of the requests that have penalties, by their index among those that sample.
         prompt_rows: the prompt tokens whose log-probabilities are asked for, None for none.
+        report: where the step reports how it has waited for the other runner; None if it has no chunk of a prompt that
+            two runners compute.
     """
 
     packed: np.ndarray
@@ -31,6 +33,12 @@ class PrefillTask:
     sampling: SamplingArrays | None
     counted: CountedTokens | None
     prompt_rows: PromptRows | None
+    report: int | None = None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether it has a chunk of a prompt that two runners compute."""
+        return self.report is not None
 
 
 @dataclass(frozen=True)

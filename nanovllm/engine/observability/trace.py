@@ -81,8 +81,8 @@ class Tracer:
         if self._has_room(1):
             self._spans.append(_RowSpan(row, name, start_s, end_s, args))
 
-    def add_step(self, row: str, step: Step, moments: Moments) -> None:
-        """Adds a step that has run."""
+    def add_step(self, row: str, step: Step, moments: Moments, *, waited_s: float = 0.0) -> None:
+        """Adds a step that has run, and how long it has waited for layers that another card computed."""
         name, args = f"{step.kind} {{requests}} requests", {"requests": step.num_requests}
         if step.chunks:
             name += ", {tokens} tokens"
@@ -90,6 +90,8 @@ class Tracer:
         if step.decode:
             name += ", mean context {context}"
             args["context"] = round(int(step.decode.positions.sum()) / len(step.decode)) + 1
+        if waited_s:
+            args["waited_us"] = round(waited_s * 1e6)
         self.add(row, name, *moments, **args, request_ids=_ids(step.seqs))
 
     def add_handoff(

@@ -49,6 +49,10 @@ class Lease:
         """The blocks on one of its cards."""
         return self.decode if self.decode.card is card else self.prefill
 
+    def card_beside(self, card: Card) -> Card:
+        """The other one of its two cards."""
+        return self.prefill.card if self.decode.card is card else self.decode.card
+
     def computes_next_on(self, card: Card) -> bool:
         """Whether the next chunk of the prompt runs on the card."""
         return self.prefill.card is card if self.shared is None else self.shared.next_card in (None, card)

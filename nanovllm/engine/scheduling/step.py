@@ -46,9 +46,8 @@ class PrefillChunk:
 
     @property
     def handoff_target(self) -> Card:
-        """The card whose pool its blocks are handed to."""
-        (target,) = (each.card for each in self.lease.allocations if each is not self.allocation)
-        return target
+        """The card whose pool its blocks are handed to; of a shared prompt, the one that computes the other chunks."""
+        return self.lease.card_beside(self.allocation.card)
 
     @property
     def logprob_positions(self) -> range:

@@ -1,0 +1,131 @@
+"""KV of prompts that two runners compute in turns: each layer's goes to the other pool within the step that computes
+it, and the other runner's step waits for it there, layer by layer.
+
+A flag for each layer, in the memory of the runner that waits, says how far the other one is. Flags are compared with a
+number that a step is given, and the numbers of chunks only grow, in the order of their launch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+
+from nanovllm.engine.execution.layer_push import PushToPool
+from nanovllm.kernels import LayerHooks
+from nanovllm.utils.device import Device
+
+NUM_REPORTS = 256
+"""More than a runner has steps in flight, the parts of a step that failed to launch as a whole included."""
+
+
+@dataclass(frozen=True)
+class WaitReport:
+    """How a step has waited for the other runner's layers.
+
+    Attributes:
+        missed_layer: the first layer whose KV did not come in time, so that what its chunks computed means nothing;
+            None if all came.
+        waited_s: seconds of the device.
+    """
+
+    missed_layer: int | None = None
+    waited_s: float = 0.0
+
+
+NOTHING_WAITED_FOR = WaitReport()
+
+
+class LayerArrivals:
+    """What has arrived in a runner's pool of the other runner's chunks.
+
+    Args:
+        device: of the runner whose pool it is.
+        num_layers: of the model.
+        limit_s: seconds after which a step goes on without a layer's KV.
+    """
+
+    def __init__(self, device: Device, num_layers: int, limit_s: float) -> None:
+        self._device = device
+        self._limit_s = limit_s
+        where, pins = device.torch_device, device.is_cuda
+        self._flags = torch.zeros(num_layers, dtype=torch.int64, device=where)
+        self._state = torch.zeros(2, dtype=torch.int64, device=where)
+        self._reports = torch.zeros(NUM_REPORTS, 2, dtype=torch.int64, device="cpu", pin_memory=pins)
+        self._given_up = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=pins)
+        self._next_report = 0
+
+    def new_report(self) -> int:
+        """The report of a step that is about to be launched."""
+        number, self._next_report = self._next_report, (self._next_report + 1) % NUM_REPORTS
+        self._reports[number] = 0
+        return number
+
+    def report(self, number: int) -> WaitReport:
+        """What a step that has ended has reported."""
+        missed, waited_ns = self._reports[number].tolist()
+        return WaitReport(missed - 1 if missed else None, waited_ns * 1e-9)
+
+    def give_up(self) -> None:
+        """Ends all waits within a millisecond, now and later; what their steps compute means nothing."""
+        self._given_up[0] = 1
+
+    def raise_flag(self, numbers: torch.Tensor, layer: int) -> None:
+        """Says that the layer's KV has arrived; for the other runner, behind its push of the layer."""
+        if self._device.is_cuda:
+            # Imported here: a machine without GPUs needs no NVRTC.
+            from nanovllm.kernels.cuda_layer_flags import raise_flag
+
+            raise_flag(self._flags, numbers, layer)
+        elif int(numbers[0]):
+            self._flags[layer] = numbers[0]
+
+    def wait(self, numbers: torch.Tensor, layer: int) -> None:
+        """Has the step, whose work is launched on the current stream, wait for a layer's KV."""
+        if self._device.is_cuda:
+            from nanovllm.kernels.cuda_layer_flags import wait_for_flag
+
+            limit_ms = int(self._limit_s * 1e3)
+            wait_for_flag(self._flags, numbers, self._state, self._reports, self._given_up, layer, limit_ms)
+        elif int(self._flags[layer]) < int(numbers[1]) and not int(self._reports[numbers[2], 0]):
+            self._reports[numbers[2], 0] = layer + 1
+
+
+class LayerExchange:
+    """Connects a runner to the other one that computes the same prompts.
+
+    Args:
+        arrivals: of this runner's pool.
+        theirs: of the other one's.
+        push: stores this runner's KV in the other pool.
+    """
+
+    def __init__(self, arrivals: LayerArrivals, theirs: LayerArrivals, push: PushToPool) -> None:
+        self.arrivals = arrivals
+        self._theirs = theirs
+        self._push = push
+
+    def hooks(self, pushed_blocks: torch.Tensor, numbers: torch.Tensor) -> LayerHooks:
+        """What the layers of a step call.
+
+        Args:
+            pushed_blocks: pairs of blocks as in `block_list`, on the device.
+            numbers: [3] int64 on the device: the number of the step's last chunk, that of the other runner's chunk for
+                which it waits (0 for none of either), and its report.
+        """
+        push, stored, attended = self._push.after_store(pushed_blocks), itertools.count(), itertools.count()
+
+        def after_store(kv_cache: torch.Tensor) -> None:
+            push(kv_cache)
+            with self._push.on_stream():
+                self._theirs.raise_flag(numbers, next(stored))
+
+        def before_attend() -> None:
+            self.arrivals.wait(numbers, next(attended))
+
+        return LayerHooks(after_store, before_attend)
+
+    def join(self) -> None:
+        """Makes the current stream wait for what was pushed."""
+        self._push.join()
