@@ -81,9 +81,8 @@ def main() -> None:
         vocab_size = llm.decode_runner.spec.model_config.vocab_size
         rows = [measure(llm, length, args.repeats, vocab_size) for length in args.lengths]
         chunks = llm.metrics()["prefill_chunks"]
-    print(
-        f"{args.mode}, {args.model or args.model_shape}; shared chunks: {chunks['shared']}, others: {chunks['single']}"
-    )
+    print(f"{args.mode}, {args.model or args.model_shape}")
+    print(f"chunks               {chunks['shared']} of shared prompts, {chunks['single']} of others")
     print(f"{'tokens':>8} {'TTFT ms':>9} {'fastest':>9} {'waits':>7}")
     for row in rows:
         print(f"{row['length']:8} {row['ttft_ms']:9.1f} {row['least_ms']:9.1f} {row['waits']:7.1%}")

@@ -69,8 +69,8 @@ class EngineConfig:
         step_timeout_s: seconds after which a step that has not ended is taken for a lost GPU: all requests end with a
             `DeviceError`.
         enable_two_gpu_pd: prefill on one GPU and decode on another; with `device="cpu"`, on two logical CPU devices.
-        card_roles: `fixed` (one GPU prefills, the other one decodes) or `elastic`: both prefill and decode. They compute
-            long prompts together, in chunks that alternate; others run where fewer tokens of context are.
+        card_roles: `fixed` (one GPU prefills, the other one decodes) or `elastic` (both prefill and decode: they
+            compute long prompts together, in chunks that alternate, and others where fewer tokens of context are).
         prefill_device_id, decode_device_id: two different GPUs, by torch's ids (after `CUDA_VISIBLE_DEVICES`).
         kv_handoff: how KV is transferred to the decode GPU: `copy` (torch's copies, after each prefill step), `push`
             (the same by one kernel, over peer access), `direct` (each layer's KV within the step, while the layer

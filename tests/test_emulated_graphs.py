@@ -29,10 +29,13 @@ class EmulatedGraphs:
 
     of_pool: ClassVar[dict[object, list[EmulatedGraphs]]] = {}
 
-    def __init__(self, what, step, sizes, pool, *, warm_all=False):
+    def __init__(self, what, step, sizes, pool, *, prepare=lambda size: None, warm_all=False):
         assert pool is not None, "graphs have a pool"
         self.step, self.sizes, self.num_replays = step, sizes, 0
-        self.outputs = {size: step(size) for size in reversed(sizes)}
+        self.outputs = {}
+        for size in reversed(sizes):
+            prepare(size)
+            self.outputs[size] = step(size)
         self.of_pool.setdefault(pool, []).append(self)
 
     def size_for(self, size):
@@ -83,7 +86,7 @@ def test_graphs_give_the_tokens_of_eager_steps(checkpoint, emulated, monkeypatch
     with LLM(path, device="cpu", max_num_seqs=6, **options) as llm:
         prefill, sizes = llm.prefill_runner.prefill, []
         run = prefill._run
-        monkeypatch.setattr(prefill, "_run", lambda size, num: (sizes.append(size), run(size, num))[1])
+        monkeypatch.setattr(prefill, "_run", lambda size, num, **how: (sizes.append(size), run(size, num, **how))[1])
         ids = [llm.add_request(prompt, GREEDY if i % 3 else FILTERED) for i, prompt in enumerate(prompts)]
         outputs = drain(llm, steps_overlap=True)
         assert any(size > 110 for size in sizes)
@@ -107,7 +110,9 @@ def test_graphs_of_mixed_steps_give_the_tokens_of_eager_steps(checkpoint, emulat
         mixed, sizes = llm.decode_runner.mixed, []
         run_pass = mixed._run_pass
         monkeypatch.setattr(
-            mixed, "_run_pass", lambda size, most_rows: (sizes.append((size, most_rows)), run_pass(size, most_rows))[1]
+            mixed,
+            "_run_pass",
+            lambda size, rows, **how: (sizes.append((size, rows)), run_pass(size, rows, **how))[1],
         )
         found, kinds = serve(llm, prompts, params, steps_ahead=steps_ahead)
         assert "mixed" in kinds

@@ -488,6 +488,7 @@ def build_scheduler(config: EngineConfig, placement: Placement) -> Scheduler:
         prefill_chunk_tokens=config.prefill_chunk_tokens,
         max_num_seqs=config.max_num_seqs,
         max_handoff_backlog=config.max_handoff_backlog,
+        verifies_handoffs=config.verify_kv_handoff,
         itl_target_s=None if config.itl_target_ms is None else config.itl_target_ms * 1e-3,
     )
     return Scheduler(limits, placement)

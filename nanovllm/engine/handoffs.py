@@ -142,6 +142,8 @@ class Handoffs:
         if error is None:
             self._scheduler.blocks_arrived(handoff.lease)
         else:
+            for allocation in handoff.lease.allocations:
+                allocation.card.block_manager.forget(allocation.blocks)
             self._scheduler.release(handoff.lease)
             if handoff.seq.lease is handoff.lease:
                 self._outputs.fail(handoff.seq, error)

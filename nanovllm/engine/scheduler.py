@@ -17,7 +17,7 @@ from nanovllm.engine.scheduling.chunk_room import ChunkRoom
 from nanovllm.engine.scheduling.decode_batch import DecodeRow, DecodeRows
 from nanovllm.engine.scheduling.decode_set import LOOK_AHEAD_STEPS, DecodeSet
 from nanovllm.engine.scheduling.lease import Allocation, Lease
-from nanovllm.engine.scheduling.placement import LEAST_SHARED_TOKENS, Placement, Places
+from nanovllm.engine.scheduling.placement import Placement, Places
 from nanovllm.engine.scheduling.shared_prompt import SharedPrompt
 from nanovllm.engine.scheduling.step import MAX_CHUNKS, BlockPair, PrefillChunk, Step
 from nanovllm.engine.scheduling.step_time import StepSize
@@ -42,6 +42,9 @@ class SchedulerLimits:
     max_num_seqs: int
     max_handoff_backlog: int
     """Maximum number of requests between the beginning of their prefill and the arrival of their KV."""
+    verifies_handoffs: bool = False
+    """Whether a chunk of a shared prompt waits until the blocks that were pushed before it are verified, since the
+    prompt's first token goes by them."""
     itl_target_s: float | None = None
     """Maximum predicted seconds of a step with decode rows; None for no limit. Single steps vary around it."""
 
@@ -251,12 +254,13 @@ class Scheduler:
         lease, block_manager = chunk.lease, chunk.allocation.card.block_manager
         if lease.shared is None:
             block_manager.cache(chunk.seq, chunk.allocation.blocks, chunk.start, chunk.end)
-        elif chunk.is_last and lease.in_flight == 1:  # all that the other card has pushed has arrived
+        elif chunk.is_last and not chunk.handoff:  # the steps before it, and what they have pushed, have ended
             block_manager.cache(chunk.seq, chunk.allocation.blocks, 0, chunk.end)
 
     def blocks_arrived(self, lease: Lease) -> None:
         """A handoff of blocks of the lease has succeeded."""
-        self.placement.prefill_worked(lease)
+        if lease.shared is None:
+            self.placement.prefill_worked(lease)
         self.release(lease)
 
     def step_took(self, step: Step, seconds: float) -> None:
@@ -442,7 +446,9 @@ class Scheduler:
         """Requests with tokens left to prefill, oldest lease first, then those of the queue that get a lease."""
         self._prefilling = [seq for seq in self._prefilling if _has_tokens_to_prefill(seq)]
         for seq in list(self._prefilling):
-            if seq.lease is not None and seq.lease.computes_next_on(card):
+            lease = seq.lease
+            is_to_be_verified = self.limits.verifies_handoffs and lease is not None and lease.shared and lease.in_flight
+            if lease is not None and lease.computes_next_on(card) and not is_to_be_verified:
                 yield seq
         # Computed once for all requests admitted here, since it visits every running request.
         sizes = self._sizes_ahead() if self._waiting else {}
@@ -511,7 +517,8 @@ class Scheduler:
         computes_there = is_one_card or places.is_shared
         cached = decode_card.block_manager.match_prefix(seq, most_hit if computes_there else seq.num_tokens)
         alone = Places(decode_card, decode_card)
-        if places.is_shared and seq.num_tokens - len(cached) * block_size < LEAST_SHARED_TOKENS:
+        num_to_compute = seq.num_tokens - len(cached) * block_size
+        if places.is_shared and num_to_compute < self.placement.least_shared_tokens:
             return self._admit(seq, alone)
         num_leased = self._lease_blocks(seq, decode_card)
         hit = cached if is_one_card else prefill_card.block_manager.match_prefix(seq, most_hit)
@@ -633,6 +640,7 @@ class Scheduler:
         if lease.crosses:
             prefill_pool, is_copy = lease.prefill.card.block_manager, lease.shared is not None
             if is_copy:
+                self.placement.prefill_worked(lease)
                 prefill_pool.cache(seq, lease.prefill.blocks, 0, seq.num_prefilled_tokens)
             prefill_pool.free(lease.prefill.blocks, evict_first=is_copy)
             lease.prefill, lease.shared = lease.decode, None

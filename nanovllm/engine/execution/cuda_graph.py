@@ -82,6 +82,7 @@ class StepGraphs(Generic[Output]):
         step: runs a step of `size` on the current stream, all of it on the device.
         sizes: the buckets, ascending.
         pool: memory pool that the graphs share, since only one of them runs at a time.
+        prepare: makes the inputs of a step of `size`, before it runs or is captured; None where they are there.
         warm_all: run every size once before it is captured, where sizes use kernels of their own.
     """
 
@@ -92,6 +93,7 @@ class StepGraphs(Generic[Output]):
         sizes: list[int],
         pool: Any,
         *,
+        prepare: Callable[[int], None] | None = None,
         warm_all: bool = False,
     ) -> None:
         self.sizes = sizes
@@ -100,6 +102,8 @@ class StepGraphs(Generic[Output]):
         started, free_before = time.perf_counter(), torch.cuda.mem_get_info()[0]
         warmed_up = set(sizes) if warm_all else _to_warm_up(sizes)
         for size in reversed(sizes):  # the largest first: the smaller ones fit into its memory
+            if prepare is not None:
+                prepare(size)
             if size in warmed_up:
                 step(size)
             graph = torch.cuda.CUDAGraph()

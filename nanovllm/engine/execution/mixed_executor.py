@@ -59,18 +59,22 @@ class MixedExecutor:
 
     def capture(self, graph_pool: Any) -> None:
         """Captures the graphs of passes and of sampling, over a step of one row, the padding row."""
-        buffers = self._prefill.buffers
-        self._decode.rows.pad(self._decode.max_num_rows)
-        buffers.send(buffers.pack([], 0, num_rows=1))
-        pass_sizes = mixed_buckets(buffers.max_num_tokens)
-        self._pass_graphs = StepGraphs("mixed", self.run_core, pass_sizes, graph_pool)
+        pass_sizes = mixed_buckets(self._prefill.buffers.max_num_tokens)
+        self._pass_graphs = StepGraphs("mixed", self.run_core, pass_sizes, graph_pool, prepare=self._send_padding_row)
         sizes = batch_buckets(self.max_num_sampled)
         self._sampling_graphs = StepGraphs("sampling", self.run_sampling_core, sizes, graph_pool)
 
     def capture_shared(self, graph_pool: Any) -> None:
         """Captures graphs of passes with a chunk of a prompt that another runner computes, too."""
         assert self._pass_graphs is not None, "those of other passes are captured first"
-        self._shared_pass_graphs = StepGraphs("shared mixed", self.run_shared_core, self._pass_graphs.sizes, graph_pool)
+        self._shared_pass_graphs = StepGraphs(
+            "shared mixed", self.run_shared_core, self._pass_graphs.sizes, graph_pool, prepare=self._send_padding_row
+        )
+
+    def _send_padding_row(self, size: int) -> None:
+        """Makes the step on the device one of the padding row and tokens of padding."""
+        self._decode.rows.pad(self._decode.max_num_rows)
+        self._prefill.buffers.send_padding(size, num_rows=1)
 
     def make_task(self, step: Step) -> StepTask:
         """The task that has every rank run a step with both parts."""

@@ -97,6 +97,10 @@ class PrefillBuffers:
         starts[len(chunks) :] = ends[len(chunks) :] = end
         return numbers
 
+    def send_padding(self, size: int, *, num_rows: int = 0) -> None:
+        """Makes the step on the device one of padding alone, as of `pack`."""
+        self.send(self.pack([], size, num_rows=num_rows))
+
     def send(self, numbers: np.ndarray) -> None:
         """Copies an upload of `pack` to the device, in one copy; on each rank."""
         self._numbers[: len(numbers)].copy_(self.device.tensor(numbers))

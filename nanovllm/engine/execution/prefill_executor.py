@@ -65,16 +65,16 @@ class PrefillExecutor:
         self._exchange: LayerExchange | None = None
 
     def capture(self, graph_pool: Any) -> None:
-        """Captures a graph for each bucket, which writes to block 0: no request holds it yet."""
+        """Captures a graph for each bucket."""
         sizes = prefill_buckets(min(self._max_prefill_tokens, self.buffers.max_num_tokens))
-        self.graphs = StepGraphs("prefill", self.run_core, sizes, graph_pool)
+        self.graphs = StepGraphs("prefill", self.run_core, sizes, graph_pool, prepare=self.buffers.send_padding)
 
     def share(self, exchange: LayerExchange, graph_pool: Any) -> None:
         """Prepares for prompts that another runner computes, too; captures graphs if there is a pool for them."""
         self._exchange = exchange
         if self.graphs is not None:
-            sizes = self.graphs.sizes
-            self._shared_graphs = StepGraphs("shared prefill", self.run_shared_core, sizes, graph_pool)
+            sizes, prepare = self.graphs.sizes, self.buffers.send_padding
+            self._shared_graphs = StepGraphs("shared prefill", self.run_shared_core, sizes, graph_pool, prepare=prepare)
 
     def make_task(
         self,

@@ -39,9 +39,11 @@ class Placement:
     Attributes:
         prefill_card, decode_card: the same object if there is one device.
         cards: all of them, in the order in which they are given work.
+        least_shared_tokens: minimum number of tokens to compute of a prompt that two cards share.
     """
 
     def __init__(self, prefill_card: Card, decode_card: Card) -> None:
+        self.least_shared_tokens = LEAST_SHARED_TOKENS
         self.prefill_card = prefill_card
         self.decode_card = decode_card
         self.cards = list(dict.fromkeys((decode_card, prefill_card)))
@@ -120,7 +122,7 @@ class ElasticPlacement(Placement):
     def _may_share(self, seq: Sequence) -> bool:
         if not self._can_share or seq.failures or seq.params.prompt_logprobs is not None:
             return False
-        if seq.num_tokens < LEAST_SHARED_TOKENS:
+        if seq.num_tokens < self.least_shared_tokens:
             return False
         breaker = self.prefill_card.breaker
         return not breaker.is_open or breaker.allows_trial(time.monotonic())

@@ -1,0 +1,606 @@
+"""Prompts that two cards compute together: tokens are those of `transformers`, whatever comes late or fails."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+
+from nanovllm import LLM, ConfigError, SamplingParams
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.execution import layer_exchange
+from nanovllm.engine.execution.layer_exchange import LayerArrivals
+from nanovllm.engine.execution.layer_push import PushToPool
+from nanovllm.engine.execution.step_handle import StepHandle
+from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
+from nanovllm.engine.scheduling import shared_prompt
+from nanovllm.engine.scheduling.card import Card
+from nanovllm.engine.scheduling.placement import ElasticPlacement
+from nanovllm.engine.scheduling.shared_prompt import tokens_of_pair
+from nanovllm.engine.scheduling.step import Step
+from nanovllm.engine.scheduling.step_time import StepSize
+from nanovllm.errors import HandoffError
+from tests import tiny
+from tests.test_emulated_graphs import EmulatedGraphs, emulated  # noqa: F401 - a fixture
+from tests.test_engine import drain, tokens_of
+from tests.test_mixed_step import serve
+from tests.test_scheduler import make_sequence
+
+ELASTIC = {"device": "cpu", "enable_two_gpu_pd": True, "card_roles": "elastic", "kvcache_block_size": 16}
+GREEDY = SamplingParams(temperature=0, max_tokens=10)
+
+
+def make(path: str, **options) -> LLM:
+    """An engine that shares prompts of 30 tokens, in which no KV is there that was not stored or pushed."""
+    llm = LLM(path, **{**ELASTIC, **options})
+    llm.scheduler.placement.least_shared_tokens = 30
+    for runner in (llm.prefill_runner, llm.decode_runner):
+        with runner.on(runner.stream):
+            runner.kv_pool[:-1] = float("nan")
+    return llm
+
+
+@pytest.fixture(autouse=True)
+def short_pairs(monkeypatch):
+    monkeypatch.setattr(shared_prompt, "LEAST_PAIR_TOKENS", 17)
+
+
+def assert_whole(llm: LLM) -> None:
+    llm.scheduler.check_integrity()
+    assert [card.block_manager.num_held_blocks for card in llm.scheduler.cards] == [0, 0]
+
+
+def num_shared(llm: LLM) -> int:
+    return llm.metrics()["prefill_chunks"]["shared"]
+
+
+MODES = {
+    "plain": {},
+    "small chunks": {"max_num_batched_tokens": 64, "prefill_chunk_tokens": 32},
+    "without prefix cache": {"enable_prefix_caching": False},
+    "preempting": {"num_kvcache_blocks": 12, "max_num_batched_tokens": 64, "prefill_chunk_tokens": 32},
+    "verified": {"verify_kv_handoff": True, "prefill_chunk_tokens": 48},
+    "a row or a prompt at a time": {"max_num_seqs": 2},
+    "a target": {"itl_target_ms": 1e6},
+    "no time": {"itl_target_ms": 1e-3},
+}
+
+
+@pytest.mark.parametrize("steps_ahead", [1, 2])
+@pytest.mark.parametrize("mode", MODES)
+def test_tokens_equal_transformers(checkpoint, mode, steps_ahead):
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(8, seed=61, longest=110) + tiny.random_prompts(4, seed=62, longest=40, shared=50)
+    with make(path, **MODES[mode]) as llm:
+        found, kinds = serve(llm, prompts, GREEDY, steps_ahead=steps_ahead)
+        assert num_shared(llm) > 4
+        assert "mixed" in kinds or mode == "no time"
+        assert_whole(llm)
+    assert found == [tiny.reference_tokens(reference, prompt, 10) for prompt in prompts]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_chunks_may_be_cut_anywhere(checkpoint, monkeypatch, seed):
+    path, reference = checkpoint("gqa2")
+    rng = random.Random(seed)
+    cuts = []
+
+    def cut(cards, start, num_left, most, block_size):
+        first = min(rng.randrange(1, 5) * block_size, num_left)
+        cuts.append(first)
+        return first, min(rng.randrange(1, 4) * block_size, num_left - first)
+
+    monkeypatch.setattr(shared_prompt, "tokens_of_pair", cut)
+    prompts = tiny.random_prompts(6, seed=seed, longest=200)
+    with make(path) as llm:
+        found, _ = serve(llm, prompts, GREEDY, steps_ahead=2)
+        assert_whole(llm)
+    assert len(set(cuts)) > 2
+    assert found == [tiny.reference_tokens(reference, prompt, 10) for prompt in prompts]
+
+
+def test_seeded_tokens_are_those_of_one_card(tiny_path):
+    prompts = tiny.random_prompts(8, seed=63, longest=120)
+    params = [SamplingParams(temperature=1.0, seed=index, max_tokens=10, top_k=20 * (index % 2)) for index in range(8)]
+    with LLM(tiny_path, device="cpu") as llm:
+        expected = [answer["token_ids"] for answer in llm.generate(prompts, params, use_tqdm=False)]
+    with make(tiny_path) as llm:
+        found, _ = serve(llm, prompts, params, steps_ahead=2)
+        assert num_shared(llm)
+    assert found == expected
+
+
+def test_graphs_of_shared_steps_give_the_same_tokens(checkpoint, emulated):  # noqa: F811
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(10, seed=64, longest=110)
+    with make(path, max_num_seqs=6, max_num_batched_tokens=64, prefill_chunk_tokens=32) as llm:
+        found, _ = serve(llm, prompts, GREEDY, steps_ahead=2)
+        for runner in (llm.prefill_runner, llm.decode_runner):
+            for graphs in (runner.prefill._shared_graphs, runner.mixed._shared_pass_graphs):
+                assert isinstance(graphs, EmulatedGraphs)
+                assert graphs.num_replays
+    assert found == [tiny.reference_tokens(reference, prompt, 10) for prompt in prompts]
+
+
+# What comes late, or not at all
+
+
+class Late:
+    """Has pushes and flags arrive only when a step waits for them, or when the step that pushes has been collected."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.arriving: dict[int, list] = {}
+        """By the layer, what is on its way, in order."""
+        self.num_waited_for = 0
+        after_store, raise_flag, wait = PushToPool.after_store, LayerArrivals.raise_flag, LayerArrivals.wait
+        collect = StepHandle.collect
+
+        def late_store(push, pushed_blocks):
+            store, layers, blocks = after_store(push, pushed_blocks), iter(range(1000)), pushed_blocks.clone()
+
+            def later(kv_cache):
+                layer, snapshot, targets = next(layers), kv_cache.clone(), push._pool.unbind(1)
+                pairs = blocks[1 : 1 + 2 * int(blocks[0])].view(-1, 2)
+
+                def arrive():
+                    targets[layer][pairs[:, 1]] = snapshot[pairs[:, 0]]
+
+                self.arriving.setdefault(layer, []).append(arrive)
+
+            assert store is not None
+            return later
+
+        def late_flag(arrivals, numbers, layer):
+            sent = numbers.clone()
+            self.arriving[layer].append(lambda: raise_flag(arrivals, sent, layer))
+
+        def waited(arrivals, numbers, layer):
+            self.num_waited_for += int(numbers[1]) > 0
+            self.arrive(layer)
+            wait(arrivals, numbers, layer)
+
+        def collected(handle):
+            for layer in list(self.arriving):
+                self.arrive(layer)
+            return collect(handle)
+
+        monkeypatch.setattr(PushToPool, "after_store", late_store)
+        monkeypatch.setattr(LayerArrivals, "raise_flag", late_flag)
+        monkeypatch.setattr(LayerArrivals, "wait", waited)
+        monkeypatch.setattr(StepHandle, "collect", collected)
+
+    @torch.inference_mode()
+    def arrive(self, layer: int) -> None:
+        for arrive in self.arriving.pop(layer, ()):
+            arrive()
+
+
+@pytest.mark.parametrize("steps_ahead", [1, 2])
+def test_a_layer_waits_for_what_comes_late(checkpoint, monkeypatch, steps_ahead):
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(10, seed=65, longest=150)
+    late = Late(monkeypatch)
+    with make(path, max_num_batched_tokens=64, prefill_chunk_tokens=32) as llm:
+        found, _ = serve(llm, prompts, GREEDY, steps_ahead=steps_ahead)
+        assert_whole(llm)
+    assert late.num_waited_for
+    assert found == [tiny.reference_tokens(reference, prompt, 10) for prompt in prompts]
+
+
+def test_a_wait_that_is_forgotten_is_noticed(checkpoint, monkeypatch):
+    """The test above can fail."""
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(6, seed=66, longest=150)
+    Late(monkeypatch)
+    monkeypatch.setattr(LayerArrivals, "wait", lambda arrivals, numbers, layer: None)
+    with make(path) as llm:
+        found, _ = serve(llm, prompts, GREEDY, steps_ahead=2)
+    assert found != [tiny.reference_tokens(reference, prompt, 10) for prompt in prompts]
+
+
+def lose_flags(monkeypatch, chosen) -> list[int]:
+    """Some chunks' flags are never raised: those whose number `chosen` picks."""
+    raise_flag, lost = LayerArrivals.raise_flag, []
+
+    def lossy(arrivals, numbers, layer):
+        if layer == 1 and chosen(int(numbers[0])):
+            lost.append(int(numbers[0]))
+        else:
+            raise_flag(arrivals, numbers, layer)
+
+    monkeypatch.setattr(LayerArrivals, "raise_flag", lossy)
+    return lost
+
+
+@pytest.mark.parametrize("parity", [0, 1])
+def test_a_request_whose_layer_does_not_come_is_computed_again_alone(checkpoint, monkeypatch, caplog, parity):
+    """From either card, beside rows that count."""
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(9, seed=67, longest=150)
+    lost = lose_flags(monkeypatch, lambda number: number > 4 and number % 9 == parity)
+    with make(path, max_num_batched_tokens=64, prefill_chunk_tokens=32) as llm:
+        found, _ = serve(llm, prompts, GREEDY, steps_ahead=2)
+        assert_whole(llm)
+        assert set(llm.metrics()["requests_ended"]) == {"length"}
+        lives = [[span.what for span in llm.explain(number).spans()] for number in range(len(prompts))]
+    assert lost
+    assert found == [tiny.reference_tokens(reference, prompt, 10) for prompt in prompts]
+    assert "the KV of layer 1 of the tokens before" in caplog.text
+    retried = [life for life in lives if "preempted" in life]
+    assert retried
+    for life in retried:
+        assert any(" on cpu:" in what for what in life[: life.index("preempted")])
+        assert not any(" on cpu:" in what for what in life[life.index("preempted") :]), "it is not shared again"
+
+
+def test_too_many_failures_end_sharing_for_a_while(checkpoint, monkeypatch, caplog):
+    path, reference = checkpoint("gqa2")
+    prompts = [prompt + prompt for prompt in tiny.random_prompts(12, seed=68, longest=60)]
+    lose_flags(monkeypatch, lambda number: True)
+    with make(path) as llm:
+        found, _ = serve(llm, prompts, GREEDY)
+        metrics = llm.metrics()
+        assert metrics["fallbacks"] == {"prompts not shared": 1}
+        assert metrics["prefill_chunks"]["shared"] < 12
+        llm.scheduler.placement.prefill_card.breaker._next_trial_s = 0.0
+        monkeypatch.undo()
+        monkeypatch.setattr(shared_prompt, "LEAST_PAIR_TOKENS", 17)
+        again, _ = serve(llm, [prompt[::-1] for prompt in prompts[:3]], GREEDY)
+        assert llm.metrics()["recoveries"] == 1
+        assert_whole(llm)
+    assert found == [tiny.reference_tokens(reference, prompt, 10) for prompt in prompts]
+    assert again == [tiny.reference_tokens(reference, prompt[::-1], 10) for prompt in prompts[:3]]
+    assert "for a while each runs on one card" in caplog.text
+
+
+@pytest.mark.parametrize("card", ["cpu:0", "cpu:1"])
+def test_a_step_that_fails_to_launch_fails_alone(checkpoint, monkeypatch, card):
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(8, seed=69, longest=150)
+    with make(path, max_num_batched_tokens=64, prefill_chunk_tokens=32) as llm:
+        for runner in (llm.prefill_runner, llm.decode_runner):
+
+            def launch(step, launch=runner.launch):
+                has_it = any(chunk.seq.request_id == 3 and not chunk.seq.failures for chunk in step.shared_chunks)
+                if has_it and str(step.card) == card:
+                    raise RuntimeError("injected")
+                return launch(step)
+
+            monkeypatch.setattr(runner, "launch", launch)
+        found, _ = serve(llm, prompts, GREEDY, steps_ahead=2)
+        assert llm.scheduler.num_preemptions
+        assert_whole(llm)
+    assert found == [tiny.reference_tokens(reference, prompt, 10) for prompt in prompts]
+
+
+def test_requests_that_are_aborted_midway_leave_nothing(checkpoint):
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(12, seed=70, longest=150)
+    with make(path, max_num_batched_tokens=64, prefill_chunk_tokens=32) as llm:
+        params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+        ids = [llm.add_request(prompt, params) for prompt in prompts]
+        outputs: dict[int, list] = {}
+        for turn in range(400):
+            if turn < 8:
+                llm.abort(ids[turn])  # waiting, or between two of its chunks
+            if llm.is_finished():
+                break
+            llm._loop.launch_steps()
+            for output in llm.step():
+                outputs.setdefault(output.request_id, []).append(output)
+            llm.scheduler.check_integrity()
+        assert num_shared(llm)
+        assert_whole(llm)
+    assert {outputs[number][-1].finish_reason for number in ids[:8]} == {"abort"}
+    for number, prompt in list(zip(ids, prompts, strict=True))[8:]:
+        assert tokens_of(outputs[number]) == tiny.reference_tokens(reference, prompt, 30)
+
+
+def test_what_one_card_has_cached_is_pushed_to_the_other(checkpoint):
+    """The hits of the two cards are of different lengths; the prompt's other tokens are computed once."""
+    path, reference = checkpoint("gqa2")
+    (beginning,) = ([*prompt, *prompt] for prompt in tiny.random_prompts(1, seed=71, longest=90))
+    beginning = (beginning * 4)[:96]
+    long = [*beginning, *tiny.random_prompts(1, seed=72, longest=60)[0], *beginning[::-1]]
+    with make(path) as llm:
+        llm.scheduler.placement.least_shared_tokens = 1000
+        llm.generate([beginning], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+        llm.scheduler.placement.least_shared_tokens = 30
+        before = llm.metrics()
+        for runner in (llm.prefill_runner, llm.decode_runner):
+            assert torch.isnan(runner.kv_pool).any()
+        found = llm.generate([long], GREEDY, use_tqdm=False)[0]["token_ids"]
+        after = llm.metrics()
+        assert after["prefix_cache_hit_tokens"] - before["prefix_cache_hit_tokens"] == 96
+        assert after["prefill_tokens"] - before["prefill_tokens"] == len(long) - 96
+        # Each card has the whole prompt now, where the other begins.
+        for card in llm.scheduler.cards:
+            seq = make_sequence(0, long)
+            assert len(card.block_manager.match_prefix(seq, len(long))) == len(long) // 16
+    assert found == tiny.reference_tokens(reference, long, 10)
+
+
+def test_the_copy_where_a_request_does_not_decode_is_evicted_first():
+    pool = BlockManager(6, 4)
+    kept, copy = make_sequence(0, list(range(8))), make_sequence(1, list(range(100, 108)))
+    tables = [pool.allocate((), 2), pool.allocate((), 2)]
+    for seq, table in zip((copy, kept), tables, strict=True):
+        pool.cache(seq, table, 0, 8)
+    pool.free(tables[1])
+    pool.free(tables[0], evict_first=True)
+    assert set(pool.allocate((), 2)).isdisjoint([*tables[0], *tables[1]]), "blocks without content come first"
+    assert pool.match_prefix(copy, 8) == tables[0]
+    pool.allocate((), 2)
+    assert pool.match_prefix(copy, 8) == []
+    assert pool.match_prefix(kept, 8) == tables[1]
+
+
+def test_one_token_answers_leave_their_prompts_cached(tiny_path):
+    (prompt,) = tiny.random_prompts(1, seed=73, longest=10, shared=100)
+    once = SamplingParams(temperature=0, max_tokens=1)
+    with make(tiny_path) as llm:
+        llm.generate([prompt], once, use_tqdm=False)
+        assert num_shared(llm)
+        llm.generate([prompt], once, use_tqdm=False)
+        assert llm.metrics()["prefix_cache_hit_tokens"] >= 96
+        assert_whole(llm)
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_blocks_that_arrive_damaged_are_noticed(checkpoint, monkeypatch, caplog, target):
+    path, reference = checkpoint("gqa2")
+    prompts = [prompt + prompt for prompt in tiny.random_prompts(4, seed=74, longest=60)]
+    with make(path, verify_kv_handoff=True) as llm:
+        damaged = (llm.prefill_runner, llm.decode_runner)[target]
+        after_store, spoiled = PushToPool.after_store, []
+
+        def spoil(push, pushed_blocks):
+            store = after_store(push, pushed_blocks)
+
+            def push_and_spoil(kv_cache):
+                store(kv_cache)
+                if push._pool is damaged.kv_pool and not spoiled:
+                    spoiled.append(int(pushed_blocks[2 * int(pushed_blocks[0])]))
+                    push._pool[spoiled[0], 0] += 1
+
+            return push_and_spoil
+
+        monkeypatch.setattr(PushToPool, "after_store", spoil)
+        found, _ = serve(llm, prompts, GREEDY)
+        assert_whole(llm)
+    assert spoiled
+    assert "differs in layer 0 from block" in caplog.text
+    assert found == [tiny.reference_tokens(reference, prompt, 10) for prompt in prompts]
+
+
+# What is seen
+
+
+def test_timelines_metrics_and_the_trace_name_the_cards(tiny_path, tmp_path):
+    path = tmp_path / "trace.json"
+    (prompt,) = tiny.random_prompts(1, seed=75, longest=10, shared=150)
+    with make(tiny_path, trace=path) as llm:
+        request_id = llm.add_request(prompt, GREEDY)
+        drain(llm, steps_overlap=True)
+        life = [span.what for span in llm.explain(request_id).spans()]
+        metrics = llm.metrics()
+    phases = [what for what in life if what.startswith("prefill of tokens")]
+    assert len(phases) == 2
+    assert {what.split(" on ")[1] for what in phases} == {"cpu:0", "cpu:1"}
+    assert metrics["prefill_chunks"] == {"shared": 2, "single": 0}
+    assert set(metrics["handoff_bytes_by_link"]) == {"cpu:0 to cpu:1", "cpu:1 to cpu:0"}
+    events = json.loads(path.read_text())["traceEvents"]
+    rows = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert {"device cpu:0", "device cpu:1", "handoff cpu:0 to cpu:1", "handoff cpu:1 to cpu:0"} <= rows
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"card_roles": "elastc"}, "did you mean 'elastic'"),
+        ({"card_roles": "elastic", "enable_two_gpu_pd": False}, "without enable_two_gpu_pd=True"),
+        ({"kv_handoff": "push"}, "kv_handoff='push' is for fixed roles"),
+        ({"enable_decode_pipeline": True}, "exclude each other"),
+    ],
+)
+def test_options_that_contradict_are_refused(tiny_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        LLM(tiny_path, **{**ELASTIC, **options})
+
+
+def test_chunks_smaller_than_a_block_are_not_shared(checkpoint, caplog):
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(4, seed=76, longest=90)
+    with make(path, prefill_chunk_tokens=15) as llm:
+        found, _ = serve(llm, prompts, GREEDY)
+        assert num_shared(llm) == 0
+        with pytest.raises(ConfigError, match="steps push KV themselves"):
+            llm.kv_transfer = llm.kv_transfer
+    assert "prompts are not shared" in caplog.text
+    assert found == [tiny.reference_tokens(reference, prompt, 10) for prompt in prompts]
+
+
+# How prompts are cut, and who waits for whom
+
+
+def cards(slower: float = 1.0) -> tuple[Card, Card]:
+    found = []
+    for index in range(2):
+        card = Card(f"cpu:{index}", "", BlockManager(300, 64), 4096)
+        for tokens in (64, 512, 1024, 2048, 4096) * 3:
+            size = StepSize(0).with_chunk(0, tokens)
+            card.step_time.observe(size, (tokens + 4e-5 * size.num_pairs) * 25e-6 * (slower if index else 1.0))
+        found.append(card)
+    return tuple(found)
+
+
+@pytest.mark.parametrize(("length", "most"), [(2048, 4096), (8192, 4096), (32768, 4096), (5000, 1024), (1025, 4096)])
+def test_pairs_cover_the_prompt_and_end_together(length, most):
+    pair_of_cards, start, ends = cards(), 0, []
+    while start < length:
+        first, second = tokens_of_pair(pair_of_cards, start, length - start, most, 64)
+        assert 0 < first <= most
+        assert 0 <= second <= most
+        assert first % 64 == 0 or start + first == length
+        assert second % 64 == 0 or start + first + second == length
+        if second:
+            times = [
+                card.step_time.predict(StepSize(0).with_chunk(begin, tokens))
+                for card, begin, tokens in zip(pair_of_cards, (start, start + first), (first, second), strict=True)
+            ]
+            if first < most:
+                assert times[0] == pytest.approx(times[1], rel=0.2, abs=4e-3)
+            assert first >= second
+        start += first + second
+        ends.append(start)
+    assert len(ends) <= -(-length // (2 * most)) + 1
+
+
+def test_the_slower_card_gets_less():
+    even, uneven = (tokens_of_pair(cards(slower), 0, 6000, 4096, 64) for slower in (1.0, 1.4))
+    assert uneven[0] > even[0]
+    assert uneven[1] < even[1]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_steps_wait_only_for_steps_that_were_launched_before(seed):
+    """The scheduler alone, under random ends, failures and aborts: no two steps can wait for each other."""
+    rng = random.Random(seed)
+    both = [Card(f"cpu:{index}", "", BlockManager(40, 4), 24) for index in range(2)]
+    placement = ElasticPlacement(*both, can_share=True)
+    placement.least_shared_tokens = 9
+    limits = SchedulerLimits(prefill_chunk_tokens=12, max_num_seqs=6, max_handoff_backlog=4)
+    scheduler = Scheduler(limits, placement)
+    steps: dict[Card, list[Step]] = {card: [] for card in both}
+    handoffs, seqs, launched = [], [], {0}
+    last_number = 0
+
+    def end(step: Step, *, fails: bool = False) -> None:
+        for chunk in step.chunks:
+            if fails and chunk.seq.lease is chunk.lease and chunk.waits_for:
+                scheduler.release(chunk.lease)
+                scheduler.fail(chunk.seq, RuntimeError("injected"))
+            elif scheduler.prefill_done(chunk) and chunk.is_last:
+                append(chunk.seq)
+        if step.decode:
+            scheduler.decode_done(step)
+            for row in step.decode:
+                if row.seq.lease is row.lease:
+                    append(row.seq)
+
+    def append(seq) -> None:
+        seq.token_ids.append(7)
+        scheduler.token_appended(seq)
+        if seq.num_tokens >= seq.max_num_tokens:
+            scheduler.finish(seq, "length")
+
+    for turn in range(3000):
+        if turn < 600 and rng.random() < 0.1:
+            beginning = [rng.randrange(3)] * rng.randrange(1, 30)
+            seqs.append(make_sequence(len(seqs), [*beginning, *range(rng.randrange(1, 40))][:30], rng.randrange(1, 6)))
+            scheduler.add(seqs[-1])
+        card = rng.choice(both)
+        step = scheduler.schedule(card, steps[card])
+        if step is not None:
+            for chunk in step.shared_chunks:
+                assert chunk.number == last_number + 1, "numbers are in the order of the launches"
+                last_number = chunk.number
+                assert chunk.waits_for in launched, "it waits for a chunk that was launched before"
+                assert chunk.allocation.card is card
+                assert chunk.end % 4 == 0 or chunk.is_last
+                for _, target in chunk.handoff:
+                    assert chunk.handoff_target.block_manager._ref_counts[target] == 1, "others hold it"
+            launched |= {chunk.number for chunk in step.shared_chunks}
+            for chunk in step.chunks:
+                if chunk.handoff:
+                    scheduler.hold(chunk.lease)
+                    handoffs.append(chunk)
+            steps[card].append(step)
+        running = {chunk.number for each in steps.values() for one in each for chunk in one.shared_chunks}
+        ready = [
+            each for each in steps.values() if each and not any(c.waits_for in running for c in each[0].shared_chunks)
+        ]
+        assert ready or not any(steps.values()), "the oldest step waits for nobody"
+        if ready and rng.random() < 0.7:
+            end(rng.choice(ready).pop(0), fails=rng.random() < 0.1)
+        if handoffs and rng.random() < 0.6:
+            scheduler.release(handoffs.pop(rng.randrange(len(handoffs))).lease)
+        if turn < 600 and rng.random() < 0.02 and scheduler.unfinished():
+            scheduler.finish(rng.choice(scheduler.unfinished()), "abort")
+        scheduler.check_integrity()
+    assert all(seq.is_finished for seq in seqs)
+    assert [card.block_manager.num_held_blocks for card in both] == [0, 0]
+    assert last_number > 20
+
+
+def test_a_step_takes_no_chunk_that_would_keep_its_rows_waiting():
+    """With a target: the other card has not begun the chunk before, and will end it too late."""
+    both = cards()
+    placement = ElasticPlacement(*both, can_share=True)
+    scheduler = Scheduler(SchedulerLimits(1024, 8, 8, itl_target_s=0.02), placement)
+    first, second = placement.cards
+    row = make_sequence(0, list(range(5)))
+    scheduler.add(row)
+    step = scheduler.schedule(first, [])
+    scheduler.prefill_done(step.chunks[0])
+    row.token_ids.append(1)
+    assert row.lease.decode.card is first
+    prompt = make_sequence(1, list(range(3000)))
+    prompt.max_num_tokens = 3100
+    scheduler.add(prompt)
+    producing = scheduler.schedule(second, [], lambda card: 0.0)
+    assert producing.number == 1
+    free_in_s = {first: 0.001, second: 0.03}
+    late = scheduler.schedule(first, [], free_in_s.__getitem__)
+    assert late.decode
+    assert not late.chunks
+    scheduler.decode_done(late)
+    row.token_ids.append(1)
+    free_in_s[second] = 0.015
+    in_time = scheduler.schedule(first, [], free_in_s.__getitem__)
+    assert in_time.waits_for == 1
+
+
+def test_a_shared_chunk_is_no_longer_than_either_card_may_take():
+    both = cards()
+    placement = ElasticPlacement(*both, can_share=True)
+    scheduler = Scheduler(SchedulerLimits(4096, 8, 8, itl_target_s=0.02), placement)
+    first, second = placement.cards
+    row = make_sequence(0, list(range(5)))
+    scheduler.add(row)
+    scheduler.prefill_done(scheduler.schedule(first, []).chunks[0])
+    row.token_ids.append(1)
+    assert scheduler.schedule(first, []).decode
+    prompt = make_sequence(1, list(range(8000)))
+    prompt.max_num_tokens = 8100
+    scheduler.add(prompt)
+    chunk = scheduler.schedule(second, []).chunks[0]  # without rows of its own
+    assert second.step_time.predict(StepSize(0).with_chunk(0, chunk.num_tokens)) < 0.021
+
+
+def test_reports_are_not_reused_while_steps_are_in_flight():
+    arrivals = LayerArrivals(layer_exchange.Device("cpu", 0), 2, 1.0)
+    first = arrivals.new_report()
+    arrivals.wait(torch.tensor([0, 5, first]), 0)
+    assert arrivals.report(first).missed_layer == 0
+    others = [arrivals.new_report() for _ in range(layer_exchange.NUM_REPORTS - 1)]
+    assert first not in others
+    assert arrivals.report(first).missed_layer == 0
+    assert arrivals.new_report() == first
+    assert arrivals.report(first) == layer_exchange.NOTHING_WAITED_FOR
+
+
+def test_an_error_names_request_layer_and_cards(checkpoint, monkeypatch):
+    path, _ = checkpoint("gqa2")
+    errors = []
+    lose_flags(monkeypatch, lambda number: True)
+    with make(path, handoff_timeout_s=3.0) as llm:
+        fail = llm._outputs.fail
+        monkeypatch.setattr(llm._outputs, "fail", lambda seq, error: (errors.append(error), fail(seq, error)))
+        llm.generate([list(range(1, 100))], GREEDY, use_tqdm=False)
+    (error,) = errors
+    assert isinstance(error, HandoffError)
+    assert "request 0: the KV of layer 1 of the tokens before" in str(error)
+    assert "handoff_timeout_s=3.0" in str(error)
