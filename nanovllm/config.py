@@ -70,7 +70,7 @@ class EngineConfig:
             `DeviceError`.
         enable_two_gpu_pd: prefill on one GPU and decode on another; with `device="cpu"`, on two logical CPU devices.
         card_roles: `fixed` (one GPU prefills, the other one decodes) or `elastic` (both prefill and decode: they
-            compute long prompts together, in chunks that alternate, and others where fewer tokens of context are).
+            compute long prompts together, in chunks by turns, and others where fewer tokens of context are).
         prefill_device_id, decode_device_id: two different GPUs, by torch's ids (after `CUDA_VISIBLE_DEVICES`).
         kv_handoff: how KV is transferred to the decode GPU: `copy` (torch's copies, after each prefill step), `push`
             (the same by one kernel, over peer access), `direct` (each layer's KV within the step, while the layer

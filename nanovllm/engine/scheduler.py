@@ -234,7 +234,7 @@ class Scheduler:
         seq, lease = chunk.seq, chunk.lease
         is_live = seq.lease is lease
         if lease.shared is not None:
-            lease.shared.ended_number = chunk.number
+            lease.shared.ended_numbers[chunk.allocation.card] = chunk.number
         if is_live:
             self._cache_computed(chunk)
             if chunk.is_last and not chunk.handoff:
@@ -416,23 +416,25 @@ class Scheduler:
         return max(partner.step_time.tokens_that_fit(limit_s, beside, start, most), 1)
 
     def _would_wait(self, shared: SharedPrompt, card: Card, partner: Card, limit_s: float) -> bool:
-        """Whether a step of the card would take too long since the chunk before is still to be computed."""
-        if self._free_in_s is None or shared.last_number == shared.ended_number:
+        """Whether a step of the card would take too long since it waits for a chunk of the other one."""
+        if self._free_in_s is None or not shared.has_in_flight(partner):
             return False
         return self._free_in_s(partner) > self._free_in_s(card) + limit_s
 
     def _whole_blocks(self, seq: Sequence, num_tokens: int, most: int) -> int:
         """So many tokens of a request; of a shared prompt, blocks that both cards compute are cut nowhere.
 
-        At least a block if there are any, unless that is more than `most`.
+        Less than a block is none; or a block, if nothing of the prompt is in flight and that is at most `most`.
         """
         lease = seq.lease
         assert lease is not None, f"request {seq.request_id} is prefilled without a lease"
         if lease.shared is None or num_tokens in (0, seq.num_tokens_to_prefill):
             return num_tokens
         block_size = lease.decode.card.block_manager.block_size
-        whole = max(num_tokens // block_size, 1) * block_size
-        return min(whole, seq.num_tokens_to_prefill) if whole <= most else 0
+        whole = num_tokens // block_size * block_size
+        if not whole and not any(lease.shared.has_in_flight(card) for card in self.cards):
+            whole = min(block_size, seq.num_tokens_to_prefill)
+        return whole if whole <= most else 0
 
     def _prefill_token_budget(self, card: Card) -> int:
         """Maximum number of prompt tokens in the card's next step."""
@@ -448,7 +450,7 @@ class Scheduler:
         for seq in list(self._prefilling):
             lease = seq.lease
             is_to_be_verified = self.limits.verifies_handoffs and lease is not None and lease.shared and lease.in_flight
-            if lease is not None and lease.computes_next_on(card) and not is_to_be_verified:
+            if lease is not None and lease.may_compute_on(card) and not is_to_be_verified:
                 yield seq
         # Computed once for all requests admitted here, since it visits every running request.
         sizes = self._sizes_ahead() if self._waiting else {}
@@ -467,7 +469,7 @@ class Scheduler:
                 self._prefill_backlog.add(seq)
                 sizes[decode_card] = sizes[decode_card].with_row(seq.num_tokens_ahead(LOOK_AHEAD_STEPS))
                 assert seq.lease is not None, "it was just granted"
-                if seq.lease.computes_next_on(card):
+                if seq.lease.may_compute_on(card):
                     yield seq
             else:
                 return
@@ -580,10 +582,10 @@ class Scheduler:
         handoff = self._handoff_pairs(seq, lease, card, end, is_last)
         number = waits_for = 0
         if lease.shared is not None:
-            waits_for = lease.shared.last_number
+            waits_for = lease.shared.last_numbers.get(lease.card_beside(card), 0)
             self._num_shared_chunks += 1
             number = self._num_shared_chunks
-            lease.shared.took(end, number, lease.card_beside(card))
+            lease.shared.took(card, end, number)
         num_known = len(seq.prompt_logprobs)
         allocation = lease.allocation_on(card)
         return PrefillChunk(seq, lease, allocation, start, end, is_last, handoff, num_known, number, waits_for)

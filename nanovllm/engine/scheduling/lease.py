@@ -32,7 +32,7 @@ class Lease:
     """Number of leading blocks of `decode` whose KV was cached there, or has been sent. Of a shared prompt, the number
     of those that both cards have, or that a chunk pushes from one to the other."""
     shared: SharedPrompt | None = None
-    """Which card computes the next chunk of a prompt that both compute; None for other prompts."""
+    """How far a prompt is that both cards compute; None for other prompts."""
     in_flight: int = 0
     """Number of steps and copies in flight that touch the blocks; no block is freed while it is above 0."""
     ended: bool = False
@@ -53,9 +53,9 @@ class Lease:
         """The other one of its two cards."""
         return self.prefill.card if self.decode.card is card else self.decode.card
 
-    def computes_next_on(self, card: Card) -> bool:
-        """Whether the next chunk of the prompt runs on the card."""
-        return self.prefill.card is card if self.shared is None else self.shared.next_card in (None, card)
+    def may_compute_on(self, card: Card) -> bool:
+        """Whether the next chunk of the prompt may run on the card."""
+        return self.prefill.card is card if self.shared is None else self.shared.may_take(card)
 
     def holds_on(self, card: Card) -> bool:
         """Whether it holds blocks of the card's pool."""

@@ -1,12 +1,13 @@
 """How the chunks of a prompt that two cards compute are cut, so that both end together. No torch.
 
-Chunks alternate between the cards. A chunk attends to all chunks before it, whose KV the other card pushes layer by
-layer: so it runs a layer behind the one before it, and a later chunk of the same length takes longer.
+Whichever card forms its next step takes the next chunk, so that they alternate unless one of them is held up. A chunk
+attends to all chunks before it, whose KV the other card pushes layer by layer: so it runs a layer behind the one before
+it, and a later chunk of the same length takes longer.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.step_time import StepSize
@@ -21,19 +22,19 @@ LEAST_PAIR_TOKENS = 1024
 
 @dataclass
 class SharedPrompt:
-    """How far a prompt is whose chunks alternate between two cards.
+    """How far a prompt is that two cards compute.
 
     Attributes:
-        next_card: computes the next chunk; None if either may.
-        last_number, ended_number: numbers of the last chunk that was formed, and of the last one that has ended; 0
-            before the first.
+        first_card: computes the first chunk; None if either may.
+        last_numbers: number of the last chunk that each card was given, if any.
+        ended_numbers: number of the last one of them that has ended.
         planned_end: where the next chunk is to end.
         pair_end: where the pair ends to which it belongs.
     """
 
-    next_card: Card | None
-    last_number: int = 0
-    ended_number: int = 0
+    first_card: Card | None
+    last_numbers: dict[Card, int] = field(default_factory=dict)
+    ended_numbers: dict[Card, int] = field(default_factory=dict)
     planned_end: int = 0
     pair_end: int = 0
 
@@ -43,9 +44,17 @@ class SharedPrompt:
             first, second = tokens_of_pair(cards, start, num_left, most, block_size)
             self.planned_end, self.pair_end = start + first, start + first + second
 
-    def took(self, end: int, number: int, next_card: Card) -> None:
-        """Notes that the next chunk was formed, which ends there, perhaps sooner than planned."""
-        self.next_card, self.last_number = next_card, number
+    def may_take(self, card: Card) -> bool:
+        """Whether the card may compute the next chunk."""
+        return bool(self.last_numbers) or self.first_card in (None, card)
+
+    def has_in_flight(self, card: Card) -> bool:
+        """Whether a chunk of the card has not ended."""
+        return self.last_numbers.get(card) != self.ended_numbers.get(card)
+
+    def took(self, card: Card, end: int, number: int) -> None:
+        """Notes that the card was given the next chunk, which ends there, perhaps sooner than planned."""
+        self.last_numbers[card] = number
         # The second chunk of a pair as planned, unless the first one was shorter.
         self.planned_end = self.pair_end if end == self.planned_end else 0
 

@@ -38,7 +38,7 @@ class PrefillChunk:
     number: int = 0
     """Of a shared prompt's chunk: its place among all such chunks, in the order of their launch, from 1 on; else 0."""
     waits_for: int = 0
-    """Number of the chunk before it, which the other card computes; 0 if there is none."""
+    """Number of the last chunk before it that the other card computes; 0 if there is none."""
 
     @property
     def num_tokens(self) -> int:
