@@ -43,7 +43,7 @@ class LaunchTimes:
         self._puts_off = puts_off
         self._leads_s: defaultdict[Card, float] = defaultdict(lambda: FIRST_LEAD_S)
         self._launch_s: defaultdict[Card, float] = defaultdict(float)
-        """How long the last launch on a card took."""
+        """How long a launch on a card may take, by the last ones."""
         self._put_off: set[Card] = set()
         """Cards whose next step could have been launched, and was not."""
 
@@ -80,7 +80,8 @@ class LaunchTimes:
 
         The launch itself takes time, so that only its end tells whether it came in time.
         """
-        self._launch_s[card] = time.perf_counter() - began_s
+        took_s = time.perf_counter() - began_s
+        self._launch_s[card] = max(took_s, self._launch_s[card] * (1 - CHANGE))
         is_late = card in self._put_off and all(work.handle.is_done() for work in before)
         self._put_off.discard(card)
         self._counters.late_launches += is_late

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 from nanovllm.engine.scheduling.step import MAX_CHUNKS, PrefillChunk
@@ -42,7 +43,8 @@ class ChunkRoom:
         self._step_time = step_time
         self._size = size
         self._limit_s = limit_s
-        self._most_tokens = most_tokens
+        # Of a shared prompt it takes a while to say.
+        self._most_tokens = functools.cache(most_tokens)
         self.num_tokens_left = budget
         self._num_chunks = 0
 
