@@ -1,4 +1,6 @@
-"""CPU of the server's process for each token that it streams over HTTP: detokenizing, stop strings, JSON, sending.
+"""CPU of the server's process for each token that it streams over HTTP, and for each request that it takes in.
+
+A token is detokenizing, stop strings, JSON and sending; a request is all else, from its connection on.
 
 Needs no GPU. Behind the server is an engine that computes nothing: it answers each prompt with itself, a token of each
 stream a step, on time whatever the server does. `--streams` clients on 127.0.0.1 read as fast as they can; the clients
@@ -8,15 +10,20 @@ With 8 tokens waiting, the engine tells of eight steps at once, and the server f
 does when it has fallen behind: they leave as one event. Otherwise each token has an event of its own unless the machine
 is busy, which `events_per_token` says. Shown are the best round and the median of all. Each stream has two stop
 strings, which it never reaches.
+
+Requests are those of 16 clients that ask again and again, each time by a new connection, for a stream of four tokens,
+which are counted with the request. Their prompts are 450 token ids, or a chat of some hundreds.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import select
 import socket
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -34,6 +41,10 @@ ECHO_ENGINE = Path(__file__).parent / "lib" / "echo_engine.py"
 MAX_TOKENS = 1_000_000
 """More than a stream lasts: it ends when its client leaves."""
 ANSWERS_IN_A_PROMPT = 10
+REQUESTS_AT_A_TIME = 16
+TOKENS_OF_A_PROMPT = 450
+TOKENS_OF_AN_ANSWER = 4
+WARM_UP_S = 1.0
 START_TIMEOUT_S = 60.0
 RECEIVE_BYTES = 1 << 18
 
@@ -70,7 +81,7 @@ class Prompt:
 
     content: str
     period: str
-    num_tokens: int
+    token_ids: list[int]
 
 
 def prompts_of(load: Load, count: int) -> list[Prompt]:
@@ -84,17 +95,28 @@ def prompts_of(load: Load, count: int) -> list[Prompt]:
         messages = [{"role": "user", "content": content}]
         rendered = ChatTemplate(tokenizer).render(messages) if load.is_chat else content
         token_ids = tokenizer.encode(rendered, add_special_tokens=not load.is_chat)
-        made.append(Prompt(content, str(tokenizer.decode(token_ids, skip_special_tokens=True)), len(token_ids)))
+        made.append(Prompt(content, str(tokenizer.decode(token_ids, skip_special_tokens=True)), token_ids))
     return made
 
 
-def call_of(load: Load, prompt: Prompt) -> bytes:
-    """A request as it is sent."""
-    asked = {"messages": [{"role": "user", "content": prompt.content}]} if load.is_chat else {"prompt": prompt.content}
-    body = json.dumps({**asked, "stream": True, "max_tokens": MAX_TOKENS, "temperature": 0, **load.more}).encode()
+def call_of(load: Load, prompt: str | list[int], max_tokens: int = MAX_TOKENS, more_lines: Sequence[str] = ()) -> bytes:
+    """A request as it is sent, with more lines in its head."""
+    asked = {"messages": [{"role": "user", "content": prompt}]} if load.is_chat else {"prompt": prompt}
+    body = json.dumps({**asked, "stream": True, "max_tokens": max_tokens, "temperature": 0, **load.more}).encode()
     path = "/v1/chat/completions" if load.is_chat else "/v1/completions"
-    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
+    lines = (f"POST {path} HTTP/1.1", "Host: 127.0.0.1", f"Content-Length: {len(body)}", *more_lines)
+    return "\r\n".join((*lines, "", "")).encode() + body
+
+
+def short_calls(is_chat: bool) -> list[bytes]:
+    """Requests of a short answer."""
+    load = Load("", is_chat, {"min_tokens": TOKENS_OF_AN_ANSWER, "ignore_eos": True, **USAGE})
+    made = []
+    for prompt in prompts_of(load, REQUESTS_AT_A_TIME):
+        token_ids = prompt.token_ids * math.ceil(TOKENS_OF_A_PROMPT / len(prompt.token_ids))
+        given: str | list[int] = prompt.content if is_chat else token_ids[:TOKENS_OF_A_PROMPT]
+        made.append(call_of(load, given, TOKENS_OF_AN_ANSWER, more_lines=("Connection: close",)))
+    return made
 
 
 class Readers:
@@ -148,7 +170,7 @@ def measure(load: Load, num_streams: int, step_s: float, seconds: float) -> dict
     program = (str(ECHO_ENGINE), str(step_s), str(load.steps_at_once))
     options = {"max_num_seqs": num_streams}
     with ServerProcess(str(DEMO_MODEL_PATH), options, (), program=program) as server:
-        readers = Readers(server.port, [call_of(load, prompt) for prompt in prompts])
+        readers = Readers(server.port, [call_of(load, prompt.content) for prompt in prompts])
         began = time.perf_counter()
         while any(data.count(b"data: ") < 2 for data in readers.data):
             readers.read(1.0)
@@ -167,12 +189,63 @@ def measure(load: Load, num_streams: int, step_s: float, seconds: float) -> dict
         if text not in prompt.period * (len(text) // len(prompt.period) + 2):
             raise ServerFailedError(f"the text of a stream is not its own: {text[:200]!r}")
         num_events += len(texts)
-        num_tokens += len(text) * prompt.num_tokens / len(prompt.period)
+        num_tokens += len(text) * len(prompt.token_ids) / len(prompt.period)
     return {
         "us_per_token": cpu_s / num_tokens * 1e6,
         "us_per_event": cpu_s / num_events * 1e6,
         "events_per_token": num_events / num_tokens,
         "tokens_per_s": num_tokens / took_s,
+        "busy_share": cpu_s / took_s,
+    }
+
+
+def answer_of(port: int, call: bytes) -> bytes:
+    """Sends a request by a connection of its own; the whole of what comes."""
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(call)
+        return b"".join(iter(lambda: connection.recv(RECEIVE_BYTES), b""))
+
+
+def ask_until(port: int, call: bytes, end_s: float) -> int:
+    """Sends a request again and again; how often.
+
+    Raises:
+        ServerFailedError: it was not answered.
+    """
+    count = 0
+    while time.perf_counter() < end_s:
+        answer = answer_of(port, call)
+        if b"[DONE]" not in answer:
+            raise ServerFailedError(f"a request was not answered: {answer[-1000:]!r}")
+        count += 1
+    return count
+
+
+def measure_requests(is_chat: bool, step_s: float, seconds: float) -> dict[str, float]:
+    """CPU of a new server's process for each request.
+
+    Raises:
+        ServerFailedError: a request was not answered.
+    """
+    calls = short_calls(is_chat)
+    options = {"max_num_seqs": len(calls)}
+    program = (str(ECHO_ENGINE), str(step_s), "1")
+    with (
+        ServerProcess(str(DEMO_MODEL_PATH), options, (), program=program) as server,
+        ThreadPoolExecutor(len(calls)) as clients,
+    ):
+
+        def ask(for_s: float) -> int:
+            end_s = time.perf_counter() + for_s
+            return sum(clients.map(lambda call: ask_until(server.port, call, end_s), calls))
+
+        ask(WARM_UP_S)
+        cpu_s, began = server.cpu_s()["server"], time.perf_counter()
+        num_requests = ask(seconds)
+        cpu_s, took_s = server.cpu_s()["server"] - cpu_s, time.perf_counter() - began
+    return {
+        "us_per_request": cpu_s / num_requests * 1e6,
+        "requests_per_s": num_requests / took_s,
         "busy_share": cpu_s / took_s,
     }
 
@@ -196,7 +269,15 @@ def main() -> None:
         costs = f"{best['us_per_token']:8.1f}{middle:8.1f}{best['us_per_event']:10.1f}"
         print(f"{load.name:<32}{costs}{best['events_per_token']:18.2f}", flush=True)
         results.append({"load": load.name, "best": best, "rounds": rounds})
-    report("server_cpu", {**vars(args), "results": results}, args.output)
+    requests = []
+    print(f"{'CPU us':<32}{'a request':>10}{'median':>8}{'requests/s':>12}")
+    for name, is_chat in (("short answers to token ids", False), ("short answers to chats", True)):
+        rounds = [measure_requests(is_chat, args.step_ms / 1e3, args.seconds) for _ in range(args.rounds)]
+        best = min(rounds, key=lambda each: each["us_per_request"])
+        middle = median(each["us_per_request"] for each in rounds)
+        print(f"{name:<32}{best['us_per_request']:10.0f}{middle:8.0f}{best['requests_per_s']:12.0f}", flush=True)
+        requests.append({"load": name, "best": best, "rounds": rounds})
+    report("server_cpu", {**vars(args), "results": results, "requests": requests}, args.output)
 
 
 if __name__ == "__main__":

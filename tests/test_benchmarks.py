@@ -263,13 +263,17 @@ def test_the_cpu_of_the_server_is_measured_of_streams_that_have_their_own_texts(
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    one, chat, eight = (each["best"] for each in json.loads(run.stdout.splitlines()[-1])["results"])
+    report = json.loads(run.stdout.splitlines()[-1])
+    one, chat, eight = (each["best"] for each in report["results"])
     for found in (one, chat, eight):
         assert 1000 < found["tokens_per_s"] < 3500, "20 streams, a token each in 8 ms"
         assert found["us_per_token"] > 0
         assert found["events_per_token"] * found["us_per_event"] == pytest.approx(found["us_per_token"])
     assert min(one["events_per_token"], chat["events_per_token"]) > 0.5
     assert 0.1 < eight["events_per_token"] < 0.3
+    for found in (each["best"] for each in report["requests"]):
+        assert 50 < found["requests_per_s"] < 550, "16 clients, four tokens each in 8 ms"
+        assert 0 < found["us_per_request"] * found["requests_per_s"] / 1e6 == pytest.approx(found["busy_share"])
 
 
 def chunked(*parts: bytes) -> bytes:

@@ -305,8 +305,12 @@ class LLMEngine:
         self._outputs.clear()
         self._inbox = Inbox()
         self._kept_step_times.keep()
-        # On a lost GPU every call fails, or waits for ever: what it holds goes with the process.
-        for runner in self._runners if self._recovery.device_error is None else ():
+        if self._recovery.device_error is None:
+            self._free_devices()
+        # else: on a lost GPU every call fails, or waits for ever, so that what it holds goes with the process
+
+    def _free_devices(self) -> None:
+        for runner in self._runners:
             runner.close()
 
     def __enter__(self) -> Self:

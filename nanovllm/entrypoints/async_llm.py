@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 ANSWER_TIMEOUT_S = 10.0
 """How long `metrics` and `explain` wait for the engine's process."""
 
-LONG_TEXT = 10_000
+LONG_TEXT = 2_000
 """Characters from which on a text is tokenized in a thread, so that other streams go on."""
 
 
@@ -131,8 +131,8 @@ class AsyncLLM:
             RequestError: as `LLM.chat`.
             EngineProcessError, EngineClosedError: as `generate`.
         """
-        prompt = await self.render(messages, **template_options)
-        stream = await self.open(prompt, sampling_params, add_special_tokens=False)
+        _, token_ids = await self.tokenize_chat(messages, **template_options)
+        stream = self.open_tokenized(token_ids, sampling_params, Bell())
         try:
             async for output in stream:
                 yield output
@@ -158,12 +158,25 @@ class AsyncLLM:
         self._check_open()
         params = self._intake.checked_params(sampling_params, max_n=1)
         token_ids = await self.tokenize(prompt, add_special_tokens=add_special_tokens)
+        return self._submit(token_ids, params, bell or Bell())
+
+    def open_tokenized(self, token_ids: list[int], sampling_params: SamplingParams | None, bell: Bell) -> OutputStream:
+        """Queues a request as `open`, of token ids that `tokenize` or `tokenize_chat` gave; they are not checked again.
+
+        Raises:
+            RequestError: a parameter is refused.
+            EngineProcessError, EngineClosedError: as `generate`.
+        """
+        self._check_open()
+        return self._submit(token_ids, self._intake.checked_params(sampling_params, max_n=1), bell)
+
+    def _submit(self, token_ids: list[int], params: SamplingParams, bell: Bell) -> OutputStream:
         self._attach()
         request_id = self._num_requests
         seq, text = self._intake.make(request_id, token_ids, params, streamed=True)
         self._engine.send(Add(request_id, token_ids, self._without_text(params)))
         self._num_requests += 1
-        stream = OutputStream(seq, text, self._leave, bell or Bell())
+        stream = OutputStream(seq, text, self._leave, bell)
         self._streams[request_id] = weakref.ref(stream)
         return stream
 
@@ -183,11 +196,23 @@ class AsyncLLM:
         Raises:
             RequestError: as `LLM.chat`.
         """
+        return await asyncio.to_thread(self._rendered, messages, template_options)  # a template may take its time
 
-        def work() -> str:
-            return ChatTemplate(self.tokenizer, **template_options).render(messages)
+    async def tokenize_chat(self, messages: Any, **template_options: Any) -> tuple[str, list[int]]:
+        """A conversation as a prompt, as `render`, and the token ids of that, as `tokenize`; both in one thread.
 
-        return await asyncio.to_thread(work)  # a template may take its time
+        Raises:
+            RequestError: as `LLM.chat`.
+        """
+
+        def work() -> tuple[str, list[int]]:
+            prompt = self._rendered(messages, template_options)
+            return prompt, self._intake.checked_prompt(prompt, add_special_tokens=False)
+
+        return await asyncio.to_thread(work)
+
+    def _rendered(self, messages: Any, template_options: dict[str, Any]) -> str:
+        return ChatTemplate(self.tokenizer, **template_options).render(messages)
 
     def abort(self, request_id: int) -> None:
         """Ends a request where it is; its last output has `finish_reason="abort"`.
@@ -261,13 +286,14 @@ class AsyncLLM:
     def _without_text(self, params: SamplingParams) -> SamplingParams:
         """The parameters for the engine: without stop strings, and with numbers no larger than they can matter."""
         most = self._intake.max_model_len
-        return replace(
-            params,
-            stop=(),
-            max_tokens=min(params.max_tokens, most),
-            min_tokens=min(params.min_tokens, most),
-            top_k=min(params.top_k, self._intake.vocab_size),
-        )
+        wanted: dict[str, Any] = {
+            "stop": (),
+            "max_tokens": min(params.max_tokens, most),
+            "min_tokens": min(params.min_tokens, most),
+            "top_k": min(params.top_k, self._intake.vocab_size),
+        }
+        changed = {name: value for name, value in wanted.items() if value != getattr(params, name)}
+        return replace(params, **changed) if changed else params  # most have nothing to change, and are checked
 
     def _check_open(self) -> None:
         if self._is_closed:

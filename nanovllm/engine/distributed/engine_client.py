@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from typing import Any
 
 import zmq
@@ -109,11 +110,12 @@ class EngineClient:
         """Ends the process and waits for it. A second call does nothing."""
         self._link.close()
         if self._process is not None:
-            try:
-                self._process.wait(CLOSE_TIMEOUT_S + 5)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+            # A wait with a timeout would look for the end at intervals, of 50 ms at last.
+            last_resort = threading.Timer(CLOSE_TIMEOUT_S + 5, self._process.kill)
+            last_resort.daemon = True
+            last_resort.start()
+            self._process.wait()
+            last_resort.cancel()
         self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
 

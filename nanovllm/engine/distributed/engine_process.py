@@ -39,6 +39,8 @@ from nanovllm.engine.distributed.messages import (
 )
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import EngineClosedError, NanoVLLMError, UnknownRequestError
+from nanovllm.utils.device import leak_until_exit
+from nanovllm.utils.process import end_process
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,10 @@ class ServedEngine(LLMEngine):
         """Whether nothing is to be done before the next request; not so once it is closed."""
         is_busy = self._outputs.sequences or self._mailbox.arrived or self._inbox or self._steps or self._handoffs
         return not (self._closed or is_busy)
+
+    def _free_devices(self) -> None:
+        """Leaves that to the end of the process, which follows: the driver takes all back at once."""
+        leak_until_exit(*self._runners)
 
     def limits(self) -> Ready:
         intake = self._intake
@@ -176,12 +182,13 @@ def main() -> None:
     folder = Path(sys.argv[1])
     link = _take_link()
     is_made = threading.Event()
-    threading.Thread(target=_end_if_alone, args=(link, is_made, folder), name="watch", daemon=True).start()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         commands = context.socket(zmq.PULL)
         commands.setsockopt(zmq.RCVHWM, 0)
         commands.bind(f"ipc://{folder}/commands")
+        # From here on, since a file that is made while the folder is removed would keep it.
+        threading.Thread(target=_end_if_alone, args=(link, is_made, folder), name="watch", daemon=True).start()
         start = decode_command(commands.recv())
         assert isinstance(start, Start), "the first message starts the engine"
         logging.basicConfig(level=start.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -204,6 +211,7 @@ def main() -> None:
     finally:
         context.term()
         shutil.rmtree(folder, ignore_errors=True)
+    end_process(0)
 
 
 def _end_if_alone(link: socket.socket, is_made: threading.Event, folder: Path) -> None:

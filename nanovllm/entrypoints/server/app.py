@@ -111,8 +111,8 @@ class Endpoints:
             raise Problem(400, message, param="tools")
         requests = Requests(self._gate, 1, asked.params.n)
         try:
-            prompt = await self._llm.render(asked.messages, **asked.template_options)
-            await requests.open(self._llm, prompt, asked.params, add_special_tokens=False)
+            prompt, token_ids = await self._llm.tokenize_chat(asked.messages, **asked.template_options)
+            requests.open_tokenized(self._llm, token_ids, asked.params)
         except BaseException:
             requests.close()
             raise

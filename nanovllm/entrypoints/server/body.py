@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from starlette.requests import Request
 
+from nanovllm.entrypoints.server.cut import Cut
 from nanovllm.entrypoints.server.problems import Problem
 from nanovllm.errors import short_repr
 
@@ -22,10 +23,7 @@ async def read_object(request: Request, most_bytes: int, timeout_s: float) -> di
         Problem: it is too large (413), too slow (408), or no JSON object (400).
         ClientDisconnect: the client has left before its end.
     """
-    try:
-        data = await asyncio.wait_for(_read(request, most_bytes), timeout_s)
-    except asyncio.TimeoutError:
-        raise Problem(408, f"the body has not come within {timeout_s:g} s", headers=CLOSE) from None
+    data = await _read_in_time(request, most_bytes, timeout_s)
     try:
         found = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -35,6 +33,16 @@ async def read_object(request: Request, most_bytes: int, timeout_s: float) -> di
     if not isinstance(found, dict):
         raise Problem(400, f"the body is {short_repr(found)}, not a JSON object")
     return found
+
+
+async def _read_in_time(request: Request, most_bytes: int, timeout_s: float) -> bytes:
+    with Cut() as cut:
+        timer = asyncio.get_running_loop().call_later(timeout_s, cut.strike)
+        try:
+            return await _read(request, most_bytes)
+        finally:
+            timer.cancel()
+    raise Problem(408, f"the body has not come within {timeout_s:g} s", headers=CLOSE)
 
 
 async def _read(request: Request, most_bytes: int) -> bytes:

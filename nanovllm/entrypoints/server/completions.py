@@ -20,6 +20,7 @@ from nanovllm.engine.requests import Prompt
 from nanovllm.entrypoints.async_llm import AsyncLLM
 from nanovllm.entrypoints.output_stream import Bell, OutputStream
 from nanovllm.entrypoints.server.answers import Answers, Choice
+from nanovllm.entrypoints.server.cut import Cut
 from nanovllm.entrypoints.server.gate import Gate
 from nanovllm.entrypoints.server.problems import json_response, problem_of
 from nanovllm.llm import one_by_one
@@ -79,9 +80,17 @@ class Requests:
             RequestError: prompt or parameters are refused.
         """
         token_ids = await llm.tokenize(prompt, add_special_tokens=add_special_tokens)
-        for each in one_by_one(params):
-            self.add(await llm.open(token_ids, each, bell=self.bell))
+        self.open_tokenized(llm, token_ids, params)
         return token_ids
+
+    def open_tokenized(self, llm: AsyncLLM, token_ids: list[int], params: SamplingParams) -> None:
+        """Queues the requests of the next prompt, of which the AsyncLLM has given the token ids.
+
+        Raises:
+            RequestError: parameters are refused.
+        """
+        for each in one_by_one(params):
+            self.add(llm.open_tokenized(token_ids, each, self.bell))
 
     def add(self, stream: OutputStream) -> None:
         """Takes a request that is queued, whose bell is this one's, as the next one."""
@@ -220,15 +229,18 @@ async def answer_whole(request: Request, requests: Requests, answers: Answers) -
 
 async def unless_left(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
     """What comes of `work`, or None, with `work` cancelled, if the client leaves before. Its body has been read."""
-    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(receive())
+    # The work is the one that has a task of its own: it wakes for each token, through fewer frames there.
+    task = asyncio.ensure_future(work)
     try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        return await task if task.done() else None
+        with Cut() as cut:
+            task.add_done_callback(cut.strike)
+            await receive()
+        return task.result() if task.done() else None
     finally:
-        for each in (task, watch):
-            each.cancel()
+        if not task.done():
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
-                await each
+                await task
 
 
 async def _whole(requests: Requests) -> list[Choice]:

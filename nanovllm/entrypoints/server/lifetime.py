@@ -44,6 +44,7 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # nothing asks who the client is
             timeout_graceful_shutdown=TELL_TIMEOUT_S,
         )
         super().__init__(config)

@@ -264,8 +264,9 @@ def _prompts(prompt: Any) -> list[Prompt]:
         return [prompt]
     if not isinstance(prompt, list) or not prompt:
         raise Problem(400, f"prompt={short_repr(prompt)} is not a text, token ids, or a list of them", param="prompt")
-    if all(isinstance(each, (str, list)) for each in prompt):
+    kinds = set(map(type, prompt))  # without a Python loop over the tokens, which would hold streams up
+    if kinds <= {str, list}:
         return prompt
-    if any(isinstance(each, (str, list)) for each in prompt):
+    if kinds & {str, list}:
         raise RequestError("prompt mixes texts or lists with token ids; pass texts, token ids, or lists of those")
     return [prompt]
