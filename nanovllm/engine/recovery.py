@@ -98,6 +98,9 @@ class Recovery:
     def give_up_devices(self, error: DeviceError | WorkerError) -> None:
         """Leaves everything on the devices, work in flight included, allocated until the process ends."""
         self.device_error = error
+        for runner in self._runners:
+            if runner.arrivals is not None:
+                runner.arrivals.give_up()  # the card that works waits for nothing that the lost one computes
         leak_until_exit(*self._runners, self._steps.drop(), self._handoffs, self._handoffs.drop())
 
     def _repair(self) -> None:

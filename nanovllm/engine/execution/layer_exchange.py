@@ -67,6 +67,7 @@ class LayerArrivals:
         missed, waited_ns = self._reports[number].tolist()
         return WaitReport(missed - 1 if missed else None, waited_ns * 1e-9)
 
+    @torch.inference_mode()
     def give_up(self) -> None:
         """Ends all waits within a millisecond, now and later; what their steps compute means nothing."""
         self._given_up[0] = 1
