@@ -60,7 +60,7 @@ class EngineParts:
     tokenizer: PreTrainedTokenizerBase | None
     runners: Runners
     kv_transfers: dict[Card, KVTransfer]
-    """By the card whose blocks each sends."""
+    """Each by the card whose blocks it sends."""
     scheduler: Scheduler
     intake: RequestIntake
     observer: Observer

@@ -422,7 +422,7 @@ class Scheduler:
         return self._free_in_s(partner) > self._free_in_s(card) + limit_s
 
     def _whole_blocks(self, seq: Sequence, num_tokens: int, most: int) -> int:
-        """So many tokens of a request; of a shared prompt, blocks that both cards compute are cut nowhere.
+        """The tokens to take of a request where so many fit; those of a shared prompt end with a block.
 
         Less than a block is none; or a block, if nothing of the prompt is in flight and that is at most `most`.
         """

@@ -22,6 +22,7 @@ COUNTERS = {
     "prefix_cache_queried_tokens": ("prefix_cache_queried_tokens", "Tokens that were looked up in the prefix cache"),
     "prefix_cache_hit_tokens": ("prefix_cache_hit_tokens", "Tokens that were found there"),
     "handoff_bytes": ("handoff_bytes", "Bytes of KV handed over"),
+    "layer_wait_s": ("layer_wait_seconds", "Time in which steps waited for layers that the other card computes"),
     "preemptions": ("preemptions", "Requests that lost their blocks to another"),
     "rebalances": ("rebalances", "Changes of the decode card's split"),
     "recoveries": ("recoveries", "Returns from something slower that was fallen back to"),
@@ -102,6 +103,16 @@ class Collector:
             for kind, seconds in kinds.items():
                 busy.add_metric([card, kind], seconds)
         yield busy
+        chunks = core.CounterMetricFamily(
+            f"{PREFIX}_prefill_chunks", "Chunks of prompts, of those that two cards share and others", labels=["kind"]
+        )
+        for kind, number in found["prefill_chunks"].items():
+            chunks.add_metric([kind], number)
+        yield chunks
+        links = core.CounterMetricFamily(f"{PREFIX}_handoff_bytes_by_link", "Bytes handed over", labels=["link"])
+        for link, number in found["handoff_bytes_by_link"].items():
+            links.add_metric([link], number)
+        yield links
         blocks = core.GaugeMetricFamily(f"{PREFIX}_kv_blocks", "Blocks of a KV pool", labels=["pool", "state"])
         for pool, numbers in found["kv_blocks"].items():
             for state, number in numbers.items():

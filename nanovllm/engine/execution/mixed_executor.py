@@ -54,7 +54,7 @@ class MixedExecutor:
         )
         self._pass_graphs: StepGraphs[None] | None = None
         self._shared_pass_graphs: StepGraphs[None] | None = None
-        """Of steps with a chunk of a prompt that two runners compute."""
+        """Those of steps with a chunk of a prompt that two runners compute."""
         self._sampling_graphs: StepGraphs[StepOutput] | None = None
 
     def capture(self, graph_pool: Any) -> None:

@@ -61,7 +61,7 @@ class PrefillExecutor:
         )
         self.graphs: StepGraphs[StepOutput] | None = None
         self._shared_graphs: StepGraphs[StepOutput] | None = None
-        """Of steps with a chunk of a prompt that two runners compute."""
+        """Those of steps with a chunk of a prompt that two runners compute."""
         self._exchange: LayerExchange | None = None
 
     def capture(self, graph_pool: Any) -> None:

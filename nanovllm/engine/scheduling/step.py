@@ -36,7 +36,7 @@ class PrefillChunk:
     num_known_logprobs: int = 0
     """Prompt tokens of the request whose log-probabilities had been taken in when the chunk was formed."""
     number: int = 0
-    """Of a shared prompt's chunk: its place among all such chunks, in the order of their launch, from 1 on; else 0."""
+    """A shared prompt's chunk has a place among all such chunks, in the order of their launch, from 1 on; others 0."""
     waits_for: int = 0
     """Number of the last chunk before it that the other card computes; 0 if there is none."""
 
