@@ -32,9 +32,9 @@ def timed_steps(monkeypatch):
     free_s: dict[str, float] = {}
     make, collect = StepHandle.__init__, StepHandle.collect
 
-    def made(handle, device, stream, sampled, began=None):
+    def made(handle, device, stream, sampled, *rest):
         sampled = list(sampled)
-        make(handle, device, stream, sampled, began)
+        make(handle, device, stream, sampled, *rest)
         took_s = STEP_S if sampled[-1] is not None else PREFILL_S
         ends_s[handle] = free_s[str(device)] = max(free_s.get(str(device), 0.0), time.perf_counter()) + took_s
 
@@ -154,8 +154,8 @@ def test_the_device_is_hardly_ever_idle_and_steps_are_launched_late(monkeypatch,
     clock.run(20_000)
     idle_s, leads_s = clock.idle_s[2000:], clock.leads_s[2000:]
     assert sum(idle_s) / len(idle_s) < 0.002 * STEP_S
-    assert sum(idle > 0 for idle in idle_s) / len(idle_s) < 0.015
-    assert clock.counters.late_launches / 20_000 < 0.015
+    assert sum(idle > 0 for idle in idle_s) / len(idle_s) < 1.5 * launch_times.LATE_SHARE
+    assert clock.counters.late_launches / 20_000 < 1.5 * launch_times.LATE_SHARE
     assert median(leads_s) < launch_s(random.Random(1)) + 0.1 * STEP_S + 3e-3
 
 

@@ -17,9 +17,10 @@ LEAST_LEAD_S = 0.3e-3
 CHANGE, CHANGE_S = 0.1, 0.2e-3
 """Share of the lead, and seconds besides, that are added after a launch that came too late. So a caller that takes its
 time between two `step()` soon has its steps launched at once."""
-LATE_SHARE = 0.01
+LATE_SHARE = 0.05
 """Share of launches that come too late, in the long run: each launch in time takes this share of a change off the
-lead."""
+lead. So a millisecond of lead, in which others may become ready, is worth 0.05 ms in which the device is idle: with
+less, a few launches that take long in any case would have all steps launched far ahead."""
 UNSURE = 0.03
 """Share of the predicted time that is added to the lead: longer steps are predicted with larger errors."""
 

@@ -42,11 +42,11 @@ class SchedulerLimits:
     max_num_seqs: int
     max_handoff_backlog: int
     """Maximum number of requests between the beginning of their prefill and the arrival of their KV."""
+    itl_target_s: float | None = None
+    """Maximum predicted seconds of a step with decode rows; None for no limit. Single steps vary around it."""
     verifies_handoffs: bool = False
     """Whether a chunk of a shared prompt waits until the blocks that were pushed before it are verified, since the
     prompt's first token goes by them."""
-    itl_target_s: float | None = None
-    """Maximum predicted seconds of a step with decode rows; None for no limit. Single steps vary around it."""
 
 
 class Scheduler:

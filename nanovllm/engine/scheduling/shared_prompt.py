@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.step_time import StepSize
 
-FIRST_SHARE = 0.56
+FIRST_SHARE = 0.53
 """Share of the first chunk of a pair where nothing is known of the cards' times."""
-LAG_S, LAG_SHARE = 1e-3, 0.03
-"""What the second chunk of a pair ends later than if it had begun with the first: seconds, and a share of its time."""
 LEAST_PAIR_TOKENS = 1024
 """The rest of a prompt that is shorter is one chunk."""
 
@@ -62,8 +60,8 @@ class SharedPrompt:
 def tokens_of_pair(cards: tuple[Card, Card], start: int, num_left: int, most: int, block_size: int) -> tuple[int, int]:
     """Tokens of the next pair of chunks, the first of which `cards[0]` computes and the second `cards[1]`.
 
-    The rest of the prompt is divided into pairs of the same length. Where both cards' times are known, the two chunks
-    of a pair are predicted to end together. Chunks end with a block, but for the prompt's last.
+    The rest of the prompt is divided into pairs of the same length, whose two chunks are predicted to take equally
+    long. Chunks end with a block, but for the prompt's last.
 
     Args:
         cards: that share the prompt.
@@ -84,29 +82,35 @@ def tokens_of_pair(cards: tuple[Card, Card], start: int, num_left: int, most: in
     if least > greatest:
         return min(most, num_left), 0
     blocks = range(least // block_size, greatest // block_size + 1)
-    first = blocks[_first_that_ends_last(cards, start, pair, blocks, block_size)] * block_size
+    first = blocks[_fewest_that_take_longer(cards, start, pair, blocks, block_size)] * block_size
     return first, pair - first
 
 
-def _first_that_ends_last(cards: tuple[Card, Card], start: int, pair: int, blocks: range, block_size: int) -> int:
-    """Index of the fewest blocks with which the first chunk ends after the second; the last one if none does."""
+def _fewest_that_take_longer(cards: tuple[Card, Card], start: int, pair: int, blocks: range, block_size: int) -> int:
+    """Index of the fewest blocks with which the first chunk takes as long as the second; the last one if none do."""
     low, high = 0, len(blocks) - 1
     while low < high:
         middle = (low + high) // 2
-        if _ends_last(cards, start, blocks[middle] * block_size, pair):
+        if _takes_longer(cards, start, blocks[middle] * block_size, pair):
             high = middle
         else:
             low = middle + 1
     return low
 
 
-def _ends_last(cards: tuple[Card, Card], start: int, first: int, pair: int) -> bool:
-    """Whether the first chunk of a pair, with so many of its tokens, ends after the second."""
-    first_s = cards[0].step_time.predict(StepSize(0).with_chunk(start, first))
-    second_s = cards[1].step_time.predict(StepSize(0).with_chunk(start + first, pair - first))
+def _takes_longer(cards: tuple[Card, Card], start: int, first: int, pair: int) -> bool:
+    """Whether the first chunk of a pair, with so many of its tokens, takes at least as long as the second."""
+    first_s = _predict(cards, StepSize(0).with_chunk(start, first))
+    second_s = _predict(cards[::-1], StepSize(0).with_chunk(start + first, pair - first))
     if first_s is None or second_s is None:
         return first >= FIRST_SHARE * pair
-    return first_s >= second_s * (1 + LAG_SHARE) + LAG_S
+    return first_s >= second_s
+
+
+def _predict(cards: tuple[Card, ...], size: StepSize) -> float | None:
+    """Seconds of a step on the first of the cards, or, where it has seen none, on another."""
+    known = (seconds for card in cards if (seconds := card.step_time.predict(size)) is not None)
+    return next(known, None)
 
 
 def _up(number: int, multiple: int) -> int:
