@@ -25,13 +25,13 @@ from tests.test_step_time import COSTS, MS, true_step_s
 
 NUM_LAYERS = 36
 STORED_SHARE = 0.3
-"""Of a layer's time, that before its KV is stored."""
+"""Share of a layer's time before its KV is stored."""
 PUSH_S, LAUNCH_S, LEAD_S = 0.05 * MS, 0.5 * MS, 2.0 * MS
 NOISE = 0.015
 
 
 def placement_of(mode: str, cards: tuple[Card, Card]) -> Placement:
-    """`fixed`, `replicas` or `elastic`."""
+    """The cards in a mode: `fixed`, `replicas` or `elastic`."""
     return Placement(*cards) if mode == "fixed" else ElasticPlacement(*cards, can_share=mode == "elastic")
 
 
@@ -180,7 +180,8 @@ class TwoCards(SimulatedTime):
         return float(np.quantile([gap for gaps in self.gaps_s.values() for gap in gaps], quantile)) / MS
 
     def good_share(self, ttft_ms: float, itl_ms: float) -> float:
-        """Of the requests: first token in time, at most one gap in a hundred (or one) too long, none three times so."""
+        """Share of requests that are good: first token in time, at most one gap in a hundred (or one) too long, none
+        three times so."""
         good = 0
         for seq, ttft_s in self.ttfts_s.items():
             gaps = np.array(self.gaps_s.get(seq, [])) / MS

@@ -426,10 +426,10 @@ def test_chunks_smaller_than_a_block_are_not_shared(checkpoint, caplog):
 # How prompts are cut, and who waits for whom
 
 
-def cards(slower: float = 1.0) -> tuple[Card, Card]:
+def cards(slower: float = 1.0, *, num_blocks: int = 300) -> tuple[Card, Card]:
     found = []
     for index in range(2):
-        card = Card(f"cpu:{index}", "", BlockManager(300, 64), 4096)
+        card = Card(f"cpu:{index}", "", BlockManager(num_blocks, 64), 4096)
         for tokens in (64, 512, 1024, 2048, 4096) * 3:
             size = StepSize(0).with_chunk(0, tokens)
             card.step_time.observe(size, (tokens + 4e-5 * size.num_pairs) * 25e-6 * (slower if index else 1.0))
@@ -605,3 +605,114 @@ def test_an_error_names_request_layer_and_cards(checkpoint, monkeypatch):
     assert isinstance(error, HandoffError)
     assert "request 0: the KV of layer 1 of the tokens before" in str(error)
     assert "handoff_timeout_s=3.0" in str(error)
+
+
+def prefilled(scheduler: Scheduler, card: Card, number: int, length: int):
+    """A request that decodes on the card."""
+    seq = make_sequence(number, list(range(length)))
+    scheduler.add(seq)
+    scheduler.prefill_done(scheduler.schedule(card, []).chunks[0])
+    seq.token_ids.append(1)
+    assert seq.lease.decode.card is card
+    return seq
+
+
+def long_sequence(number: int, length: int):
+    seq = make_sequence(number, [number] * length)
+    seq.max_num_tokens = length + 50
+    seq.is_streamed = True
+    return seq
+
+
+@pytest.mark.parametrize("target_s", [None, 0.02])
+def test_short_prompts_are_not_held_up_by_long_ones_that_are_shared(target_s):
+    both = cards(num_blocks=3000)
+    placement = ElasticPlacement(*both, can_share=True)
+    scheduler = Scheduler(SchedulerLimits(1024, 16, 16, itl_target_s=target_s), placement)
+    for number, card in enumerate(placement.cards):
+        row = prefilled(scheduler, card, number, 5)
+        row.is_streamed = True
+        scheduler._streamed.add(row)
+    for number in (2, 3):
+        scheduler.add(long_sequence(number, 32_000))
+    short = long_sequence(4, 50)
+    steps: dict[Card, list[Step]] = {card: [] for card in both}
+    for turn in range(100):
+        if turn == 4:
+            scheduler.add(short)
+        for card in placement.cards:
+            step = scheduler.schedule(card, steps[card], lambda card: 0.0)
+            for chunk in step.chunks:
+                if chunk.handoff:
+                    scheduler.hold(chunk.lease)
+            steps[card].append(step)
+            if any(chunk.seq is short for chunk in step.chunks):
+                assert turn <= 6
+                return
+        for card in placement.cards:
+            step = steps[card].pop(0)
+            for chunk in step.chunks:
+                scheduler.prefill_done(chunk)
+                if chunk.handoff:
+                    scheduler.blocks_arrived(chunk.lease)
+            scheduler.decode_done(step)
+            for row in step.decode:
+                row.seq.token_ids.append(1)
+                row.seq.max_num_tokens += 1
+    raise AssertionError("it got no chunk")
+
+
+def test_a_step_grants_no_leases_to_prompts_that_get_nothing_of_it():
+    both = tuple(Card(f"cpu:{n}", "", BlockManager(3000, 64), 3000) for n in range(2))
+    placement = ElasticPlacement(*both, can_share=True)
+    scheduler = Scheduler(SchedulerLimits(1024, 64, 64), placement)
+    for number in range(20):
+        scheduler.add(long_sequence(number, 5000))
+    for card in placement.cards:
+        assert scheduler.schedule(card, []).chunks
+    assert scheduler.num_leases <= 8
+
+
+def test_the_timeline_says_why_there_is_no_chunk():
+    both = cards()
+    placement = ElasticPlacement(*both, can_share=True)
+    scheduler = Scheduler(SchedulerLimits(1024, 8, 8, itl_target_s=0.002), placement)
+    first, second = placement.cards
+    prefilled(scheduler, first, 0, 5)
+    assert scheduler.schedule(first, []).decode
+    prompt = long_sequence(1, 3000)
+    scheduler.add(prompt)
+    chunk = scheduler.schedule(second, []).chunks[0]
+    assert chunk.num_tokens == 64, "no time, and yet it comes to its end"
+    assert scheduler.schedule(second, []) is None, "its last chunk is in flight"
+    assert not scheduler.schedule(first, []).chunks
+    assert [span.what for span in prompt.timeline.spans()][-1] == "prefill queue (itl_target_ms=2)"
+
+
+def test_a_card_whose_launch_fails_takes_no_token_before_what_it_goes_by_is_known(checkpoint, monkeypatch):
+    """The other card has missed a layer and was not collected; a chunk that has read what it computed was launched."""
+    path, reference = checkpoint("gqa2")
+    (prompt,) = tiny.random_prompts(1, seed=77, longest=10, shared=140)
+    lost = lose_flags(monkeypatch, lambda number: number == 1)
+    with make(path, max_num_batched_tokens=64, prefill_chunk_tokens=32) as llm:
+        first, second = llm.scheduler.cards
+        request_id = llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=5))
+        llm._loop.take_in_mail()
+        for card in (first, second, first):
+            step = llm.scheduler.schedule(card, [work.step for work in llm._steps.on(card)])
+            assert step is not None
+            llm._loop._launch(step)
+        assert step.chunks[0].is_last
+        llm._loop._collect(llm._steps.on(first)[0])
+        llm._loop._undo_launch(Step(first))
+        assert not llm._steps.on(second), "it was collected before"
+        outputs = drain(llm, steps_overlap=True)
+        assert_whole(llm)
+    assert lost
+    assert tokens_of(outputs[request_id]) == tiny.reference_tokens(reference, prompt, 5)
+
+
+def test_blocks_larger_than_a_streamed_step_are_not_shared(tiny_path, caplog):
+    with LLM(tiny_path, **{**ELASTIC, "kvcache_block_size": 4096, "prefill_chunk_tokens": 4096}) as llm:
+        assert "prompts are not shared" in caplog.text
+        assert list(llm.generate_stream([1, 2, 3], SamplingParams(max_tokens=2)))

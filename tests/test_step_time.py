@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine import scheduler
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
-from nanovllm.engine.scheduling import chunk_room
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.placement import Placement
 from nanovllm.engine.scheduling.step import Step
@@ -366,7 +366,7 @@ def test_a_prompt_says_that_it_waited_for_the_target(checkpoint, monkeypatch):
     with LLM(path, **SMALL_STEPS, itl_target_ms=1000) as llm:
         # As if nothing but the least that a step takes had time.
         monkeypatch.setattr(llm.scheduler.placement.decode_card.step_time, "tokens_that_fit", lambda *_: 0)
-        monkeypatch.setattr(chunk_room, "LEAST_TOKENS", 7)
+        monkeypatch.setattr(scheduler, "LEAST_TOKENS", 7)
         found, kinds = serve(llm, prompts, params, steps_ahead=2)
         assert "mixed" in kinds
         statistics = llm.metrics()["step_time"]["cpu:0"]

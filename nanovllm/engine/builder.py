@@ -29,7 +29,7 @@ from nanovllm.engine.observability.trace import Tracer
 from nanovllm.engine.observer import Observer
 from nanovllm.engine.requests import RequestIntake
 from nanovllm.engine.runners import Runners
-from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
+from nanovllm.engine.scheduler import MAX_STREAMED_PREFILL_TOKENS, Scheduler, SchedulerLimits
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.placement import ElasticPlacement, Placement
 from nanovllm.engine.scheduling.step_time import ModelCosts, StepTimeModel
@@ -381,7 +381,7 @@ def reason_not_to_share(config: EngineConfig, spec: RunnerSpec, devices: tuple[D
     first, second = devices
     if first.is_cuda and not (peer_access(first, second) and peer_access(second, first)):
         return f"{first} and {second} have no peer access"
-    chunk_tokens = min(config.prefill_chunk_tokens, config.max_num_batched_tokens)
+    chunk_tokens = min(config.prefill_chunk_tokens, config.max_num_batched_tokens, MAX_STREAMED_PREFILL_TOKENS)
     if chunk_tokens < spec.attention.block_size:
         return f"chunks of {chunk_tokens} tokens are less than a block of {spec.attention.block_size}"
     return None

@@ -105,7 +105,8 @@ class Handoffs:
         """The error of a chunk that has not waited any longer for the KV of a layer, which another card computes."""
         return HandoffError(
             f"request {chunk.seq.request_id}: the KV of layer {layer} of the tokens before {chunk.start} has not come "
-            f"from {chunk.handoff_target} to {chunk.allocation.card} within handoff_timeout_s={self._timeout_s}"
+            f"from {chunk.handoff_target} to {chunk.allocation.card} in time: handoff_timeout_s={self._timeout_s}, "
+            "or half of step_timeout_s if that is less"
         )
 
     def fail_waiting(self, seq: Sequence) -> None:
@@ -153,12 +154,12 @@ class Handoffs:
 
     def _timeout_message(self, handoff: Handoff) -> str:
         cards = (handoff.source, handoff.target)
-        prefill_state, decode_state = (
+        source_state, target_state = (
             f"{card.block_manager.num_held_blocks} of {card.block_manager.num_blocks} blocks held" for card in cards
         )
         return (
             f"{self._about(handoff)}: {len(handoff.pairs)} blocks, from {handoff.pairs[0][0]} to "
             f"{handoff.pairs[0][1]} on, have not arrived within handoff_timeout_s={self._timeout_s}; "
-            f"prefill pool: {prefill_state}; decode pool: {decode_state}; handoffs under way: {len(self)}; "
+            f"{handoff.source}: {source_state}; {handoff.target}: {target_state}; handoffs under way: {len(self)}; "
             f"steps in flight: {len(self._steps)}. The blocks stay held until the copy ends"
         )

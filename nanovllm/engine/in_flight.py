@@ -60,7 +60,8 @@ class StepsInFlight:
         return [work for work in self._steps if work.step.card is card]
 
     def is_any_done(self) -> bool:
-        return any(work.handle.is_done() for work in self._steps)
+        """Whether a step has ended, as of `ended`."""
+        return bool(self.ended())
 
     def ended(self) -> list[InFlight]:
         """Steps that have ended, in the order of their launch in each queue.

@@ -196,12 +196,16 @@ class Loop:
     def _undo_launch(self, step: Step) -> None:
         """Waits for the work that a step had launched before it failed: it may write to KV blocks and decode rows.
 
-        The rows are sent again, once the host has the tokens of earlier steps.
+        The rows are sent again, once the host has the tokens of earlier steps. These are taken in after the steps of
+        another card whose chunks they have read.
         """
         runner = self._runners[step.card]
         runner.synchronize(copies=not self._handoffs.is_stuck)
         if self._scheduler.placement.decodes(step.card):
-            for work in self._steps.on(step.card):
+            earlier = [work for work in self._steps if work.step.card is step.card or work.step.shared_chunks]
+            for card in {work.step.card for work in earlier} - {step.card}:
+                self._runners[card].synchronize(copies=not self._handoffs.is_stuck)
+            for work in earlier:
                 self._collect(work)
             runner.forget_device_batch()
 

@@ -150,7 +150,7 @@ class Observer:
             self._tracer.add_request(seq)
 
     def log_prefill_health(self) -> None:
-        """Logs, once each time, that the prefill device is left out, or works again."""
+        """Logs, once each time, that prompts run where they should not, or again where they should."""
         was_out, self._prefill_is_out = self._prefill_is_out, self._placement.is_degraded
         cause, words = self._placement.words_for_degraded()
         if self._prefill_is_out and not was_out:
@@ -158,7 +158,7 @@ class Observer:
             logger.warning("%s", words)
         elif was_out and not self._prefill_is_out:
             self._num_recoveries += 1
-            logger.warning("%s works again", self._placement.prefill_card)
+            logger.warning("%s", self._placement.words_for_recovered)
 
     def close(self, unfinished: abc.Iterable[Sequence]) -> None:
         """Writes the trace, with these requests in it."""
@@ -185,6 +185,7 @@ class Observer:
         }
         paths = self._decode_paths
         stages, arrangement = paths.lane_times, paths.current
+        sent_blocks = dict(self._sent_blocks)  # the loop may add a link meanwhile
         return {
             "requests": {status.name.lower(): number for status, number in states.items()},
             "requests_ended": dict(times.ended),
@@ -205,7 +206,7 @@ class Observer:
             "prefix_cache_hit_tokens": scheduler.num_hit_tokens,
             "handoff_s": times.handoff_s.as_dict(),
             "handoff_bytes": counters.handoff_blocks * self._block_bytes,
-            "handoff_bytes_by_link": {link: number * self._block_bytes for link, number in self._sent_blocks.items()},
+            "handoff_bytes_by_link": {link: number * self._block_bytes for link, number in sent_blocks.items()},
             "prefill_chunks": {"shared": counters.shared_chunks, "single": counters.single_chunks},
             "layer_wait_s": counters.waited_s,
             "handoff_backlog": states[SequenceStatus.PREFILLING] + states[SequenceStatus.HANDING_OFF],

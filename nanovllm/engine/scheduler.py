@@ -13,7 +13,7 @@ from collections import Counter, abc
 from dataclasses import dataclass
 
 from nanovllm.engine.scheduling.card import Card
-from nanovllm.engine.scheduling.chunk_room import ChunkRoom
+from nanovllm.engine.scheduling.chunk_room import LEAST_TOKENS, MOST_PASSED_BY, ChunkRoom, Demand
 from nanovllm.engine.scheduling.decode_batch import DecodeRow, DecodeRows
 from nanovllm.engine.scheduling.decode_set import LOOK_AHEAD_STEPS, DecodeSet
 from nanovllm.engine.scheduling.lease import Allocation, Lease
@@ -26,6 +26,9 @@ from nanovllm.errors import OutOfKVCacheError
 from nanovllm.outputs import FinishReason
 
 logger = logging.getLogger(__name__)
+
+FreeInSeconds = abc.Callable[[Card], float]
+"""Gives the predicted seconds until a card has ended what was launched there."""
 
 STEPS_AHEAD = 2
 """Steps in flight on a card: one that runs, and one queued behind it before the first one's tokens are seen."""
@@ -62,7 +65,7 @@ class Scheduler:
         self.placement = placement
         self.num_preemptions = 0
         self.num_queried_tokens = 0
-        """Tokens of requests that got a lease, looked up in the prefix cache of their prefill card."""
+        """Tokens of requests that got a lease, looked up in the prefix caches of the cards that prefill them."""
         self.num_hit_tokens = 0
         self._num_shared_chunks = 0
         """Chunks of shared prompts that were formed; never set back, since cards compare these numbers."""
@@ -83,8 +86,6 @@ class Scheduler:
         self._draining_leases: list[Lease] = []
         """Leases that have ended while work in flight still touches their blocks."""
         self._prefilled: dict[Sequence, None] = {}
-        self._free_in_s: abc.Callable[[Card], float] | None = None
-        """See `schedule`."""
         self._outgrown: list[Sequence] = []
 
     @property
@@ -169,7 +170,7 @@ class Scheduler:
     # Forming steps
 
     def schedule(
-        self, card: Card, in_flight: abc.Sequence[Step], free_in_s: abc.Callable[[Card], float] | None = None
+        self, card: Card, in_flight: abc.Sequence[Step], free_in_s: FreeInSeconds | None = None
     ) -> Step | None:
         """The step to launch on a card now, if there is one.
 
@@ -181,8 +182,9 @@ class Scheduler:
         """
         if len(in_flight) >= STEPS_AHEAD:
             return None
-        self._free_in_s = free_in_s
-        return self._schedule_mixed(card, in_flight) if self.placement.decodes(card) else self.schedule_prefill(card)
+        if not self.placement.decodes(card):
+            return self.schedule_prefill(card)
+        return self._schedule_mixed(card, in_flight, free_in_s)
 
     def schedule_prefill(self, card: Card | None = None) -> Step | None:
         """The next chunks of the requests that are prefilled on `card`, by default the one that prefills.
@@ -205,7 +207,9 @@ class Scheduler:
         rows = self._decoding[card].next_rows(self._grow)
         return None if rows is None else Step(card, decode=rows)
 
-    def _schedule_mixed(self, card: Card, in_flight: abc.Sequence[Step]) -> Step | None:
+    def _schedule_mixed(
+        self, card: Card, in_flight: abc.Sequence[Step], free_in_s: FreeInSeconds | None
+    ) -> Step | None:
         """A token for every request that decodes on a card, and the next chunks of those that are prefilled there."""
         self._join_arrived()
         if in_flight:
@@ -215,7 +219,7 @@ class Scheduler:
         if rows is None and any(chunk.seq.params.needs_counts for step in in_flight for chunk in step.sampling_chunks):
             return None  # who joins only once that step has ended would wait for one more step of prompts
         if rows is not None:
-            return Step(card, self._chunks_beside(card, rows), rows)
+            return Step(card, self._chunks_beside(card, rows, free_in_s), rows)
         chunks = self._next_chunks(card)
         return Step(card, chunks) if chunks else None
 
@@ -367,74 +371,59 @@ class Scheduler:
         seq = next(candidates, None)
         if seq is None:
             return chunks
-        budget, num_tokens = self._prefill_token_budget(card), 0
+        budget, num_tokens, num_refused = self._prefill_token_budget(card), 0, 0
         while seq is not None:
-            most = self._whole_blocks(seq, min(self._most_tokens(seq, card), budget - num_tokens), budget - num_tokens)
+            demand = self._demand(seq, card)
+            most = demand.rounded(min(demand.num_tokens, budget - num_tokens))
             if most:
                 chunks.append(self._next_chunk(seq, card, most))
-                num_tokens += most
-            is_full = num_tokens >= budget or len(chunks) == MAX_CHUNKS
+            num_tokens += most
+            num_refused += not most  # each holds blocks from the moment that it is looked at
+            is_full = num_tokens >= budget or len(chunks) == MAX_CHUNKS or num_refused > MOST_PASSED_BY
             seq = None if is_full else next(candidates, None)
         return chunks
 
-    def _chunks_beside(self, card: Card, rows: DecodeRows) -> list[PrefillChunk]:
+    def _chunks_beside(self, card: Card, rows: DecodeRows, free_in_s: FreeInSeconds | None) -> list[PrefillChunk]:
         """The next chunks for a step that has decode rows."""
         chunks: list[PrefillChunk] = []
-        limit_s = self.limits.itl_target_s
         size = StepSize(len(rows), rows.num_tokens)
-        most_tokens = functools.partial(self._most_tokens, card=card, size=size)
-        room = ChunkRoom(card.step_time, size, self._prefill_token_budget(card), limit_s, most_tokens)
-        for seq, num_tokens in room.share_out(self._prefill_candidates(card)):
-            reason = room.reason_for_no_more(seq, num_tokens)
-            whole = self._whole_blocks(seq, num_tokens, room.num_tokens_left)
-            if whole:
-                chunks.append(self._next_chunk(seq, card, whole, reason))
+        demand_of = functools.partial(self._demand, card=card, has_rows=True, free_in_s=free_in_s)
+        budget, limit_s = self._prefill_token_budget(card), self.limits.itl_target_s
+        room = ChunkRoom(card.step_time, size, budget, limit_s, demand_of)
+        for seq, num_tokens, reason in room.share_out(self._prefill_candidates(card)):
+            if num_tokens:
+                chunks.append(self._next_chunk(seq, card, num_tokens, reason))
                 room.take(chunks[-1])
             else:
                 seq.timeline.mark(f"prefill queue ({reason})")
         return chunks
 
-    def _most_tokens(self, seq: Sequence, card: Card, size: StepSize | None = None) -> int:
-        """Maximum number of a request's remaining prompt tokens that the card's next step may take, whatever else it
-        has; of a shared prompt, so many that the other card does not have to wait longer than it may.
+    def _demand(
+        self, seq: Sequence, card: Card, *, has_rows: bool = False, free_in_s: FreeInSeconds | None = None
+    ) -> Demand:
+        """What a request with a lease asks of the card's next step, which has decode rows or not.
 
-        `size` is what the step has already, None for nothing.
+        Of a shared prompt, as much as the other card can wait for; with nothing of it in flight a block at least, so
+        that it comes to its end. Blocks are cut nowhere, since both cards would write to them.
         """
-        lease, start = seq.lease, seq.num_prefilled_tokens
+        lease, start, num_left = seq.lease, seq.num_prefilled_tokens, seq.num_tokens_to_prefill
         assert lease is not None, f"request {seq.request_id} is prefilled without a lease"
         if lease.shared is None:
-            return seq.num_tokens_to_prefill
-        partner = lease.card_beside(card)
-        limit_s, beside = self.limits.itl_target_s, self._decoding[partner].size
-        if limit_s is not None and size is not None and self._would_wait(lease.shared, card, partner, limit_s):
-            return 0
+            return Demand(num_left, LEAST_TOKENS)
+        partner, block_size, limit_s = lease.card_beside(card), card.block_manager.block_size, self.limits.itl_target_s
+        if limit_s is not None and has_rows and free_in_s is not None and lease.shared.has_in_flight(partner):
+            is_too_long = free_in_s(partner) > free_in_s(card) + limit_s  # the step is as long as what it waits for
+            if is_too_long:
+                return Demand(0, 0, is_rest=False, reason=f"itl_target_ms={limit_s * 1e3:g}, its chunk on {partner}")
         most = min(self._prefill_token_budget(card), self._prefill_token_budget(partner))
-        lease.shared.plan((card, partner), start, seq.num_tokens_to_prefill, most, card.block_manager.block_size)
-        most = min(most, lease.shared.planned_end - start)
+        most = min(most, lease.shared.planned_tokens((card, partner), start, num_left, most, block_size))
+        least = 0 if any(map(lease.shared.has_in_flight, self.cards)) else min(block_size, num_left)
+        demand, beside = Demand(most, least, most == num_left, block_size), self._decoding[partner].size
         if limit_s is None or not beside.num_tokens:
-            return most
-        return max(partner.step_time.tokens_that_fit(limit_s, beside, start, most), 1)
-
-    def _would_wait(self, shared: SharedPrompt, card: Card, partner: Card, limit_s: float) -> bool:
-        """Whether a step of the card would take too long since it waits for a chunk of the other one."""
-        if self._free_in_s is None or not shared.has_in_flight(partner):
-            return False
-        return self._free_in_s(partner) > self._free_in_s(card) + limit_s
-
-    def _whole_blocks(self, seq: Sequence, num_tokens: int, most: int) -> int:
-        """The tokens to take of a request where so many fit; those of a shared prompt end with a block.
-
-        Less than a block is none; or a block, if nothing of the prompt is in flight and that is at most `most`.
-        """
-        lease = seq.lease
-        assert lease is not None, f"request {seq.request_id} is prefilled without a lease"
-        if lease.shared is None or num_tokens in (0, seq.num_tokens_to_prefill):
-            return num_tokens
-        block_size = lease.decode.card.block_manager.block_size
-        whole = num_tokens // block_size * block_size
-        if not whole and not any(lease.shared.has_in_flight(card) for card in self.cards):
-            whole = min(block_size, seq.num_tokens_to_prefill)
-        return whole if whole <= most else 0
+            return demand
+        fitting = max(demand.rounded(partner.step_time.tokens_that_fit(limit_s, beside, start, most)), least)
+        reason = None if fitting == most else f"itl_target_ms={limit_s * 1e3:g} on {partner}"
+        return Demand(fitting, least, fitting == num_left, block_size, reason)
 
     def _prefill_token_budget(self, card: Card) -> int:
         """Maximum number of prompt tokens in the card's next step."""

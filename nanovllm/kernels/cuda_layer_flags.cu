@@ -35,7 +35,10 @@ extern "C" __global__ void wait_for_flag(const i64* flags, const i64* numbers, i
     const i64 number = numbers[WAITS_FOR];
     i64* report = reports + 2 * numbers[REPORT];
     i64 waited_ns = layer == 0 ? 0 : state[0];
-    if (number != 0 && state[1] != number) {
+    if (number != 0 && state[1] == number) {
+        // It did not come for an earlier layer, perhaps of the step before, which waited for the same chunk.
+        if (report[0] == 0) report[0] = layer + 1;
+    } else if (number != 0) {
         const i64 began_ns = now_ns();
         for (int tries = 1;; ++tries) {
             i64 reached;

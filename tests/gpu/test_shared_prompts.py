@@ -12,6 +12,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine.execution.layer_exchange import LayerArrivals
 from nanovllm.engine.scheduling import shared_prompt
+from nanovllm.utils.device import Device
 from tests import tiny
 from tests.test_demo import QUESTIONS
 from tests.test_engine import tokens_of
@@ -199,6 +200,26 @@ def test_a_wait_ends_when_the_host_says_so(tiny_on_disk, monkeypatch):
         assert time.perf_counter() - began_s < 10, "it did not wait for handoff_timeout_s"
         assert_whole(llm)
     assert found == [tiny.reference_tokens(reference, prompt, 16) for prompt in prompts]
+
+
+def test_every_step_that_waits_for_what_does_not_come_says_so():
+    """Of two steps that wait for the same chunk, the second one goes on at once, and reports it as well."""
+    device = Device("cuda", 0)
+    with torch.cuda.device(0):
+        arrivals = LayerArrivals(device, num_layers=3, limit_s=0.02)
+        reports = [arrivals.new_report() for _ in range(3)]
+        for report, number in zip(reports, (5, 5, 4), strict=True):
+            numbers = torch.tensor([0, number, report], device="cuda")
+            for layer in range(3):
+                arrivals.wait(numbers, layer)
+            if report == reports[1]:
+                raised = torch.tensor([4, 0, 0], device="cuda")
+                for layer in range(3):
+                    arrivals.raise_flag(raised, layer)
+        torch.cuda.synchronize()
+        assert [arrivals.report(report).missed_layer for report in reports] == [0, 0, None]
+        assert arrivals.report(reports[0]).waited_s > 0.02
+        assert arrivals.report(reports[1]).waited_s < 0.02
 
 
 def test_thousands_of_requests_leave_both_pools_whole(tiny_on_disk):

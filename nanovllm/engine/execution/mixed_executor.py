@@ -8,6 +8,7 @@ any division of its tokens. Sampling has graphs of its own, by how many tokens a
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import abc
 from typing import Any, NoReturn
 
@@ -42,7 +43,7 @@ class MixedExecutor:
         self._decode = decode
         self.max_num_sampled = decode.max_num_rows + prefill.buffers.max_num_requests
         spec, where = forward.spec, forward.device.torch_device
-        # Of fixed address: what one graph leaves in the memory that it shares with others, another may overwrite.
+        # At a fixed address: what one graph leaves in the memory that it shares with others, another may overwrite.
         shape = (self.max_num_sampled, spec.model_config.hidden_size)
         self._sampled_hidden = torch.zeros(shape, dtype=spec.dtype, device=where)
         self._places = torch.arange(self.max_num_sampled, device=where)
@@ -67,9 +68,8 @@ class MixedExecutor:
     def capture_shared(self, graph_pool: Any) -> None:
         """Captures graphs of passes with a chunk of a prompt that another runner computes, too."""
         assert self._pass_graphs is not None, "those of other passes are captured first"
-        self._shared_pass_graphs = StepGraphs(
-            "shared mixed", self.run_shared_core, self._pass_graphs.sizes, graph_pool, prepare=self._send_padding_row
-        )
+        run, sizes = functools.partial(self.run_core, shared=True), self._pass_graphs.sizes
+        self._shared_pass_graphs = StepGraphs("shared mixed", run, sizes, graph_pool, prepare=self._send_padding_row)
 
     def _send_padding_row(self, size: int) -> None:
         """Makes the step on the device one of the padding row and tokens of padding."""
@@ -117,13 +117,12 @@ class MixedExecutor:
         yield after_chunks
         yield self._decode.finish(output, decode)
 
-    def run_core(self, size: int) -> None:
-        """The pass over `size` tokens, on the device alone, with as many rows as fit."""
-        self._run_pass(size, min(size, self._decode.max_num_rows), shared=False)
+    def run_core(self, size: int, *, shared: bool = False) -> None:
+        """The pass over `size` tokens, on the device alone, with as many rows as fit.
 
-    def run_shared_core(self, size: int) -> None:
-        """The same with a chunk of a prompt that another runner computes, too."""
-        self._run_pass(size, min(size, self._decode.max_num_rows), shared=True)
+        `shared` if it has a chunk of a prompt that another runner computes, too.
+        """
+        self._run_pass(size, min(size, self._decode.max_num_rows), shared=shared)
 
     def run_sampling_core(self, size: int) -> StepOutput:
         """Samples a token for each row and after each last chunk of the pass before, `size` in all, padded; and makes

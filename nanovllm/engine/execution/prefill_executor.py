@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import abc
 from typing import Any
 
@@ -73,8 +74,9 @@ class PrefillExecutor:
         """Prepares for prompts that another runner computes, too; captures graphs if there is a pool for them."""
         self._exchange = exchange
         if self.graphs is not None:
-            sizes, prepare = self.graphs.sizes, self.buffers.send_padding
-            self._shared_graphs = StepGraphs("shared prefill", self.run_shared_core, sizes, graph_pool, prepare=prepare)
+            run, sizes = functools.partial(self.run_core, shared=True), self.graphs.sizes
+            prepare = self.buffers.send_padding
+            self._shared_graphs = StepGraphs("shared prefill", run, sizes, graph_pool, prepare=prepare)
 
     def make_task(
         self,
@@ -136,15 +138,12 @@ class PrefillExecutor:
         rows = torch.arange(task.num_sampled, device=device.torch_device)
         return self._forward.sampled_tokens(output, task.num_sampled, task.sampling, counts.tensor, rows)
 
-    def run_core(self, size: int) -> StepOutput:
-        """Runs the step in the buffers, padded to `size` tokens and to the maximum number of requests."""
-        _, output = self._run(size, self.buffers.max_num_requests, shared=False)
-        assert output is not None, "a step that is padded to at least one request samples a token"
-        return output
+    def run_core(self, size: int, *, shared: bool = False) -> StepOutput:
+        """Runs the step in the buffers, padded to `size` tokens and to the maximum number of requests.
 
-    def run_shared_core(self, size: int) -> StepOutput:
-        """The same for a step with a chunk of a prompt that another runner computes, too."""
-        _, output = self._run(size, self.buffers.max_num_requests, shared=True)
+        `shared` if it has a chunk of a prompt that another runner computes, too.
+        """
+        _, output = self._run(size, self.buffers.max_num_requests, shared=shared)
         assert output is not None, "a step that is padded to at least one request samples a token"
         return output
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from nanovllm.engine.scheduling.step import MAX_CHUNKS, PrefillChunk
 from nanovllm.engine.scheduling.step_time import StepSize, StepTimeModel
@@ -21,6 +21,31 @@ MOST_PASSED_BY = 2
 """Long prompts behind the oldest that shorter ones pass by: each holds blocks from the moment that it is looked at."""
 
 
+@dataclass(frozen=True)
+class Demand:
+    """What a prompt asks of a step.
+
+    Attributes:
+        num_tokens: maximum number of its tokens.
+        least: so many of them even if there is no time, where it is the oldest prompt.
+        is_rest: whether `num_tokens` is all that is left of it.
+        multiple: what chunks that do not end the prompt are multiples of.
+        reason: why it does not ask for more, for `explain`; None if it will get more elsewhere, or has no more.
+    """
+
+    num_tokens: int
+    least: int
+    is_rest: bool = True
+    multiple: int = 1
+    reason: str | None = None
+
+    def rounded(self, num_tokens: int) -> int:
+        """The tokens of a chunk for which there is room for so many, at most `self.num_tokens`."""
+        if self.is_rest and num_tokens == self.num_tokens:
+            return num_tokens
+        return num_tokens // self.multiple * self.multiple
+
+
 class ChunkRoom:
     """Room for prompt tokens in a step that is being formed.
 
@@ -29,7 +54,7 @@ class ChunkRoom:
         size: what the step has already.
         budget: maximum number of prompt tokens.
         limit_s: maximum predicted seconds of the step; None for no limit.
-        most_tokens: gives the maximum number of a request's remaining prompt tokens, however much room there is.
+        demand_of: says what a request asks of the step.
     """
 
     def __init__(
@@ -38,20 +63,20 @@ class ChunkRoom:
         size: StepSize,
         budget: int,
         limit_s: float | None,
-        most_tokens: Callable[[Sequence], int],
+        demand_of: Callable[[Sequence], Demand],
     ) -> None:
         self._step_time = step_time
         self._size = size
+        self._budget = budget
         self._limit_s = limit_s
-        # Of a shared prompt it takes a while to say.
-        self._most_tokens = functools.cache(most_tokens)
-        self.num_tokens_left = budget
+        self._demand_of = demand_of
         self._num_chunks = 0
 
-    def share_out(self, candidates: Iterator[Sequence]) -> Iterator[tuple[Sequence, int]]:
-        """The requests that get room in the step, or wait for some, oldest first, and how many tokens each gets.
+    def share_out(self, candidates: Iterator[Sequence]) -> Iterator[tuple[Sequence, int, str | None]]:
+        """The requests that get room in the step, or wait for some, oldest first, how many tokens each gets, and why
+        not more (None if it has no more, or will get it elsewhere).
 
-        The oldest prompt comes first. Where it takes more than this step, younger ones that are much shorter than what
+        The oldest prompt comes first. Where it fills this step and more, younger ones that are much shorter than what
         is left of it may have half of its room: else a long prompt would hold up every short one behind it.
 
         Args:
@@ -61,65 +86,62 @@ class ChunkRoom:
         oldest = next(candidates, None)
         if oldest is None:
             return
-        wanted = self._most_tokens(oldest)
-        most = self._tokens_for(oldest, wanted, at_least=LEAST_TOKENS)
-        if most < wanted:
+        demand = self._demand_of(oldest)
+        most = self._tokens_for(oldest, demand, is_oldest=True)
+        has_more = most < oldest.num_tokens_to_prefill
+        if has_more and most and (most < demand.num_tokens or 2 * most >= self._budget):
             left_to_others, num_long = most // 2, 0
             for seq in candidates:
                 if seq.num_tokens_to_prefill * SHORTER > oldest.num_tokens_to_prefill:
                     num_long += 1
                 else:
-                    num_tokens = min(self._tokens_for(seq, self._most_tokens(seq)), left_to_others)
+                    their_demand = self._demand_of(seq)
+                    num_tokens = their_demand.rounded(min(self._tokens_for(seq, their_demand), left_to_others))
                     left_to_others -= num_tokens or left_to_others  # none fits, nor will another
-                    yield seq, num_tokens
+                    yield seq, num_tokens, self._reason(seq, their_demand, num_tokens)
                 if not left_to_others or num_long > MOST_PASSED_BY or self._num_chunks == MAX_CHUNKS - 1:
                     break
-            yield oldest, self._tokens_for(oldest, wanted, at_least=LEAST_TOKENS)
+            most = self._tokens_for(oldest, demand, is_oldest=True)
+            yield oldest, most, self._reason(oldest, demand, most)
             return
-        yield oldest, most
+        yield oldest, most, self._reason(oldest, demand, most)
         for seq in candidates:
-            wanted = self._most_tokens(seq)
-            num_tokens = self._tokens_for(seq, wanted)
-            yield seq, num_tokens
-            if num_tokens < wanted:
+            demand = self._demand_of(seq)
+            num_tokens = self._tokens_for(seq, demand)
+            yield seq, num_tokens, self._reason(seq, demand, num_tokens)
+            if num_tokens < demand.num_tokens:
                 return
 
     def take(self, chunk: PrefillChunk) -> None:
         """Takes the room for a chunk."""
         self._size = self._size.with_chunk(chunk.start, chunk.num_tokens)
-        self.num_tokens_left -= chunk.num_tokens
+        self._budget -= chunk.num_tokens
         self._num_chunks += 1
 
-    def reason_for_no_more(self, seq: Sequence, num_tokens: int) -> str | None:
-        """Why a request gets no more than this many tokens; None if it has no more."""
-        if num_tokens == seq.num_tokens_to_prefill:
-            return None
-        wanted = self._most_tokens(seq)
-        if not wanted:
-            return "the other card's chunk comes first"
-        if num_tokens == wanted:
-            return None  # its card takes the next chunk
-        if num_tokens == self._most(wanted):
+    def _reason(self, seq: Sequence, demand: Demand, num_tokens: int) -> str | None:
+        """Why a request gets no more than this many tokens."""
+        if num_tokens == demand.num_tokens:
+            return demand.reason
+        if num_tokens == self._most(demand):
             return "the step is full"
-        if self._limit_s is None or num_tokens < self._tokens_for(seq, wanted):
+        if self._limit_s is None or num_tokens < self._tokens_for(seq, demand):
             return "half of the step is the oldest prompt's"
         return f"itl_target_ms={self._limit_s * 1e3:g}"
 
-    def _tokens_for(self, seq: Sequence, wanted: int, *, at_least: int = 0) -> int:
-        """How many of `wanted` prompt tokens of a request the step takes; `at_least` of them whatever its time."""
-        most = self._most(wanted)
+    def _tokens_for(self, seq: Sequence, demand: Demand, *, is_oldest: bool = False) -> int:
+        """How many of a request's prompt tokens the step takes."""
+        most = self._most(demand)
         if self._limit_s is None or not most:
             return most
         fitting = self._step_time.tokens_that_fit(self._limit_s, self._size, seq.num_prefilled_tokens, most)
-        return max(fitting, min(most, at_least))
+        return max(demand.rounded(fitting), min(most, demand.least if is_oldest else 0))
 
-    def _most(self, wanted: int) -> int:
-        """How many of so many prompt tokens of a request the step's budget allows."""
-        budget = self.num_tokens_left
+    def _most(self, demand: Demand) -> int:
+        """How many of a request's prompt tokens the step's budget allows."""
         if self._num_chunks == MAX_CHUNKS:
             return 0
-        if wanted <= budget:
-            return wanted
+        if demand.num_tokens <= self._budget:
+            return demand.num_tokens
         # Where the chunk ends is free: the step ends with a full tile, unless that takes half of the chunk.
-        beyond = (self._size.num_tokens + budget) % GEMM_TILE_TOKENS
-        return budget - beyond if beyond < budget // 2 else budget
+        beyond = (self._size.num_tokens + self._budget) % GEMM_TILE_TOKENS
+        return demand.rounded(self._budget - beyond if beyond < self._budget // 2 else self._budget)

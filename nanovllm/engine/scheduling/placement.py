@@ -89,6 +89,11 @@ class Placement:
         words = f"{self.prefill_card} is left out for a while, {self.decode_card} prefills alone"
         return "prefill device left out", words
 
+    @property
+    def words_for_recovered(self) -> str:
+        """What the log says once that is over."""
+        return f"{self.prefill_card} works again"
+
 
 class ElasticPlacement(Placement):
     """Both cards prefill and decode. Long prompts are shared: the cards compute their chunks in turns.
@@ -130,6 +135,10 @@ class ElasticPlacement(Placement):
     def words_for_degraded(self) -> tuple[str, str]:
         words = "too many prompts failed that two cards computed; for a while each runs on one card"
         return "prompts not shared", words
+
+    @property
+    def words_for_recovered(self) -> str:
+        return "prompts are shared again"
 
 
 def _may_hold(card: Card, seq: Sequence) -> bool:

@@ -36,11 +36,15 @@ class SharedPrompt:
     planned_end: int = 0
     pair_end: int = 0
 
-    def plan(self, cards: tuple[Card, Card], start: int, num_left: int, most: int, block_size: int) -> None:
-        """Plans where the next chunk ends, which `cards[0]` is to compute; see `tokens_of_pair`."""
+    def planned_tokens(self, cards: tuple[Card, Card], start: int, num_left: int, most: int, block_size: int) -> int:
+        """Tokens of the next chunk by the plan, which is made if there is none, for `cards[0]` to compute it.
+
+        See `tokens_of_pair` for what it goes by.
+        """
         if not start < self.planned_end:
             first, second = tokens_of_pair(cards, start, num_left, most, block_size)
             self.planned_end, self.pair_end = start + first, start + first + second
+        return self.planned_end - start
 
     def may_take(self, card: Card) -> bool:
         """Whether the card may compute the next chunk."""
