@@ -459,10 +459,11 @@ def test_pairs_cover_the_prompt_and_end_together(length, most):
     assert len(ends) <= -(-length // (2 * most)) + 1
 
 
-def test_the_slower_card_gets_less():
+def test_what_a_card_has_wrong_of_large_steps_does_not_tip_a_pair():
+    """Each has learned on its own, and one of them thinks that it is slower than it is."""
     even, uneven = (tokens_of_pair(cards(slower), 0, 6000, 4096, 64) for slower in (1.0, 1.4))
-    assert uneven[0] > even[0]
-    assert uneven[1] < even[1]
+    assert uneven == even
+    assert even[0] == pytest.approx(0.53 * 6000, rel=0.05)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -244,8 +244,8 @@ def test_a_copy_that_never_ends_times_out_with_both_sides_state(checkpoint, capl
     with two_devices(path, lazy=False, handoff_timeout_s=0.05) as llm:
         llm.kv_transfer = faulty = FaultyTransfer(llm.kv_transfer, "stall", lambda number: number == 2)
         outputs = run_with_fault(llm, prompts)
-        assert "prefill pool: " in caplog.text
-        assert "decode pool: " in caplog.text
+        assert "handoff_timeout_s=0.05; cpu:0: " in caplog.text
+        assert " blocks held; cpu:1: " in caplog.text
         assert "handoff_timeout_s=0.05" in caplog.text
         # What the copy may still write to is held until it ends, and then free.
         llm.scheduler.check_integrity()
@@ -377,7 +377,7 @@ def test_verify_notices_what_a_step_pushed_wrong(checkpoint, caplog):
         outputs = run_with_fault(llm, prompts)
         assert_whole(llm)
     goal = launched[0].chunks[0].handoff[0][1]
-    assert f"handoff of request 0 from cpu:0 to cpu:1 by 'direct': block {goal} of the decode pool" in caplog.text
+    assert f"handoff of request 0 from cpu:0 to cpu:1 by 'direct': block {goal} of the target pool" in caplog.text
     assert "differs in layer 1" in caplog.text
     for index, prompt in enumerate(prompts):
         assert tokens_of(outputs[index]) == tiny.reference_tokens(reference, prompt, 24)
@@ -425,7 +425,7 @@ def test_verify_names_request_block_and_layer(checkpoint, caplog):
         outputs = run_with_fault(llm, prompts)
         assert_whole(llm)
     assert (
-        f"handoff of request 1 from cpu:0 to cpu:1 by 'copy': block {sent[1][0][1]} of the decode pool" in caplog.text
+        f"handoff of request 1 from cpu:0 to cpu:1 by 'copy': block {sent[1][0][1]} of the target pool" in caplog.text
     )
     assert "differs in layer 1" in caplog.text
     for index, prompt in enumerate(prompts):

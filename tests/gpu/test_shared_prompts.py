@@ -153,7 +153,8 @@ def test_either_card_may_be_late(tiny_on_disk, monkeypatch, eager, lateness, car
         monkeypatch.setattr(runner, "launch", launch)
         found = serve(llm, prompts)
         assert num_shared(llm) > 4
-        assert lateness == "a launch" or llm.metrics()["layer_wait_s"] > 5e-3
+        # A card whose steps are late may be given no chunk at all.
+        assert lateness != "a layer" or llm.metrics()["layer_wait_s"] > 5e-3
         assert_whole(llm)
     assert found == [tiny.reference_tokens(reference, prompt, 16) for prompt in prompts]
 
@@ -175,7 +176,7 @@ def test_a_flag_that_is_never_raised_costs_its_request_a_retry(tiny_on_disk, mon
         found = serve(llm, prompts)
         metrics = llm.metrics()
         assert set(metrics["requests_ended"]) == {"length"}
-        assert metrics["fallbacks"] == {"prompts not shared": 1}
+        assert metrics["preemptions"] > 0
         assert metrics["layer_wait_s"] > 0.05
         assert_whole(llm)
     assert f"has not come from cuda:{card} to cuda:{1 - card}" in caplog.text

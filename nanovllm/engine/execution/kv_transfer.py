@@ -135,7 +135,7 @@ class _PeerHandle:
             row, layer = wrong[0].tolist()
             block, target_block = self._to_verify[row]
             raise HandoffError(
-                f"block {target_block} of the decode pool differs in layer {layer} from block {block} of the prefill "
+                f"block {target_block} of the target pool differs in layer {layer} from block {block} of the source "
                 f"pool, which was sent there ({len(wrong)} of {sent.numel()} block layers differ)"
             )
 

@@ -103,18 +103,17 @@ def _fewest_that_take_longer(cards: tuple[Card, Card], start: int, pair: int, bl
 
 
 def _takes_longer(cards: tuple[Card, Card], start: int, first: int, pair: int) -> bool:
-    """Whether the first chunk of a pair, with so many of its tokens, takes at least as long as the second."""
-    first_s = _predict(cards, StepSize(0).with_chunk(start, first))
-    second_s = _predict(cards[::-1], StepSize(0).with_chunk(start + first, pair - first))
-    if first_s is None or second_s is None:
-        return first >= FIRST_SHARE * pair
-    return first_s >= second_s
+    """Whether the first chunk of a pair, with so many of its tokens, takes at least as long as the second.
 
-
-def _predict(cards: tuple[Card, ...], size: StepSize) -> float | None:
-    """Seconds of a step on the first of the cards, or, where it has seen none, on another."""
-    known = (seconds for card in cards if (seconds := card.step_time.predict(size)) is not None)
-    return next(known, None)
+    By what one card has learned, for both: they are of one kind, and what is wrong of its larger steps is wrong for
+    both chunks.
+    """
+    for card in cards:
+        first_s = card.step_time.predict(StepSize(0).with_chunk(start, first))
+        second_s = card.step_time.predict(StepSize(0).with_chunk(start + first, pair - first))
+        if first_s is not None and second_s is not None:
+            return first_s >= second_s
+    return first >= FIRST_SHARE * pair
 
 
 def _up(number: int, multiple: int) -> int:
