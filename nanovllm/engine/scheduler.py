@@ -82,6 +82,8 @@ class Scheduler:
         """Requests between the start of their prefill and the arrival of their KV."""
         self._handing_off: dict[Sequence, None] = {}
         """Requests of the backlog whose prefill has ended, in that order."""
+        self._joined_early: dict[Sequence, None] = {}
+        """Requests that decode while work of their shared prompt is in flight: chunks, and blocks that are pushed."""
         self._decoding = {card: DecodeSet(card) for card in self.cards}
         self._draining_leases: list[Lease] = []
         """Leases that have ended while work in flight still touches their blocks."""
@@ -130,7 +132,7 @@ class Scheduler:
 
         Returns whether the request has ended.
         """
-        if seq in self._prefill_backlog and seq.lease is not None:
+        if (seq in self._prefill_backlog or seq in self._joined_early) and seq.lease is not None:
             self.placement.prefill_failed(seq.lease)
         seq.failures += 1
         if seq.failures == 1:
@@ -599,23 +601,43 @@ class Scheduler:
         arrived = [seq for seq in self._handing_off if seq.lease is not None and not seq.lease.in_flight]
         for seq in arrived:
             self.handoff_done(seq)
+        for seq in [seq for seq in self._joined_early if seq.lease is not None and not seq.lease.in_flight]:
+            del self._joined_early[seq]
+            self._release_prefill_blocks(seq)
 
     def _join_ahead(self, step: Step) -> None:
         """Has requests decode whose prompts end with the card's last step, which is still in flight.
 
-        Their first tokens stay on the device. A request whose tokens the host has to count waits for its own.
+        Their first tokens stay on the device, and all of their KV is there by the end of that step: it has waited for
+        what another card has computed. A request whose tokens the host has to count waits for its own.
         """
         for chunk in step.sampling_chunks:
             seq, lease = chunk.seq, chunk.lease
-            may_join = seq.lease is lease and not lease.crosses and seq.status is SequenceStatus.PREFILLING
-            if may_join and not seq.params.needs_counts:
+            is_there = chunk.allocation is lease.decode
+            if seq.lease is not lease or not is_there or seq.status is not SequenceStatus.PREFILLING:
+                continue
+            if not seq.params.needs_counts:
                 seq.status = SequenceStatus.DECODING
+                if lease.shared is not None:
+                    self._joined_early[seq] = None
                 self._prefill_backlog.remove(seq)
                 seq.timeline.mark("decode queue")
                 self._decoding[step.card].join(DecodeRow(seq, lease, seq.num_tokens))
 
     def handoff_done(self, seq: Sequence) -> None:
-        """All KV of a request is on its decode card: it may be shared there, and the prefill blocks are freed.
+        """All KV of a request is on its decode card, where it joins the others."""
+        self._release_prefill_blocks(seq)
+        lease = seq.lease
+        assert lease is not None, f"request {seq.request_id} is handed off without a lease"
+        seq.status = SequenceStatus.DECODING
+        del self._handing_off[seq]
+        self._prefill_backlog.remove(seq)
+        seq.timeline.mark("decode queue")
+        self._decoding[lease.decode.card].join(DecodeRow(seq, lease, seq.num_tokens - 1))
+
+    def _release_prefill_blocks(self, seq: Sequence) -> None:
+        """Nothing touches a request's prompt any more: it may be shared where it decodes, and the other blocks are
+        freed.
 
         Both cards have a prompt that both computed: its copy where it does not decode is the first to be evicted.
         """
@@ -635,11 +657,6 @@ class Scheduler:
                 prefill_pool.cache(seq, lease.prefill.blocks, 0, seq.num_prefilled_tokens)
             prefill_pool.free(lease.prefill.blocks, evict_first=is_copy)
             lease.prefill, lease.shared = lease.decode, None
-        seq.status = SequenceStatus.DECODING
-        del self._handing_off[seq]
-        self._prefill_backlog.remove(seq)
-        seq.timeline.mark("decode queue")
-        self._decoding[lease.decode.card].join(DecodeRow(seq, lease, seq.num_tokens - 1))
 
     def _grow(self, row: DecodeRow) -> bool:
         """Makes room for the KV of the token at the row's position. Returns False if the row sits this step out."""
@@ -679,6 +696,7 @@ class Scheduler:
         seq.num_prefilled_tokens = 0
         self._prefill_backlog.discard(seq)
         self._handing_off.pop(seq, None)
+        self._joined_early.pop(seq, None)
         self._prefilled.pop(seq, None)
         if lease is None:
             return

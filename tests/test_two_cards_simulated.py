@@ -1,0 +1,79 @@
+"""Roles of two cards, by simulated time: what sharing prompts gives, and that nobody starves of it."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+import numpy as np
+import pytest
+
+from tests.simulated_cards import TwoCards
+from tests.test_step_time import chat, rag
+
+
+@cache
+def served(mode: str, load: str, target_ms: float | None) -> TwoCards:
+    name, _, rate = load.partition(" ")
+    return TwoCards({"rag": rag, "chat": chat}[name](float(rate), 20.0), mode, target_ms)
+
+
+@pytest.mark.parametrize("rate", [2, 6])
+def test_first_tokens_of_long_prompts_come_sooner_and_gaps_are_as_asked_for(rate):
+    elastic, fixed, replicas = (served(mode, f"rag {rate}", 12.0) for mode in ("elastic", "fixed", "replicas"))
+    assert elastic.ttft_ms(0.5) < 0.72 * min(fixed.ttft_ms(0.5), replicas.ttft_ms(0.5))
+    assert elastic.itl_ms(0.99) < 12.8
+    assert elastic.chunks["shared"] > 20 * elastic.chunks["single"]
+
+
+def test_short_prompts_are_not_shared_and_lose_nothing():
+    elastic, replicas = (served(mode, "chat 40", 15.0) for mode in ("elastic", "replicas"))
+    assert elastic.chunks["single"] > 3 * elastic.chunks["shared"]
+    assert elastic.ttft_ms(0.5) < 1.05 * replicas.ttft_ms(0.5)
+    assert elastic.ttft_ms(0.99) < 1.2 * replicas.ttft_ms(0.99)
+
+
+@pytest.mark.parametrize("length", [4096, 8192, 32768])
+def test_two_idle_cards_halve_the_time_to_a_first_token(length):
+    """One prompt after another, some of which teach how long steps take."""
+    trace = [(3.0 * number, length, 2) for number in range(10)]
+    one, two = (np.median(list(TwoCards(trace, mode, None).ttfts_s.values())[4:]) for mode in ("replicas", "elastic"))
+    assert two < 0.53 * one
+
+
+def bursts(rng: random.Random) -> list[tuple[float, int, int]]:
+    return [(float(second), rng.randint(50, 9000), rng.randint(2, 80)) for second in range(0, 12, 3) for _ in range(12)]
+
+
+def all_long(rng: random.Random) -> list[tuple[float, int, int]]:
+    return [(0.4 * number, 9000, 40) for number in range(24)]
+
+
+def all_short(rng: random.Random) -> list[tuple[float, int, int]]:
+    return [(0.01 * number, rng.randint(1, 200), rng.randint(1, 60)) for number in range(400)]
+
+
+def by_turns(rng: random.Random) -> list[tuple[float, int, int]]:
+    return [(0.3 * number, (30, 12_000)[number % 2], 50) for number in range(30)]
+
+
+def one_endless(rng: random.Random) -> list[tuple[float, int, int]]:
+    return [(0.0, 2000, 2500), *((0.5 + 0.5 * number, rng.randint(50, 6000), 60) for number in range(20))]
+
+
+@pytest.mark.parametrize("target_ms", [None, 12.0, 7.0])
+@pytest.mark.parametrize("arrivals", [bursts, all_long, all_short, by_turns, one_endless])
+def test_nobody_starves(arrivals, target_ms):
+    """Whoever comes, every request has its first token in a few times what its own prompt and those before it take."""
+    trace = arrivals(random.Random(1))
+    elastic = TwoCards(trace, "elastic", target_ms)
+    replicas = TwoCards(trace, "replicas", target_ms)
+    slowest = max(elastic.ttfts_s.values())
+    assert slowest < 1.3 * max(replicas.ttfts_s.values()) + 0.1
+    if target_ms is not None:
+        assert elastic.itl_ms(0.99) < max(1.1 * replicas.itl_ms(0.99), 1.1 * target_ms)
+
+
+def test_the_same_arrivals_are_served_the_same_way():
+    first, second = (TwoCards(bursts(random.Random(2)), "elastic", 12.0) for _ in range(2))
+    assert list(first.ttfts_s.values()) == list(second.ttfts_s.values())
