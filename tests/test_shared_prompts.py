@@ -718,3 +718,83 @@ def test_blocks_larger_than_a_streamed_step_are_not_shared(tiny_path, caplog):
     with LLM(tiny_path, **{**ELASTIC, "kvcache_block_size": 4096, "prefill_chunk_tokens": 4096}) as llm:
         assert "prompts are not shared" in caplog.text
         assert list(llm.generate_stream([1, 2, 3], SamplingParams(max_tokens=2)))
+
+
+# Everything at once
+
+
+ENGINES = [
+    {},
+    {"max_num_batched_tokens": 64, "prefill_chunk_tokens": 32},
+    {"max_num_batched_tokens": 16, "prefill_chunk_tokens": 16},
+    {"max_num_batched_tokens": 64, "prefill_chunk_tokens": 32, "num_kvcache_blocks": 14},
+    {"verify_kv_handoff": True, "prefill_chunk_tokens": 48},
+    {"itl_target_ms": 1e-3, "num_kvcache_blocks": 20},
+    {"max_handoff_backlog": 1, "enable_prefix_caching": False},
+]
+
+
+class Mischief:
+    """Loses flags, fails launches, interrupts them between two layers, and has steps end late, by a random choice."""
+
+    def __init__(self, monkeypatch, rng: random.Random) -> None:
+        self.is_on = False
+        shares = [rng.choice([0.0, share]) for share in (0.1, 0.03, 0.02)]
+        raise_flag, late = LayerArrivals.raise_flag, {}
+
+        def maybe(arrivals, numbers, layer):
+            lost, failed, interrupted = (rng.random() < share and self.is_on for share in shares)
+            if layer == 1 and interrupted:
+                raise KeyboardInterrupt
+            if layer == 1 and failed:
+                raise RuntimeError("injected")
+            if not (lost and int(numbers[0])):
+                raise_flag(arrivals, numbers, layer)
+
+        def is_done(handle):
+            late[handle] = late.get(handle, rng.choice([0, 0, 1, 3, 8])) - 1
+            return late[handle] < 0
+
+        monkeypatch.setattr(LayerArrivals, "raise_flag", maybe)
+        monkeypatch.setattr(StepHandle, "is_done", is_done)
+
+
+@pytest.mark.parametrize("seed", range(14))
+def test_tokens_are_right_and_blocks_whole_whatever_goes_wrong(checkpoint, monkeypatch, seed):
+    path, reference = checkpoint("gqa2")
+    rng = random.Random(seed)
+    prompts = tiny.random_prompts(10, seed, longest=150) + tiny.random_prompts(4, seed + 1, longest=40, shared=70)
+    params = [SamplingParams(temperature=0, max_tokens=rng.choice([1, 3, 10, 25]), ignore_eos=True) for _ in prompts]
+    mischief = Mischief(monkeypatch, rng)
+    with make(path, **ENGINES[seed % len(ENGINES)]) as llm:
+        mischief.is_on = True
+        ids, outputs, stopped = [], {}, set()
+        for _ in range(6000):
+            try:
+                if len(ids) < len(prompts) and rng.random() < 0.4:
+                    ids.append(llm.add_request(prompts[len(ids)], params[len(ids)]))
+                if len(ids) == len(prompts) and llm.is_finished():
+                    break
+                if rng.random() < 0.5:
+                    llm._recovery.guard(llm._loop.launch_steps)
+                for output in llm.step():
+                    outputs.setdefault(output.request_id, []).append(output)
+                if ids and rng.random() < 0.02 and (number := rng.choice(ids)) in llm._outputs.sequences:
+                    llm.abort(number)
+                    stopped.add(number)
+            except KeyboardInterrupt:
+                stopped.update(llm._outputs.sequences)  # one that was just being given a token may be aborted
+            llm.scheduler.check_integrity()
+        else:
+            raise AssertionError("they do not come to their end")
+        mischief.is_on = False
+        assert_whole(llm)
+        assert num_shared(llm)
+        again = llm.generate(prompts, [SamplingParams(temperature=0, max_tokens=4)] * len(prompts), use_tqdm=False)
+    for number, prompt, asked, cached in zip(ids, prompts, params, again, strict=True):
+        tokens, reason = tokens_of(outputs[number]), outputs[number][-1].finish_reason
+        expected = tiny.reference_tokens(reference, prompt, asked.max_tokens)
+        assert tokens == expected[: len(tokens)]
+        assert reason != "length" or len(tokens) == asked.max_tokens
+        assert reason != "abort" or number in stopped
+        assert cached["token_ids"] == tiny.reference_tokens(reference, prompt, 4), "what the prefix cache has is right"

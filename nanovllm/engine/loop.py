@@ -202,10 +202,10 @@ class Loop:
         runner = self._runners[step.card]
         runner.synchronize(copies=not self._handoffs.is_stuck)
         if self._scheduler.placement.decodes(step.card):
-            earlier = [work for work in self._steps if work.step.card is step.card or work.step.shared_chunks]
-            for card in {work.step.card for work in earlier} - {step.card}:
+            cards = {step.card, *(work.step.card for work in self._steps if work.step.shared_chunks)}
+            for card in cards - {step.card}:
                 self._runners[card].synchronize(copies=not self._handoffs.is_stuck)
-            for work in earlier:
+            for work in [work for work in self._steps if work.step.card in cards]:
                 self._collect(work)
             runner.forget_device_batch()
 
