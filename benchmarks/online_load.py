@@ -77,6 +77,9 @@ class Served:
     """Tokens that were looked up in the prefix cache, and found; empty where it is off."""
     step_time: dict[str, Any]
     """By card, what the last steps were predicted to take, and took."""
+    chunks: dict[str, float]
+    """Chunks of prompts that two cards share, and others; and how long they have waited for each other's layers, as a
+    share of the time of steps with prompts."""
 
 
 class Engine:
@@ -112,14 +115,22 @@ class Engine:
         for meter in self._meters.values():
             meter.take()
         self._handoffs.take()
-        tokens_before = self._cache_tokens()
+        tokens_before, before = self._cache_tokens(), self._chunks()
         requests = serve_load()
         ended_s = max((request.token_times_s[-1] for request in requests if request.token_times_s), default=math.inf)
         taken = {device: meter.take() for device, meter in self._meters.items()}
         busy = {device: busy_s / ended_s for device, (busy_s, _) in taken.items()}
         idle = {device: idle_s / max(busy_s + idle_s, 1e-9) for device, (busy_s, idle_s) in taken.items()}
         found = {name: number - tokens_before[name] for name, number in self._cache_tokens().items()}
-        return Served(requests, busy, idle, self._handoffs.take(), found, self.llm.metrics()["step_time"])
+        chunks = {name: number - before[name] for name, number in self._chunks().items()}
+        chunks["wait_share"] = chunks.pop("wait_s") / max(chunks.pop("prompt_s"), 1e-9)
+        return Served(requests, busy, idle, self._handoffs.take(), found, self.llm.metrics()["step_time"], chunks)
+
+    def _chunks(self) -> dict[str, float]:
+        """Chunks of prompts so far, and the seconds of steps that had some, and in which these waited."""
+        metrics = self.llm.metrics()
+        prompt_s = sum(kinds["prefill"] + kinds["mixed"] for kinds in metrics["busy_s"].values())
+        return {**metrics["prefill_chunks"], "wait_s": metrics["layer_wait_s"], "prompt_s": prompt_s}
 
     def _cache_tokens(self) -> dict[str, int]:
         """Tokens of prompts so far."""
@@ -166,7 +177,8 @@ def serve_replicas(args: argparse.Namespace) -> list[Served]:
                 for index, part in enumerate(served)
                 for statistics in part.step_time.values()
             }
-            results.append(Served(requests, busy, idle, {}, dict(found), step_time))
+            # Each is alone, and shares nothing.
+            results.append(Served(requests, busy, idle, {}, dict(found), step_time, {}))
         return results
     finally:
         for pool in pools:
@@ -177,6 +189,10 @@ def print_meters(summary: dict[str, Any]) -> None:
     """What only a meter in the engine's process sees."""
     shares = ", ".join(f"{device} {share:.1%}" for device, share in summary["idle_share"].items())
     print(f"idle while decoding  {shares}")
+    chunks = summary["chunks"]
+    if chunks.get("shared"):
+        waits = f"{chunks['wait_share']:.1%} of the steps with prompts waiting for layers"
+        print(f"chunks               {chunks['shared']} of shared prompts, {chunks['single']} of others; {waits}")
     if handoff := summary["handoff"]:
         amounts = f"{handoff['bytes'] / 2**30:.2f} GiB in {handoff['sends']} sends"
         print(f"handoff              {amounts}, {handoff['host_us_per_send']:.0f} us of the host each")
@@ -221,7 +237,7 @@ def main() -> None:
         summary = summarize(served.requests, args.ttft_limit_ms / 1e3, args.itl_limit_ms / 1e3)
         summary |= {"rate": rate, "busy_share": served.busy_share, "idle_share": served.idle_share}
         summary |= {"handoff": served.handoff, "prefix_cache": with_hit_rate(served.prefix_cache)}
-        summary["step_time"] = served.step_time
+        summary |= {"step_time": served.step_time, "chunks": served.chunks}
         summary["trace"] = what_is_missing(trace_of(args))
         print_served(args, summary)
         print_meters(summary)
