@@ -5,11 +5,12 @@ How busy each runner is, what handoffs move, how long decode steps take, the mem
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,13 +114,14 @@ class BusyMeter:
 
 
 class HandoffMeter:
-    """Bytes that handoffs have moved, and the host's seconds to launch each send."""
+    """Bytes that handoffs have moved, whichever way, and the host's seconds to launch each send."""
 
     def __init__(self, llm: LLM) -> None:
-        self._source, self._send = llm.prefill_runner, llm.kv_transfer.send
         self._block_bytes = llm.decode_runner.spec.block_bytes
         self._clear()
-        llm.kv_transfer.send = self._timed_send  # type: ignore[method-assign]
+        for card, transfer in llm._handoffs.transfers.items():
+            send = functools.partial(self._timed_send, transfer.send, llm._runners[card])
+            transfer.send = send  # type: ignore[method-assign]
 
     def take(self) -> dict[str, float]:
         """Bytes, sends and the host's microseconds for each since the last call; empty if nothing was sent."""
@@ -135,13 +137,15 @@ class HandoffMeter:
         self.sent: Any = None
         """The moment when all blocks had arrived."""
 
-    def _timed_send(self, pairs: Sequence[BlockPair], after: Event) -> Any:
+    def _timed_send(
+        self, send: Callable[..., Any], source: ModelRunner, pairs: Sequence[BlockPair], after: Event
+    ) -> Any:
         started = time.perf_counter()
-        handle = self._send(pairs, after)
+        handle = send(pairs, after)
         self.host_s.append(time.perf_counter() - started)
         self.num_bytes += len(pairs) * self._block_bytes
-        wait_event(self._source.copy_stream, after)  # `direct` sends nothing on it
-        self.sent = moment(self._source.copy_stream)
+        wait_event(source.copy_stream, after)  # `direct` sends nothing on it
+        self.sent = moment(source.copy_stream)
         return handle
 
 
