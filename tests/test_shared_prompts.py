@@ -77,6 +77,7 @@ def test_tokens_equal_transformers(checkpoint, mode, steps_ahead):
         found, kinds = serve(llm, prompts, GREEDY, steps_ahead=steps_ahead)
         assert num_shared(llm) > 4
         assert "mixed" in kinds or mode == "no time"
+        assert mode == "preempting" or not llm.metrics()["preemptions"], "nothing fails"
         assert_whole(llm)
     assert found == [tiny.reference_tokens(reference, prompt, 10) for prompt in prompts]
 

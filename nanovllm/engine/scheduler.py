@@ -614,9 +614,10 @@ class Scheduler:
         for chunk in step.sampling_chunks:
             seq, lease = chunk.seq, chunk.lease
             is_there = chunk.allocation is lease.decode
-            if seq.lease is not lease or not is_there or seq.status is not SequenceStatus.PREFILLING:
-                continue
-            if not seq.params.needs_counts:
+            # Blocks that are to be verified must not be written to meanwhile.
+            is_to_be_verified = self.limits.verifies_handoffs and lease.shared is not None
+            may_join = seq.lease is lease and is_there and seq.status is SequenceStatus.PREFILLING
+            if may_join and not (seq.params.needs_counts or is_to_be_verified):
                 seq.status = SequenceStatus.DECODING
                 if lease.shared is not None:
                     self._joined_early[seq] = None
