@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from nanovllm import BackendUnavailableError
-from nanovllm.kernels import BackendRequirements, cuda_all_reduce, cuda_gemm, resolve_backend, unsupported_reasons
+from nanovllm.kernels import (
+    BackendRequirements,
+    cuda_all_reduce,
+    cuda_gemm,
+    cuda_layer_flags,
+    resolve_backend,
+    unsupported_reasons,
+)
 
 triton = pytest.importorskip("triton")
 SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -155,6 +162,11 @@ def compile_or_skip(compiled, *arguments):
             pytest.skip(str(error))
         raise
     assert code[1:4] == b"ELF"
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+def test_flags_of_layers_compile_without_a_gpu(architecture):
+    compile_or_skip(cuda_layer_flags.compiled, 36, architecture)
 
 
 @pytest.mark.parametrize("dtype", cuda_all_reduce.KINDS, ids=str)
