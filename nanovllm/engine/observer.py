@@ -152,7 +152,7 @@ class Observer:
     def log_prefill_health(self) -> None:
         """Logs, once each time, that prompts run where they should not, or again where they should."""
         was_out, self._prefill_is_out = self._prefill_is_out, self._placement.is_degraded
-        cause, words = self._placement.words_for_degraded()
+        cause, words = self._placement.words_for_degraded
         if self._prefill_is_out and not was_out:
             self._fallbacks[cause] += 1
             logger.warning("%s", words)

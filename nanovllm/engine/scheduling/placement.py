@@ -84,6 +84,7 @@ class Placement:
         """Whether prompts run where they should not, since too many failed where they should."""
         return self.prefill_card.breaker.is_open
 
+    @property
     def words_for_degraded(self) -> tuple[str, str]:
         """What that is called in metrics and in the log."""
         words = f"{self.prefill_card} is left out for a while, {self.decode_card} prefills alone"
@@ -132,6 +133,7 @@ class ElasticPlacement(Placement):
         breaker = self.prefill_card.breaker
         return not breaker.is_open or breaker.allows_trial(time.monotonic())
 
+    @property
     def words_for_degraded(self) -> tuple[str, str]:
         words = "too many prompts failed that two cards computed; for a while each runs on one card"
         return "prompts not shared", words

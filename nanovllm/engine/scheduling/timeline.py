@@ -13,8 +13,8 @@ class Span:
     """A phase of a request's life.
 
     Attributes:
-        what: `waits for a lease (why)`, `prefill queue`, `prefill of tokens a to b of n`, `handoff`, `decode queue`,
-            `decodes`, or how it ended.
+        what: `waits for a lease (why)`, `prefill queue` or `prefill queue (why)`, `prefill of tokens a to b of n` (with
+            `on cuda:0`, if two cards share the prompt), `handoff`, `decode queue`, `decodes`, or how it ended.
         start_s, end_s: seconds since its arrival; `end_s` is None for the current phase.
     """
 
