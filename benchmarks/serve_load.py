@@ -107,6 +107,22 @@ def busy_share(before: dict[str, Any], after: dict[str, Any], seconds: float) ->
     return dict(shares)
 
 
+def chunks_between(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
+    """What `online_load.py` says of chunks, by two readings of /metrics."""
+
+    def grown(metric: str, part: str = "") -> float:
+        values = (
+            (after[metric][labels], before[metric].get(labels, 0.0)) for labels in after[metric] if part in labels
+        )
+        return sum(now - then for now, then in values)
+
+    prompt_s = sum(grown("busy_seconds_total", f'kind="{kind}"') for kind in ("prefill", "mixed"))
+    chunks: dict[str, float] = {
+        kind: round(grown("prefill_chunks_total", f'kind="{kind}"')) for kind in ("shared", "single")
+    }
+    return {**chunks, "wait_share": grown("layer_wait_seconds_total") / max(prompt_s, 1e-9)}
+
+
 class Service:
     """A server that is ready and warm, and the clients that load it."""
 
@@ -134,6 +150,7 @@ class Service:
         return summary | {
             "rate": rate,
             "busy_share": busy_share(before, after, summary["seconds"]),
+            "chunks": chunks_between(before, after),
             "prefix_cache": with_hit_rate(self._cache_tokens(before, after)),
             "trace": what_is_missing(self._trace),
             "errors": dict(Counter(errors).most_common(3)),

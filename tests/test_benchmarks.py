@@ -216,6 +216,8 @@ def test_the_same_load_over_http_and_in_the_engines_process(tmp_path):
         assert all(us > 0 for us in load["cpu_us_per_token"].values())
         assert 0 < load["client_busy_share"] < 1
         assert 0 < load["busy_share"]["cpu:0"] < 1
+        assert load["chunks"]["single"] >= load["num_requests"]
+        assert load["chunks"]["shared"] == load["chunks"]["wait_share"] == 0
     assert (result["shutdown"]["exit_status"], "under_way" in result["shutdown"]) == (0, False)
 
 
