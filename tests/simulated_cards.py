@@ -81,7 +81,7 @@ class TwoCards(SimulatedTime):
         self.scheduler.add(seq)
 
     def free_in_s(self, card: Card) -> float:
-        """As `LaunchTimes.free_in_s`."""
+        """Predicted seconds until the card has ended what was launched; the same as `LaunchTimes.free_in_s`."""
         steps = self.steps[card]
         if not steps:
             return 0.0

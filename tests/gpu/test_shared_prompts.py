@@ -204,7 +204,7 @@ def test_a_wait_ends_when_the_host_says_so(tiny_on_disk, monkeypatch):
 
 
 def test_every_step_that_waits_for_what_does_not_come_says_so():
-    """Of two steps that wait for the same chunk, the second one goes on at once, and reports it as well."""
+    """The second of two steps that wait for the same chunk goes on at once, and reports it as well."""
     device = Device("cuda", 0)
     with torch.cuda.device(0):
         arrivals = LayerArrivals(device, num_layers=3, limit_s=0.02)
