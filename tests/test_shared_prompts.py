@@ -538,18 +538,23 @@ def test_steps_wait_only_for_steps_that_were_launched_before(seed):
     assert last_number > 20
 
 
+def prefilled(scheduler: Scheduler, card: Card, number: int, length: int):
+    """A request that decodes on the card."""
+    seq = make_sequence(number, list(range(length)))
+    scheduler.add(seq)
+    scheduler.prefill_done(scheduler.schedule(card, []).chunks[0])
+    seq.token_ids.append(1)
+    assert seq.lease.decode.card is card
+    return seq
+
+
 def test_a_step_takes_no_chunk_that_would_keep_its_rows_waiting():
     """With a target: the other card has not begun the chunk before, and will end it too late."""
     both = cards()
     placement = ElasticPlacement(*both, can_share=True)
     scheduler = Scheduler(SchedulerLimits(1024, 8, 8, itl_target_s=0.02), placement)
     first, second = placement.cards
-    row = make_sequence(0, list(range(5)))
-    scheduler.add(row)
-    step = scheduler.schedule(first, [])
-    scheduler.prefill_done(step.chunks[0])
-    row.token_ids.append(1)
-    assert row.lease.decode.card is first
+    row = prefilled(scheduler, first, 0, 5)
     prompt = make_sequence(1, list(range(3000)))
     prompt.max_num_tokens = 3100
     scheduler.add(prompt)
@@ -571,10 +576,7 @@ def test_a_shared_chunk_is_no_longer_than_either_card_may_take():
     placement = ElasticPlacement(*both, can_share=True)
     scheduler = Scheduler(SchedulerLimits(4096, 8, 8, itl_target_s=0.02), placement)
     first, second = placement.cards
-    row = make_sequence(0, list(range(5)))
-    scheduler.add(row)
-    scheduler.prefill_done(scheduler.schedule(first, []).chunks[0])
-    row.token_ids.append(1)
+    prefilled(scheduler, first, 0, 5)
     assert scheduler.schedule(first, []).decode
     prompt = make_sequence(1, list(range(8000)))
     prompt.max_num_tokens = 8100
@@ -607,16 +609,6 @@ def test_an_error_names_request_layer_and_cards(checkpoint, monkeypatch):
     assert isinstance(error, HandoffError)
     assert "request 0: the KV of layer 1 of the tokens before" in str(error)
     assert "handoff_timeout_s=3.0" in str(error)
-
-
-def prefilled(scheduler: Scheduler, card: Card, number: int, length: int):
-    """A request that decodes on the card."""
-    seq = make_sequence(number, list(range(length)))
-    scheduler.add(seq)
-    scheduler.prefill_done(scheduler.schedule(card, []).chunks[0])
-    seq.token_ids.append(1)
-    assert seq.lease.decode.card is card
-    return seq
 
 
 def long_sequence(number: int, length: int):

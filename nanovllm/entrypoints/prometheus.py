@@ -39,9 +39,17 @@ GAUGES = {
     ),
 }
 
-PER_LANE = (
-    ("pipeline_split", "lane_sms", "SMs of a decode card's lane; none in plain decode"),
-    ("stage_s", "stage_seconds", "How long a lane was busy in the last decode step that was timed"),
+COUNTERS_BY = (
+    ("requests_ended", "requests_ended", "Requests that have ended", "reason"),
+    ("prefill_chunks", "prefill_chunks", "Chunks of prompts, of those that two cards share and others", "kind"),
+    ("handoff_bytes_by_link", "handoff_bytes_by_link", "Bytes handed over", "link"),
+    ("fallbacks", "fallbacks", "Falls back to something slower", "cause"),
+)
+"""Keys whose values are by one label; name, description, label."""
+GAUGES_BY = (
+    ("requests", "requests", "Requests by state", "state"),
+    ("pipeline_split", "lane_sms", "SMs of a decode card's lane; none in plain decode", "lane"),
+    ("stage_s", "stage_seconds", "How long a lane was busy in the last decode step that was timed", "lane"),
 )
 
 
@@ -86,14 +94,6 @@ class Collector:
             yield core.CounterMetricFamily(f"{PREFIX}_{name}", about, value=found[key])
         for key, (name, about) in GAUGES.items():
             yield core.GaugeMetricFamily(f"{PREFIX}_{name}", about, value=found[key])
-        requests = core.GaugeMetricFamily(f"{PREFIX}_requests", "Requests by state", labels=["state"])
-        for state, number in found["requests"].items():
-            requests.add_metric([state], number)
-        yield requests
-        ended = core.CounterMetricFamily(f"{PREFIX}_requests_ended", "Requests that have ended", labels=["reason"])
-        for reason, number in found["requests_ended"].items():
-            ended.add_metric([reason], number)
-        yield ended
         steps = core.CounterMetricFamily(f"{PREFIX}_steps", "Steps that have run", labels=["kind"])
         for kind in ("prefill", "decode", "pipeline"):
             steps.add_metric([kind], found[f"{kind}_steps"])
@@ -103,27 +103,18 @@ class Collector:
             for kind, seconds in kinds.items():
                 busy.add_metric([card, kind], seconds)
         yield busy
-        chunks = core.CounterMetricFamily(
-            f"{PREFIX}_prefill_chunks", "Chunks of prompts, of those that two cards share and others", labels=["kind"]
-        )
-        for kind, number in found["prefill_chunks"].items():
-            chunks.add_metric([kind], number)
-        yield chunks
-        links = core.CounterMetricFamily(f"{PREFIX}_handoff_bytes_by_link", "Bytes handed over", labels=["link"])
-        for link, number in found["handoff_bytes_by_link"].items():
-            links.add_metric([link], number)
-        yield links
         blocks = core.GaugeMetricFamily(f"{PREFIX}_kv_blocks", "Blocks of a KV pool", labels=["pool", "state"])
         for pool, numbers in found["kv_blocks"].items():
             for state, number in numbers.items():
                 blocks.add_metric([pool, state], number)
         yield blocks
-        for key, name, about in PER_LANE:
-            values = core.GaugeMetricFamily(f"{PREFIX}_{name}", about, labels=["lane"])
-            for lane, value in (found[key] or {}).items():
-                values.add_metric([lane], value)
-            yield values
-        fallbacks = core.CounterMetricFamily(f"{PREFIX}_fallbacks", "Falls back to something slower", labels=["cause"])
-        for cause, number in found["fallbacks"].items():
-            fallbacks.add_metric([cause], number)
-        yield fallbacks
+        for key, name, about, label in COUNTERS_BY:
+            yield self._by_label(core.CounterMetricFamily(f"{PREFIX}_{name}", about, labels=[label]), found[key])
+        for key, name, about, label in GAUGES_BY:
+            yield self._by_label(core.GaugeMetricFamily(f"{PREFIX}_{name}", about, labels=[label]), found[key] or {})
+
+    def _by_label(self, family: Any, found: dict[str, Any]) -> Any:
+        """A family with a value for each label."""
+        for label, value in found.items():
+            family.add_metric([label], value)
+        return family
