@@ -12,15 +12,13 @@ from collections import Counter
 
 import numpy as np
 
-from nanovllm import SamplingParams
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.placement import ElasticPlacement, Placement
 from nanovllm.engine.scheduling.step import PrefillChunk, Step
 from nanovllm.engine.scheduling.step_time import StepTimeModel
-from nanovllm.engine.sequence import Sequence
-from tests.steps import SimulatedTime
+from tests.steps import SimulatedRequests
 from tests.test_step_time import COSTS, MS, true_step_s
 
 NUM_LAYERS = 36
@@ -35,7 +33,7 @@ def placement_of(mode: str, cards: tuple[Card, Card]) -> Placement:
     return Placement(*cards) if mode == "fixed" else ElasticPlacement(*cards, can_share=mode == "elastic")
 
 
-class TwoCards(SimulatedTime):
+class TwoCards(SimulatedRequests):
     """Serves a trace to its end.
 
     Args:
@@ -45,13 +43,12 @@ class TwoCards(SimulatedTime):
     """
 
     def __init__(self, trace, mode: str, target_ms: float | None, *, chunk_tokens: int = 1024) -> None:
-        super().__init__()
         limits = SchedulerLimits(chunk_tokens, 512, 64, itl_target_s=None if target_ms is None else target_ms * MS)
         self.cards = tuple(
             Card(f"cpu:{index}", "", BlockManager(2**13, 64, False), 16384, step_time=StepTimeModel(COSTS))
             for index in range(2)
         )
-        self.scheduler = Scheduler(limits, placement_of(mode, self.cards))
+        super().__init__(Scheduler(limits, placement_of(mode, self.cards)))
         self.rng = random.Random(0)
         self.steps: dict[Card, list[Step]] = {card: [] for card in self.cards}
         self.began_s: dict[Step, float] = {}
@@ -62,23 +59,8 @@ class TwoCards(SimulatedTime):
         """By the number of a shared chunk, when each layer's KV has arrived on the other card."""
         self.ends_s: dict[int, float] = {}
         self.queued: dict[Card, tuple[Step | None, float]] = {}
-        self.last_token_s: dict[Sequence, float] = {}
-        self.ttfts_s: dict[Sequence, float] = {}
-        self.gaps_s: dict[Sequence, list[float]] = {}
         self.chunks: Counter[str] = Counter()
-        self.seqs: list[Sequence] = []
-        for moment, prompt, output in trace:
-            self.at(moment, self.arrive, prompt, output)
-        self.run(self.launch)
-        assert all(seq.is_finished for seq in self.seqs), "a request is lost"
-        self.scheduler.check_integrity()
-
-    def arrive(self, prompt: int, output: int) -> None:
-        params = SamplingParams(max_tokens=output)
-        number = len(self.seqs)
-        seq = Sequence(number, [1] * prompt, params, number, self.now, prompt + output, is_streamed=True)
-        self.seqs.append(seq)
-        self.scheduler.add(seq)
+        self.serve(trace, self.launch)
 
     def free_in_s(self, card: Card) -> float:
         """Predicted seconds until the card has ended what was launched; the same as `LaunchTimes.free_in_s`."""
@@ -149,35 +131,13 @@ class TwoCards(SimulatedTime):
             self.began_s[following] = self.now
         for chunk in step.chunks:
             self.chunk_ended(chunk)
-        self.scheduler.get_prefilled_sequences()
-        if step.decode:
-            self.scheduler.decode_done(step)
-            for seq, lease in zip(step.decode.batch.seqs, step.decode.batch.leases, strict=True):
-                if seq.lease is lease:
-                    self.append(seq)
+        self.take_decoded_tokens(step)
 
     def chunk_ended(self, chunk: PrefillChunk) -> None:
         if self.scheduler.prefill_done(chunk) and chunk.is_last:
             self.append(chunk.seq)
         if chunk.handoff:
             self.scheduler.blocks_arrived(chunk.lease)
-
-    def append(self, seq: Sequence) -> None:
-        seq.token_ids.append(2)
-        self.scheduler.token_appended(seq)
-        if seq in self.last_token_s:
-            self.gaps_s.setdefault(seq, []).append(self.now - self.last_token_s[seq])
-        else:
-            self.ttfts_s[seq] = self.now - seq.arrival_s
-        self.last_token_s[seq] = self.now
-        if seq.num_tokens == seq.max_num_tokens:
-            self.scheduler.finish(seq, "length")
-
-    def ttft_ms(self, quantile: float) -> float:
-        return float(np.quantile(list(self.ttfts_s.values()), quantile)) / MS
-
-    def itl_ms(self, quantile: float) -> float:
-        return float(np.quantile([gap for gaps in self.gaps_s.values() for gap in gaps], quantile)) / MS
 
     def good_share(self, ttft_ms: float, itl_ms: float) -> float:
         """Share of requests that are good: first token in time, at most one gap in a hundred (or one) too long, none

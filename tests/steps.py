@@ -6,11 +6,15 @@ import heapq
 import itertools
 from collections.abc import Callable
 
-from nanovllm import LLM
+import numpy as np
+
+from nanovllm import LLM, SamplingParams
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.scheduler import STEPS_AHEAD
+from nanovllm.engine.scheduler import STEPS_AHEAD, Scheduler
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.placement import Placement
+from nanovllm.engine.scheduling.step import Step
+from nanovllm.engine.sequence import Sequence
 
 
 def place(
@@ -48,6 +52,70 @@ class SimulatedTime:
             self.now, _, event, arguments = heapq.heappop(self._events)
             event(*arguments)
             after_each()
+
+
+class SimulatedRequests(SimulatedTime):
+    """Requests that come and get their tokens by simulated time, before a scheduler.
+
+    Args:
+        scheduler: forms the steps.
+
+    Attributes:
+        seqs: the requests, in the order in which they came.
+        ttfts_s, gaps_s: times to their first tokens, and those between tokens.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        super().__init__()
+        self.scheduler = scheduler
+        self.seqs: list[Sequence] = []
+        self.last_token_s: dict[Sequence, float] = {}
+        self.ttfts_s: dict[Sequence, float] = {}
+        self.gaps_s: dict[Sequence, list[float]] = {}
+
+    def serve(self, trace, launch: Callable[[], None]) -> None:
+        """Has the requests of a trace, as (seconds, prompt tokens, output tokens), come and end; `launch` is called
+        after each event."""
+        for moment, prompt, output in trace:
+            self.at(moment, self.arrive, prompt, output)
+        self.run(launch)
+        assert all(seq.is_finished for seq in self.seqs), "a request is lost"
+        self.scheduler.check_integrity()
+
+    def arrive(self, prompt: int, output: int) -> None:
+        number = len(self.seqs)
+        params = SamplingParams(max_tokens=output)
+        seq = Sequence(number, [1] * prompt, params, number, self.now, prompt + output, is_streamed=True)
+        self.seqs.append(seq)
+        self.scheduler.add(seq)
+
+    def take_decoded_tokens(self, step: Step) -> None:
+        """A step has ended whose chunks were taken in."""
+        self.scheduler.get_prefilled_sequences()
+        if step.decode:
+            self.scheduler.decode_done(step)
+            for seq, lease in zip(step.decode.batch.seqs, step.decode.batch.leases, strict=True):
+                if seq.lease is lease:
+                    self.append(seq)
+
+    def append(self, seq: Sequence) -> None:
+        seq.token_ids.append(2)
+        self.scheduler.token_appended(seq)
+        if seq in self.last_token_s:
+            self.gaps_s.setdefault(seq, []).append(self.now - self.last_token_s[seq])
+        else:
+            self.ttfts_s[seq] = self.now - seq.arrival_s
+        self.last_token_s[seq] = self.now
+        if seq.num_tokens == seq.max_num_tokens:
+            self.scheduler.finish(seq, "length")
+
+    def ttft_ms(self, quantile: float, longest: int = 10**9) -> float:
+        """The quantile over requests with prompts of at most that many tokens."""
+        times = [time for seq, time in self.ttfts_s.items() if seq.num_prompt_tokens <= longest]
+        return float(np.quantile(times, quantile)) * 1e3
+
+    def itl_ms(self, quantile: float) -> float:
+        return float(np.quantile([gap for gaps in self.gaps_s.values() for gap in gaps], quantile)) * 1e3
 
 
 def launch_decode(llm: LLM) -> bool:

@@ -23,9 +23,8 @@ from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.placement import Placement
 from nanovllm.engine.scheduling.step import Step
 from nanovllm.engine.scheduling.step_time import CAREFUL_TOKENS, ModelCosts, StepSize, StepTimeModel
-from nanovllm.engine.sequence import Sequence
 from tests import tiny
-from tests.steps import SimulatedTime
+from tests.steps import SimulatedRequests
 from tests.test_mixed_step import SMALL_STEPS, serve
 
 MS = 1e-3
@@ -202,7 +201,7 @@ def test_hours_of_steps_leave_the_model_sound():
 # The scheduler on a simulated card
 
 
-class Simulation(SimulatedTime):
+class Simulation(SimulatedRequests):
     """One card by simulated time, and the engine's loop before it.
 
     Args:
@@ -211,35 +210,19 @@ class Simulation(SimulatedTime):
     """
 
     def __init__(self, trace, target_ms: float | None, *, chunk_tokens: int = 2048) -> None:
-        super().__init__()
         limits = SchedulerLimits(chunk_tokens, 512, 64, None if target_ms is None else target_ms * MS)
         pool = BlockManager(2**13, 64, enable_prefix_caching=False)
         self.card = Card("cpu:0", "device cpu:0", pool, 16384, step_time=StepTimeModel(COSTS))
-        self.scheduler = Scheduler(limits, Placement(self.card, self.card))
+        super().__init__(Scheduler(limits, Placement(self.card, self.card)))
         self.rng = random.Random(0)
         self.free_s = 0.0
         self.steps: deque[Step] = deque()
         self.queued: tuple[Step | None, float] = (None, 0.0)
-        self.seqs: list[Sequence] = []
-        self.last_token_s: dict[Sequence, float] = {}
-        self.ttfts_s: dict[Sequence, float] = {}
-        self.gaps_s: list[float] = []
         self.errors: list[float] = []
         self.kinds: Counter[str] = Counter()
         self.launched: list[Step] = []
         self.most_in_flight = 0
-        for moment, prompt, output in trace:
-            self.at(moment, self.arrive, prompt, output)
-        self.run(self.launch)
-        assert all(seq.is_finished for seq in self.seqs), "a request is lost"
-        self.scheduler.check_integrity()
-
-    def arrive(self, prompt: int, output: int) -> None:
-        number = len(self.seqs)
-        params = SamplingParams(max_tokens=output)
-        seq = Sequence(number, [1] * prompt, params, number, self.now, prompt + output, is_streamed=True)
-        self.seqs.append(seq)
-        self.scheduler.add(seq)
+        self.serve(trace, self.launch)
 
     def launch(self) -> None:
         for _ in range(2):
@@ -265,31 +248,7 @@ class Simulation(SimulatedTime):
         for chunk in step.chunks:
             if self.scheduler.prefill_done(chunk) and chunk.is_last:
                 self.append(chunk.seq)
-        self.scheduler.get_prefilled_sequences()
-        if step.decode:
-            self.scheduler.decode_done(step)
-            for seq, lease in zip(step.decode.batch.seqs, step.decode.batch.leases, strict=True):
-                if seq.lease is lease:
-                    self.append(seq)
-
-    def append(self, seq: Sequence) -> None:
-        seq.token_ids.append(2)
-        self.scheduler.token_appended(seq)
-        if seq in self.last_token_s:
-            self.gaps_s.append(self.now - self.last_token_s[seq])
-        else:
-            self.ttfts_s[seq] = self.now - seq.arrival_s
-        self.last_token_s[seq] = self.now
-        if seq.num_tokens == seq.max_num_tokens:
-            self.scheduler.finish(seq, "length")
-
-    def itl_ms(self, quantile: float) -> float:
-        return float(np.quantile(self.gaps_s, quantile)) / MS
-
-    def ttft_ms(self, quantile: float, longest: int = 10**9) -> float:
-        """The quantile over requests with prompts of at most that many tokens."""
-        times = [time for seq, time in self.ttfts_s.items() if seq.num_prompt_tokens <= longest]
-        return float(np.quantile(times, quantile)) / MS
+        self.take_decoded_tokens(step)
 
 
 def poisson(per_s: float, seconds: float, prompt, output, seed: int = 0) -> list[tuple[float, int, int]]:
