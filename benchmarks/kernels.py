@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -52,7 +53,9 @@ def measure_decode(backend: Backend, block_size: int) -> Iterator[Measured]:
             calls = []
             for _ in range(num_copies):
                 query, pool, metadata = decode_problem(lengths, num_heads, 8, block_size)
-                metadata = replace(metadata, work_split=backend.split_work(metadata, 8))  # made once per step
+                metadata = replace(
+                    metadata, work_split=backend.split_work(metadata, num_heads, 8)
+                )  # made once per step
                 calls.append(partial(backend.attend, query, pool, metadata, 0.09))
             moved = sum(lengths) * 2 * 8 * 128 * 2
             yield Measured(f"decode attention, {name}, GQA {num_heads // 8}", time_us(*calls), bytes=moved)
@@ -63,10 +66,33 @@ def measure_prefill(backend: Backend, block_size: int) -> Iterator[Measured]:
         _, pool, decode = decode_problem(prompts, num_heads, 8, block_size)
         lengths = torch.tensor(prompts, dtype=torch.int32)
         starts = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).cuda()
-        metadata = replace(decode, query_starts=starts, max_query_len=max(prompts))
+        slots = torch.zeros(sum(prompts), dtype=torch.int64, device="cuda")
+        metadata = replace(decode, query_starts=starts, max_query_len=max(prompts), slot_mapping=slots)
         query = random_normal(sum(prompts), num_heads, 128)
         flops = sum(4 * num_heads * 128 * length**2 / 2 for length in prompts)
         name = f"prefill attention, {len(prompts)} x {prompts[0]}, GQA {num_heads // 8}"
+        yield Measured(name, time_us(partial(backend.attend, query, pool, metadata, 0.09)), flops=flops)
+
+
+def measure_chunks(backend: Backend, block_size: int) -> Iterator[Measured]:
+    """Chunks behind what is computed of their prompt, as mixed steps have them: one prompt's, with room for 32."""
+    context = 8192
+    for num_heads, num_tokens in itertools.product((32, 16), (64, 128, 256, 320, 512, 1024)):
+        _, pool, decode = decode_problem([context], num_heads, 8, block_size)
+        empty = torch.zeros(31, dtype=torch.int32, device="cuda")
+        ends = torch.full((32,), num_tokens, dtype=torch.int32, device="cuda")
+        metadata = replace(
+            decode,
+            block_tables=torch.nn.functional.pad(decode.block_tables, (0, 0, 0, 31)),
+            context_lens=torch.cat((decode.context_lens, empty)),
+            query_starts=torch.cat((empty[:1], ends)),
+            max_query_len=num_tokens,
+            slot_mapping=torch.zeros(num_tokens, dtype=torch.int64, device="cuda"),
+        )
+        metadata = replace(metadata, work_split=backend.split_work(metadata, num_heads, 8))
+        query = random_normal(num_tokens, num_heads, 128)
+        flops = 4 * num_heads * 128 * num_tokens * (context - num_tokens / 2)
+        name = f"attention of {num_tokens} tokens behind {context - num_tokens}, GQA {num_heads // 8}"
         yield Measured(name, time_us(partial(backend.attend, query, pool, metadata, 0.09)), flops=flops)
 
 
@@ -116,7 +142,7 @@ def main() -> None:
     print(f"streaming bandwidth {bandwidth / 1e12:.2f} TB/s, GEMM rate {rate / 1e12:.0f} TFLOP/s")
     print(f"{'':<48}{'us':>10}{'TB/s':>8}{'TFLOP/s':>9}{'ceiling':>9}")
     rows = []
-    for measure in (measure_decode, measure_prefill, measure_rest):
+    for measure in (measure_decode, measure_prefill, measure_chunks, measure_rest):
         for kernel in measure(backend, args.block_size):
             bytes_per_s, flop_per_s = kernel.bytes / kernel.us * 1e6, kernel.flops / kernel.us * 1e6
             share = max(bytes_per_s / bandwidth, flop_per_s / rate)

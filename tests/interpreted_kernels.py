@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import replace
 
@@ -85,19 +86,52 @@ def test_decode_spread_over_any_number_of_sms(monkeypatch, num_sms):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
-@pytest.mark.parametrize("words", [96, 3 * 4096 + 32])
+@pytest.mark.parametrize(
+    ("spans", "is_split"),
+    [
+        ([(70, 800), (5, 300), (64, 64)], True),
+        ([(33, 700)], True),
+        ([(2, 500)] * 6, False),  # more tiles than there is room for
+        ([(64, 200), (1, 191)], True),  # some of them too short
+    ],
+)
+def test_long_contexts_of_few_queries_are_split(has_tma, monkeypatch, spans, is_split, dtype):
+    monkeypatch.setattr(triton_attention, "SPLIT_KEYS", 192)
+    shape = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "block_size": 64}
+    case = make_case(spans, device="cpu", dtype=dtype, **shape)
+    case = replace(case, metadata=replace(case.metadata, num_sms=40))
+    num_splits, most_tiles = triton_attention._splits(sum(length for length, _ in spans), 8, 40)
+    assert num_splits > 1
+    assert (sum(-(-length // 64) for length, _ in spans) <= most_tiles) == is_split
+    split = Backend().split_work(case.metadata, 8, 2)
+    case = replace(case, metadata=replace(case.metadata, work_split=split))
+    assert relative_error(Backend(), case) < TOLERANCE[dtype]
+    assert not split[len(spans) + 1 :].any(), "the next layer counts from 0"
+    assert len(split) == len(spans) + 1 + most_tiles * 8
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
+@pytest.mark.parametrize("words", [6, 3 * 256 + 4])
 def test_push_moves_exactly_the_listed_blocks(words, dtype):
     from nanovllm.kernels.triton_transfer import push_blocks
 
-    source = torch.randn(7, 2, words, dtype=dtype)
-    target = torch.zeros(9, 2, words, dtype=dtype)
-    blocks = torch.tensor([3, 6, 0, 2, 8, 0, 3, 1, 1])  # three pairs; the fourth is of an earlier step
+    source = torch.randn(7, 2, 2, 8, words, dtype=dtype)
+    target = torch.zeros(9, 2, 2, 8, words, dtype=dtype)
+    parts = [(6, 0, 0, 8), (2, 8, 0, 8), (0, 3, 0, 8), (1, 1, 0, 8)]
+    blocks = torch.tensor([3, *itertools.chain.from_iterable(parts)])  # the fourth is of an earlier step
     push_blocks(source, target, blocks, 4)
     assert torch.equal(target[[0, 8, 3]], source[[6, 2, 0]])
     assert not target[[1, 2, 4, 5, 6, 7]].any()
     push_blocks(source[:, 1], target[:, 0], blocks, 4)  # of one layer
     assert torch.equal(target[[0, 8, 3], 0], source[[6, 2, 0], 1])
     assert torch.equal(target[[0, 8, 3], 1], source[[6, 2, 0], 1])
+    target.zero_()
+    parts = [(6, 0, 3, 8), (2, 8, 0, 5), (0, 3, 2, 4)]
+    push_blocks(source, target, torch.tensor([3, *itertools.chain.from_iterable(parts)]), 4)
+    expected = torch.zeros_like(target)
+    for block, target_block, first, end in parts:
+        expected[target_block, ..., first:end, :] = source[block, ..., first:end, :]
+    assert torch.equal(target, expected)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])

@@ -158,8 +158,9 @@ def mixed_error(
         decode_stream=decode_stream,
     )
     if with_split:
-        decode = replace(decode, work_split=backend.split_work(decode, num_kv_heads))
-        metadata = replace(metadata, work_split=backend.split_work(metadata, num_kv_heads), decode=decode)
+        heads = query.shape[1], num_kv_heads
+        decode = replace(decode, work_split=backend.split_work(decode, *heads))
+        metadata = replace(metadata, work_split=backend.split_work(metadata, *heads), decode=decode)
     dtype, device = shape["dtype"], torch.device(shape["device"])
     attention = PagedAttention(head_dim, 1e-6, None, backend, qk_norm=False, dtype=dtype, device=device)
     output = attention.attend(query, case.kv_cache, metadata).float()

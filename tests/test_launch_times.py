@@ -28,7 +28,7 @@ PREFILL_S = 0.004
 @pytest.fixture
 def timed_steps(monkeypatch):
     """Steps of a device end one after another, decode steps after STEP_S each, as on a GPU."""
-    ends_s: dict[StepHandle, float] = {}
+    moments: dict[StepHandle, tuple[float, float]] = {}
     free_s: dict[str, float] = {}
     make, collect = StepHandle.__init__, StepHandle.collect
 
@@ -36,14 +36,17 @@ def timed_steps(monkeypatch):
         sampled = list(sampled)
         make(handle, device, stream, sampled, *rest)
         took_s = STEP_S if sampled[-1] is not None else PREFILL_S
-        ends_s[handle] = free_s[str(device)] = max(free_s.get(str(device), 0.0), time.perf_counter()) + took_s
+        began_s = max(free_s.get(str(device), 0.0), time.perf_counter())
+        free_s[str(device)] = began_s + took_s
+        moments[handle] = began_s, began_s + took_s
 
     def collected(handle):
-        time.sleep(max(0.0, ends_s[handle] - time.perf_counter()))
+        time.sleep(max(0.0, moments[handle][1] - time.perf_counter()))
         return collect(handle)
 
     monkeypatch.setattr(StepHandle, "__init__", made)
-    monkeypatch.setattr(StepHandle, "is_done", lambda handle: time.perf_counter() >= ends_s[handle])
+    monkeypatch.setattr(StepHandle, "is_done", lambda handle: time.perf_counter() >= moments[handle][1])
+    monkeypatch.setattr(StepHandle, "moments", lambda handle: moments[handle])
     monkeypatch.setattr(StepHandle, "collect", collected)
 
 

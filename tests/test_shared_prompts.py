@@ -143,10 +143,11 @@ class Late:
 
             def later(kv_cache):
                 layer, snapshot, targets = next(layers), kv_cache.clone(), push._pool.unbind(1)
-                pairs = blocks[1 : 1 + 2 * int(blocks[0])].view(-1, 2)
+                parts = blocks[1 : 1 + 4 * int(blocks[0])].view(-1, 4).tolist()
 
                 def arrive():
-                    targets[layer][pairs[:, 1]] = snapshot[pairs[:, 0]]
+                    for block, target_block, first, end in parts:
+                        targets[layer][target_block, :, :, first:end] = snapshot[block, :, :, first:end]
 
                 self.arriving.setdefault(layer, []).append(arrive)
 
@@ -364,7 +365,7 @@ def test_blocks_that_arrive_damaged_are_noticed(checkpoint, monkeypatch, caplog,
             def push_and_spoil(kv_cache):
                 store(kv_cache)
                 if push._pool is damaged.kv_pool and not spoiled:
-                    spoiled.append(int(pushed_blocks[2 * int(pushed_blocks[0])]))
+                    spoiled.append(int(pushed_blocks[4 * int(pushed_blocks[0]) - 2]))
                     push._pool[spoiled[0], 0] += 1
 
             return push_and_spoil
@@ -677,7 +678,7 @@ def test_the_timeline_says_why_there_is_no_chunk():
     prompt = long_sequence(1, 3000)
     scheduler.add(prompt)
     chunk = scheduler.schedule(second, []).chunks[0]
-    assert chunk.num_tokens == 64, "no time, and yet it comes to its end"
+    assert chunk.num_tokens == 32, "no time, and yet it comes to its end"
     assert scheduler.schedule(second, []) is None, "its last chunk is in flight"
     assert not scheduler.schedule(first, []).chunks
     assert [span.what for span in prompt.timeline.spans()][-1] == "prefill queue (itl_target_ms=2)"

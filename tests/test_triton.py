@@ -41,7 +41,14 @@ STORE = {"NUM_HEADS": 32, "PADDED_HEADS": 32, "NUM_KV_HEADS": 8, "PADDED_KV_HEAD
 NINE_HEADS = {"NUM_HEADS": 9, "PADDED_HEADS": 16, "NUM_KV_HEADS": 3, "PADDED_KV_HEADS": 4}
 NO_NORM = {"query_weight": None, "key_weight": None}
 NO_ROPE = {"cos": None, "sin": None}
-PREFILL = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "PADDED_REQUESTS": 64, "BLOCK_SIZE": 64, "TILE_M": 64}
+PREFILL = {
+    "NUM_HEADS": 32,
+    "NUM_KV_HEADS": 8,
+    "PADDED_REQUESTS": 64,
+    "BLOCK_SIZE": 64,
+    "TILE_M": 64,
+    "SPLIT_TILES": 12,
+}
 DECODE = {"NUM_KV_HEADS": 8, "GROUP": 4, "PADDED_GROUP": 8, "PADDED_REQUESTS": 512, "BLOCK_SIZE": 64, "TILE": 16}
 
 
@@ -52,8 +59,9 @@ def kernel_cases(capability: int):
             for use_tma in (False, True) if capability >= 90 and not wide else (False,):
                 common = {"HEAD_DIM": head_dim, "USE_TMA": use_tma}
                 tiles = {"TILE_N": 16 if wide else 64, "STAGES": 1 if wide else 3}
-                for heads in ({}, {"NUM_HEADS": 9, "NUM_KV_HEADS": 3}):
-                    constants = {**PREFILL, **heads, **tiles, **common}
+                unsplit = {"partial": None, "log_sums": None}
+                for changes in (unsplit, {}, {**unsplit, "NUM_HEADS": 9, "NUM_KV_HEADS": 3}):
+                    constants = {**PREFILL, **changes, **tiles, **common}
                     yield "_prefill_kernel", dtype, constants, {"num_warps": 8 if wide else 4}
                 stages = {"STAGES": 2 if wide else 3, "COMBINED": 4, "HAS_SPLIT": True}
                 for heads in ({}, {"NUM_KV_HEADS": 3, "GROUP": 3}):
@@ -81,7 +89,7 @@ def kernel_cases(capability: int):
         {"num_warps": 1},
     )
     yield "_advance_rows_kernel", "words", {"LAST_TOKEN": 0, "POSITION": 1, "OUTPUT_INDEX": 3, "TILE": 128}, {}
-    yield "_push_kernel", "words", {"PIECE": 4096}, {"num_warps": 8}
+    yield "_push_kernel", "words", {"PIECE": 4096, "ROW_WORDS": 64, "BLOCK_SIZE": 64}, {"num_warps": 8}
 
 
 INTEGER_POINTERS = {
@@ -103,7 +111,19 @@ INTEGER_POINTERS = {
     "row_numbers": "*i64",
 }
 COUNTS = {"num_inputs", "num_outputs", "words", "size", "num_tokens", "num_tiles"}
-INTEGERS = {"place", "num_requests", "num_sms", "num_rows", "num_stored", "max_blocks", "padding_row", "first_token"}
+INTEGERS = {
+    "place",
+    "num_requests",
+    "num_counters",
+    "num_splits",
+    "most_tiles",
+    "num_sms",
+    "num_rows",
+    "num_stored",
+    "max_blocks",
+    "padding_row",
+    "first_token",
+}
 FLOAT_POINTERS = {"partial", "log_sums", "cos", "sin", "best", "scores", "temperatures", "row_temperatures"}
 
 

@@ -438,7 +438,7 @@ def test_the_tests_above_would_notice_a_wrong_handoff(checkpoint, mistake):
     prompts = tiny.random_prompts(6, seed=13, longest=60, shared=20)
     with two_devices(path, lazy=False, enable_prefix_caching=False) as llm:
         if mistake == "nothing_sent":
-            llm.scheduler._handoff_pairs = lambda *chunk: ()  # as if both cards had one pool
+            llm.scheduler._handoff = lambda *chunk: ((), range(0))  # as if both cards had one pool
         else:
             llm.kv_transfer = SabotagedTransfer(llm.kv_transfer, mistake)
         try:

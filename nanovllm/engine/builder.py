@@ -41,7 +41,7 @@ from nanovllm.models import resolve_model
 from nanovllm.models.decoder import CausalLM
 from nanovllm.models.description import ModelDescription
 from nanovllm.utils.checkpoint import checkpoint_folder, read_json
-from nanovllm.utils.device import Device, DeviceClock, peer_access, resolve_device, resolve_device_pair
+from nanovllm.utils.device import Device, peer_access, resolve_device, resolve_device_pair
 from nanovllm.utils.loader import tensors_differ
 
 logger = logging.getLogger(__name__)
@@ -121,8 +121,6 @@ def _parts(
         seed=config.seed,
     )
     if tracer is not None:
-        for runner in runners:
-            runner.clock = DeviceClock(runner.device)
         paths = decode_runner.decode.paths
         paths.tracer, paths.clock = tracer, decode_runner.clock
     observer = Observer(

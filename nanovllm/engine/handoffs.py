@@ -76,7 +76,10 @@ class Handoffs:
                     about = self._observer.about_handoff(chunk.seq, step.card, chunk.handoff_target)
                     self._outputs.fail(chunk.seq, HandoffError(f"{about}: {error}"))
                 continue
-            self.under_way.append(Handoff(chunk.seq, chunk.lease, step, chunk.handoff_target, chunk.handoff, handle))
+            num_tokens = len(chunk.handoff_tokens)
+            self.under_way.append(
+                Handoff(chunk.seq, chunk.lease, step, chunk.handoff_target, chunk.handoff, num_tokens, handle)
+            )
             self._observer.handoff_sent(self.under_way[-1])
 
     def step_ended(self, step: Step) -> None:

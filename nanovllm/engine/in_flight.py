@@ -39,7 +39,7 @@ class StepsInFlight:
     def __init__(self) -> None:
         self._steps: list[InFlight] = []
         self._last_end_s: dict[abc.Hashable, float] = {}
-        """When a step of a queue was last seen to have ended."""
+        """When the last step of a queue ended that was taken out."""
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -51,10 +51,10 @@ class StepsInFlight:
         """Adds a step whose launch began then and has just returned."""
         self._steps.append(InFlight(step, handle, began_s, time.perf_counter()))
 
-    def remove(self, work: InFlight) -> None:
-        """Takes out a step that has ended."""
+    def remove(self, work: InFlight, ended_s: float) -> None:
+        """Takes out a step that ended then."""
         self._steps.remove(work)
-        self._last_end_s[work.queue] = time.perf_counter()
+        self._last_end_s[work.queue] = ended_s
 
     def on(self, card: Card) -> list[InFlight]:
         return [work for work in self._steps if work.step.card is card]
@@ -82,7 +82,7 @@ class StepsInFlight:
         return ended
 
     def began_s(self, work: InFlight) -> float:
-        """When the first step of a queue began, as far as the host can tell."""
+        """When the first step of a queue began, if the host had it launched at once."""
         return max(work.launched_s, self._last_end_s.get(work.queue, 0.0))
 
     def late(self, timeout_s: float) -> InFlight | None:
@@ -113,6 +113,8 @@ class Handoff:
     target: Card
     """The card whose pool receives the blocks."""
     pairs: abc.Sequence[BlockPair]
+    num_tokens: int
+    """Tokens whose KV they are to have, the last block's places behind a prompt's end included."""
     handle: TransferHandle
     computed_s: float | None = None
     """When that step was collected; None before."""

@@ -14,7 +14,6 @@ from nanovllm.engine.observer import Observer
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.runners import Runners
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.step import PrefillChunk, Step
 from nanovllm.engine.step_listeners import StepListeners
 from nanovllm.errors import DeviceError
@@ -73,8 +72,6 @@ class Loop:
         self._is_stopped = False
         self._turns_until_sweep = TURNS_PER_SWEEP
         self._last_progress_s = time.perf_counter()
-        self._queued: dict[Card, tuple[Step | None, float]] = {}
-        """The step that was queued when the last step of a card ended, and the time of that end."""
 
     def run_turn(self) -> None:
         """One turn: launch what can be launched, else wait until something can be or has ended; collect what has."""
@@ -220,9 +217,13 @@ class Loop:
         self._runners[
             step.card
         ].check_workers()  # collectives with a rank that is gone were ended, and their results mean nothing
-        self._steps.remove(work)
+        began_s, ended_s = work.handle.moments()
+        self._steps.remove(work, ended_s)
         self._observer.step_ended(work, tokens.waits)
-        self._observe_duration(step, tokens.waits.waited_s)
+        # Else the time includes that of its launch. A CPU runs a step within its launch.
+        if work.launched_s <= began_s or ended_s <= work.launched_s:
+            # The time for which it has waited for another card is not the step's.
+            self._scheduler.step_took(step, ended_s - began_s - tokens.waits.waited_s)
         self._listeners.step_ended(work)
         self._progressed()
         if step.chunks:
@@ -246,18 +247,6 @@ class Loop:
         if chunk.seq.lease is chunk.lease:
             self._outputs.fail(chunk.seq, self._handoffs.missed(chunk, missed_layer))
         return False
-
-    def _observe_duration(self, step: Step, waited_s: float) -> None:
-        """Tells the scheduler how long a step took, if it was queued when the step before it on its card ended.
-
-        The time that it has waited for another card is not the step's.
-        """
-        now = time.perf_counter()
-        queued, began_s = self._queued.get(step.card, (None, 0.0))
-        if queued is step:
-            self._scheduler.step_took(step, now - began_s - waited_s)
-        following = next((work.step for work in self._steps.on(step.card)), None)
-        self._queued[step.card] = (following, now)
 
     # Nothing to launch
 

@@ -89,7 +89,7 @@ class ModelRunner:
         self.device = device
         self.is_decode_runner = is_decode_runner
         self.max_prefill_tokens = max_prefill_tokens
-        self.clock: DeviceClock | None = None
+        self.clock = DeviceClock(device)
         self._ranks = OneRank() if ranks is None else ranks
         self._workers = NoWorkers() if workers is None else workers
         with device.current():
@@ -144,7 +144,7 @@ class ModelRunner:
     def launch(self, step: Step) -> StepHandle:
         """Launches a step, here and on the other ranks; does not wait for the device."""
         with self.on(self.stream):
-            began = None if self.clock is None else self.clock.record_moment()
+            began = self.clock.record_moment()
             task = self._make_task(step)
             with self._workers.dispatch(task):
                 report = None
@@ -224,7 +224,7 @@ class ModelRunner:
             if self.device.is_cuda:
                 enable_peer_access(self.device, other.device)
             push = PushToPool(other.kv_pool, self.copy_stream)
-            self.prefill.share(LayerExchange(self.arrivals, other.arrivals, push), self._graph_pool)
+            self.prefill.share(LayerExchange(self.arrivals, other.arrivals, push, self.device), self._graph_pool)
             if self._graph_pool is not None:
                 self.mixed.capture_shared(self._graph_pool)
         self.synchronize()
@@ -273,10 +273,8 @@ class ModelRunner:
         with self.on(self.copy_stream):
             return self.device.record_event()
 
-    def record_copy_moment(self, after: Event | None = None) -> Moment | None:
-        """The moment when all copies launched so far, and `after`, are done; None if nothing is timed."""
-        if self.clock is None:
-            return None
+    def record_copy_moment(self, after: Event | None = None) -> Moment:
+        """The moment when all copies launched so far, and `after`, are done."""
         with self.on(self.copy_stream):
             wait_event(self.copy_stream, after)
             return self.clock.record_moment()

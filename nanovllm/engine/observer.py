@@ -76,7 +76,7 @@ class Observer:
         self._fallbacks: Counter[str] = Counter()
         self._busy_s = {card.name: {"prefill": 0.0, "decode": 0.0, "mixed": 0.0} for card in scheduler.cards}
         self._last_end_s = {card.name: 0.0 for card in scheduler.cards}
-        self._sent_blocks: Counter[str] = Counter()
+        self._sent_bytes: Counter[str] = Counter()
         """Blocks that have arrived, by link."""
         self._num_recoveries = 0
         self._prefill_is_out = False
@@ -107,9 +107,9 @@ class Observer:
         # Steps of a card follow each other: one that was launched ahead begins when the one before it ends.
         self._busy_s[card][work.step.kind] += now - max(work.began_s, self._last_end_s[card])
         self._last_end_s[card] = now
-        moments = None if self._tracer is None else work.handle.moments()
-        if self._tracer is None or moments is None:
+        if self._tracer is None:
             return
+        moments = work.handle.moments()
         self._tracer.add_step(work.step.card.label, work.step, moments, waited_s=waits.waited_s)
         # Copies of `direct` are part of their step.
         if self._handoff_name == "direct":
@@ -129,7 +129,9 @@ class Observer:
         if arrived:
             self.counters.handoffs += 1
             self.counters.handoff_blocks += len(handoff.pairs)
-            self._sent_blocks[_link(handoff.source, handoff.target)] += len(handoff.pairs)
+            block_size = handoff.source.block_manager.block_size
+            num_bytes = handoff.num_tokens * self._block_bytes // block_size
+            self._sent_bytes[_link(handoff.source, handoff.target)] += num_bytes
             what = "arrived and verified" if self._verifies_handoffs else "arrived"
             self._log_blocks(what, handoff)
 
@@ -185,7 +187,7 @@ class Observer:
         }
         paths = self._decode_paths
         stages, arrangement = paths.lane_times, paths.current
-        sent_blocks = dict(self._sent_blocks)  # the loop may add a link meanwhile
+        sent_bytes = dict(self._sent_bytes)  # the loop may add a link meanwhile
         return {
             "requests": {status.name.lower(): number for status, number in states.items()},
             "requests_ended": dict(times.ended),
@@ -205,8 +207,8 @@ class Observer:
             "prefix_cache_queried_tokens": scheduler.num_queried_tokens,
             "prefix_cache_hit_tokens": scheduler.num_hit_tokens,
             "handoff_s": times.handoff_s.as_dict(),
-            "handoff_bytes": counters.handoff_blocks * self._block_bytes,
-            "handoff_bytes_by_link": {link: number * self._block_bytes for link, number in sent_blocks.items()},
+            "handoff_bytes": sum(sent_bytes.values()),
+            "handoff_bytes_by_link": sent_bytes,
             "prefill_chunks": {"shared": counters.shared_chunks, "single": counters.single_chunks},
             "layer_wait_s": counters.waited_s,
             "handoff_backlog": states[SequenceStatus.PREFILLING] + states[SequenceStatus.HANDING_OFF],

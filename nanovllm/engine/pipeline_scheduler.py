@@ -172,8 +172,9 @@ class PipelineScheduler:
                 work_split=None,
                 num_sms=num_sms,
             )
+            config = self.model.config
             split = self.model.model.layers[0].attention.backend.split_work(
-                of_part, self.model.config.num_key_value_heads
+                of_part, config.num_attention_heads, config.num_key_value_heads
             )
             of_part = dataclasses.replace(of_part, work_split=split)
             parts.append(MicroBatch(positions[rows], of_part, embedded[rows]))

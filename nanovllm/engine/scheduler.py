@@ -10,17 +10,17 @@ import bisect
 import functools
 import logging
 from collections import Counter, abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.chunk_room import LEAST_TOKENS, MOST_PASSED_BY, ChunkRoom, Demand
-from nanovllm.engine.scheduling.decode_batch import DecodeRow, DecodeRows
+from nanovllm.engine.scheduling.decode_batch import NO_DECODE_ROWS, DecodeRow, DecodeRows
 from nanovllm.engine.scheduling.decode_set import LOOK_AHEAD_STEPS, DecodeSet
 from nanovllm.engine.scheduling.lease import Allocation, Lease
 from nanovllm.engine.scheduling.placement import Placement, Places
 from nanovllm.engine.scheduling.shared_prompt import SharedPrompt
 from nanovllm.engine.scheduling.step import MAX_CHUNKS, BlockPair, PrefillChunk, Step
-from nanovllm.engine.scheduling.step_time import StepSize
+from nanovllm.engine.scheduling.step_time import TOKEN_MULTIPLE, StepSize
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.errors import OutOfKVCacheError
 from nanovllm.outputs import FinishReason
@@ -220,10 +220,16 @@ class Scheduler:
         rows = self._decoding[card].next_rows(self._grow)
         if rows is None and any(chunk.seq.params.needs_counts for step in in_flight for chunk in step.sampling_chunks):
             return None  # who joins only once that step has ended would wait for one more step of prompts
-        if rows is not None:
-            return Step(card, self._chunks_beside(card, rows, free_in_s), rows)
-        chunks = self._next_chunks(card)
-        return Step(card, chunks) if chunks else None
+        # A card without rows that shares prompts with one that has some keeps to the target, too: what waits for its
+        # step takes as long, and so does who joins it.
+        others_decode = self.placement.shares_prompts and any(
+            decoding.size.num_tokens for decoding in self._decoding.values()
+        )
+        if rows is None and not (others_decode and self.limits.itl_target_s is not None):
+            chunks = self._next_chunks(card)
+        else:
+            chunks = self._chunks_beside(card, NO_DECODE_ROWS if rows is None else rows, free_in_s)
+        return Step(card, chunks, rows or NO_DECODE_ROWS) if chunks or rows else None
 
     def get_prefilled_sequences(self) -> list[Sequence]:
         """Requests whose prefill has ended since the last call and which have not ended themselves."""
@@ -270,7 +276,7 @@ class Scheduler:
         self.release(lease)
 
     def step_took(self, step: Step, seconds: float) -> None:
-        """A step has ended so long after the one before it on its card, behind which it was queued."""
+        """A step has taken so long on its card; its launch and waits for another card are not in it."""
         if any(chunk.logprob_positions for chunk in step.chunks):
             return  # it took longer than its size says, to make the logits of prompts
         step.card.step_time.observe(step.size, seconds)
@@ -386,10 +392,10 @@ class Scheduler:
         return chunks
 
     def _chunks_beside(self, card: Card, rows: DecodeRows, free_in_s: FreeInSeconds | None) -> list[PrefillChunk]:
-        """The next chunks for a step that has decode rows."""
+        """The next chunks for a step that has decode rows, or is to be no longer than one."""
         chunks: list[PrefillChunk] = []
         size = StepSize(len(rows), rows.num_tokens)
-        demand_of = functools.partial(self._demand, card=card, has_rows=True, free_in_s=free_in_s)
+        demand_of = functools.partial(self._demand, card=card, free_in_s=free_in_s)
         budget, limit_s = self._prefill_token_budget(card), self.limits.itl_target_s
         room = ChunkRoom(card.step_time, size, budget, limit_s, demand_of)
         for seq, num_tokens, reason in room.share_out(self._prefill_candidates(card)):
@@ -400,32 +406,30 @@ class Scheduler:
                 seq.timeline.mark(f"prefill queue ({reason})")
         return chunks
 
-    def _demand(
-        self, seq: Sequence, card: Card, *, has_rows: bool = False, free_in_s: FreeInSeconds | None = None
-    ) -> Demand:
-        """What a request with a lease asks of the card's next step, which has decode rows or not.
+    def _demand(self, seq: Sequence, card: Card, *, free_in_s: FreeInSeconds | None = None) -> Demand:
+        """What a request with a lease asks of the card's next step; `free_in_s` is given if that keeps to the target.
 
-        Of a shared prompt, as much as the other card can wait for; with nothing of it in flight a block at least, so
-        that it comes to its end. Blocks are cut nowhere, since both cards would write to them.
+        Of a shared prompt at least LEAST_TOKENS, too, but only with nothing of it in flight.
         """
         lease, start, num_left = seq.lease, seq.num_prefilled_tokens, seq.num_tokens_to_prefill
         assert lease is not None, f"request {seq.request_id} is prefilled without a lease"
         if lease.shared is None:
-            return Demand(num_left, LEAST_TOKENS)
+            return Demand(num_left, LEAST_TOKENS, num_left)
         partner, block_size, limit_s = lease.card_beside(card), card.block_manager.block_size, self.limits.itl_target_s
-        if limit_s is not None and has_rows and free_in_s is not None and lease.shared.has_in_flight(partner):
+        # Blocks that are to be verified are pushed as a whole.
+        multiple = block_size if self.limits.verifies_handoffs else min(block_size, TOKEN_MULTIPLE)
+        if limit_s is not None and free_in_s is not None and lease.shared.has_in_flight(partner):
             is_too_long = free_in_s(partner) > free_in_s(card) + limit_s  # the step is as long as what it waits for
             if is_too_long:
-                return Demand(0, 0, is_rest=False, reason=f"itl_target_ms={limit_s * 1e3:g}, its chunk on {partner}")
+                return Demand(0, 0, num_left, reason=f"itl_target_ms={limit_s * 1e3:g}, its chunk on {partner}")
         most = min(self._prefill_token_budget(card), self._prefill_token_budget(partner))
-        most = min(most, lease.shared.planned_tokens((card, partner), start, num_left, most, block_size))
-        least = 0 if any(map(lease.shared.has_in_flight, self.cards)) else min(block_size, num_left)
-        demand, beside = Demand(most, least, most == num_left, block_size), self._decoding[partner].size
-        if limit_s is None or not beside.num_tokens:
+        if num_left > multiple + 1:  # else it is cut nowhere
+            most = min(most, lease.shared.planned_tokens((card, partner), start, num_left, most, multiple))
+        most = min(most, num_left)
+        demand = Demand(most, 0, num_left, multiple)
+        if any(map(lease.shared.has_in_flight, self.cards)):
             return demand
-        fitting = max(demand.rounded(partner.step_time.tokens_that_fit(limit_s, beside, start, most)), least)
-        reason = None if fitting == most else f"itl_target_ms={limit_s * 1e3:g} on {partner}"
-        return Demand(fitting, least, fitting == num_left, block_size, reason)
+        return replace(demand, least=demand.rounded(min(max(LEAST_TOKENS, multiple), most)))
 
     def _prefill_token_budget(self, card: Card) -> int:
         """Maximum number of prompt tokens in the card's next step."""
@@ -528,13 +532,14 @@ class Scheduler:
         prefill = (
             decode if is_one_card else Allocation(prefill_card, prefill_card.block_manager.allocate(hit, num_prefilled))
         )
-        seq.lease = Lease(prefill, decode, num_handed_off_blocks=len(cached))
+        seq.lease = Lease(prefill, decode, num_handed_off_tokens=len(cached) * block_size)
         num_hit_blocks = len(hit)
         if places.is_shared:
             # The card that has more of the prompt begins, and pushes what the other lacks.
             longer = None if len(hit) == len(cached) else prefill_card if len(hit) > len(cached) else decode_card
             seq.lease.shared = SharedPrompt(longer)
-            seq.lease.num_handed_off_blocks, num_hit_blocks = sorted((len(hit), len(cached)))
+            num_on_both, num_hit_blocks = sorted((len(hit), len(cached)))
+            seq.lease.num_handed_off_tokens = num_on_both * block_size
         self.placement.prefill_began(seq.lease)
         seq.num_prefilled_tokens = num_hit_blocks * block_size
         self.num_queried_tokens += seq.num_tokens
@@ -570,7 +575,9 @@ class Scheduler:
         seq.timeline.mark(f"prefill of tokens {start} to {end} of {seq.num_tokens}{where}{cut}")
         self.hold(lease)
         is_last = end == seq.num_tokens
-        handoff = self._handoff_pairs(seq, lease, card, end, is_last)
+        if is_last and lease.shared is not None and lease.decode.card is not card:
+            self._decode_here(lease, card)
+        handoff, handoff_tokens = self._handoff(seq, lease, card, end, is_last)
         number = waits_for = 0
         if lease.shared is not None:
             waits_for = lease.shared.last_numbers.get(lease.card_beside(card), 0)
@@ -579,22 +586,42 @@ class Scheduler:
             lease.shared.took(card, end, number)
         num_known = len(seq.prompt_logprobs)
         allocation = lease.allocation_on(card)
-        return PrefillChunk(seq, lease, allocation, start, end, is_last, handoff, num_known, number, waits_for)
+        return PrefillChunk(
+            seq, lease, allocation, start, end, is_last, handoff, handoff_tokens, num_known, number, waits_for
+        )
 
-    def _handoff_pairs(self, seq: Sequence, lease: Lease, card: Card, end: int, is_last: bool) -> tuple[BlockPair, ...]:
-        """Blocks to send once the card has computed the tokens before `end`: complete ones that the other lacks."""
+    def _decode_here(self, lease: Lease, card: Card) -> None:
+        """Has a request decode where its last chunk runs, if the other card would then not have less to do: there it
+        joins the next step, while the other would have to wait for the end of this one, and of its own."""
+        sizes = self._sizes_ahead()
+        if sizes[card].context <= sizes[lease.decode.card].context:
+            lease.prefill, lease.decode = lease.decode, lease.prefill
+
+    def _handoff(
+        self, seq: Sequence, lease: Lease, card: Card, end: int, is_last: bool
+    ) -> tuple[tuple[BlockPair, ...], range]:
+        """Blocks to send once the card has computed the tokens before `end`, and which tokens' KV.
+
+        These are the tokens that the other card lacks, in complete blocks but for a shared prompt. The prompt's last
+        block is sent to its end: what follows the last token has been cleared.
+        """
         if not lease.crosses:
-            return ()
+            return (), range(0)
         if seq.num_tokens + 1 == seq.max_num_tokens and (lease.shared is None or is_last):
-            return ()  # it ends with its first token: nothing reads its KV
-        first, block_manager = lease.num_handed_off_blocks, lease.decode.card.block_manager
-        complete = block_manager.blocks_for(end) if is_last else end // block_manager.block_size
-        last = max(first, complete)
-        lease.num_handed_off_blocks = last
+            return (), range(0)  # it ends with its first token: nothing reads its KV
+        first, block_manager = lease.num_handed_off_tokens, lease.decode.card.block_manager
+        block_size = block_manager.block_size
+        if is_last:
+            end = block_manager.blocks_for(end) * block_size
+        elif lease.shared is None:
+            end -= end % block_size
+        tokens = range(first, max(first, end))
+        lease.num_handed_off_tokens = tokens.stop
         source, target = lease.prefill, lease.decode
         if source.card is not card:
             source, target = target, source
-        return tuple(zip(source.blocks[first:last], target.blocks[first:last], strict=True))
+        blocks = slice(first // block_size, block_manager.blocks_for(tokens.stop)) if tokens else slice(0)
+        return tuple(zip(source.blocks[blocks], target.blocks[blocks], strict=True)), tokens
 
     def _join_arrived(self) -> None:
         """Moves requests on to decode whose prefill has ended and whose blocks have all arrived."""

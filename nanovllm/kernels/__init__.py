@@ -133,7 +133,7 @@ class Kernels(Protocol):
             The query heads, [T, num_heads, head_dim].
         """
 
-    def split_work(self, metadata: AttentionMetadata, num_kv_heads: int) -> torch.Tensor | None:
+    def split_work(self, metadata: AttentionMetadata, num_heads: int, num_kv_heads: int) -> torch.Tensor | None:
         """How `attend` divides a step's work among thread blocks, made once for all layers; None if it needs none."""
 
     def attend(

@@ -45,7 +45,7 @@ class Backend:
         store_kv(key, value, kv_cache, slot_mapping)
         return query
 
-    def split_work(self, metadata: AttentionMetadata, num_kv_heads: int) -> None:
+    def split_work(self, metadata: AttentionMetadata, num_heads: int, num_kv_heads: int) -> None:
         return None
 
     def attend(

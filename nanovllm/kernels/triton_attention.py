@@ -1,5 +1,5 @@
-"""Paged attention in Triton: prefill over a cached prefix, and split-KV decode (flash-decoding), whose splits are here
-called chunks. float32, float16, bfloat16.
+"""Paged attention in Triton: prefill over a cached prefix, whose keys are split among programs where queries are few,
+and split-KV decode (flash-decoding), whose splits are here called chunks. float32, float16, bfloat16.
 
 On GPUs that have it (sm_90 on), 16-bit KV is read through the tensor memory accelerator, else by pointers.
 
@@ -39,6 +39,14 @@ COMBINED_CHUNKS = 4
 PREFILL_TILE_M = 64
 PREFILL_TILE_N = triton_fused.MAX_TILE_TOKENS
 PREFILL_STAGES = 3
+PREFILL_PROGRAMS_PER_SM = 2
+"""Programs of the prefill kernel that an SM runs at a time: their tiles fill its shared memory."""
+MAX_SPLITS = 8
+SPLIT_KEYS = 768
+"""Fewest keys of a split: with less, writing and combining what its queries attend to takes longer than it saves."""
+EXTRA_SPLIT_TILES = 3
+"""Contexts are split if a step has at most so many tiles more than one request would have: there is room for the
+partial results of no more."""
 
 
 def unsupported_reasons(needs: BackendRequirements) -> list[str]:
@@ -66,11 +74,20 @@ class Backend:
     gather_rows = staticmethod(triton_rows.gather_rows)
     advance_rows = staticmethod(triton_rows.advance_rows)
 
-    def split_work(self, metadata: AttentionMetadata, num_kv_heads: int) -> torch.Tensor:
+    def split_work(self, metadata: AttentionMetadata, num_heads: int, num_kv_heads: int) -> torch.Tensor:
         if metadata.is_decode:
             tile = _decode_tile(len(metadata.context_lens))
-            return _share_out(metadata.context_lens, None, tile, num_kv_heads, metadata.num_sms)
-        return _share_out(metadata.query_starts, metadata.query_starts[1:], PREFILL_TILE_M)
+            return _share_out(
+                metadata.context_lens,
+                None,
+                tile,
+                num_counters=len(metadata.context_lens) * num_kv_heads,
+                num_kv_heads=num_kv_heads,
+                num_sms=metadata.num_sms,
+            )
+        num_splits, most_tiles = _splits(len(metadata.slot_mapping), num_heads, _sms_of(metadata))
+        num_counters = most_tiles * num_heads if num_splits > 1 else 0
+        return _share_out(metadata.query_starts, metadata.query_starts[1:], PREFILL_TILE_M, num_counters=num_counters)
 
     def attend(
         self,
@@ -82,7 +99,7 @@ class Backend:
     ) -> torch.Tensor:
         split = metadata.work_split
         if split is None:
-            split = self.split_work(metadata, kv_cache.shape[2])
+            split = self.split_work(metadata, query.shape[1], kv_cache.shape[2])
         attend = _decode if metadata.is_decode else _prefill
         output = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
         attend(query, kv_cache, metadata, split, scale, output)
@@ -93,23 +110,25 @@ def _share_out(
     lengths: torch.Tensor,
     ends: torch.Tensor | None,
     tile: int,
+    *,
+    num_counters: int,
     num_kv_heads: int | None = None,
     num_sms: int | None = None,
 ) -> torch.Tensor:
-    """[B + 1] int32: units of work before each request, and in all.
+    """[B + 1 + num_counters] int32: units of work before each request, and in all, and zeros.
 
-    A unit is a tile of a prompt, or, if `num_kv_heads` is given, a chunk of a KV head's context; then there follow
-    B * num_kv_heads zeros, in which `attend` counts the chunks that are done, and which it leaves 0. `lengths` are
-    starts if `ends` are given.
+    A unit is a tile of a prompt, or, if `num_kv_heads` is given, a chunk of a KV head's context. In the counters
+    `attend` counts what is done of work that several programs share, and leaves them 0. `lengths` are starts if `ends`
+    are given.
     """
     num_requests = len(lengths) if ends is None else len(ends)
-    num_counters = num_requests * (num_kv_heads or 0)
     starts = torch.empty(num_requests + 1 + num_counters, dtype=torch.int32, device=lengths.device)
     _share_out_kernel[(1,)](
         lengths,
         ends,
         starts,
         num_requests,
+        num_counters,
         num_sms or _num_sms(lengths.device),
         NUM_KV_HEADS=num_kv_heads,
         TILE=tile,
@@ -138,12 +157,21 @@ def _prefill(
     tile_n = 16 if is_wide else PREFILL_TILE_N
     use_tma = _has_tma(query.device) and not is_wide and block_size % tile_n == 0
     # Every request but one may end in a tile that is not full.
-    num_tiles = triton.cdiv(num_tokens, PREFILL_TILE_M) + num_requests - 1
-    _prefill_kernel[(num_heads, num_tiles)](
+    num_programs = triton.cdiv(num_tokens, PREFILL_TILE_M) + num_requests - 1
+    num_splits, most_tiles = _splits(len(metadata.slot_mapping), num_heads, _sms_of(metadata))
+    partial = log_sums = None
+    if num_splits > 1:
+        num_programs = max(num_programs, most_tiles * num_splits)
+        shape = (most_tiles, num_heads, num_splits, PREFILL_TILE_M)
+        partial = torch.empty(*shape, head_dim, dtype=torch.float32, device=query.device)
+        log_sums = torch.empty(shape, dtype=torch.float32, device=query.device)
+    _prefill_kernel[(num_heads, num_programs)](
         query,
         _rows_descriptor(kv_cache, tile_n) if use_tma else kv_cache,
         kv_cache,
         output,
+        partial,
+        log_sums,
         metadata.block_tables,
         metadata.context_lens,
         metadata.query_starts,
@@ -152,6 +180,8 @@ def _prefill(
         query.stride(0),
         kv_cache.stride(0),
         metadata.block_tables.stride(0),
+        num_splits,
+        most_tiles,
         scale * LOG2_E,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
@@ -160,6 +190,7 @@ def _prefill(
         BLOCK_SIZE=block_size,
         TILE_M=PREFILL_TILE_M,
         TILE_N=tile_n,
+        SPLIT_TILES=SPLIT_KEYS // tile_n,
         USE_TMA=use_tma,
         STAGES=1 if is_wide else PREFILL_STAGES,
         num_warps=8 if is_wide else PREFILL_TILE_M // 16,
@@ -216,6 +247,20 @@ def _decode(
     )
 
 
+def _splits(num_tokens: int, num_heads: int, num_sms: int) -> tuple[int, int]:
+    """Into how many splits prefill attention divides long contexts, and how many tiles of queries a step may have so.
+
+    A program for each tile of queries and head is too few for a GPU where a short chunk attends to a long prefix. There
+    are as many splits as run at a time: a second wave of them would take longer than it saves.
+    """
+    num_tiles, at_a_time = triton.cdiv(num_tokens, PREFILL_TILE_M), PREFILL_PROGRAMS_PER_SM * num_sms
+    return min(max(at_a_time // (num_tiles * num_heads), 1), MAX_SPLITS), num_tiles + EXTRA_SPLIT_TILES
+
+
+def _sms_of(metadata: AttentionMetadata) -> int:
+    return metadata.num_sms or _num_sms(metadata.slot_mapping.device)
+
+
 def _decode_tile(num_requests: int) -> int:
     return DECODE_TILE if num_requests >= FEW_REQUESTS else FEW_REQUESTS_TILE
 
@@ -240,12 +285,13 @@ def _num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-@triton.jit(do_not_specialize=["num_requests"])
+@triton.jit(do_not_specialize=["num_requests", "num_counters"])
 def _share_out_kernel(
     lengths,
     ends,
     starts,
     num_requests,
+    num_counters,
     num_sms,
     NUM_KV_HEADS: tl.constexpr,
     TILE: tl.constexpr,
@@ -268,8 +314,9 @@ def _share_out_kernel(
         chunk = tl.minimum(tl.cdiv(num_tiles, PROGRAMS_PER_SM * num_sms), CHUNK_TILES)
         chunk = tl.maximum(chunk, tl.cdiv(num_tiles, MAX_PROGRAMS_PER_SM * num_sms))
         units = tl.cdiv(units, chunk)
-        for head in range(NUM_KV_HEADS):
-            tl.store(starts + num_requests + 1 + head * num_requests + requests, 0, mask=there)
+    for first in range(0, num_counters, PADDED_REQUESTS):
+        counters = first + requests
+        tl.store(starts + num_requests + 1 + counters, 0, mask=counters < num_counters)
     tl.store(starts, 0)
     tl.store(starts + 1 + requests, tl.cumsum(units, 0), mask=there)
 
@@ -315,12 +362,14 @@ def _attend_tile(q, k, v, maximum, total, accumulator, scale_log2, visible=None)
     return new_maximum, total, accumulator
 
 
-@triton.jit(do_not_specialize=["num_requests"])
+@triton.jit(do_not_specialize=["num_requests", "num_splits", "most_tiles"])
 def _prefill_kernel(
     query,
     kv_rows,
     kv_cache,
     output,
+    partial,
+    log_sums,
     block_tables,
     context_lens,
     query_starts,
@@ -329,6 +378,8 @@ def _prefill_kernel(
     query_stride,
     block_stride,
     table_stride,
+    num_splits,
+    most_tiles,
     scale_log2,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -337,18 +388,27 @@ def _prefill_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
+    SPLIT_TILES: tl.constexpr,
     USE_TMA: tl.constexpr,
     STAGES: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """One program computes TILE_M queries of one head of one request."""
+    """One program computes TILE_M queries of one head of one request, over all of their context.
+
+    Or over a split of it, if there is room for partial results, of `num_splits` splits of up to `most_tiles` tiles.
+    """
     begin(OVERLAPS)
     head = tl.program_id(0)
     kv_head = head // (NUM_HEADS // NUM_KV_HEADS)
-    # The last tiles of a prompt attend to most: they begin first.
-    tile_m = tl.num_programs(1) - 1 - tl.program_id(1)
-    if tile_m >= tl.load(tile_starts + num_requests):
+    num_tiles_m = tl.load(tile_starts + num_requests)
+    splits = 1
+    if partial is not None:
+        splits = tl.where(num_tiles_m <= most_tiles, num_splits, 1)
+    if tl.program_id(1) >= num_tiles_m * splits:
         return
+    # The last tiles of a prompt attend to most: they begin first. First splits come first: where there are no others,
+    # each runs on an SM of its own.
+    tile_m = num_tiles_m - 1 - tl.program_id(1) % num_tiles_m
     request = _request_of(tile_m, tile_starts, num_requests, 1, PADDED_REQUESTS)
     start = tl.load(query_starts + request)
     query_len = tl.load(query_starts + request + 1) - start
@@ -357,6 +417,17 @@ def _prefill_kernel(
 
     queries = first + tl.arange(0, TILE_M)
     positions = context_len - query_len + queries
+    # Tiles that the first query attends to as a whole, and so all queries do; and those that any query attends to.
+    num_full = (context_len - query_len + first + 1) // TILE_N
+    end = tl.minimum(context_len, context_len - query_len + first + TILE_M)
+    low, high = 0, tl.cdiv(end, TILE_N)
+    split = tl.program_id(1) // num_tiles_m
+    if partial is not None:
+        # Each has a tile that all queries attend to, since one has more tiles than some queries do not.
+        splits = tl.minimum(tl.maximum(high // SPLIT_TILES, 1), splits)
+        if split >= splits:
+            return
+        low, high = split * high // splits, (split + 1) * high // splits
     dims = tl.arange(0, HEAD_DIM)
     there = (queries < query_len)[:, None]
     offsets = (start + queries).to(tl.int64)[:, None] * query_stride + head * HEAD_DIM + dims[None, :]
@@ -368,10 +439,8 @@ def _prefill_kernel(
     maximum = tl.full([TILE_M], float("-inf"), tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
     accumulator = tl.zeros([TILE_M, HEAD_DIM], tl.float32)
-    # Tiles that the first query attends to as a whole, and so all queries do.
-    num_full = (context_len - query_len + first + 1) // TILE_N
-    block = tl.load(table)
-    for tile in tl.range(0, num_full, num_stages=STAGES):
+    block = tl.load(table + low * TILE_N // BLOCK_SIZE)
+    for tile in tl.range(low, tl.minimum(num_full, high), num_stages=STAGES):
         if USE_TMA:
             place = block * block_rows + kv_head * BLOCK_SIZE + tile * TILE_N % BLOCK_SIZE
             k = kv_rows.load([place, 0])
@@ -383,8 +452,7 @@ def _prefill_kernel(
             k = tl.load(kv_cache + cached)
             v = tl.load(kv_cache + cached + value_offset * HEAD_DIM)
         maximum, total, accumulator = _attend_tile(q, k, v, maximum, total, accumulator, scale_log2)
-    end = tl.minimum(context_len, context_len - query_len + first + TILE_M)
-    for tile in tl.range(num_full, tl.cdiv(end, TILE_N), num_stages=STAGES):
+    for tile in tl.range(tl.maximum(num_full, low), high, num_stages=STAGES):
         tokens = tile * TILE_N + tl.arange(0, TILE_N)
         if USE_TMA:
             place = tl.load(table + tile * TILE_N // BLOCK_SIZE) * block_rows
@@ -401,7 +469,41 @@ def _prefill_kernel(
 
     result = accumulator / total[:, None]
     target = (start + queries).to(tl.int64)[:, None] * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM + dims[None, :]
+    if partial is not None:  # noqa: SIM102 - the only one of both conditions that is known when this is compiled
+        if splits > 1:
+            rows = tl.arange(0, TILE_M)
+            place = (tile_m * NUM_HEADS + head) * num_splits
+            rows_of_split = (place + split) * TILE_M + rows
+            tl.store(partial + rows_of_split[:, None] * HEAD_DIM + dims[None, :], result)
+            tl.store(log_sums + rows_of_split, maximum * scale_log2 + tl.log2(total))
+            num_done = tile_starts + num_requests + 1 + tile_m * NUM_HEADS + head
+            tl.debug_barrier()  # all threads have stored before one of them says so
+            if tl.atomic_add(num_done, 1, sem="acq_rel") < splits - 1:
+                return
+            tl.debug_barrier()
+            result = _combine_splits(partial, log_sums, place, splits, HEAD_DIM, TILE_M)
+            tl.store(num_done, 0)  # for the next layer
     tl.store(output + target, result.to(output.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _combine_splits(partial, log_sums, place, splits, HEAD_DIM: tl.constexpr, TILE_M: tl.constexpr):
+    """[TILE_M, HEAD_DIM]: what a tile's queries attend to in all splits, by their share of the softmax."""
+    rows, dims = tl.arange(0, TILE_M), tl.arange(0, HEAD_DIM)
+    maximum = tl.full([TILE_M], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_M], tl.float32)
+    accumulator = tl.zeros([TILE_M, HEAD_DIM], tl.float32)
+    for split in range(splits):
+        rows_of_split = (place + split) * TILE_M + rows
+        # Not through the L1 cache, which another SM's stores do not reach.
+        log_sum = tl.load(log_sums + rows_of_split, cache_modifier=".cg")
+        value = tl.load(partial + rows_of_split[:, None] * HEAD_DIM + dims[None, :], cache_modifier=".cg")
+        new_maximum = tl.maximum(maximum, log_sum)
+        correction, weight = tl.exp2(maximum - new_maximum), tl.exp2(log_sum - new_maximum)
+        total = total * correction + weight
+        accumulator = accumulator * correction[:, None] + value * weight[:, None]
+        maximum = new_maximum
+    return accumulator / total[:, None]
 
 
 @triton.jit(do_not_specialize=["num_requests"])

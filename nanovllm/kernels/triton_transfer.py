@@ -18,12 +18,14 @@ WORDS_PER_PIECE = 4096
 
 
 def push_blocks(source: torch.Tensor, target: torch.Tensor, blocks: torch.Tensor, num_programs: int) -> None:
-    """Copies blocks of `source` to blocks of `target`.
+    """Copies blocks of `source`, or parts of them, to blocks of `target`.
 
     Args:
-        source: a pool, or one layer's view of it, [num_blocks, ...], each block contiguous; on the current device.
+        source: a pool, or one layer's view of it, [num_blocks, ..., block_size, head_dim], each block contiguous; on
+            the current device.
         target: the same of another pool, on a device that this one may write to.
-        blocks: [1 + 2 N or more] int64 on the source's device: N, then N pairs (block of source, block of target).
+        blocks: [1 + 4 N or more] int64 on the source's device: N, then for each of N parts the block of the source, the
+            block of the target, the first place in both that is copied and the one behind the last.
         num_programs: number of thread blocks.
     """
     words_per = 4 // source.element_size()
@@ -34,20 +36,32 @@ def push_blocks(source: torch.Tensor, target: torch.Tensor, blocks: torch.Tensor
         source.stride(0) // words_per,
         target.stride(0) // words_per,
         source[0].numel() // words_per,
+        ROW_WORDS=source.shape[-1] // words_per,
+        BLOCK_SIZE=source.shape[-2],
         PIECE=WORDS_PER_PIECE,
         num_warps=8,
     )
 
 
 @triton.jit
-def _push_kernel(source, target, blocks, source_stride, target_stride, words, PIECE: tl.constexpr):
+def _push_kernel(
+    source,
+    target,
+    blocks,
+    source_stride,
+    target_stride,
+    words,
+    ROW_WORDS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PIECE: tl.constexpr,
+):
     """Programs take pieces of blocks in turn."""
     pieces_per_block = tl.cdiv(words, PIECE)
     num_pieces = tl.load(blocks).to(tl.int32) * pieces_per_block
     for piece in range(tl.program_id(0), num_pieces, tl.num_programs(0)):
-        pair = piece // pieces_per_block
+        part = blocks + 1 + 4 * (piece // pieces_per_block)
         place = (piece % pieces_per_block) * PIECE + tl.arange(0, PIECE)
-        there = place < words
-        origin = tl.load(blocks + 1 + 2 * pair) * source_stride
-        goal = tl.load(blocks + 2 + 2 * pair) * target_stride
+        token = place // ROW_WORDS % BLOCK_SIZE
+        there = (place < words) & (token >= tl.load(part + 2)) & (token < tl.load(part + 3))
+        origin, goal = tl.load(part) * source_stride, tl.load(part + 1) * target_stride
         tl.store(target + goal + place, tl.load(source + origin + place, mask=there), mask=there)

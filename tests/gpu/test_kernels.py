@@ -115,9 +115,32 @@ def test_decode_spread_over_any_number_of_sms(num_sms):
     shape = {"num_heads": 14, "num_kv_heads": 2, "head_dim": 128, "block_size": 64}
     case = make_case(spans, device="cuda", dtype=torch.bfloat16, **shape)
     metadata = replace(case.metadata, num_sms=num_sms)
-    case = replace(case, metadata=replace(metadata, work_split=backend.split_work(metadata, 2)))
+    case = replace(case, metadata=replace(metadata, work_split=backend.split_work(metadata, 14, 2)))
     for _ in range(2):
         assert relative_error(backend, case) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("spans", "num_heads"),
+    [
+        ([(128, 7000)], 32),
+        ([(128, 7000)], 8),
+        ([(200, 5003), (16, 900)], 32),
+        ([(320, 5003), (16, 900)], 8),
+        ([(63, 3000), (200, 200), (1, 12_000)], 8),
+    ],
+)
+def test_long_contexts_of_few_queries_are_split(spans, num_heads):
+    from nanovllm.kernels.triton_attention import Backend
+
+    shape = {"num_heads": num_heads, "num_kv_heads": 8, "head_dim": 128, "block_size": 64}
+    case = make_case(spans, device="cuda", dtype=torch.bfloat16, **shape)
+    split = Backend().split_work(case.metadata, num_heads, 8)
+    assert len(split) > len(spans) + 1, "a counter for each tile and head"
+    case = replace(case, metadata=replace(case.metadata, work_split=split))
+    for _ in range(20):  # layers, which count anew
+        assert relative_error(Backend(), case) < TOLERANCE[torch.bfloat16]
+    assert not split[len(spans) + 1 :].any()
 
 
 def test_block_offsets_beyond_two_to_the_31_elements():

@@ -63,7 +63,7 @@ class ForwardPass:
 
     def _with_work_split(self, metadata: AttentionMetadata) -> AttentionMetadata:
         """The metadata with the attention backend's division of the step's work, if it makes one."""
-        split = self.spec.attention.backend.split_work(metadata, self.spec.num_kv_heads)
+        split = self.spec.attention.backend.split_work(metadata, self.spec.num_heads, self.spec.num_kv_heads)
         decode = None if metadata.decode is None else self._with_work_split(metadata.decode)
         return dataclasses.replace(metadata, work_split=split, decode=decode)
 

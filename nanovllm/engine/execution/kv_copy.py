@@ -23,7 +23,8 @@ def _push_blocks(source: Any, target: Any, pairs: abc.Sequence[BlockPair]) -> No
     from nanovllm.kernels.triton_transfer import NUM_PROGRAMS, push_blocks
 
     enable_peer_access(source.device, target.device)
-    push_blocks(source.kv_pool, target.kv_pool, source.device.tensor(block_list(pairs)), NUM_PROGRAMS)
+    blocks = block_list([(*pair, 0, source.block_size) for pair in pairs])
+    push_blocks(source.kv_pool, target.kv_pool, source.device.tensor(blocks), NUM_PROGRAMS)
 
 
 def _stage_blocks(source: Any, target: Any, pairs: abc.Sequence[BlockPair]) -> None:

@@ -25,7 +25,7 @@ class PoolOwner(Protocol):
         self, other: Any, pairs: abc.Sequence[BlockPair], *, method: str = "copy", after: Event | None = None
     ) -> Event: ...
 
-    def record_copy_moment(self, after: Event | None = None) -> Moment | None: ...
+    def record_copy_moment(self, after: Event | None = None) -> Moment: ...
 
     def wait_for(self, event: Event) -> None: ...
 
@@ -48,7 +48,7 @@ class TransferHandle(Protocol):
     def moments(self) -> tuple[float, float] | None:
         """When the copies began and ended, in seconds of `time.perf_counter()`; waits for them.
 
-        None if they are not timed, or were part of the step that computed the blocks.
+        None if they were part of the step that computed the blocks.
         """
 
 

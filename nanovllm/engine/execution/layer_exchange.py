@@ -14,7 +14,7 @@ import torch
 
 from nanovllm.engine.execution.layer_push import PushToPool
 from nanovllm.kernels import LayerHooks
-from nanovllm.utils.device import Device
+from nanovllm.utils.device import Device, Event
 
 NUM_REPORTS = 256
 """More than a runner has steps in flight, the parts of a step that failed to launch as a whole included."""
@@ -83,7 +83,7 @@ class LayerArrivals:
             self._flags[layer] = numbers[0]
 
     def wait(self, numbers: torch.Tensor, layer: int) -> None:
-        """Has the step, whose work is launched on the current stream, wait for a layer's KV."""
+        """Has what a step launches on the current stream wait for a layer's KV."""
         if self._device.is_cuda:
             from nanovllm.kernels.cuda_layer_flags import wait_for_flag
 
@@ -100,9 +100,11 @@ class LayerExchange:
         arrivals: of this runner's pool.
         theirs: of the other one's.
         push: stores this runner's KV in the other pool.
+        device: of this runner.
     """
 
-    def __init__(self, arrivals: LayerArrivals, theirs: LayerArrivals, push: PushToPool) -> None:
+    def __init__(self, arrivals: LayerArrivals, theirs: LayerArrivals, push: PushToPool, device: Device) -> None:
+        self._device = device
         self.arrivals = arrivals
         self._theirs = theirs
         self._push = push
@@ -111,19 +113,26 @@ class LayerExchange:
         """What the layers of a step call.
 
         Args:
-            pushed_blocks: pairs of blocks as in `block_list`, on the device.
+            pushed_blocks: parts of blocks as in `block_list`, on the device.
             numbers: [3] int64 on the device: the number of the step's last chunk, that of the other runner's chunk for
                 which it waits (0 for none of either), and its report.
         """
-        push, stored, attended = self._push.after_store(pushed_blocks), itertools.count(), itertools.count()
+        push, layers = self._push.after_store(pushed_blocks), itertools.count()
+        arrived: Event | None = None
 
         def after_store(kv_cache: torch.Tensor) -> None:
-            push(kv_cache)
-            with self._push.on_stream():
-                self._theirs.raise_flag(numbers, next(stored))
+            nonlocal arrived
+            layer = next(layers)
+            with self._push.behind_store():
+                # Before the push, too: storing its last token, the other runner clears what follows in the block.
+                self.arrivals.wait(numbers, layer)
+                arrived = self._device.record_event()
+                push(kv_cache)
+                self._theirs.raise_flag(numbers, layer)
 
         def before_attend() -> None:
-            self.arrivals.wait(numbers, next(attended))
+            if isinstance(arrived, torch.cuda.Event):
+                torch.cuda.current_stream().wait_event(arrived)
 
         return LayerHooks(after_store, before_attend)
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 
@@ -20,7 +19,7 @@ class LayerPush(Protocol):
         """The function that each layer calls, in order, once its KV is stored.
 
         Args:
-            pushed_blocks: pairs of blocks as in `block_list`, on the device.
+            pushed_blocks: parts of blocks as in `block_list`, on the device.
         """
 
     def join(self) -> None:
@@ -61,21 +60,26 @@ class PushToPool:
         def push(kv_cache: torch.Tensor) -> None:
             target = next(targets)
             if self._copy_stream is None:
-                blocks, target_blocks = pushed_blocks[1 : 1 + 2 * int(pushed_blocks[0])].view(-1, 2).unbind(1)
-                target[target_blocks] = kv_cache[blocks]
+                for block, target_block, first, end in pushed_blocks[1 : 1 + 4 * int(pushed_blocks[0])].view(-1, 4):
+                    target[target_block, :, :, first:end] = kv_cache[block, :, :, first:end]
                 return
             # Imported here: a machine without GPUs may lack triton.
             from nanovllm.kernels.triton_transfer import NUM_PROGRAMS_BESIDE, push_blocks
 
-            self._copy_stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._copy_stream):
+            with self.behind_store():
                 push_blocks(kv_cache, target, pushed_blocks, NUM_PROGRAMS_BESIDE)
 
         return push
 
-    def on_stream(self) -> AbstractContextManager[Any]:
-        """Makes the stream current on which blocks are pushed."""
-        return contextlib.nullcontext() if self._copy_stream is None else torch.cuda.stream(self._copy_stream)
+    @contextlib.contextmanager
+    def behind_store(self) -> Iterator[None]:
+        """Makes the stream current on which blocks are pushed, behind what the current stream has been given."""
+        if self._copy_stream is None:
+            yield
+            return
+        self._copy_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._copy_stream):
+            yield
 
     def join(self) -> None:
         if self._copy_stream is not None:

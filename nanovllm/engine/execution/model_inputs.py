@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanovllm.engine.scheduling.step import BlockPair
+from nanovllm.engine.scheduling.step import BlockPart
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels import AttentionMetadata
 from nanovllm.layers.sampler import Penalties, SamplingInputs
@@ -26,7 +26,8 @@ class ModelInputs:
         metadata: where the tokens' KV is.
         sampled_rows: [N] int64 rows of T whose logits are wanted.
         sampling: parameters of the N rows, None if N is 0.
-        pushed_blocks: the blocks that go to another runner's pool layer by layer, as in `block_list`; None for none.
+        pushed_blocks: the parts of blocks that go to another runner's pool layer by layer, as in `block_list`; None for
+            none.
     """
 
     input_ids: torch.Tensor
@@ -37,9 +38,9 @@ class ModelInputs:
     pushed_blocks: torch.Tensor | None = None
 
 
-def block_list(pairs: abc.Sequence[BlockPair]) -> np.ndarray:
-    """[1 + 2N] int64: how many pairs of blocks there are, and the pairs."""
-    return np.array([len(pairs), *itertools.chain.from_iterable(pairs)], dtype=np.int64)
+def block_list(parts: abc.Sequence[BlockPart]) -> np.ndarray:
+    """[1 + 4N] int64: how many parts of blocks there are, and the parts."""
+    return np.array([len(parts), *itertools.chain.from_iterable(parts)], dtype=np.int64)
 
 
 @dataclass(frozen=True)

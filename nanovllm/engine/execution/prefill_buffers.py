@@ -50,7 +50,7 @@ class PrefillBuffers:
         self._max_blocks = -(-max_model_len // block_size)
         self._num_request_numbers = max_num_requests * (NUM_REQUEST_COLUMNS + self._max_blocks)
         self._pushes = pushes
-        most_pushed_numbers = 1 + 2 * max_num_requests * self._max_blocks
+        most_pushed_numbers = 1 + 4 * max_num_requests * self._max_blocks
         size = NUM_STEP_NUMBERS + self._num_request_numbers + NUM_TOKEN_COLUMNS * max_num_tokens + most_pushed_numbers
         self._numbers = torch.zeros(size, dtype=torch.int64, device=device.torch_device)
 
@@ -68,7 +68,8 @@ class PrefillBuffers:
         `step_numbers` are those of `LayerExchange.hooks`.
         """
         num_numbers = NUM_STEP_NUMBERS + self._num_request_numbers + NUM_TOKEN_COLUMNS * size
-        pushed = block_list([pair for chunk in chunks for pair in chunk.handoff] if self._pushes else [])
+        parts = [part for chunk in chunks for part in chunk.handoff_parts(self.block_size)] if self._pushes else []
+        pushed = block_list(parts)
         numbers = np.zeros(num_numbers + len(pushed), dtype=np.int64)
         numbers[:NUM_STEP_NUMBERS] = step_numbers
         numbers[num_numbers:] = pushed

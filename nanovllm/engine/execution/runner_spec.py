@@ -37,6 +37,11 @@ class RunnerSpec:
         return device.is_cuda and self.attention.backend.is_capturable and not self.enforce_eager
 
     @property
+    def num_heads(self) -> int:
+        """Query heads of each rank."""
+        return self.model_config.num_attention_heads // self.num_ranks
+
+    @property
     def num_kv_heads(self) -> int:
         """KV heads of each rank."""
         return self.model_config.num_key_value_heads // self.num_ranks

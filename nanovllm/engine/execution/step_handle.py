@@ -51,7 +51,7 @@ class StepHandle:
         stream: what it runs on, behind the steps launched there before; None on a CPU.
         sampled: the prompt tokens to report, what the chunks sample and what the decode rows sample, None for nothing.
             Each is being copied to the host before the next, which may overwrite it on the device, is asked for.
-        began: when the step began on the device; None if it is not timed.
+        began: when the step began on the device.
         report: gives how a step that has ended has waited for another runner; None for one that waits for none.
     """
 
@@ -60,14 +60,14 @@ class StepHandle:
         device: Device,
         stream: abc.Hashable,
         sampled: abc.Iterable[SampledTokens | None],
-        began: Moment | None = None,
+        began: Moment,
         report: Callable[[], WaitReport] | None = None,
     ) -> None:
         self._device = device
         self._report = report
         self.stream = stream
         self._host = [None if part is None else _to_host(part, device) for part in sampled]
-        self._began, self._ended = began, None if began is None else began.clock.record_moment()
+        self._began, self._ended = began, began.clock.record_moment()
         self.event: Event = device.record_event()
 
     def is_done(self) -> bool:
@@ -88,10 +88,8 @@ class StepHandle:
         waits = NOTHING_WAITED_FOR if self._report is None else self._report()
         return StepTokens(after_chunks, after_decode, in_prompts, waits)
 
-    def moments(self) -> tuple[float, float] | None:
-        """When the step began and ended, in seconds of `time.perf_counter()`; waits for it. None if it is not timed."""
-        if self._began is None or self._ended is None:
-            return None
+    def moments(self) -> tuple[float, float]:
+        """When the step began and ended on the device, in seconds of `time.perf_counter()`; waits for it."""
         return self._began.seconds(), self._ended.seconds()
 
 

@@ -28,22 +28,24 @@ class Demand:
     Attributes:
         num_tokens: maximum number of its tokens.
         least: so many of them even if there is no time, where it is the oldest prompt.
-        is_rest: whether `num_tokens` is all that is left of it.
-        multiple: what chunks that do not end the prompt are multiples of.
+        num_left: tokens that are left of it.
+        multiple: what chunks that do not end the prompt are multiples of, if not 1. Those leave two tokens at least: a
+            single token behind what another card has stored would not clear what follows it there.
         reason: why it does not ask for more, for `explain`; None if it will get more elsewhere, or has no more.
     """
 
     num_tokens: int
     least: int
-    is_rest: bool = True
+    num_left: int
     multiple: int = 1
     reason: str | None = None
 
     def rounded(self, num_tokens: int) -> int:
         """The tokens of a chunk for which there is room for so many, at most `self.num_tokens`."""
-        if self.is_rest and num_tokens == self.num_tokens:
+        if num_tokens == self.num_left or self.multiple == 1:
             return num_tokens
-        return num_tokens // self.multiple * self.multiple
+        rounded = num_tokens // self.multiple * self.multiple
+        return rounded if self.num_left - rounded > 1 else max(rounded - self.multiple, 0)
 
 
 class ChunkRoom:

@@ -28,9 +28,9 @@ class Lease:
     the blocks on the other card than that where the request decodes."""
     decode: Allocation
     """Where the request decodes: its prompt's blocks, and one to grow into if there was one."""
-    num_handed_off_blocks: int = 0
-    """Number of leading blocks of `decode` whose KV was cached there, or has been sent. Of a shared prompt, the number
-    of those that both cards have, or that a chunk pushes from one to the other."""
+    num_handed_off_tokens: int = 0
+    """Number of leading tokens whose KV was cached on the card of `decode`, or has been sent there. Of a shared prompt,
+    the number of those whose KV both cards have, or that a chunk pushes from one to the other."""
     shared: SharedPrompt | None = None
     """How far a prompt is that both cards compute; None for other prompts."""
     in_flight: int = 0

@@ -39,8 +39,11 @@ class Placement:
     Attributes:
         prefill_card, decode_card: the same object if there is one device.
         cards: all of them, in the order in which they are given work.
+        shares_prompts: whether two cards may compute one prompt.
         least_shared_tokens: minimum number of tokens to compute of a prompt that two cards share.
     """
+
+    shares_prompts = False
 
     def __init__(self, prefill_card: Card, decode_card: Card) -> None:
         self.least_shared_tokens = LEAST_SHARED_TOKENS
@@ -112,7 +115,7 @@ class ElasticPlacement(Placement):
 
     def __init__(self, prefill_card: Card, decode_card: Card, *, can_share: bool) -> None:
         super().__init__(prefill_card, decode_card)
-        self._can_share = can_share
+        self.shares_prompts = can_share
 
     def decodes(self, card: Card) -> bool:
         return True
@@ -126,7 +129,7 @@ class ElasticPlacement(Placement):
         return Places(other, decode, is_shared=True)
 
     def _may_share(self, seq: Sequence) -> bool:
-        if not self._can_share or seq.failures or seq.params.prompt_logprobs is not None:
+        if not self.shares_prompts or seq.failures or seq.params.prompt_logprobs is not None:
             return False
         if seq.num_tokens < self.least_shared_tokens:
             return False

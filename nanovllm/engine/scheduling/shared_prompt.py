@@ -36,13 +36,13 @@ class SharedPrompt:
     planned_end: int = 0
     pair_end: int = 0
 
-    def planned_tokens(self, cards: tuple[Card, Card], start: int, num_left: int, most: int, block_size: int) -> int:
+    def planned_tokens(self, cards: tuple[Card, Card], start: int, num_left: int, most: int, multiple: int) -> int:
         """Tokens of the next chunk by the plan, which is made if there is none, for `cards[0]` to compute it.
 
         See `tokens_of_pair` for what it goes by.
         """
         if not start < self.planned_end:
-            first, second = tokens_of_pair(cards, start, num_left, most, block_size)
+            first, second = tokens_of_pair(cards, start, num_left, most, multiple)
             self.planned_end, self.pair_end = start + first, start + first + second
         return self.planned_end - start
 
@@ -61,45 +61,44 @@ class SharedPrompt:
         self.planned_end = self.pair_end if end == self.planned_end else 0
 
 
-def tokens_of_pair(cards: tuple[Card, Card], start: int, num_left: int, most: int, block_size: int) -> tuple[int, int]:
+def tokens_of_pair(cards: tuple[Card, Card], start: int, num_left: int, most: int, multiple: int) -> tuple[int, int]:
     """Tokens of the next pair of chunks, the first of which `cards[0]` computes and the second `cards[1]`.
 
     The rest of the prompt is divided into pairs of the same length, whose two chunks are predicted to take equally
-    long. Chunks end with a block, but for the prompt's last.
+    long.
 
     Args:
         cards: that share the prompt.
         start: tokens of the prompt before these.
         num_left: tokens of it that are left.
-        most: maximum number of tokens of a chunk, at least a block.
-        block_size: tokens of a block.
+        most: maximum number of tokens of a chunk, at least `multiple`.
+        multiple: what chunks but the prompt's last are multiples of.
 
     Returns:
         Tokens of the two chunks. The second may be 0: the rest is one chunk, or longer than a chunk may be.
     """
-    most -= most % block_size
+    most -= most % multiple
     if num_left < LEAST_PAIR_TOKENS:
         return (num_left if num_left <= most else most), 0
     num_pairs = -(-num_left // (2 * most))
-    pair = min(_up(-(-num_left // num_pairs), block_size), num_left)
-    least, greatest = _up(max(pair - most, block_size), block_size), min(most, _up(pair, block_size) - block_size)
+    pair = min(_up(-(-num_left // num_pairs), multiple), num_left)
+    least, greatest = _up(max(pair - most, multiple), multiple), min(most, _up(pair, multiple) - multiple)
     if least > greatest:
         return min(most, num_left), 0
-    blocks = range(least // block_size, greatest // block_size + 1)
-    first = blocks[_fewest_that_take_longer(cards, start, pair, blocks, block_size)] * block_size
+    first = _fewest_that_take_longer(cards, start, pair, range(least, greatest + 1, multiple))
     return first, pair - first
 
 
-def _fewest_that_take_longer(cards: tuple[Card, Card], start: int, pair: int, blocks: range, block_size: int) -> int:
-    """Index of the fewest blocks with which the first chunk takes as long as the second; the last one if none do."""
-    low, high = 0, len(blocks) - 1
+def _fewest_that_take_longer(cards: tuple[Card, Card], start: int, pair: int, firsts: range) -> int:
+    """The fewest tokens with which the first chunk takes as long as the second; the most of them if none do."""
+    low, high = 0, len(firsts) - 1
     while low < high:
         middle = (low + high) // 2
-        if _takes_longer(cards, start, blocks[middle] * block_size, pair):
+        if _takes_longer(cards, start, firsts[middle], pair):
             high = middle
         else:
             low = middle + 1
-    return low
+    return firsts[low]
 
 
 def _takes_longer(cards: tuple[Card, Card], start: int, first: int, pair: int) -> bool:

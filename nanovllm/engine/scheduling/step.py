@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,13 +17,16 @@ MAX_CHUNKS = 32
 
 BlockPair = tuple[int, int]
 """A block of the pool where a chunk is computed, and the block of the other card's pool that its KV goes to."""
+BlockPart = tuple[int, int, int, int]
+"""A `BlockPair`, and the places in the block, from the first to before the last, of the tokens whose KV goes there."""
 
 
 @dataclass(frozen=True)
 class PrefillChunk:
     """Tokens [start, end) of a request to run through the model; `is_last` samples a token after them.
 
-    `handoff` lists the blocks whose KV is ready to cross to the other pool once this chunk has run.
+    `handoff` lists the blocks whose KV is ready to cross to the other pool once this chunk has run, of the tokens of
+    `handoff_tokens`.
     """
 
     seq: Sequence
@@ -33,6 +37,7 @@ class PrefillChunk:
     end: int
     is_last: bool
     handoff: tuple[BlockPair, ...]
+    handoff_tokens: range = range(0)
     num_known_logprobs: int = 0
     """Prompt tokens of the request whose log-probabilities had been taken in when the chunk was formed."""
     number: int = 0
@@ -48,6 +53,16 @@ class PrefillChunk:
     def handoff_target(self) -> Card:
         """The card whose pool its blocks are handed to; of a shared prompt, the one that computes the other chunks."""
         return self.lease.card_beside(self.allocation.card)
+
+    def handoff_parts(self, block_size: int) -> list[BlockPart]:
+        """`handoff`, with the places of its tokens in blocks of this size."""
+        tokens, first_block = self.handoff_tokens, self.handoff_tokens.start // block_size
+        return [
+            (source, target, max(tokens.start - begin, 0), min(tokens.stop - begin, block_size))
+            for begin, (source, target) in zip(
+                itertools.count(first_block * block_size, block_size), self.handoff, strict=False
+            )
+        ]
 
     @property
     def logprob_positions(self) -> range:

@@ -134,7 +134,7 @@ class StepTimeModel:
         """Predicted and seen seconds of the last steps."""
 
     def observe(self, size: StepSize, seconds: float) -> None:
-        """A step took so long, from the end of the one before it, behind which it was queued. Takes microseconds."""
+        """A step took so long on the device. Takes microseconds."""
         if seconds < MIN_STEP_S:
             return
         features = self._features(size.num_tokens, size.context, size.num_pairs)
