@@ -4,6 +4,8 @@ Modes:
 
 - `single`: one engine on one device;
 - `pd`: one engine on two devices, prefill on one and decode on the other;
+- `elastic`: one engine on two devices, each of which does both, and which compute long prompts together;
+- `tp2`: one engine on two devices, tensor parallel;
 - `dp2`: two engines on two devices in two processes, which get the requests in turn.
 
 Arrivals are Poisson at each `--rate` for `--duration` seconds, lengths are drawn from a workload:
@@ -19,8 +21,9 @@ beginnings. Then the prefix cache is on, and the share of prompt tokens that it 
 room for a token in `--max-model-len` is left out, and an answer ends where that is full; how many is said.
 
 TTFT runs from the moment a request was due, whether or not the engine was ready to take it. ITL is every gap between
-two tokens of a request, the first one included; TPOT a request's mean gap. A request is good if its TTFT and 99 of a
-hundred of its gaps are within the limits; goodput is how many of those there are per second. The saturated throughput
+two tokens of a request, the first one included; TPOT a request's mean gap. A request is good if its TTFT is within the
+limit, and its gaps, but for one in a hundred (or one), none of which is three times as long; goodput is how many of
+those there are per second. The saturated throughput
 is what comes out while requests keep arriving, the first tenth of that time left out: to measure it, pick a rate
 beyond what the engine can serve, or `--streams`.
 """
@@ -200,7 +203,7 @@ def print_meters(summary: dict[str, Any]) -> None:
 
 def read_options() -> argparse.Namespace:
     parser = new_parser(__doc__)
-    add_service(parser, ("single", "pd", "elastic", "dp2"))
+    add_service(parser, ("single", "pd", "elastic", "tp2", "dp2"))
     parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics there; not of mode dp2")
     args = parse_service_args(parser)
     if args.metrics_port is not None and args.mode == "dp2":

@@ -68,11 +68,8 @@ def measure(llm: LLM, length: int, repeats: int, vocab_size: int) -> dict[str, A
 @ends_with_message()
 def main() -> None:
     args = read_options()
-    options = engine_options(args)
-    if args.mode == "tp2":
-        options["tensor_parallel_size"] = 2
     with LLM(
-        **options,
+        **engine_options(args),
         enable_prefix_caching=False,
         max_model_len=max(args.lengths) + MAX_TOKENS,
         max_num_batched_tokens=args.max_num_batched_tokens,

@@ -78,8 +78,13 @@ def test_latencies_count_from_the_moment_a_request_was_due(online_load, loads):
     # Requests were due until 4.0; three tokens came between 0.4 and then.
     assert summary["saturated_tokens_per_s"] == pytest.approx(3 / 3.6)
     assert summary["goodput_per_s"] == pytest.approx(1 / 6.0)
-    assert not quick.is_good(0.6, 0.7)
+    assert quick.is_good(0.6, 0.7), "one gap may be longer"
+    assert not quick.is_good(0.6, 0.1), "two may not"
+    assert not quick.is_good(0.6, 0.25), "nor one that is three times as long"
     assert not quick.is_good(0.4, 0.9)
+    steady = loads.Request(0.0, [1], params, token_times_s=[0.1 * number for number in range(250)] + [26.0, 28.0])
+    assert steady.is_good(0.6, 1.5), "of 251 gaps two"
+    assert not steady.is_good(0.6, 0.6), "and one of these is three times as long"
     assert not failed.is_good(100.0, 100.0)
 
 

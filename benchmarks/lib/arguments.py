@@ -107,7 +107,7 @@ def add_mode(parser: argparse.ArgumentParser, default: str, modes: Sequence[str]
         "--mode",
         choices=modes,
         default=default,
-        help="one device (single), prefill and decode on two (pd), both on each of two (elastic)",
+        help="one device (single), prefill and decode on two (pd), both on each of two (elastic), tensor parallel (tp2)",
     )
     parser.add_argument("--kv-handoff", choices=KV_HANDOFFS, help="of mode pd, auto if not given")
     parser.add_argument("--decode-pipeline", choices=DECODE_PIPELINES, help="of mode pd, no pipeline if not given")
@@ -160,6 +160,8 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     options = {**model_options(args), "device": args.device, "num_kvcache_blocks": args.num_kvcache_blocks}
     if args.mode == "elastic":
         return options | {"enable_two_gpu_pd": True, "card_roles": "elastic"}
+    if args.mode == "tp2":
+        return options | {"tensor_parallel_size": 2}
     if args.mode != "pd":
         return options
     options |= {"enable_two_gpu_pd": True, "kv_handoff": args.kv_handoff or "auto"}
