@@ -107,7 +107,7 @@ def add_mode(parser: argparse.ArgumentParser, default: str, modes: Sequence[str]
         "--mode",
         choices=modes,
         default=default,
-        help="one device (single), prefill and decode on two (pd), both on each of two (elastic), tensor parallel (tp2)",
+        help="one device (single), prefill and decode on two (pd), both on each (elastic), tensor parallel (tp2)",
     )
     parser.add_argument("--kv-handoff", choices=KV_HANDOFFS, help="of mode pd, auto if not given")
     parser.add_argument("--decode-pipeline", choices=DECODE_PIPELINES, help="of mode pd, no pipeline if not given")
