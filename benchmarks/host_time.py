@@ -42,6 +42,7 @@ class InstantHandle:
 
     stream = None
     event = DoneEvent()
+    ran_in_launch = True
 
     def __init__(self, tokens: StepTokens) -> None:
         self._tokens = tokens

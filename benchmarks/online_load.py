@@ -15,6 +15,8 @@ Arrivals are Poisson at each `--rate` for `--duration` seconds, lengths are draw
 - `reason`: 128 to 1,024 in, 1,024 to 3,072 out.
 
 With `--streams`, so many requests of the workload are under way at a time, each due as soon as one before it has ended.
+With `--drift`, loads follow each other, each at a rate of its own; a line for each says how many of its requests were
+good, and how long they waited for their first token, in all and within ten seconds after the change.
 Or both come from `--trace`, a file of JSON lines with `timestamp` (ms), `input_length`, `output_length` and perhaps
 `hash_ids`: one for each 512 tokens of a prompt, equal where these tokens are equal, so that prompts share their
 beginnings. Then the prefix cache is on, and the share of prompt tokens that it held is shown. A prompt that leaves no
@@ -23,9 +25,8 @@ room for a token in `--max-model-len` is left out, and an answer ends where that
 TTFT runs from the moment a request was due, whether or not the engine was ready to take it. ITL is every gap between
 two tokens of a request, the first one included; TPOT a request's mean gap. A request is good if its TTFT is within the
 limit, and its gaps, but for one in a hundred (or one), none of which is three times as long; goodput is how many of
-those there are per second. The saturated throughput
-is what comes out while requests keep arriving, the first tenth of that time left out: to measure it, pick a rate
-beyond what the engine can serve, or `--streams`.
+those there are per second. The saturated throughput is what comes out while requests keep arriving, the first tenth of
+that time left out: to measure it, pick a rate beyond what the engine can serve, or `--streams`.
 """
 
 from __future__ import annotations
@@ -237,7 +238,7 @@ def main() -> None:
                 results = [engine.serve(engine.load(rate)) for rate in args.rate]
     loads = []
     for rate, served in zip(args.rate, results, strict=True):
-        summary = summarize(served.requests, args.ttft_limit_ms / 1e3, args.itl_limit_ms / 1e3)
+        summary = summarize(args, served.requests)
         summary |= {"rate": rate, "busy_share": served.busy_share, "idle_share": served.idle_share}
         summary |= {"handoff": served.handoff, "prefix_cache": with_hit_rate(served.prefix_cache)}
         summary |= {"step_time": served.step_time, "chunks": served.chunks}

@@ -144,7 +144,7 @@ class Service:
         requests, told = self._serve(load) if args.streams is None else self._serve_streams()
         cpu_after, after = self._server.cpu_s(), self._server.metrics()
         errors = self._check(requests)
-        summary = summarize(requests, args.ttft_limit_ms / 1e3, args.itl_limit_ms / 1e3)
+        summary = summarize(args, requests)
         cpu_s = {name: cpu_after[name] - cpu_before[name] for name in cpu_after} | {"clients": told.cpu_s}
         num_events = sum(len(request.token_times_s) for request in requests if request.error is None)
         return summary | {

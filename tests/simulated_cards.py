@@ -104,10 +104,10 @@ class TwoCards(SimulatedRequests):
         arrives_s = self.stored_s.get(step.waits_for)
         for layer in range(NUM_LAYERS):
             moment += STORED_SHARE * layer_s
-            stored_s[layer] = moment + PUSH_S
             if arrives_s is not None and arrives_s[layer] > moment:
                 waited_s += arrives_s[layer] - moment
                 moment = float(arrives_s[layer])
+            stored_s[layer] = moment + PUSH_S  # the push waits for the flag, too
             moment += (1 - STORED_SHARE) * layer_s
         self.free_s[card] = moment
         if step.number:

@@ -38,6 +38,20 @@ def online_load():
 
 
 @pytest.fixture
+def online():
+    from lib import online
+
+    return online
+
+
+@pytest.fixture
+def drift():
+    from lib import drift
+
+    return drift
+
+
+@pytest.fixture
 def traces():
     from lib import traces
 
@@ -63,12 +77,12 @@ def test_lengths_of_workloads(loads):
     assert max(map(max, (request.prompt for request in load))) == 98
 
 
-def test_latencies_count_from_the_moment_a_request_was_due(online_load, loads):
+def test_latencies_count_from_the_moment_a_request_was_due(online, loads):
     params = SamplingParams()
     quick = loads.Request(1.0, [1, 2], params, token_times_s=[1.5, 1.7, 2.5])
     late = loads.Request(2.0, [1], params, token_times_s=[6.0])
     failed = loads.Request(4.0, [1], params, error=ValueError("injected"))
-    summary = online_load.summarize([quick, late, failed], ttft_limit_s=0.6, itl_limit_s=0.9)
+    summary = online.summarize_requests([quick, late, failed], ttft_limit_s=0.6, itl_limit_s=0.9)
     assert (summary["num_requests"], summary["num_failed"]) == (3, 1)
     assert (summary["input_tokens"], summary["output_tokens"], summary["seconds"]) == (4, 4, 6.0)
     assert summary["ttft_ms"]["max"] == 4000.0
@@ -170,6 +184,61 @@ def test_the_prefix_cache_hits_where_hash_ids_repeat(mode, tmp_path):
     assert load["trace"] == {"num_left_out": 1, "num_cut": 0}
     assert "1 prompts left out and 0 answers cut" in run.stdout
     assert f"{sum(hits)} of {sum(lengths)} tokens" in run.stdout
+
+
+def test_loads_follow_each_other_each_at_its_rate(drift, tmp_path):
+    path = write_trace(tmp_path / "steady.jsonl", [(500 * number, 40, 3) for number in range(400)])
+    phases = [drift.parse_phase("chat:20"), drift.parse_phase(f"{path}:5")]
+    requests = drift.drift_load(phases, 30.0, vocab_size=99, longest=2048, seed=1)
+    first, second = ([r for r in requests if low <= r.due_s < low + 30.0] for low in (0.0, 30.0))
+    assert len(first) + len(second) == len(requests)
+    assert len(first) == pytest.approx(600, rel=0.15)
+    assert len(second) == 150
+    assert [request.due_s for request in second] == pytest.approx([30.0 + 0.2 * number for number in range(150)])
+    assert {len(request.prompt) for request in second} == {40}
+
+
+def test_each_load_is_summarized_and_its_beginning_apart(drift, loads):
+    params = SamplingParams()
+    phases = [drift.Phase("chat", 1.0), drift.Phase("rag", 1.0)]
+    due_and_ttft_s = [(0.0, 0.1), (19.0, 0.2), (20.0, 0.9), (31.0, 0.3), (41.0, 0.4)]
+    requests = [loads.Request(due, [1], params, token_times_s=[due + ttft]) for due, ttft in due_and_ttft_s]
+    first, second = drift.summarize_phases(phases, requests, 20.0, 0.6, 0.1)
+    assert (first["num_requests"], first["num_good"], first["ttft_ms"]["max"]) == (2, 2, pytest.approx(200))
+    assert (second["load"], second["num_requests"], second["num_good"]) == ("rag", 3, 2)
+    assert second["ttft_after_change_ms"]["p99"] == pytest.approx(900)
+    assert second["ttft_later_ms"]["p99"] == pytest.approx(400)
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        ("chat", "'chat' is not LOAD:RATE"),
+        ("chat:0", "the rate must be above 0"),
+        ("chat:many", "could not convert"),
+        ("gossip:3", "no workload (chat, rag, reason) and no file of that name"),
+    ],
+)
+def test_a_load_that_is_none_is_refused(load, message):
+    run = run_on_cpu("online_load.py", "--drift", "chat:3", load)
+    assert run.returncode == 2
+    assert message in run.stderr
+
+
+def test_drift_excludes_other_loads():
+    run = run_on_cpu("online_load.py", "--drift", "chat:3", "--rate", "2")
+    assert run.returncode == 2
+    assert "--drift excludes --rate" in run.stderr
+
+
+@pytest.mark.slow
+def test_a_drift_is_served(tmp_path):
+    run = run_on_cpu("online_load.py", "--drift", "chat:4", "chat:8", "--duration", "2", "--max-model-len", "128")
+    assert run.returncode == 0, run.stderr
+    (load,) = json.loads(run.stdout.splitlines()[-1])["loads"]
+    assert [phase["rate"] for phase in load["phases"]] == [4, 8]
+    assert sum(phase["num_requests"] for phase in load["phases"]) == load["num_requests"]
+    assert "soon p99" in run.stdout
 
 
 def test_a_speed_without_a_trace_is_refused():

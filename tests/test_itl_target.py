@@ -343,6 +343,7 @@ def test_a_step_whose_time_includes_its_launch_is_not_observed(tiny_path, monkey
             del found[:]
             assert launch_decode(llm)
             (work,) = llm._loop._steps
+            work.handle.ran_in_launch = False
             moments = work.launched_s + began_s, work.launched_s + began_s + 0.5
             monkeypatch.setattr(StepHandle, "moments", lambda handle, moments=moments: moments)
             llm._loop.collect_steps()

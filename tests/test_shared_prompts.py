@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, ConfigError, SamplingParams
+from nanovllm.engine import scheduler as scheduler_module
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.execution import layer_exchange
 from nanovllm.engine.execution.layer_exchange import LayerArrivals
@@ -36,6 +37,7 @@ def make(path: str, **options) -> LLM:
     """An engine that shares prompts of 30 tokens, in which no KV is there that was not stored or pushed."""
     llm = LLM(path, **{**ELASTIC, **options})
     llm.scheduler.placement.least_shared_tokens = 30
+    llm.scheduler.placement.most_other_prompts = 1000
     for runner in (llm.prefill_runner, llm.decode_runner):
         with runner.on(runner.stream):
             runner.kv_pool[:-1] = float("nan")
@@ -45,6 +47,12 @@ def make(path: str, **options) -> LLM:
 @pytest.fixture(autouse=True)
 def short_pairs(monkeypatch):
     monkeypatch.setattr(shared_prompt, "LEAST_PAIR_TOKENS", 17)
+
+
+@pytest.fixture(autouse=True)
+def short_parts_of_blocks(monkeypatch):
+    """Chunks end within the tests' short blocks, as they do within long ones."""
+    monkeypatch.setattr(scheduler_module, "TOKEN_MULTIPLE", 4)
 
 
 def assert_whole(llm: LLM) -> None:
@@ -468,13 +476,14 @@ def test_what_a_card_has_wrong_of_large_steps_does_not_tip_a_pair():
     assert even[0] == pytest.approx(0.53 * 6000, rel=0.05)
 
 
+@pytest.mark.parametrize("block_size", [4, 8])
 @pytest.mark.parametrize("seed", range(12))
-def test_steps_wait_only_for_steps_that_were_launched_before(seed):
+def test_steps_wait_only_for_steps_that_were_launched_before(seed, block_size):
     """The scheduler alone, under random ends, failures and aborts: no two steps can wait for each other."""
     rng = random.Random(seed)
-    both = [Card(f"cpu:{index}", "", BlockManager(40, 4), 24) for index in range(2)]
+    both = [Card(f"cpu:{index}", "", BlockManager(160 // block_size, block_size), 24) for index in range(2)]
     placement = ElasticPlacement(*both, can_share=True)
-    placement.least_shared_tokens = 9
+    placement.least_shared_tokens, placement.most_other_prompts = 9, 1000
     limits = SchedulerLimits(prefill_chunk_tokens=12, max_num_seqs=6, max_handoff_backlog=4)
     scheduler = Scheduler(limits, placement)
     steps: dict[Card, list[Step]] = {card: [] for card in both}
@@ -514,6 +523,7 @@ def test_steps_wait_only_for_steps_that_were_launched_before(seed):
                 assert chunk.waits_for in launched, "it waits for a chunk that was launched before"
                 assert chunk.allocation.card is card
                 assert chunk.end % 4 == 0 or chunk.is_last
+                assert chunk.num_tokens > 1 or chunk.start % block_size == 0, "it clears what follows in its block"
                 for _, target in chunk.handoff:
                     assert chunk.handoff_target.block_manager._ref_counts[target] == 1, "others hold it"
             launched |= {chunk.number for chunk in step.shared_chunks}
@@ -720,7 +730,7 @@ def test_blocks_larger_than_a_streamed_step_are_not_shared(tiny_path, caplog):
 ENGINES = [
     {},
     {"max_num_batched_tokens": 64, "prefill_chunk_tokens": 32},
-    {"max_num_batched_tokens": 16, "prefill_chunk_tokens": 16},
+    {"max_num_batched_tokens": 18, "prefill_chunk_tokens": 18},
     {"max_num_batched_tokens": 64, "prefill_chunk_tokens": 32, "num_kvcache_blocks": 14},
     {"verify_kv_handoff": True, "prefill_chunk_tokens": 48},
     {"itl_target_ms": 1e-3, "num_kvcache_blocks": 20},

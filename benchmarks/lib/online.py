@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.arguments import add_mode, add_model, add_prefill_chunk_tokens, engine_options, parse_args
+from lib.drift import Phase, drift_load, parse_phase, print_phases, summarize_phases
 from lib.loads import WORKLOADS, Request, make_load, make_streams
 from lib.report import QUANTILES, quantiles_ms
 from lib.traces import Trace, read_trace
@@ -29,6 +30,12 @@ def add_service(parser: argparse.ArgumentParser, modes: Sequence[str]) -> None:
         type=int,
         help="so many requests under way at a time instead of a rate: the next as soon as one ends",
     )
+    parser.add_argument(
+        "--drift",
+        nargs="+",
+        metavar="LOAD:RATE",
+        help="loads that follow each other, each for --duration: workloads or files of traces, with their rates",
+    )
     parser.add_argument("--duration", type=float, default=30.0, help="seconds in which requests arrive")
     parser.add_argument("--ttft-limit-ms", type=float, default=600.0, help="of a good request")
     parser.add_argument("--itl-limit-ms", type=float, default=10.0, help="of a good request")
@@ -46,6 +53,8 @@ def parse_service_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
         parser.error("--trace excludes --rate and --workload: a trace has its own arrivals and lengths")
     if args.speed is not None and not args.trace:
         parser.error("--speed is of a trace; without one, use --rate")
+    if args.drift and (args.trace or args.rate or args.workload or args.streams is not None):
+        parser.error("--drift excludes --rate, --workload, --trace and --streams: it has loads of its own")
     if args.streams is not None and (args.trace or args.rate):
         parser.error("--streams excludes --rate and --trace: a request is due as soon as one has ended")
     if args.streams is not None and (args.streams < 1 or args.mode == "dp2"):
@@ -63,6 +72,13 @@ def _check_load(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if args.streams is not None:
         args.rate = [0.0]  # whatever is served
         return
+    if args.drift:
+        args.rate = [0.0]  # each load has its own
+        try:
+            drift_load(phases_of(args), args.duration, 2, args.max_model_len, args.seed)
+        except ValueError as error:
+            parser.error(f"--drift {error}")
+        return
     if args.trace:
         args.rate = [0.0]  # the trace's own
         if not Path(args.trace).is_file():
@@ -76,6 +92,15 @@ def _check_load(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     for rate in args.rate:
         if not make_load(args.workload, rate, args.duration, 1, 2, args.seed):
             parser.error(f"no request arrives in {args.duration:g} s at {rate:g} requests/s; raise one of them")
+
+
+def phases_of(args: argparse.Namespace) -> list[Phase]:
+    """The loads of `--drift`.
+
+    Raises:
+        ValueError: one of them is not written as it should be.
+    """
+    return [parse_phase(text) for text in args.drift or ()]
 
 
 def trace_of(args: argparse.Namespace) -> Trace | None:
@@ -97,9 +122,11 @@ def warm_up_load(args: argparse.Namespace, vocab_size: int) -> list[Request]:
 
 
 def load_of(args: argparse.Namespace, trace: Trace | None, rate: float, vocab_size: int) -> list[Request]:
-    """The requests of a trace, or those that come at this rate."""
+    """The requests of a trace, of `--drift`, or those that come at this rate."""
     if trace is not None:
         return trace.requests(vocab_size, args.seed)
+    if args.drift:
+        return drift_load(phases_of(args), args.duration, vocab_size, args.max_model_len, args.seed)
     return make_load(args.workload, rate, args.duration, vocab_size, args.max_model_len, args.seed)
 
 
@@ -108,7 +135,14 @@ def streams_of(args: argparse.Namespace, vocab_size: int) -> list[list[Request]]
     return make_streams(args.workload, args.streams, vocab_size, args.max_model_len, args.seed)
 
 
-def summarize(requests: Sequence[Request], ttft_limit_s: float, itl_limit_s: float) -> dict[str, Any]:
+def summarize(args: argparse.Namespace, requests: Sequence[Request]) -> dict[str, Any]:
+    """`summarize_requests` within the limits that were asked for, and each load of `--drift`."""
+    limits_s = args.ttft_limit_ms / 1e3, args.itl_limit_ms / 1e3
+    phases = summarize_phases(phases_of(args), requests, args.duration, *limits_s)
+    return {**summarize_requests(requests, *limits_s), "phases": phases}
+
+
+def summarize_requests(requests: Sequence[Request], ttft_limit_s: float, itl_limit_s: float) -> dict[str, Any]:
     """Latencies in ms and throughput of requests that have been served, in the order in which they were due."""
     answered = [request for request in requests if request.error is None]
     all_times = sorted(time_s for request in answered for time_s in request.token_times_s)
@@ -149,6 +183,8 @@ def print_served(args: argparse.Namespace, summary: dict[str, Any]) -> None:
     source = f"{args.workload}, {summary['rate']:g} requests/s"
     if args.streams is not None:
         source = f"{args.workload}, {args.streams} streams"
+    if args.drift:
+        source = f"{', '.join(args.drift)}, {args.duration:g} s each"
     print(f"{args.mode}, {args.model or args.model_shape}, {args.trace or source}")
     print(f"requests             {summary['num_requests']}, failed {summary['num_failed']}")
     if missing := summary["trace"]:
@@ -176,3 +212,5 @@ def print_latencies(summary: dict[str, Any]) -> None:
             f"{name[:-3].upper().replace('_', ' '):<10}"
             + "".join(f"{summary[name][quantile]:10.1f}" for quantile in QUANTILES)
         )
+    if summary["phases"]:
+        print_phases(summary["phases"])

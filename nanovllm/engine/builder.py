@@ -380,8 +380,8 @@ def reason_not_to_share(config: EngineConfig, spec: RunnerSpec, devices: tuple[D
     if first.is_cuda and not (peer_access(first, second) and peer_access(second, first)):
         return f"{first} and {second} have no peer access"
     chunk_tokens = min(config.prefill_chunk_tokens, config.max_num_batched_tokens, MAX_STREAMED_PREFILL_TOKENS)
-    if chunk_tokens < spec.attention.block_size:
-        return f"chunks of {chunk_tokens} tokens are less than a block of {spec.attention.block_size}"
+    if chunk_tokens <= spec.attention.block_size:
+        return f"chunks of {chunk_tokens} tokens are no more than a block of {spec.attention.block_size}"
     return None
 
 

@@ -220,8 +220,8 @@ class Loop:
         began_s, ended_s = work.handle.moments()
         self._steps.remove(work, ended_s)
         self._observer.step_ended(work, tokens.waits)
-        # Else the time includes that of its launch. A CPU runs a step within its launch.
-        if work.launched_s <= began_s or ended_s <= work.launched_s:
+        # Else the time includes that of its launch.
+        if work.launched_s <= began_s or work.handle.ran_in_launch:
             # The time for which it has waited for another card is not the step's.
             self._scheduler.step_took(step, ended_s - began_s - tokens.waits.waited_s)
         self._listeners.step_ended(work)

@@ -77,7 +77,7 @@ class Observer:
         self._busy_s = {card.name: {"prefill": 0.0, "decode": 0.0, "mixed": 0.0} for card in scheduler.cards}
         self._last_end_s = {card.name: 0.0 for card in scheduler.cards}
         self._sent_bytes: Counter[str] = Counter()
-        """Blocks that have arrived, by link."""
+        """Bytes of KV that have arrived, by link."""
         self._num_recoveries = 0
         self._prefill_is_out = False
 

@@ -10,14 +10,14 @@ import bisect
 import functools
 import logging
 from collections import Counter, abc
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.chunk_room import LEAST_TOKENS, MOST_PASSED_BY, ChunkRoom, Demand
 from nanovllm.engine.scheduling.decode_batch import NO_DECODE_ROWS, DecodeRow, DecodeRows
 from nanovllm.engine.scheduling.decode_set import LOOK_AHEAD_STEPS, DecodeSet
 from nanovllm.engine.scheduling.lease import Allocation, Lease
-from nanovllm.engine.scheduling.placement import Placement, Places
+from nanovllm.engine.scheduling.placement import OtherPrompts, Placement, Places
 from nanovllm.engine.scheduling.shared_prompt import SharedPrompt
 from nanovllm.engine.scheduling.step import MAX_CHUNKS, BlockPair, PrefillChunk, Step
 from nanovllm.engine.scheduling.step_time import TOKEN_MULTIPLE, StepSize
@@ -425,11 +425,11 @@ class Scheduler:
         most = min(self._prefill_token_budget(card), self._prefill_token_budget(partner))
         if num_left > multiple + 1:  # else it is cut nowhere
             most = min(most, lease.shared.planned_tokens((card, partner), start, num_left, most, multiple))
-        most = min(most, num_left)
-        demand = Demand(most, 0, num_left, multiple)
-        if any(map(lease.shared.has_in_flight, self.cards)):
-            return demand
-        return replace(demand, least=demand.rounded(min(max(LEAST_TOKENS, multiple), most)))
+        rest = Demand(min(most, num_left), 0, num_left, multiple)
+        most, least = rest.rounded(rest.num_tokens), 0
+        if not any(map(lease.shared.has_in_flight, self.cards)):
+            least = rest.rounded(min(max(LEAST_TOKENS, multiple + 1), most))
+        return Demand(most, least, num_left, multiple)
 
     def _prefill_token_budget(self, card: Card) -> int:
         """Maximum number of prompt tokens in the card's next step."""
@@ -451,7 +451,7 @@ class Scheduler:
         sizes = self._sizes_ahead() if self._waiting else {}
         while self._waiting:
             seq = self._waiting[0]
-            places = self.placement.places_of(seq, sizes)
+            places = self.placement.places_of(seq, sizes, self._other_prompts())
             if not self._may_admit(seq, places, sizes):
                 return
             decode_card = places.decode
@@ -468,6 +468,18 @@ class Scheduler:
                     yield seq
             else:
                 return
+
+    def _other_prompts(self) -> OtherPrompts:
+        """The prompts beside that of the first request in the queue."""
+        number, tokens_left = len(self._waiting) - 1, dict.fromkeys(self.cards, 0.0)
+        for seq in self._prefilling:
+            lease = seq.lease
+            if lease is not None and _has_tokens_to_prefill(seq):
+                number += 1
+                cards = [lease.prefill.card] if lease.shared is None else self.cards
+                for card in cards:
+                    tokens_left[card] += seq.num_tokens_to_prefill / len(cards)
+        return OtherPrompts(number, tokens_left)
 
     def _may_admit(self, seq: Sequence, places: Places, sizes: abc.Mapping[Card, StepSize]) -> bool:
         num_leases = len(self._running) + sum(not lease.stuck for lease in self._draining_leases)
@@ -576,7 +588,7 @@ class Scheduler:
         self.hold(lease)
         is_last = end == seq.num_tokens
         if is_last and lease.shared is not None and lease.decode.card is not card:
-            self._decode_here(lease, card)
+            self._decode_here(seq, lease, card)
         handoff, handoff_tokens = self._handoff(seq, lease, card, end, is_last)
         number = waits_for = 0
         if lease.shared is not None:
@@ -590,11 +602,22 @@ class Scheduler:
             seq, lease, allocation, start, end, is_last, handoff, handoff_tokens, num_known, number, waits_for
         )
 
-    def _decode_here(self, lease: Lease, card: Card) -> None:
-        """Has a request decode where its last chunk runs, if the other card would then not have less to do: there it
-        joins the next step, while the other would have to wait for the end of this one, and of its own."""
-        sizes = self._sizes_ahead()
-        if sizes[card].context <= sizes[lease.decode.card].context:
+    def _decode_here(self, seq: Sequence, lease: Lease, card: Card) -> None:
+        """Has a request decode where its last chunk runs: it joins the next step there, while the other card would have
+        to wait for the end of this step and of its own.
+
+        Unless that card has more context to decode than the other one with the request, has no time for it or no block.
+        """
+        sizes, target_s = self._sizes_ahead(), self.limits.itl_target_s
+        size = sizes[card].with_row(seq.num_tokens_ahead(LOOK_AHEAD_STEPS))
+        if sizes[card].context > sizes[lease.decode.card].context:
+            return
+        if target_s is not None and size.num_tokens > 1 and card.step_time.may_exceed(target_s, size):
+            return
+        here, block_manager = lease.allocation_on(card), card.block_manager
+        num_missing = max(self._lease_blocks(seq, card) - len(here.blocks), 0)
+        if block_manager.can_allocate((), num_missing):
+            here.blocks += block_manager.allocate((), num_missing)
             lease.prefill, lease.decode = lease.decode, lease.prefill
 
     def _handoff(

@@ -26,14 +26,15 @@ OPTIONS = {
     "dtype": "float32",
     "enable_two_gpu_pd": True,
     "card_roles": "elastic",
-    "kvcache_block_size": 16,
-    "num_kvcache_blocks": 2000,
+    "kvcache_block_size": 64,
+    "num_kvcache_blocks": 500,
 }
 MODES = {
     "graphs": {},
     "eager": {"enforce_eager": True},
-    "small chunks": {"max_num_batched_tokens": 96, "prefill_chunk_tokens": 48},
-    "preempted": {"num_kvcache_blocks": 40, "max_num_batched_tokens": 96, "prefill_chunk_tokens": 48},
+    "small chunks": {"max_num_batched_tokens": 96, "prefill_chunk_tokens": 80},
+    "small blocks": {"max_num_batched_tokens": 96, "prefill_chunk_tokens": 48, "kvcache_block_size": 16},
+    "preempted": {"num_kvcache_blocks": 10, "max_num_batched_tokens": 96, "prefill_chunk_tokens": 80},
     "reversed": {"prefill_device_id": 1, "decode_device_id": 0},
     "verified": {"verify_kv_handoff": True},
     "without prefix cache": {"enable_prefix_caching": False},
@@ -58,6 +59,7 @@ def make(path: str, **options) -> LLM:
     """An engine that shares prompts of 48 tokens, in which no KV is there that was not stored or pushed."""
     llm = LLM(path, **{**OPTIONS, **options})
     llm.scheduler.placement.least_shared_tokens = 48
+    llm.scheduler.placement.most_other_prompts = 1000
     for runner in (llm.prefill_runner, llm.decode_runner):
         with runner.on(runner.stream):
             runner.kv_pool[:-1] = float("nan")
@@ -229,7 +231,7 @@ def test_thousands_of_requests_leave_both_pools_whole(tiny_on_disk):
     rng = random.Random(5)
     prompts = tiny.random_prompts(60, seed=43, longest=300)
     expected = [tiny.reference_tokens(reference, prompt, 16) for prompt in prompts]
-    with make(path, num_kvcache_blocks=200, max_num_seqs=24, prefill_chunk_tokens=64) as llm:
+    with make(path, num_kvcache_blocks=50, max_num_seqs=24, prefill_chunk_tokens=80) as llm:
         of, outputs, aborted = {}, {}, set()
         while len(of) < 2000 or not llm.is_finished():
             for _ in range(rng.choice([0, 0, 1, 4])):
@@ -253,10 +255,11 @@ def test_thousands_of_requests_leave_both_pools_whole(tiny_on_disk):
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
 def test_demo_answers_in_bfloat16_equal_the_written_ones(monkeypatch, eager):
-    options = {**OPTIONS, "dtype": "bfloat16", "num_kvcache_blocks": 4000}
+    options = {**OPTIONS, "dtype": "bfloat16", "num_kvcache_blocks": 1000}
     conversations = [[{"role": "user", "content": pair["question"]}] for pair in QUESTIONS]
     with LLM(DEMO_MODEL_PATH, **options, enforce_eager=eager, enable_prefix_caching=False) as llm:
         llm.scheduler.placement.least_shared_tokens = 17
+        llm.scheduler.placement.most_other_prompts = 1000
         monkeypatch.setattr(shared_prompt, "LEAST_PAIR_TOKENS", 17)
         answers = llm.chat(conversations, SamplingParams(temperature=0, max_tokens=512), use_tqdm=False)
         assert num_shared(llm) > 300

@@ -64,6 +64,8 @@ class StepHandle:
         report: Callable[[], WaitReport] | None = None,
     ) -> None:
         self._device = device
+        self.ran_in_launch = not device.is_cuda
+        """Whether the step had ended when its launch returned."""
         self._report = report
         self.stream = stream
         self._host = [None if part is None else _to_host(part, device) for part in sampled]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.lease import Lease
@@ -13,6 +13,24 @@ from nanovllm.engine.sequence import Sequence
 
 LEAST_SHARED_TOKENS = 1024
 """Prompts that have fewer tokens to compute run on one card: two chunks would take as long together."""
+
+
+MOST_OTHER_PROMPTS = 2
+"""A prompt is shared beside at most so many others that are not computed to the end. With more, both cards have enough
+to do, and a prompt that is not shared is computed in fewer, larger chunks."""
+
+
+@dataclass(frozen=True)
+class OtherPrompts:
+    """The prompts beside one that is to be placed.
+
+    Attributes:
+        number: requests that wait, or whose prompts are not computed to the end.
+        tokens_left: prompt tokens that each card is to compute; half of those of a shared prompt. 0 where not given.
+    """
+
+    number: int = 0
+    tokens_left: Mapping[Card, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,12 +59,14 @@ class Placement:
         cards: all of them, in the order in which they are given work.
         shares_prompts: whether two cards may compute one prompt.
         least_shared_tokens: minimum number of tokens to compute of a prompt that two cards share.
+        most_other_prompts: maximum number of others beside it.
     """
 
     shares_prompts = False
 
     def __init__(self, prefill_card: Card, decode_card: Card) -> None:
         self.least_shared_tokens = LEAST_SHARED_TOKENS
+        self.most_other_prompts = MOST_OTHER_PROMPTS
         self.prefill_card = prefill_card
         self.decode_card = decode_card
         self.cards = list(dict.fromkeys((decode_card, prefill_card)))
@@ -55,12 +75,13 @@ class Placement:
         """Whether requests decode on the card."""
         return card is self.decode_card
 
-    def places_of(self, seq: Sequence, sizes: Mapping[Card, StepSize]) -> Places:
+    def places_of(self, seq: Sequence, sizes: Mapping[Card, StepSize], others: OtherPrompts) -> Places:
         """Where a request that gets its lease now runs.
 
         Args:
             seq: the request.
             sizes: what each card's decode steps will come to with the requests that have a lease.
+            others: the other requests' prompts.
         """
         card, now = self.prefill_card, time.monotonic()
         is_left_out = card.breaker.is_open and not card.breaker.allows_trial(now)
@@ -102,9 +123,10 @@ class Placement:
 class ElasticPlacement(Placement):
     """Both cards prefill and decode. Long prompts are shared: the cards compute their chunks in turns.
 
-    A request decodes on the card with less context, and a prompt that is not shared is computed there: one that is
-    short, has failed once, reports log-probabilities, or is too long for one of the pools; and every prompt while too
-    many shared ones fail, or if the cards cannot write to each other's memory.
+    A prompt that is not shared is computed where its request decodes, on the card with fewer prompt tokens to compute,
+    or with less context if these are as many: one that is short, has many others beside it, has failed once, reports
+    log-probabilities, or is too long for one of the pools; and every prompt while too many shared ones fail, or if the
+    cards cannot write to each other's memory. The request of a shared prompt decodes on the card with less context.
 
     The circuit breaker of `prefill_card` is that of sharing.
 
@@ -120,13 +142,13 @@ class ElasticPlacement(Placement):
     def decodes(self, card: Card) -> bool:
         return True
 
-    def places_of(self, seq: Sequence, sizes: Mapping[Card, StepSize]) -> Places:
+    def places_of(self, seq: Sequence, sizes: Mapping[Card, StepSize], others: OtherPrompts) -> Places:
         holding = [card for card in self.cards if _may_hold(card, seq)]
-        decode = min(holding or self.cards, key=lambda card: sizes[card].context)
-        if not (self._may_share(seq) and len(holding) == 2):
-            return Places(decode, decode)
-        (other,) = (card for card in self.cards if card is not decode)
-        return Places(other, decode, is_shared=True)
+        if len(holding) == 2 and others.number <= self.most_other_prompts and self._may_share(seq):
+            decode, other = sorted(holding, key=lambda card: sizes[card].context)
+            return Places(other, decode, is_shared=True)
+        card = min(holding or self.cards, key=lambda card: (others.tokens_left.get(card, 0.0), sizes[card].context))
+        return Places(card, card)
 
     def _may_share(self, seq: Sequence) -> bool:
         if not self.shares_prompts or seq.failures or seq.params.prompt_logprobs is not None:
