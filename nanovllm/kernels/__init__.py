@@ -39,7 +39,8 @@ class LayerHooks:
     Attributes:
         after_store: called with the layer's view of the pool once the step's KV is stored there, before any of it is
             attended to.
-        before_attend: called before chunks of prompts, but not decode rows, attend to what is in the pool.
+        before_attend: called before chunks of prompts, but not decode rows, attend to what is in the pool, after
+            `after_store`.
     """
 
     after_store: Callable[[torch.Tensor], None] | None = None

@@ -26,8 +26,9 @@ extern "C" __global__ void raise_flag(i64* flags, const i64* numbers, int layer)
     asm volatile("fence.acq_rel.sys;\nst.release.sys.global.s64 [%0], %1;" ::"l"(flags + layer), "l"(number) : "memory");
 }
 
-// One thread, on the GPU that is about to attend to the layer's KV; `flags` are in its own memory. Gives up after
-// `limit_ms`, or when the host says that nothing will come: what is computed then means nothing, and the report says so.
+// One thread, on the GPU that is about to push its own KV of the layer and to attend; `flags` are in its own memory.
+// Gives up after `limit_ms`, or when the host says that nothing will come: what is computed then means nothing, and the
+// report says so.
 //   state     nanoseconds that the step has waited so far, and the last number that did not come
 //   reports   for each step a layer, counted from 1, whose KV did not come, and the nanoseconds that it has waited
 extern "C" __global__ void wait_for_flag(const i64* flags, const i64* numbers, i64* state, i64* reports,

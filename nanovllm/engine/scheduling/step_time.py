@@ -40,14 +40,13 @@ DRIFT = 2e-4
 """Share of the prior's uncertainty that comes back with each step: clocks change. After thousands of decode steps
 without prompts, the first prompts are taken in smaller chunks again."""
 MAX_DEVIATIONS = 4.0
-"""Standard deviations from its prediction beyond which a step teaches nothing: a hitch of the host is no slow card."""
+"""Standard deviations from its prediction beyond which a step teaches nothing: a hitch is no slow card."""
 CAREFUL_TOKENS = 64
 """Prompt tokens that are taken to fit before any step has been seen: no card computes so few slower than it reads."""
 TOKEN_MULTIPLE = 16
 """Steps are filled up to multiples of this: graphs of mixed steps are padded to it, those above 512 tokens to more."""
 MIN_STEP_S = 2e-5
-"""Shorter times are no step's. Where the host finds two that have ended, the first seems too long and the second too
-short: both are surprises."""
+"""Shorter times are no step's."""
 FAR = 4.0
 FEW_STEPS = 4
 MAX_RESTARTS = 2
