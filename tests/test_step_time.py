@@ -72,6 +72,18 @@ def test_one_step_gives_the_scale_and_a_few_the_shape():
     assert true_step_s(StepSize(8 + later, 8000)) <= 12 * MS
 
 
+def test_a_prediction_is_the_product_of_features_and_what_was_learned():
+    model, rng = StepTimeModel(COSTS), random.Random(8)
+    for _ in range(300):
+        size = StepSize(rng.randrange(1, 3000), rng.randrange(40_000)).with_chunk(rng.randrange(9000), 16)
+        model.observe(size, true_step_s(size) * rng.uniform(0.97, 1.03))
+    for tokens in (1, 2, 31, 32, 33, 500, 512, 1000, 40_000):
+        size = StepSize(tokens, rng.randrange(40_000), rng.uniform(0, 1e7))
+        features = model._features(size.num_tokens, size.context, size.num_pairs)
+        expected_s = float(features @ model._coefficients) * model._unit_s
+        assert model.predict(size) == pytest.approx(expected_s, rel=1e-12)
+
+
 def test_a_prompt_costs_more_behind_what_is_computed_of_it():
     model = StepTimeModel(COSTS)
     rng = random.Random(4)

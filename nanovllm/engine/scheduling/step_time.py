@@ -5,6 +5,7 @@ Learns from the steps that have ended, starting from what any GPU has in common.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import deque
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ KNOTS = np.array(
     dtype=np.float64,
 )
 """Tokens of a step between which its time is taken to be linear; close to each other where GEMMs add a tile."""
+_KNOTS: list[float] = KNOTS.tolist()
 BALANCED_TOKENS = 200
 """Prior: with so many tokens the GEMMs take as long to compute as to read the weights. H100 255, H200 175."""
 ATTENTION_RATE = 0.65
@@ -181,7 +183,19 @@ class StepTimeModel:
         """Expected seconds of a step; None before any was seen. Safe to call from any thread."""
         if self._unit_s is None:
             return None
-        return float(self._features(size.num_tokens, size.context, size.num_pairs) @ self._coefficients) * self._unit_s
+        # As the product of `_features` and the coefficients: a scheduler asks dozens of times a step, and arrays of one
+        # row take ten times as long.
+        above = min(max(bisect.bisect_left(_KNOTS, size.num_tokens), 1), len(_KNOTS) - 1)
+        low, high = _KNOTS[above - 1 : above + 1]
+        share = max((size.num_tokens - low) / (high - low), 0.0)
+        prior, learned = self._prior, self._coefficients
+        units = (
+            (1 - share) * prior[above - 1] * learned[above - 1]
+            + share * prior[above] * learned[above]
+            + size.context * prior[-2] * learned[-2]
+            + size.num_pairs * prior[-1] * learned[-1]
+        )
+        return float(units) * self._unit_s
 
     def may_exceed(self, limit_s: float, size: StepSize) -> bool:
         """Whether a step may take longer: by its expected time and, where little is known, a standard deviation more.
