@@ -6,7 +6,8 @@ Modes:
 - `pd`: one engine on two devices, prefill on one and decode on the other;
 - `elastic`: one engine on two devices, each of which does both, and which compute long prompts together;
 - `tp2`: one engine on two devices, tensor parallel;
-- `dp2`: two engines on two devices in two processes, which get the requests in turn.
+- `dp2`: two engines on two devices in two processes; a request goes to the one with fewer prompt tokens to compute, or,
+  where prompts share beginnings, with more of its prompt in its cache.
 
 Arrivals are Poisson at each `--rate` for `--duration` seconds, lengths are drawn from a workload:
 
@@ -42,7 +43,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib.arguments import new_parser
-from lib.loads import Request, serve, serve_streams, vocab_size_of
+from lib.loads import Request, Router, serve, serve_streams, vocab_size_of
 from lib.meters import BusyMeter, HandoffMeter, freeze_garbage
 from lib.online import (
     add_service,
@@ -58,12 +59,15 @@ from lib.online import (
     what_is_missing,
     with_hit_rate,
 )
+from lib.replicas import Decisions, ReplicaRouter
 from lib.report import report
 from nanovllm import LLM
 from nanovllm.entrypoints.prometheus import Collector
 from nanovllm.errors import ends_with_message
 
 NUM_REPLICAS = 2
+SOME_VOCAB_SIZE = 2
+"""How many requests a load has does not depend on it."""
 
 
 @dataclass
@@ -108,12 +112,8 @@ class Engine:
         streams = streams_of(self.args, self.vocab_size)
         return self._measure(lambda: serve_streams(self.llm, streams, self.args.duration))
 
-    def serve(self, requests: list[Request], begin_at: float | None = None) -> Served:
-        def served() -> list[Request]:
-            serve(self.llm, requests, begin_at)
-            return requests
-
-        return self._measure(served)
+    def serve(self, requests: list[Request], begin_at: float | None = None, router: Router | None = None) -> Served:
+        return self._measure(lambda: serve(self.llm, requests, begin_at, router))
 
     def _measure(self, serve_load: Callable[[], list[Request]]) -> Served:
         for meter in self._meters.values():
@@ -145,6 +145,12 @@ class Engine:
 
 
 _replica: Engine
+_decisions: Decisions
+
+
+def _know(decisions: Decisions) -> None:
+    global _decisions
+    _decisions = decisions
 
 
 def _start_replica(args: argparse.Namespace, index: int) -> None:
@@ -153,18 +159,27 @@ def _start_replica(args: argparse.Namespace, index: int) -> None:
 
 
 def _serve_replica(rate: float, index: int, begin_at: float) -> Served:
-    return _replica.serve(_replica.load(rate)[index::NUM_REPLICAS], begin_at)
+    requests = _replica.load(rate)
+    return _replica.serve(
+        requests, begin_at, ReplicaRouter(_decisions, index, requests, by_prefix=_replica.has_prefix_cache)
+    )
 
 
 def serve_replicas(args: argparse.Namespace) -> list[Served]:
     """Each rate, by two engines in two processes."""
     context = multiprocessing.get_context("spawn")
-    pools = [ProcessPoolExecutor(1, mp_context=context) for _ in range(NUM_REPLICAS)]
+    most_requests = max(len(load_of(args, trace_of(args), rate, SOME_VOCAB_SIZE)) for rate in args.rate)
+    decisions = Decisions(context, NUM_REPLICAS, most_requests)
+    pools = [
+        ProcessPoolExecutor(1, mp_context=context, initializer=_know, initargs=(decisions,))
+        for _ in range(NUM_REPLICAS)
+    ]
     try:
         for started in [pool.submit(_start_replica, args, index) for index, pool in enumerate(pools)]:
             started.result()
         results = []
         for rate in args.rate:
+            decisions.begin_load()
             begin_at = time.time() + 2.0  # both have made their load by then
             parts = [pool.submit(_serve_replica, rate, index, begin_at) for index, pool in enumerate(pools)]
             served = [part.result() for part in parts]

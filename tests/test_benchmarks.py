@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import statistics
@@ -184,6 +185,48 @@ def test_the_prefix_cache_hits_where_hash_ids_repeat(mode, tmp_path):
     assert load["trace"] == {"num_left_out": 1, "num_cut": 0}
     assert "1 prompts left out and 0 answers cut" in run.stdout
     assert f"{sum(hits)} of {sum(lengths)} tokens" in run.stdout
+
+
+def replicas_of(loads, prompts, *, by_prefix=False):
+    """Two routers of a load, and what both know; requests that are due at once."""
+    from lib import replicas
+
+    requests = [loads.Request(0.0, prompt, SamplingParams()) for prompt in prompts]
+    decisions = replicas.Decisions(multiprocessing.get_context("spawn"), 2, len(prompts))
+    routers = [replicas.ReplicaRouter(decisions, replica, requests, by_prefix=by_prefix) for replica in range(2)]
+    return routers, decisions, requests
+
+
+def test_a_request_goes_to_the_replica_with_less_to_do(loads):
+    (first, second), decisions, requests = replicas_of(loads, [[1] * n for n in (100, 40, 50, 20, 10)])
+    assert [first.takes(number) for number in range(3)] == [True, False, False]
+    assert [second.takes(number) for number in range(4)] == [False, True, True, True], "100 there, 40 + 50 here"
+    second.has_to_do([])  # those of the second have ended
+    assert list(decisions.prompt_tokens) == [100, 0]
+    requests[0].token_times_s = [0.1]
+    first.has_to_do([requests[0]])
+    assert not first.takes(3)
+    assert list(decisions.prompt_tokens) == [0, 0]
+    assert list(decisions.context_tokens) == [101, 0]
+    assert not first.takes(4), "less context there"
+
+
+def test_what_another_replica_has_decided_for_one_counts(loads):
+    (first, second), decisions, _ = replicas_of(loads, [[1] * n for n in (100, 40, 70)])
+    assert [first.takes(number) for number in range(3)] == [True, False, False]
+    second.has_to_do([])
+    assert list(decisions.prompt_tokens) == [100, 110], "it has not asked yet"
+    assert [second.takes(number) for number in range(3)] == [False, True, True]
+    second.has_to_do([])
+    assert list(decisions.prompt_tokens) == [100, 0]
+
+
+def test_a_later_turn_goes_where_its_history_is(loads):
+    history = [7] * 1100
+    prompts = [history, [8] * 40, [*history, *[9] * 900], [8] * 600, history[:511]]
+    (first, second), _, _ = replicas_of(loads, prompts, by_prefix=True)
+    assert [first.takes(number) for number in range(5)] == [True, False, True, False, False]
+    assert [second.takes(number) for number in range(5)] == [False, True, False, True, True]
 
 
 def test_loads_follow_each_other_each_at_its_rate(drift, tmp_path):

@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from nanovllm import LLM, SamplingParams
 
@@ -140,11 +141,23 @@ def serve_streams(llm: LLM, streams: Sequence[Sequence[Request]], duration_s: fl
     return served
 
 
-def serve(llm: LLM, requests: Sequence[Request], begin_at: float | None = None) -> None:
+class Router(Protocol):
+    """Before several engines: says which requests one of them takes."""
+
+    def takes(self, number: int) -> bool: ...
+
+    def has_to_do(self, running: Sequence[Request]) -> None: ...
+
+
+def serve(
+    llm: LLM, requests: Sequence[Request], begin_at: float | None = None, router: Router | None = None
+) -> list[Request]:
     """Adds each request when it is due and notes when its tokens come, until all have ended.
 
-    The load begins now, or at this `time.time()`.
+    The load begins now, or at this `time.time()`. Returns the requests: those that the router has this engine take, or
+    all.
     """
+    served: list[Request] = []
     if begin_at is not None:
         time.sleep(max(begin_at - time.time(), 0.0))
     running: dict[int, Request] = {}
@@ -153,9 +166,13 @@ def serve(llm: LLM, requests: Sequence[Request], begin_at: float | None = None) 
         now_s = time.perf_counter() - started
         while num_added < len(requests) and requests[num_added].due_s <= now_s:
             request = requests[num_added]
-            running[llm.add_request(request.prompt, request.params)] = request
+            if router is None or router.takes(num_added):
+                running[llm.add_request(request.prompt, request.params)] = request
+                served.append(request)
             num_added += 1
-        if not running:
+        if router is not None:
+            router.has_to_do([*running.values()])
+        if not running and num_added < len(requests):
             time.sleep(min(max(requests[num_added].due_s - now_s, 0.0), 1e-3))
             continue
         outputs = llm.step()
@@ -166,6 +183,7 @@ def serve(llm: LLM, requests: Sequence[Request], begin_at: float | None = None) 
             if output.finished:
                 request.error = output.error
                 del running[output.request_id]
+    return served
 
 
 def generate_timed(
