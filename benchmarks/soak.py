@@ -3,7 +3,9 @@
 Requests of random lengths and sampling parameters, some with a common beginning, are kept in the engine. Of some, a
 forward pass fails whenever they are in it, once (they are recomputed) or twice (they end by name); of some, the handoff
 fails; some are aborted at a random moment. At times nothing can be launched on the prefill device for a while, which
-is left out then; with a decode pipeline its split is changed by force, and its steps fail. At the end every request
+is left out then; with a decode pipeline its split is changed by force, and its steps fail. In mode elastic prompts of
+SHARED_TOKENS on are shared, however many others there are, and at times a device begins a step late, while the other
+waits for its layers. At the end every request
 must have been answered, aborted or failed as was planned for it, every block must be free, and neither the device's
 memory nor the process may have grown. Greedy requests that nothing happened to are answered again, alone, and must get
 the same tokens. If not, the exit status is 1.
@@ -21,14 +23,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from lib import inside
 from lib.arguments import add_mode, add_model, engine_options, new_parser, parse_args
 from lib.loads import random_prompt, settle, vocab_size_of
 from lib.meters import memory_mib
 from lib.report import report
 from nanovllm import LLM, RequestOutput, SamplingParams
+from nanovllm.engine.execution.kv_transfer import KVTransfer
 from nanovllm.engine.execution.step_handle import StepHandle
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement, Cut
 from nanovllm.engine.scheduling.step import BlockPair, Step
 from nanovllm.errors import ends_with_message
@@ -37,6 +43,11 @@ from nanovllm.utils.device import Event
 MAX_DEVICE_GROWTH_MIB = 64
 MAX_PROCESS_GROWTH_MIB = 256
 MAX_REPEATED = 500
+SHARED_TOKENS = 64
+"""Prompts of so many tokens are shared, so that many are."""
+MOST_LATE_S = 0.03
+CYCLES_PER_S = 1.7e9
+"""Of a GPU, about."""
 
 
 class InjectedError(RuntimeError):
@@ -75,6 +86,9 @@ class Faults:
         self._chaos_share = chaos_share
         self._rng = rng
         self._card_works_at_s = 0.0
+        self._is_elastic = llm.scheduler.placement.shares_prompts
+        self._late: ModelRunner | None = None
+        """Begins its next step late."""
         self._due: set[str] = set()
         paths = llm.decode_runner.decode.paths
         self._paths = paths
@@ -82,8 +96,8 @@ class Faults:
             self._watch_lanes()
         for runner in dict.fromkeys((llm.prefill_runner, llm.decode_runner)):
             self._watch_launches(runner)
-        if llm.prefill_runner is not llm.decode_runner:
-            self._watch_sends()
+        for card, transfer in llm._loop._handoffs.transfers.items():
+            self._watch_sends(card, transfer)
 
     def _watch_launches(self, runner: ModelRunner) -> None:
         launch = runner.launch
@@ -98,6 +112,10 @@ class Faults:
                     due[0].hits += 1
                     self.injected["step"] += 1
                 raise InjectedError("injected into a forward pass")
+            if runner is self._late:
+                self._late = None
+                self.injected["late step"] += 1
+                self._be_late(runner)
             is_apart = runner is not self._llm.decode_runner
             if is_apart and time.perf_counter() < self._card_works_at_s:
                 if step.num_requests == 1:
@@ -108,15 +126,24 @@ class Faults:
 
         runner.launch = faulty_launch  # type: ignore[method-assign]
 
-    def _watch_sends(self) -> None:
-        transfer = self._llm.kv_transfer
+    def _be_late(self, runner: ModelRunner) -> None:
+        """Keeps the device from the step that is about to be launched, or on a CPU the host."""
+        late_s = self._rng.uniform(0.0, MOST_LATE_S)
+        if runner.stream is None:
+            time.sleep(late_s)
+            return
+        with runner.on(runner.stream):
+            torch.cuda._sleep(int(late_s * CYCLES_PER_S))
+
+    def _watch_sends(self, card: Card, transfer: KVTransfer) -> None:
         send = transfer.send
 
         def faulty_send(pairs: Sequence[BlockPair], after: Event) -> Any:
             blocks = {block for block, _ in pairs}
             for seq in self._llm.scheduler.unfinished():
                 plan = self.plans.get(seq.request_id)
-                if plan and plan.handoff_faults and seq.lease and blocks.intersection(seq.lease.prefill.blocks):
+                is_of_it = seq.lease and blocks.intersection(seq.lease.allocation_on(card).blocks)
+                if plan and plan.handoff_faults and is_of_it:
                     plan.handoff_faults -= 1
                     plan.hits += 1
                     self.injected["handoff"] += 1
@@ -156,11 +183,14 @@ class Faults:
         """Before a turn of the engine: at times something breaks, or the split is changed by force."""
         if self._rng.random() >= self._chaos_share:
             return
-        kinds = ["card"] if self._llm.prefill_runner is not self._llm.decode_runner else []
+        runners = (self._llm.prefill_runner, self._llm.decode_runner)
+        kinds = [] if runners[0] is runners[1] else ["late"] if self._is_elastic else ["card"]
         if self._paths.rebalancer is not None:
             kinds += ["force"] * 4 + ["lane", "rebalance"]
         kind = self._rng.choice(kinds) if kinds else None
-        if kind == "card":
+        if kind == "late":
+            self._late = self._rng.choice(runners)
+        elif kind == "card":
             self._card_works_at_s = time.perf_counter() + self._rng.uniform(0.0, 0.2)
         elif kind == "force":
             self._paths.force(self._rng.choice(list(self._paths.steps)))
@@ -260,22 +290,22 @@ def _complaints(output: RequestOutput, outcome: str, plan: Plan) -> list[str]:
 @ends_with_message()
 def main() -> None:
     parser = new_parser(__doc__)
-    add_mode(parser, "pd")
+    add_mode(parser, "pd", ("single", "pd", "elastic"))
     add_model(parser, "qwen3-0.6b")
     parser.add_argument("--num-requests", type=int, default=10_000)
     parser.add_argument("--concurrency", type=int, default=256)
     parser.add_argument("--abort-share", type=float, default=0.05)
     parser.add_argument("--fault-share", type=float, default=0.01)
     parser.add_argument(
-        "--chaos-share", type=float, help="of turns, in mode pd, when a device breaks; 0.01 if not given"
+        "--chaos-share", type=float, help="of turns, on two devices, when one breaks or is late; 0.01 if not given"
     )
     parser.add_argument("--check-tokens", action="store_true", help="of untouched greedy requests; with float32")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
     args = parse_args(parser)
-    if args.chaos_share is not None and args.mode != "pd":
-        parser.error(f"--chaos-share is of mode pd, not of {args.mode}: the one device cannot do without itself")
+    if args.chaos_share is not None and args.mode == "single":
+        parser.error("--chaos-share is of two devices: one cannot do without itself")
     chaos_share = 0.01 if args.chaos_share is None else args.chaos_share
 
     logging.getLogger("nanovllm").setLevel(logging.ERROR)  # it warns of every fault
@@ -285,6 +315,9 @@ def main() -> None:
         dtype=args.dtype,
         max_model_len=args.max_model_len,
     ) as llm:
+        if args.mode == "elastic":
+            placement = llm.scheduler.placement
+            placement.least_shared_tokens, placement.most_other_prompts = SHARED_TOKENS, args.num_requests
         faults = Faults(llm, chaos_share, rng)
         started = time.perf_counter()
         early_counts = soak(llm, faults, args.num_requests // 10, args, rng)
@@ -312,7 +345,8 @@ def main() -> None:
         if growth > most:
             wrong.append(f"memory of the {name} has grown by {growth:.0f} MiB")
     print(f"{args.mode}, {seconds:.0f} s: " + ", ".join(f"{name} {number}" for name, number in counts.items()))
-    chaos = {name: metrics[name] for name in ("preemptions", "rebalances", "pipeline_steps", "fallbacks", "recoveries")}
+    names = ("preemptions", "rebalances", "pipeline_steps", "fallbacks", "recoveries", "prefill_chunks")
+    chaos = {name: metrics[name] for name in names}
     print("faults injected: " + ", ".join(f"{kind} {number}" for kind, number in faults.injected.items()))
     print(", ".join(f"{name} {number}" for name, number in chaos.items()))
     print(
