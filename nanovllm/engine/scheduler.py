@@ -435,8 +435,8 @@ class Scheduler:
         """Maximum number of prompt tokens in the card's next step."""
         if not self._streamed:
             return card.max_prefill_tokens
-        decodes_streamed = self.placement.decodes(card) and any(_decodes_on(card, seq) for seq in self._streamed)
-        most = self.limits.prefill_chunk_tokens if decodes_streamed else MAX_STREAMED_PREFILL_TOKENS
+        has_streamed = self._decoding[card].has_streamed
+        most = self.limits.prefill_chunk_tokens if has_streamed else MAX_STREAMED_PREFILL_TOKENS
         return min(card.max_prefill_tokens, most)
 
     def _prefill_candidates(self, card: Card) -> abc.Iterator[Sequence]:
@@ -768,10 +768,6 @@ def _free(lease: Lease) -> None:
 def _blocks_on(card: Card, leases: abc.Iterable[Lease]) -> list[list[int]]:
     """The blocks of each lease that holds some on the card."""
     return [allocation.blocks for lease in leases for allocation in lease.allocations if allocation.card is card]
-
-
-def _decodes_on(card: Card, seq: Sequence) -> bool:
-    return seq.status is SequenceStatus.DECODING and seq.lease is not None and seq.lease.decode.card is card
 
 
 def _has_tokens_to_prefill(seq: Sequence) -> bool:

@@ -92,25 +92,27 @@ class ChunkRoom:
         most = self._tokens_for(oldest, demand, is_oldest=True)
         has_more = most < oldest.num_tokens_to_prefill
         if has_more and most and (most < demand.num_tokens or 2 * most >= self._budget):
-            left_to_others, num_long = most // 2, 0
+            left_to_others, num_long, num_before = most // 2, 0, self._num_chunks
             for seq in candidates:
                 if seq.num_tokens_to_prefill * SHORTER > oldest.num_tokens_to_prefill:
                     num_long += 1
                 else:
                     their_demand = self._demand_of(seq)
-                    num_tokens = their_demand.rounded(min(self._tokens_for(seq, their_demand), left_to_others))
+                    fitting = self._tokens_for(seq, their_demand)
+                    num_tokens = their_demand.rounded(min(fitting, left_to_others))
                     left_to_others -= num_tokens or left_to_others  # none fits, nor will another
-                    yield seq, num_tokens, self._reason(seq, their_demand, num_tokens)
+                    yield seq, num_tokens, self._reason(their_demand, num_tokens, fitting)
                 if not left_to_others or num_long > MOST_PASSED_BY or self._num_chunks == MAX_CHUNKS - 1:
                     break
-            most = self._tokens_for(oldest, demand, is_oldest=True)
-            yield oldest, most, self._reason(oldest, demand, most)
+            if self._num_chunks > num_before:
+                most = self._tokens_for(oldest, demand, is_oldest=True)
+            yield oldest, most, self._reason(demand, most, most)
             return
-        yield oldest, most, self._reason(oldest, demand, most)
+        yield oldest, most, self._reason(demand, most, most)
         for seq in candidates:
             demand = self._demand_of(seq)
             num_tokens = self._tokens_for(seq, demand)
-            yield seq, num_tokens, self._reason(seq, demand, num_tokens)
+            yield seq, num_tokens, self._reason(demand, num_tokens, num_tokens)
             if num_tokens < demand.num_tokens:
                 return
 
@@ -120,13 +122,13 @@ class ChunkRoom:
         self._budget -= chunk.num_tokens
         self._num_chunks += 1
 
-    def _reason(self, seq: Sequence, demand: Demand, num_tokens: int) -> str | None:
-        """Why a request gets no more than this many tokens."""
+    def _reason(self, demand: Demand, num_tokens: int, fitting: int) -> str | None:
+        """Why a request gets no more than this many tokens, of so many for which there is room and time."""
         if num_tokens == demand.num_tokens:
             return demand.reason
         if num_tokens == self._most(demand):
             return "the step is full"
-        if self._limit_s is None or num_tokens < self._tokens_for(seq, demand):
+        if self._limit_s is None or num_tokens < fitting:
             return "half of the step is the oldest prompt's"
         return f"itl_target_ms={self._limit_s * 1e3:g}"
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.decode_batch import DecodeRow, DecodeRows, HostDecodeBatch
 from nanovllm.engine.scheduling.lease import Lease
 from nanovllm.engine.scheduling.step_time import StepSize
+from nanovllm.engine.sequence import SequenceStatus
 
 LOOK_AHEAD_STEPS = 128
 """How many steps ahead a step is predicted: contexts grow meanwhile, up to the limits of their requests.
@@ -41,6 +43,12 @@ class DecodeSet:
     def leases(self) -> list[Lease]:
         """The leases of the batch."""
         return self._batch.leases
+
+    @property
+    def has_streamed(self) -> bool:
+        """Whether a request that decodes, or is to join the batch, is streamed."""
+        seqs = itertools.chain(self._batch.seqs, (row.seq for row in self._joining))
+        return any(seq.is_streamed and seq.status is SequenceStatus.DECODING for seq in seqs)
 
     @property
     def size(self) -> StepSize:

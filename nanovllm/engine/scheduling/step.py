@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from nanovllm.engine.scheduling.card import Card
@@ -86,7 +87,7 @@ class Step:
             return "decode"
         return "mixed" if self.decode else "prefill"
 
-    @property
+    @cached_property
     def size(self) -> StepSize:
         """What the step's time goes by."""
         size = StepSize(len(self.decode), self.decode.num_tokens)
