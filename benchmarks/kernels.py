@@ -53,9 +53,8 @@ def measure_decode(backend: Backend, block_size: int) -> Iterator[Measured]:
             calls = []
             for _ in range(num_copies):
                 query, pool, metadata = decode_problem(lengths, num_heads, 8, block_size)
-                metadata = replace(
-                    metadata, work_split=backend.split_work(metadata, num_heads, 8)
-                )  # made once per step
+                split = backend.split_work(metadata, num_heads, 8)  # made once per step
+                metadata = replace(metadata, work_split=split)
                 calls.append(partial(backend.attend, query, pool, metadata, 0.09))
             moved = sum(lengths) * 2 * 8 * 128 * 2
             yield Measured(f"decode attention, {name}, GQA {num_heads // 8}", time_us(*calls), bytes=moved)

@@ -5,10 +5,9 @@ forward pass fails whenever they are in it, once (they are recomputed) or twice 
 fails; some are aborted at a random moment. At times nothing can be launched on the prefill device for a while, which
 is left out then; with a decode pipeline its split is changed by force, and its steps fail. In mode elastic prompts of
 SHARED_TOKENS on are shared, however many others there are, and at times a device begins a step late, while the other
-waits for its layers. At the end every request
-must have been answered, aborted or failed as was planned for it, every block must be free, and neither the device's
-memory nor the process may have grown. Greedy requests that nothing happened to are answered again, alone, and must get
-the same tokens. If not, the exit status is 1.
+waits for its layers. At the end every request must have been answered, aborted or failed as was planned for it, every
+block must be free, and neither the device's memory nor the process may have grown. Greedy requests that nothing
+happened to are answered again, alone, and must get the same tokens. If not, the exit status is 1.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ SHARED_TOKENS = 64
 """Prompts of so many tokens are shared, so that many are."""
 MOST_LATE_S = 0.03
 CYCLES_PER_S = 1.7e9
-"""Of a GPU, about."""
+"""A GPU's clock rate, about."""
 
 
 class InjectedError(RuntimeError):

@@ -329,7 +329,7 @@ def test_on_a_cpu_every_step_is_observed(tiny_path, monkeypatch):
 
 @pytest.mark.parametrize("waited_s", [0.0, 0.25])
 def test_a_step_whose_time_includes_its_launch_is_not_observed(tiny_path, monkeypatch, waited_s):
-    """As on a GPU, where steps begin and end after their launch."""
+    """Steps begin and end after their launch here, like those of a GPU."""
     with two_devices(tiny_path, itl_target_ms=1000) as llm:
         found = observations(llm, monkeypatch)
         llm.add_request([1] * 30, SamplingParams(temperature=0, max_tokens=20))

@@ -549,6 +549,12 @@ def test_steps_wait_only_for_steps_that_were_launched_before(seed, block_size):
     assert last_number > 20
 
 
+def scheduler_of(both: tuple[Card, Card], target_s: float | None, *, chunk_tokens: int = 1024, most: int = 8):
+    """A scheduler of two cards that share prompts."""
+    limits = SchedulerLimits(chunk_tokens, most, most, itl_target_s=target_s)
+    return Scheduler(limits, ElasticPlacement(*both, can_share=True))
+
+
 def prefilled(scheduler: Scheduler, card: Card, number: int, length: int):
     """A request that decodes on the card."""
     seq = make_sequence(number, list(range(length)))
@@ -561,10 +567,8 @@ def prefilled(scheduler: Scheduler, card: Card, number: int, length: int):
 
 def test_a_step_takes_no_chunk_that_would_keep_its_rows_waiting():
     """With a target: the other card has not begun the chunk before, and will end it too late."""
-    both = cards()
-    placement = ElasticPlacement(*both, can_share=True)
-    scheduler = Scheduler(SchedulerLimits(1024, 8, 8, itl_target_s=0.02), placement)
-    first, second = placement.cards
+    scheduler = scheduler_of(cards(), 0.02)
+    first, second = scheduler.cards
     row = prefilled(scheduler, first, 0, 5)
     prompt = make_sequence(1, list(range(3000)))
     prompt.max_num_tokens = 3100
@@ -582,17 +586,15 @@ def test_a_step_takes_no_chunk_that_would_keep_its_rows_waiting():
     assert in_time.waits_for == 1
 
 
-def test_a_shared_chunk_is_no_longer_than_either_card_may_take():
-    both = cards()
-    placement = ElasticPlacement(*both, can_share=True)
-    scheduler = Scheduler(SchedulerLimits(4096, 8, 8, itl_target_s=0.02), placement)
-    first, second = placement.cards
+def test_a_card_without_rows_keeps_to_the_target_while_the_other_has_some():
+    scheduler = scheduler_of(cards(), 0.02, chunk_tokens=4096)
+    first, second = scheduler.cards
     prefilled(scheduler, first, 0, 5)
     assert scheduler.schedule(first, []).decode
     prompt = make_sequence(1, list(range(8000)))
     prompt.max_num_tokens = 8100
     scheduler.add(prompt)
-    chunk = scheduler.schedule(second, []).chunks[0]  # without rows of its own
+    chunk = scheduler.schedule(second, []).chunks[0]
     assert second.step_time.predict(StepSize(0).with_chunk(0, chunk.num_tokens)) < 0.021
 
 
@@ -631,21 +633,19 @@ def long_sequence(number: int, length: int):
 
 @pytest.mark.parametrize("target_s", [None, 0.02])
 def test_short_prompts_are_not_held_up_by_long_ones_that_are_shared(target_s):
-    both = cards(num_blocks=3000)
-    placement = ElasticPlacement(*both, can_share=True)
-    scheduler = Scheduler(SchedulerLimits(1024, 16, 16, itl_target_s=target_s), placement)
-    for number, card in enumerate(placement.cards):
+    scheduler = scheduler_of(cards(num_blocks=3000), target_s, most=16)
+    for number, card in enumerate(scheduler.cards):
         row = prefilled(scheduler, card, number, 5)
         row.is_streamed = True
         scheduler._streamed.add(row)
     for number in (2, 3):
         scheduler.add(long_sequence(number, 32_000))
     short = long_sequence(4, 50)
-    steps: dict[Card, list[Step]] = {card: [] for card in both}
+    steps: dict[Card, list[Step]] = {card: [] for card in scheduler.cards}
     for turn in range(100):
         if turn == 4:
             scheduler.add(short)
-        for card in placement.cards:
+        for card in scheduler.cards:
             step = scheduler.schedule(card, steps[card], lambda card: 0.0)
             for chunk in step.chunks:
                 if chunk.handoff:
@@ -654,7 +654,7 @@ def test_short_prompts_are_not_held_up_by_long_ones_that_are_shared(target_s):
             if any(chunk.seq is short for chunk in step.chunks):
                 assert turn <= 6
                 return
-        for card in placement.cards:
+        for card in scheduler.cards:
             step = steps[card].pop(0)
             for chunk in step.chunks:
                 scheduler.prefill_done(chunk)
@@ -669,20 +669,17 @@ def test_short_prompts_are_not_held_up_by_long_ones_that_are_shared(target_s):
 
 def test_a_step_grants_no_leases_to_prompts_that_get_nothing_of_it():
     both = tuple(Card(f"cpu:{n}", "", BlockManager(3000, 64), 3000) for n in range(2))
-    placement = ElasticPlacement(*both, can_share=True)
-    scheduler = Scheduler(SchedulerLimits(1024, 64, 64), placement)
+    scheduler = scheduler_of(both, None, most=64)
     for number in range(20):
         scheduler.add(long_sequence(number, 5000))
-    for card in placement.cards:
+    for card in scheduler.cards:
         assert scheduler.schedule(card, []).chunks
     assert scheduler.num_leases <= 8
 
 
 def test_the_timeline_says_why_there_is_no_chunk():
-    both = cards()
-    placement = ElasticPlacement(*both, can_share=True)
-    scheduler = Scheduler(SchedulerLimits(1024, 8, 8, itl_target_s=0.002), placement)
-    first, second = placement.cards
+    scheduler = scheduler_of(cards(), 0.002)
+    first, second = scheduler.cards
     prefilled(scheduler, first, 0, 5)
     assert scheduler.schedule(first, []).decode
     prompt = long_sequence(1, 3000)

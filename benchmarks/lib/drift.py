@@ -65,7 +65,7 @@ def drift_load(phases: Sequence[Phase], duration_s: float, vocab_size: int, long
 
 
 def _part_of_trace(phase: Phase, duration_s: float, vocab_size: int, longest: int, seed: int) -> list[Request]:
-    """As many requests from the beginning of a trace as a phase has, over all of it."""
+    """The first requests of a trace, as many as a phase has, spread over all of the phase."""
     requests = read_trace(phase.load, longest).requests(vocab_size, seed)
     part = requests[: round(phase.rate * duration_s)]
     if not part or len(part) < phase.rate * duration_s - 1:
@@ -77,8 +77,7 @@ def _part_of_trace(phase: Phase, duration_s: float, vocab_size: int, longest: in
 def summarize_phases(
     phases: Sequence[Phase], requests: Sequence[Request], duration_s: float, ttft_limit_s: float, itl_limit_s: float
 ) -> list[dict[str, Any]]:
-    """Of the requests that were due in each phase: how many were good, and latencies in ms, those soon after the change
-    apart."""
+    """How many of each phase's requests were good, and their latencies in ms, those soon after the change apart."""
     summaries = []
     for number, phase in enumerate(phases):
         began_s = number * duration_s

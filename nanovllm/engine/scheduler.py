@@ -220,16 +220,16 @@ class Scheduler:
         rows = self._decoding[card].next_rows(self._grow)
         if rows is None and any(chunk.seq.params.needs_counts for step in in_flight for chunk in step.sampling_chunks):
             return None  # who joins only once that step has ended would wait for one more step of prompts
-        # A card without rows that shares prompts with one that has some keeps to the target, too: what waits for its
-        # step takes as long, and so does who joins it.
-        others_decode = self.placement.shares_prompts and any(
-            decoding.size.num_tokens for decoding in self._decoding.values()
-        )
-        if rows is None and not (others_decode and self.limits.itl_target_s is not None):
-            chunks = self._next_chunks(card)
-        else:
-            chunks = self._chunks_beside(card, NO_DECODE_ROWS if rows is None else rows, free_in_s)
-        return Step(card, chunks, rows or NO_DECODE_ROWS) if chunks or rows else None
+        rows = rows or NO_DECODE_ROWS
+        chunks = self._chunks_beside(card, rows, free_in_s) if rows or self._others_wait else self._next_chunks(card)
+        return Step(card, chunks, rows) if chunks or rows else None
+
+    @property
+    def _others_wait(self) -> bool:
+        """Whether a step without decode rows keeps to the target, too: a card that shares prompts with its own has
+        some, and what waits for the step takes as long."""
+        has_target = self.placement.shares_prompts and self.limits.itl_target_s is not None
+        return has_target and any(decoding.leases for decoding in self._decoding.values())
 
     def get_prefilled_sequences(self) -> list[Sequence]:
         """Requests whose prefill has ended since the last call and which have not ended themselves."""
@@ -638,12 +638,13 @@ class Scheduler:
             end = block_manager.blocks_for(end) * block_size
         elif lease.shared is None:
             end -= end % block_size
-        tokens = range(first, max(first, end))
-        lease.num_handed_off_tokens = tokens.stop
+        if end <= first:
+            return (), range(0)
+        tokens, lease.num_handed_off_tokens = range(first, end), end
         source, target = lease.prefill, lease.decode
         if source.card is not card:
             source, target = target, source
-        blocks = slice(first // block_size, block_manager.blocks_for(tokens.stop)) if tokens else slice(0)
+        blocks = slice(first // block_size, block_manager.blocks_for(end))
         return tuple(zip(source.blocks[blocks], target.blocks[blocks], strict=True)), tokens
 
     def _join_arrived(self) -> None:

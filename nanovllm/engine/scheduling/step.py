@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -57,12 +56,11 @@ class PrefillChunk:
 
     def handoff_parts(self, block_size: int) -> list[BlockPart]:
         """`handoff`, with the places of its tokens in blocks of this size."""
-        tokens, first_block = self.handoff_tokens, self.handoff_tokens.start // block_size
+        tokens = self.handoff_tokens
+        begins = range(tokens.start - tokens.start % block_size, tokens.stop, block_size)
         return [
             (source, target, max(tokens.start - begin, 0), min(tokens.stop - begin, block_size))
-            for begin, (source, target) in zip(
-                itertools.count(first_block * block_size, block_size), self.handoff, strict=False
-            )
+            for begin, (source, target) in zip(begins, self.handoff, strict=True)
         ]
 
     @property
