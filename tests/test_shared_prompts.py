@@ -143,11 +143,11 @@ class Late:
         self.arriving: dict[int, list] = {}
         """By the layer, what is on its way, in order."""
         self.num_waited_for = 0
-        after_store, raise_flag, wait = PushToPool.after_store, LayerArrivals.raise_flag, LayerArrivals.wait
+        push_by_layer, raise_flag, wait = PushToPool.push_by_layer, LayerArrivals.raise_flag, LayerArrivals.wait
         collect = StepHandle.collect
 
         def late_store(push, pushed_blocks):
-            store, layers, blocks = after_store(push, pushed_blocks), iter(range(1000)), pushed_blocks.clone()
+            push_layer, layers, blocks = push_by_layer(push, pushed_blocks), iter(range(1000)), pushed_blocks.clone()
 
             def later(kv_cache):
                 layer, snapshot, targets = next(layers), kv_cache.clone(), push._pool.unbind(1)
@@ -159,7 +159,7 @@ class Late:
 
                 self.arriving.setdefault(layer, []).append(arrive)
 
-            assert store is not None
+            assert push_layer is not None
             return later
 
         def late_flag(arrivals, numbers, layer):
@@ -176,7 +176,7 @@ class Late:
                 self.arrive(layer)
             return collect(handle)
 
-        monkeypatch.setattr(PushToPool, "after_store", late_store)
+        monkeypatch.setattr(PushToPool, "push_by_layer", late_store)
         monkeypatch.setattr(LayerArrivals, "raise_flag", late_flag)
         monkeypatch.setattr(LayerArrivals, "wait", waited)
         monkeypatch.setattr(StepHandle, "collect", collected)
@@ -365,20 +365,20 @@ def test_blocks_that_arrive_damaged_are_noticed(checkpoint, monkeypatch, caplog,
     # Verified chunk by chunk, they all run on the card that is given work first: the one named for decode.
     with make(path, verify_kv_handoff=True, prefill_device_id=target, decode_device_id=1 - target) as llm:
         damaged = llm.prefill_runner
-        after_store, spoiled = PushToPool.after_store, []
+        push_by_layer, spoiled = PushToPool.push_by_layer, []
 
         def spoil(push, pushed_blocks):
-            store = after_store(push, pushed_blocks)
+            push_layer = push_by_layer(push, pushed_blocks)
 
             def push_and_spoil(kv_cache):
-                store(kv_cache)
+                push_layer(kv_cache)
                 if push._pool is damaged.kv_pool and not spoiled:
                     spoiled.append(int(pushed_blocks[4 * int(pushed_blocks[0]) - 2]))
                     push._pool[spoiled[0], 0] += 1
 
             return push_and_spoil
 
-        monkeypatch.setattr(PushToPool, "after_store", spoil)
+        monkeypatch.setattr(PushToPool, "push_by_layer", spoil)
         found, _ = serve(llm, prompts, GREEDY)
         assert_whole(llm)
     assert spoiled

@@ -209,6 +209,11 @@ class Moment:
     clock: DeviceClock
     _when: torch.cuda.Event | float
 
+    @property
+    def event(self) -> Event:
+        """An event that is done after the moment."""
+        return DoneEvent() if isinstance(self._when, float) else self._when
+
     def seconds(self) -> float:
         """The moment in seconds of `time.perf_counter()`; waits for it."""
         return self._when if isinstance(self._when, float) else self.clock.seconds_of(self._when)

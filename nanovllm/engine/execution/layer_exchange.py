@@ -117,7 +117,7 @@ class LayerExchange:
             numbers: [3] int64 on the device: the number of the step's last chunk, that of the other runner's chunk for
                 which it waits (0 for none of either), and its report.
         """
-        push, layers = self._push.after_store(pushed_blocks), itertools.count()
+        push, layers = self._push.push_by_layer(pushed_blocks), itertools.count()
         arrived: Event | None = None
 
         def after_store(kv_cache: torch.Tensor) -> None:

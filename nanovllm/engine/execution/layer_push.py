@@ -55,6 +55,16 @@ class PushToPool:
         self._copy_stream = copy_stream
 
     def after_store(self, pushed_blocks: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        push = self.push_by_layer(pushed_blocks)
+
+        def push_behind_store(kv_cache: torch.Tensor) -> None:
+            with self.behind_store():
+                push(kv_cache)
+
+        return push_behind_store
+
+    def push_by_layer(self, pushed_blocks: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        """The function that pushes each layer's blocks, in order, on the current stream."""
         targets = iter(self._pool.unbind(1))
 
         def push(kv_cache: torch.Tensor) -> None:
@@ -66,8 +76,7 @@ class PushToPool:
             # Imported here: a machine without GPUs may lack triton.
             from nanovllm.kernels.triton_transfer import NUM_PROGRAMS_BESIDE, push_blocks
 
-            with self.behind_store():
-                push_blocks(kv_cache, target, pushed_blocks, NUM_PROGRAMS_BESIDE)
+            push_blocks(kv_cache, target, pushed_blocks, NUM_PROGRAMS_BESIDE)
 
         return push
 

@@ -70,7 +70,11 @@ class StepHandle:
         self.stream = stream
         self._host = [None if part is None else _to_host(part, device) for part in sampled]
         self._began, self._ended = began, began.clock.record_moment()
-        self.event: Event = device.record_event()
+
+    @property
+    def event(self) -> Event:
+        """Done after the step."""
+        return self._ended.event
 
     def is_done(self) -> bool:
         return self.event.query()
