@@ -85,29 +85,50 @@ def test_decode_spread_over_any_number_of_sms(monkeypatch, num_sms):
     assert relative_error(Backend(), case) < TOLERANCE[torch.float16]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32 by pointers", "float16 by tma"])
 @pytest.mark.parametrize(
-    ("spans", "is_split"),
+    ("spans", "num_sms", "num_splits"),
     [
-        ([(70, 800), (5, 300), (64, 64)], True),
-        ([(33, 700)], True),
-        ([(2, 500)] * 6, False),  # more tiles than there is room for
-        ([(64, 200), (1, 191)], True),  # some of them too short
+        ([(33, 700)], 2, [1]),  # as many as heads
+        ([(33, 1700)], 8, [4]),
+        ([(70, 1800), (5, 300), (64, 64)], 16, [3, 3, 1, 1]),
+        ([(22, 2500), (130, 130)], 40, [5, 1, 1, 1]),
+        ([(2, 2000)] * 2, 20, [4] * 2),
+        ([(2, 900)] * 3, 2, [1] * 3),
+        ([(64, 200), (1, 191)], 40, [1, 1]),  # too short
     ],
 )
-def test_long_contexts_of_few_queries_are_split(has_tma, monkeypatch, spans, is_split, dtype):
+def test_contexts_are_divided_into_pieces(monkeypatch, spans, num_sms, num_splits, dtype):
+    """So many that the step ends first; whichever of a tile's is the last to end combines them."""
+    monkeypatch.setattr(triton_attention, "_has_tma", lambda device: True)
     monkeypatch.setattr(triton_attention, "SPLIT_KEYS", 192)
-    shape = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "block_size": 64}
+    shape = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "block_size": 64}
     case = make_case(spans, device="cpu", dtype=dtype, **shape)
-    case = replace(case, metadata=replace(case.metadata, num_sms=40))
-    num_splits, most_tiles = triton_attention._splits(sum(length for length, _ in spans), 8, 40)
-    assert num_splits > 1
-    assert (sum(-(-length // 64) for length, _ in spans) <= most_tiles) == is_split
-    split = Backend().split_work(case.metadata, 8, 2)
-    case = replace(case, metadata=replace(case.metadata, work_split=split))
+    case = replace(case, metadata=replace(case.metadata, num_sms=num_sms))
+    plan = Backend().split_work(case.metadata, 4, 2)
+    case = replace(case, metadata=replace(case.metadata, work_split=plan))
+    most_pieces = triton_attention._most_tiles(case.metadata) + 2 * num_sms
+    pieces = plan[1 : 1 + 7 * most_pieces].view(7, -1)[:, : plan[0]].T.tolist()
+    found = [[piece for piece in pieces if piece[1] == first] for first in sorted({piece[1] for piece in pieces})]
+    assert [len(of_tile) for of_tile in found] == num_splits
+    for of_tile in found:
+        assert [piece[5] for piece in of_tile] == list(range(len(of_tile)))
+        assert {piece[4] for piece in of_tile} == {len(of_tile)}
+    counters = plan[1 + 7 * most_pieces :]
+    for _ in range(2):  # layers, which count anew
+        assert not counters.any()
+        assert relative_error(Backend(), case) < TOLERANCE[dtype]
+    assert not counters.any()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32 by pointers", "float16 by tma"])
+def test_prompts_of_many_tiles_have_a_program_for_each(monkeypatch, dtype):
+    monkeypatch.setattr(triton_attention, "_has_tma", lambda device: True)
+    monkeypatch.setattr(triton_attention, "MOST_PLANNED_TILES", 2)
+    shape = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "block_size": 32}
+    case = make_case(PREFILL, device="cpu", dtype=dtype, **shape)
+    assert len(Backend().split_work(case.metadata, 8, 2)) == len(PREFILL) + 1
     assert relative_error(Backend(), case) < TOLERANCE[dtype]
-    assert not split[len(spans) + 1 :].any(), "the next layer counts from 0"
-    assert len(split) == len(spans) + 1 + most_tiles * 8
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])

@@ -47,7 +47,9 @@ PREFILL = {
     "PADDED_REQUESTS": 64,
     "BLOCK_SIZE": 64,
     "TILE_M": 64,
-    "SPLIT_TILES": 12,
+    "KEYS": 64,
+    "HAS_PIECES": True,
+    "HAS_SPLIT": True,
 }
 DECODE = {"NUM_KV_HEADS": 8, "GROUP": 4, "PADDED_GROUP": 8, "PADDED_REQUESTS": 512, "BLOCK_SIZE": 64, "TILE": 16}
 
@@ -59,8 +61,8 @@ def kernel_cases(capability: int):
             for use_tma in (False, True) if capability >= 90 and not wide else (False,):
                 common = {"HEAD_DIM": head_dim, "USE_TMA": use_tma}
                 tiles = {"TILE_N": 16 if wide else 64, "STAGES": 1 if wide else 3}
-                unsplit = {"partial": None, "log_sums": None}
-                for changes in (unsplit, {}, {**unsplit, "NUM_HEADS": 9, "NUM_KV_HEADS": 3}):
+                whole = {"HAS_PIECES": False, "partial": None, "log_sums": None}
+                for changes in (whole, {}, {"NUM_HEADS": 9, "NUM_KV_HEADS": 3}):
                     constants = {**PREFILL, **changes, **tiles, **common}
                     yield "_prefill_kernel", dtype, constants, {"num_warps": 8 if wide else 4}
                 stages = {"STAGES": 2 if wide else 3, "COMBINED": 4, "HAS_SPLIT": True}
@@ -72,6 +74,8 @@ def kernel_cases(capability: int):
     chunks = {"CHUNK_TILES": 32, "PROGRAMS_PER_SM": 2, "MAX_PROGRAMS_PER_SM": 16, "PADDED_REQUESTS": 512}
     yield "_share_out_kernel", "words", {"TILE": 32, "ends": None, "NUM_KV_HEADS": 8, **chunks}, {}
     yield "_share_out_kernel", "words", {"TILE": 64, "NUM_KV_HEADS": None, **chunks}, {}
+    pieces = {"LEAST": 8, "MAX_SPLITS": 16, "PADDED_REQUESTS": 64, "PADDED_TILES": 64}
+    yield "_plan_pieces_kernel", "words", {"NUM_HEADS": 32, "TILE_M": 64, "TILE_N": 64, **pieces}, {}
     for dtype in FLOAT_TYPES:
         for gated, has_bias in ((False, True), (True, False), (True, True)):
             tiles = {"TILE_N": 2 if gated else 4, "TILE_K": 1024, "PADDED_INPUTS": 4096}
@@ -104,7 +108,7 @@ INTEGER_POINTERS = {
     "block_tables": "*i32",
     "context_lens": "*i32",
     "query_starts": "*i32",
-    "tile_starts": "*i32",
+    "plan": "*i32",
     "chunk_starts": "*i32",
     "slots": "*i64",
     "numbers": "*i64",
@@ -115,8 +119,9 @@ INTEGERS = {
     "place",
     "num_requests",
     "num_counters",
-    "num_splits",
-    "most_tiles",
+    "most_pieces",
+    "most_parts",
+    "at_a_time",
     "num_sms",
     "num_rows",
     "num_stored",

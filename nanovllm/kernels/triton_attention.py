@@ -41,12 +41,33 @@ PREFILL_TILE_N = triton_fused.MAX_TILE_TOKENS
 PREFILL_STAGES = 3
 PREFILL_PROGRAMS_PER_SM = 2
 """Programs of the prefill kernel that an SM runs at a time: their tiles fill its shared memory."""
-MAX_SPLITS = 8
-SPLIT_KEYS = 768
-"""Fewest keys of a split: with less, writing and combining what its queries attend to takes longer than it saves."""
-EXTRA_SPLIT_TILES = 3
-"""Contexts are split if a step has at most so many tiles more than one request would have: there is room for the
-partial results of no more."""
+MOST_PLANNED_TILES = 64
+"""Contexts are divided into pieces in steps that may have at most so many tiles of queries. Larger ones gain nothing by
+it, and without pieces the kernel is 3 to 5 % faster."""
+MAX_SPLITS = 16
+SPLIT_KEYS = 512
+"""Fewest keys of a piece: with less, writing and combining what its queries attend to takes longer than it saves."""
+MOST_ROUNDS = 4
+"""There is room for the results of so many pieces of every program that the GPU runs at a time."""
+TILE_COST, PIECE_COST = tl.constexpr(4), tl.constexpr(9)
+"""What a program takes besides its keys, as long as so many tiles of them: one for all of a tile's, and one for a
+piece."""
+COMBINE_PERCENT = tl.constexpr(120)
+"""What it takes to combine a tile's pieces, for each of them, in percent of a tile of keys."""
+WORTH_PERCENT = tl.constexpr(93)
+"""Contexts are divided if a step is estimated to take at most so much of the time that it takes otherwise."""
+COMBINE_STAGES = tl.constexpr(2)
+PIECE_REQUEST = tl.constexpr(0)
+PIECE_FIRST_ROW = tl.constexpr(1)
+PIECE_NUM_QUERIES = tl.constexpr(2)
+PIECE_END = tl.constexpr(3)
+PIECE_NUM_SPLITS = tl.constexpr(4)
+PIECE_SPLIT = tl.constexpr(5)
+PIECE_FIRST_PART = tl.constexpr(6)
+NUM_PIECE_FIELDS = tl.constexpr(7)
+"""What a plan says of each piece: its request; of its tile of queries the first row in the step, the number, and the
+end of what the last one attends to; into how many pieces the tile's context is split, which of them this is, and where
+the partial result of the first one is, if there are several."""
 
 
 def unsupported_reasons(needs: BackendRequirements) -> list[str]:
@@ -85,9 +106,9 @@ class Backend:
                 num_kv_heads=num_kv_heads,
                 num_sms=metadata.num_sms,
             )
-        num_splits, most_tiles = _splits(len(metadata.slot_mapping), num_heads, _sms_of(metadata))
-        num_counters = most_tiles * num_heads if num_splits > 1 else 0
-        return _share_out(metadata.query_starts, metadata.query_starts[1:], PREFILL_TILE_M, num_counters=num_counters)
+        if _most_tiles(metadata) <= MOST_PLANNED_TILES:
+            return _plan_pieces(metadata, num_heads)
+        return _share_out(metadata.query_starts, metadata.query_starts[1:], PREFILL_TILE_M, num_counters=0)
 
     def attend(
         self,
@@ -141,31 +162,66 @@ def _share_out(
     return starts
 
 
+def _plan_pieces(metadata: AttentionMetadata, num_heads: int) -> torch.Tensor:
+    """Divides the contexts of a step of prompts into pieces, each computed by a program for each head.
+
+    A program for each tile of queries and head is too few for a GPU where a short chunk attends to a long prefix, and
+    one with all keys of a long context is what all others wait for. All pieces have about the same length, that with
+    which the step is estimated to end first; long ones begin first.
+
+    Returns:
+        int32: the number of pieces; NUM_PIECE_FIELDS rows of what there is to know of each; counters of what is done of
+        work that several programs share, which `attend` leaves 0.
+    """
+    num_requests, most_parts = len(metadata.context_lens), _most_parts(metadata, num_heads)
+    most_pieces = _most_tiles(metadata) + most_parts
+    size = 1 + NUM_PIECE_FIELDS.value * most_pieces + most_parts * num_heads
+    plan = torch.empty(size, dtype=torch.int32, device=metadata.context_lens.device)
+    _plan_pieces_kernel[(1,)](
+        metadata.context_lens,
+        metadata.query_starts,
+        plan,
+        num_requests,
+        most_pieces,
+        most_parts,
+        PREFILL_PROGRAMS_PER_SM * _sms_of(metadata),
+        NUM_HEADS=num_heads,
+        TILE_M=PREFILL_TILE_M,
+        TILE_N=PREFILL_TILE_N,
+        LEAST=SPLIT_KEYS // PREFILL_TILE_N,
+        MAX_SPLITS=MAX_SPLITS,
+        PADDED_REQUESTS=_padded(num_requests),
+        PADDED_TILES=MOST_PLANNED_TILES,
+        **overlap(plan.device),
+    )
+    return plan
+
+
 def _prefill(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     metadata: AttentionMetadata,
-    tile_starts: torch.Tensor,
+    plan: torch.Tensor,
     scale: float,
     output: torch.Tensor,
 ) -> None:
-    num_tokens, num_heads, head_dim = query.shape
+    _, num_heads, head_dim = query.shape
     num_kv_heads, block_size = kv_cache.shape[2:4]
     num_requests = metadata.context_lens.shape[0]
     # float32 tiles take twice the shared memory, and their dot products run without tensor cores.
     is_wide = query.element_size() == 4
     tile_n = 16 if is_wide else PREFILL_TILE_N
     use_tma = _has_tma(query.device) and not is_wide and block_size % tile_n == 0
-    # Every request but one may end in a tile that is not full.
-    num_programs = triton.cdiv(num_tokens, PREFILL_TILE_M) + num_requests - 1
-    num_splits, most_tiles = _splits(len(metadata.slot_mapping), num_heads, _sms_of(metadata))
+    most_pieces = _most_tiles(metadata)
+    has_pieces = most_pieces <= MOST_PLANNED_TILES
     partial = log_sums = None
-    if num_splits > 1:
-        num_programs = max(num_programs, most_tiles * num_splits)
-        shape = (most_tiles, num_heads, num_splits, PREFILL_TILE_M)
+    if has_pieces:
+        most_parts = _most_parts(metadata, num_heads)
+        most_pieces += most_parts
+        shape = (most_parts, num_heads, PREFILL_TILE_M)
         partial = torch.empty(*shape, head_dim, dtype=torch.float32, device=query.device)
         log_sums = torch.empty(shape, dtype=torch.float32, device=query.device)
-    _prefill_kernel[(num_heads, num_programs)](
+    _prefill_kernel[(num_heads, most_pieces)](
         query,
         _rows_descriptor(kv_cache, tile_n) if use_tma else kv_cache,
         kv_cache,
@@ -175,13 +231,12 @@ def _prefill(
         metadata.block_tables,
         metadata.context_lens,
         metadata.query_starts,
-        tile_starts,
+        plan,
         num_requests,
+        most_pieces,
         query.stride(0),
         kv_cache.stride(0),
         metadata.block_tables.stride(0),
-        num_splits,
-        most_tiles,
         scale * LOG2_E,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
@@ -190,7 +245,9 @@ def _prefill(
         BLOCK_SIZE=block_size,
         TILE_M=PREFILL_TILE_M,
         TILE_N=tile_n,
-        SPLIT_TILES=SPLIT_KEYS // tile_n,
+        KEYS=PREFILL_TILE_N,
+        HAS_PIECES=has_pieces,
+        HAS_SPLIT=metadata.work_split is not None,
         USE_TMA=use_tma,
         STAGES=1 if is_wide else PREFILL_STAGES,
         num_warps=8 if is_wide else PREFILL_TILE_M // 16,
@@ -247,14 +304,15 @@ def _decode(
     )
 
 
-def _splits(num_tokens: int, num_heads: int, num_sms: int) -> tuple[int, int]:
-    """Into how many splits prefill attention divides long contexts, and how many tiles of queries a step may have so.
+def _most_tiles(metadata: AttentionMetadata) -> int:
+    """Tiles of queries that a step of prompts may have: every request but one may end in one that is not full."""
+    num_tokens, num_requests = len(metadata.slot_mapping), len(metadata.context_lens)
+    return min(triton.cdiv(num_tokens, PREFILL_TILE_M) + num_requests - 1, num_tokens)
 
-    A program for each tile of queries and head is too few for a GPU where a short chunk attends to a long prefix. There
-    are as many splits as run at a time: a second wave of them would take longer than it saves.
-    """
-    num_tiles, at_a_time = triton.cdiv(num_tokens, PREFILL_TILE_M), PREFILL_PROGRAMS_PER_SM * num_sms
-    return min(max(at_a_time // (num_tiles * num_heads), 1), MAX_SPLITS), num_tiles + EXTRA_SPLIT_TILES
+
+def _most_parts(metadata: AttentionMetadata, num_heads: int) -> int:
+    """Pieces of tiles with more than one for whose results there is room."""
+    return triton.cdiv(MOST_ROUNDS * PREFILL_PROGRAMS_PER_SM * _sms_of(metadata), num_heads)
 
 
 def _sms_of(metadata: AttentionMetadata) -> int:
@@ -321,6 +379,84 @@ def _share_out_kernel(
     tl.store(starts + 1 + requests, tl.cumsum(units, 0), mask=there)
 
 
+@triton.jit(do_not_specialize=["num_requests", "most_pieces", "most_parts", "at_a_time"])
+def _plan_pieces_kernel(
+    context_lens,
+    query_starts,
+    plan,
+    num_requests,
+    most_pieces,
+    most_parts,
+    at_a_time,
+    NUM_HEADS: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    LEAST: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    PADDED_REQUESTS: tl.constexpr,
+    PADDED_TILES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """What `_plan_pieces` returns, where `at_a_time` programs run at a time."""
+    begin(OVERLAPS)
+    requests, tiles = tl.arange(0, PADDED_REQUESTS), tl.arange(0, PADDED_TILES)
+    there = requests < num_requests
+    query_len = tl.load(query_starts + 1 + requests, mask=there, other=0)
+    query_len -= tl.load(query_starts + requests, mask=there, other=0)
+    tile_ends = tl.cumsum(tl.cdiv(query_len, TILE_M), 0)
+    is_tile = tiles < tl.sum(tl.cdiv(query_len, TILE_M), 0)
+
+    # Of each tile of queries.
+    is_before = (tile_ends[None, :] <= tiles[:, None]) & there[None, :]
+    request = tl.sum(is_before.to(tl.int32), 1)
+    first = (tiles - tl.max(tl.where(is_before, tile_ends[None, :], 0), 1)) * TILE_M
+    start = tl.load(query_starts + request, mask=is_tile, other=0)
+    query_len = tl.load(query_starts + request + 1, mask=is_tile, other=0) - start
+    num_queries = tl.minimum(query_len - first, TILE_M)
+    end = tl.load(context_lens + request, mask=is_tile, other=0) - query_len + first + num_queries
+    num_keys = tl.where(is_tile, tl.cdiv(end, TILE_N), 0)
+
+    # What the step is estimated to take, in tiles of keys, by the longest piece: as many rounds as its long pieces
+    # come to, and no less than the programs have to do on average.
+    longest = tl.max(num_keys, 0)
+    choices = tl.arange(0, MAX_SPLITS)
+    length = tl.maximum(tl.maximum(tl.cdiv(longest, choices + 1), tl.minimum(longest, LEAST)), 1)
+    num_splits = tl.cdiv(num_keys[None, :], length[:, None])
+    piece = tl.cdiv(num_keys[None, :], tl.maximum(num_splits, 1))
+    num_long = tl.sum(tl.where(piece * 2 > length[:, None], num_splits, 0), 1)
+    rounds = tl.cdiv(num_long * NUM_HEADS, at_a_time)
+    cost = tl.where(length < longest, PIECE_COST, TILE_COST)
+    each = piece + tl.where(num_splits > 1, PIECE_COST, TILE_COST)
+    average = tl.cdiv(tl.sum(num_splits * each, 1) * NUM_HEADS, at_a_time)
+    estimate = tl.maximum(rounds * (length + cost), average)
+    estimate = 100 * estimate + tl.where(length < longest, tl.cdiv(longest, length) * COMBINE_PERCENT, 0)
+    estimate = tl.where(length < longest, estimate, estimate * WORTH_PERCENT // 100)
+    num_parts = tl.sum(tl.where(num_splits > 1, num_splits, 0), 1)
+    estimate = tl.where(num_parts <= most_parts, estimate, 0x7FFFFFFF)
+    length = tl.sum(tl.where(choices == tl.argmin(estimate, 0), length, 0), 0)
+
+    num_splits = tl.cdiv(num_keys, length)
+    piece = tl.cdiv(num_keys, tl.maximum(num_splits, 1))
+    is_earlier = (piece[None, :] > piece[:, None]) | (
+        (piece[None, :] == piece[:, None]) & (tiles[None, :] < tiles[:, None])
+    )
+    first_piece = tl.sum(tl.where(is_earlier, num_splits[None, :], 0), 1)
+    first_part = tl.sum(tl.where(is_earlier & (num_splits[None, :] > 1), num_splits[None, :], 0), 1)
+    tl.store(plan, tl.sum(num_splits, 0))
+    for split in range(tl.max(num_splits, 0)):
+        fields, is_piece = plan + 1 + first_piece + split, split < num_splits
+        tl.store(fields + PIECE_REQUEST * most_pieces, request, mask=is_piece)
+        tl.store(fields + PIECE_FIRST_ROW * most_pieces, start + first, mask=is_piece)
+        tl.store(fields + PIECE_NUM_QUERIES * most_pieces, num_queries, mask=is_piece)
+        tl.store(fields + PIECE_END * most_pieces, end, mask=is_piece)
+        tl.store(fields + PIECE_NUM_SPLITS * most_pieces, num_splits, mask=is_piece)
+        tl.store(fields + PIECE_SPLIT * most_pieces, tl.full([PADDED_TILES], 0, tl.int32) + split, mask=is_piece)
+        tl.store(fields + PIECE_FIRST_PART * most_pieces, first_part, mask=is_piece)
+    counters = plan + 1 + NUM_PIECE_FIELDS * most_pieces
+    for some in range(0, most_parts * NUM_HEADS, PADDED_TILES):
+        tl.store(counters + some + tiles, 0, mask=some + tiles < most_parts * NUM_HEADS)
+
+
 @triton.jit
 def _request_of(unit, starts, num_requests, TIMES: tl.constexpr, PADDED_REQUESTS: tl.constexpr):
     """The request that a unit belongs to, if each of its units counts TIMES times."""
@@ -362,7 +498,7 @@ def _attend_tile(q, k, v, maximum, total, accumulator, scale_log2, visible=None)
     return new_maximum, total, accumulator
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_splits", "most_tiles"])
+@triton.jit(do_not_specialize=["num_requests", "most_pieces"])
 def _prefill_kernel(
     query,
     kv_rows,
@@ -373,13 +509,12 @@ def _prefill_kernel(
     block_tables,
     context_lens,
     query_starts,
-    tile_starts,
+    plan,
     num_requests,
+    most_pieces,
     query_stride,
     block_stride,
     table_stride,
-    num_splits,
-    most_tiles,
     scale_log2,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -388,67 +523,75 @@ def _prefill_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
-    SPLIT_TILES: tl.constexpr,
+    KEYS: tl.constexpr,
+    HAS_PIECES: tl.constexpr,
+    HAS_SPLIT: tl.constexpr,
     USE_TMA: tl.constexpr,
     STAGES: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """One program computes TILE_M queries of one head of one request, over all of their context.
 
-    Or over a split of it, if there is room for partial results, of `num_splits` splits of up to `most_tiles` tiles.
+    Or over a piece of it, as `_plan_pieces` divides contexts; whichever program is the last to end combines the pieces.
+    Without pieces, `plan` has the tiles of queries before each request, and in all.
     """
-    begin(OVERLAPS)
+    if not HAS_SPLIT:
+        begin(OVERLAPS)
     head = tl.program_id(0)
     kv_head = head // (NUM_HEADS // NUM_KV_HEADS)
-    num_tiles_m = tl.load(tile_starts + num_requests)
-    splits = 1
-    if partial is not None:
-        splits = tl.where(num_tiles_m <= most_tiles, num_splits, 1)
-    if tl.program_id(1) >= num_tiles_m * splits:
+    if tl.program_id(1) >= tl.load(plan if HAS_PIECES else plan + num_requests):
         return
-    # The last tiles of a prompt attend to most: they begin first. First splits come first: where there are no others,
-    # each runs on an SM of its own.
-    tile_m = num_tiles_m - 1 - tl.program_id(1) % num_tiles_m
-    request = _request_of(tile_m, tile_starts, num_requests, 1, PADDED_REQUESTS)
-    start = tl.load(query_starts + request)
-    query_len = tl.load(query_starts + request + 1) - start
-    context_len = tl.load(context_lens + request)
-    first = (tile_m - tl.load(tile_starts + request)) * TILE_M
+    if HAS_PIECES:
+        piece = plan + 1 + tl.program_id(1)
+        request = tl.load(piece + PIECE_REQUEST * most_pieces)
+        first_row = tl.load(piece + PIECE_FIRST_ROW * most_pieces)
+        num_queries = tl.load(piece + PIECE_NUM_QUERIES * most_pieces)
+        end = tl.load(piece + PIECE_END * most_pieces)
+        num_splits = tl.load(piece + PIECE_NUM_SPLITS * most_pieces)
+        split = tl.load(piece + PIECE_SPLIT * most_pieces)
+        first_part = tl.load(piece + PIECE_FIRST_PART * most_pieces)
+        num_keys = tl.cdiv(end, KEYS)
+        low = split * num_keys // num_splits * (KEYS // TILE_N)
+        high = tl.minimum((split + 1) * num_keys // num_splits * (KEYS // TILE_N), tl.cdiv(end, TILE_N))
+    else:
+        # The last tiles of a prompt attend to most: they begin first.
+        tile_m = tl.load(plan + num_requests) - 1 - tl.program_id(1)
+        request = _request_of(tile_m, plan, num_requests, 1, PADDED_REQUESTS)
+        start = tl.load(query_starts + request)
+        query_len = tl.load(query_starts + request + 1) - start
+        first = (tile_m - tl.load(plan + request)) * TILE_M
+        first_row = start + first
+        num_queries = tl.minimum(query_len - first, TILE_M)
+        end = tl.load(context_lens + request) - query_len + first + num_queries
+        low, high = 0, tl.cdiv(end, TILE_N)
 
-    queries = first + tl.arange(0, TILE_M)
-    positions = context_len - query_len + queries
-    # Tiles that the first query attends to as a whole, and so all queries do; and those that any query attends to.
-    num_full = (context_len - query_len + first + 1) // TILE_N
-    end = tl.minimum(context_len, context_len - query_len + first + TILE_M)
-    low, high = 0, tl.cdiv(end, TILE_N)
-    split = tl.program_id(1) // num_tiles_m
-    if partial is not None:
-        # Each has a tile that all queries attend to, since one has more tiles than some queries do not.
-        splits = tl.minimum(tl.maximum(high // SPLIT_TILES, 1), splits)
-        if split >= splits:
-            return
-        low, high = split * high // splits, (split + 1) * high // splits
-    dims = tl.arange(0, HEAD_DIM)
-    there = (queries < query_len)[:, None]
-    offsets = (start + queries).to(tl.int64)[:, None] * query_stride + head * HEAD_DIM + dims[None, :]
-    q = tl.load(query + offsets, mask=there, other=0.0)
+    rows, dims = tl.arange(0, TILE_M), tl.arange(0, HEAD_DIM)
+    first_position = end - num_queries
+    positions = first_position + rows
+    # Tiles that the first query attends to as a whole, and so all queries do; then those that any query attends to.
+    num_full = (first_position + 1) // TILE_N
+    there = (rows < num_queries)[:, None]
     table = block_tables + request * table_stride
     value_offset = NUM_KV_HEADS * BLOCK_SIZE
     block_rows = (block_stride // HEAD_DIM).to(tl.int32)
+    block = tl.load(table + low * TILE_N // BLOCK_SIZE)
+    if HAS_SPLIT:  # at the beginning of the step: only now is something needed of the kernel before
+        begin(OVERLAPS)
+    offsets = (first_row + rows).to(tl.int64)[:, None] * query_stride + head * HEAD_DIM + dims[None, :]
+    q = tl.load(query + offsets, mask=there, other=0.0)
 
     maximum = tl.full([TILE_M], float("-inf"), tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
     accumulator = tl.zeros([TILE_M, HEAD_DIM], tl.float32)
-    block = tl.load(table + low * TILE_N // BLOCK_SIZE)
     for tile in tl.range(low, tl.minimum(num_full, high), num_stages=STAGES):
         if USE_TMA:
             place = block * block_rows + kv_head * BLOCK_SIZE + tile * TILE_N % BLOCK_SIZE
             k = kv_rows.load([place, 0])
             v = kv_rows.load([place + value_offset, 0])
             # One iteration before its tile, so that the loads of the tile need not wait for it.
-            block = tl.load(table + tl.minimum((tile + 1) * TILE_N, context_len - 1) // BLOCK_SIZE)
+            block = tl.load(table + tl.minimum((tile + 1) * TILE_N, end - 1) // BLOCK_SIZE)
         else:
-            cached = _places(table, tile, context_len, kv_head, block_stride, BLOCK_SIZE, HEAD_DIM, TILE_N)
+            cached = _places(table, tile, end, kv_head, block_stride, BLOCK_SIZE, HEAD_DIM, TILE_N)
             k = tl.load(kv_cache + cached)
             v = tl.load(kv_cache + cached + value_offset * HEAD_DIM)
         maximum, total, accumulator = _attend_tile(q, k, v, maximum, total, accumulator, scale_log2)
@@ -468,36 +611,43 @@ def _prefill_kernel(
         maximum, total, accumulator = _attend_tile(q, k, v, maximum, total, accumulator, scale_log2, visible)
 
     result = accumulator / total[:, None]
-    target = (start + queries).to(tl.int64)[:, None] * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM + dims[None, :]
-    if partial is not None:  # noqa: SIM102 - the only one of both conditions that is known when this is compiled
-        if splits > 1:
-            rows = tl.arange(0, TILE_M)
-            place = (tile_m * NUM_HEADS + head) * num_splits
-            rows_of_split = (place + split) * TILE_M + rows
-            tl.store(partial + rows_of_split[:, None] * HEAD_DIM + dims[None, :], result)
-            tl.store(log_sums + rows_of_split, maximum * scale_log2 + tl.log2(total))
-            num_done = tile_starts + num_requests + 1 + tile_m * NUM_HEADS + head
+    target = (first_row + rows).to(tl.int64)[:, None] * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM + dims[None, :]
+    if HAS_PIECES:  # noqa: SIM102 - the only one of both conditions that is known when this is compiled
+        if num_splits > 1:
+            part_rows = ((first_part + split) * NUM_HEADS + head) * TILE_M + rows
+            tl.store(partial + part_rows[:, None] * HEAD_DIM + dims[None, :], result)
+            tl.store(log_sums + part_rows, maximum * scale_log2 + tl.log2(total))
+            num_done = plan + 1 + NUM_PIECE_FIELDS * most_pieces + first_part * NUM_HEADS + head
             tl.debug_barrier()  # all threads have stored before one of them says so
-            if tl.atomic_add(num_done, 1, sem="acq_rel") < splits - 1:
+            if tl.atomic_add(num_done, 1, sem="acq_rel") < num_splits - 1:
                 return
             tl.debug_barrier()
-            result = _combine_splits(partial, log_sums, place, splits, HEAD_DIM, TILE_M)
+            first_rows = (first_part * NUM_HEADS + head) * TILE_M + rows
+            result = _combine_pieces(partial, log_sums, first_rows, num_splits, NUM_HEADS, HEAD_DIM, TILE_M)
             tl.store(num_done, 0)  # for the next layer
     tl.store(output + target, result.to(output.dtype.element_ty), mask=there)
 
 
 @triton.jit
-def _combine_splits(partial, log_sums, place, splits, HEAD_DIM: tl.constexpr, TILE_M: tl.constexpr):
-    """[TILE_M, HEAD_DIM]: what a tile's queries attend to in all splits, by their share of the softmax."""
-    rows, dims = tl.arange(0, TILE_M), tl.arange(0, HEAD_DIM)
+def _combine_pieces(
+    partial,
+    log_sums,
+    first_rows,
+    num_splits,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    TILE_M: tl.constexpr,
+):
+    """[TILE_M, HEAD_DIM]: what a tile's queries attend to in all pieces, by their share of the softmax."""
+    dims = tl.arange(0, HEAD_DIM)
     maximum = tl.full([TILE_M], float("-inf"), tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
     accumulator = tl.zeros([TILE_M, HEAD_DIM], tl.float32)
-    for split in range(splits):
-        rows_of_split = (place + split) * TILE_M + rows
+    for split in tl.range(0, num_splits, num_stages=COMBINE_STAGES):
+        part_rows = first_rows + split * (NUM_HEADS * TILE_M)
         # Not through the L1 cache, which another SM's stores do not reach.
-        log_sum = tl.load(log_sums + rows_of_split, cache_modifier=".cg")
-        value = tl.load(partial + rows_of_split[:, None] * HEAD_DIM + dims[None, :], cache_modifier=".cg")
+        log_sum = tl.load(log_sums + part_rows, cache_modifier=".cg")
+        value = tl.load(partial + part_rows[:, None] * HEAD_DIM + dims[None, :], cache_modifier=".cg")
         new_maximum = tl.maximum(maximum, log_sum)
         correction, weight = tl.exp2(maximum - new_maximum), tl.exp2(log_sum - new_maximum)
         total = total * correction + weight
