@@ -135,10 +135,10 @@ class Clock:
 class Work:
     """A step in flight, as far as `LaunchTimes` looks at it."""
 
-    def __init__(self, clock: Clock, launched_s: float, end_s: float) -> None:
+    def __init__(self, clock: Clock, launched_s: float, end_s: float, card: Card | None = None) -> None:
         self.clock, self.launched_s, self.end_s = clock, launched_s, end_s
-        self.step = Step(clock.card)
-        self.queue, self.handle = clock.card, self
+        self.step = Step(card or clock.card)
+        self.queue, self.handle = self.step.card, self
 
     def is_done(self) -> bool:
         return self.clock.now_s >= self.end_s
@@ -199,6 +199,44 @@ def test_a_launch_as_long_as_the_last_one_must_end_before_the_moment_of_another(
     clock.launch()
     assert clock.times.makes_late(clock.card, clock.now_s + 1.9e-3)
     assert not clock.times.makes_late(clock.card, clock.now_s + 2.1e-3)
+
+
+@pytest.mark.parametrize(
+    ("ends_ms", "moved_ms"), [(-0.5, 0), (-0.2, 0.1), (0.5, 0.8), (1, -1), (1.9, -0.1), (2.1, 0), (30, 0)]
+)
+def test_a_launch_keeps_clear_of_the_end_of_another_cards_step(monkeypatch, ends_ms, moved_ms):
+    """A launch of 2 ms that is due 3.2 ms before its card's step ends."""
+    clock = Clock(monkeypatch, lambda rng: 2e-3)
+    clock.now_s = 1.0
+    clock.launch()
+    due_s = clock.times.next_on(clock.card)
+    other = Card("cpu:1", "device cpu:1", BlockManager(8, 4), 100)
+    for _ in range(20):
+        other.step_time.observe(StepSize(0), STEP_S)
+    end_s = due_s + ends_ms / 1e3
+    clock.steps._steps.append(Work(clock, end_s - STEP_S, end_s, other))
+    assert clock.times.next_on(clock.card) == pytest.approx(due_s + moved_ms / 1e3, abs=1e-6)
+    clock.steps._steps.append(Work(clock, end_s - STEP_S, end_s + STEP_S, other))
+    assert clock.times.next_on(clock.card) == pytest.approx(due_s + moved_ms / 1e3, abs=1e-6), "the first one counts"
+
+
+def test_tokens_are_taken_in_before_a_launch_on_another_card(checkpoint, timed_steps, monkeypatch):
+    path, _ = checkpoint("gqa2")
+    with LLM(path, device="cpu", enable_two_gpu_pd=True, card_roles="elastic") as llm:
+        llm.scheduler.placement.shares_prompts = False
+        for prompt in ([1, 2, 3], [4, 5, 6]):
+            llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
+        ended_at_launch: list[set] = []
+        for runner in llm._runners:
+
+            def launch(step, launch=runner.launch):
+                ended_at_launch.append({work.step.card for work in llm._steps.ended()} - {step.card})
+                return launch(step)
+
+            monkeypatch.setattr(runner, "launch", launch)
+        while len(ended_at_launch) < 60:
+            llm.step()
+    assert sum(map(bool, ended_at_launch)) < 6
 
 
 def test_a_prefill_step_is_launched_after_a_decode_step_that_it_would_make_late(checkpoint, timed_steps, monkeypatch):

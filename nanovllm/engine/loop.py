@@ -143,8 +143,12 @@ class Loop:
     def launch_steps(self) -> bool:
         """Launches every step that a card can be given now. Returns whether there was one."""
         launched, self._launch_at_s = False, math.inf
+        ended = {work.step.card for work in self._steps.ended()}
         for card in self._scheduler.cards:
-            if self._scheduler.has_streamed_requests:  # else hardly anyone can become ready meanwhile
+            # Else hardly anyone can become ready meanwhile, and nobody waits for the next token.
+            if self._scheduler.has_streamed_requests:
+                if ended - {card}:
+                    continue  # to take their tokens in takes less time than to launch
                 launch_at_s = self._launch_times.next_on(card)
                 if launch_at_s > time.perf_counter():
                     self._launch_at_s = min(self._launch_at_s, launch_at_s)
