@@ -202,13 +202,14 @@ def test_a_launch_as_long_as_the_last_one_must_end_before_the_moment_of_another(
 
 
 @pytest.mark.parametrize(
-    ("ends_ms", "moved_ms"), [(-0.5, 0), (-0.2, 0.1), (0.5, 0.8), (1, -1), (1.9, -0.1), (2.1, 0), (30, 0)]
+    ("ends_ms", "moved_ms"), [(-0.6, 0), (-0.4, 0.5), (0.4, 0.5), (0.6, -1.4), (1.9, -0.1), (2.1, 0), (30, 0)]
 )
 def test_a_launch_keeps_clear_of_the_end_of_another_cards_step(monkeypatch, ends_ms, moved_ms):
-    """A launch of 2 ms that is due 3.2 ms before its card's step ends."""
+    """A launch of 2 ms that is due 2.5 ms before its card's step may end."""
     clock = Clock(monkeypatch, lambda rng: 2e-3)
     clock.now_s = 1.0
     clock.launch()
+    clock.times._leads_s[clock.card] = 2.5e-3
     due_s = clock.times.next_on(clock.card)
     other = Card("cpu:1", "device cpu:1", BlockManager(8, 4), 100)
     for _ in range(20):

@@ -21,8 +21,8 @@ LATE_SHARE = 0.05
 """Share of launches that come too late, in the long run: each launch in time takes this share of a change off the
 lead. So a millisecond of lead, in which others may become ready, is worth 0.05 ms in which the device is idle: with
 less, a few launches that take long in any case would have all steps launched far ahead."""
-AFTER_S = 0.3e-3
-"""Seconds from the predicted end of another card's step to a launch that is put off until its tokens are taken in."""
+OVERDUE_S = 0.5e-3
+"""Seconds for which a launch waits for another card's step that should have ended."""
 UNSURE = 0.03
 """Share of the predicted time that is added to the lead: longer steps are predicted with larger errors."""
 
@@ -62,28 +62,29 @@ class LaunchTimes:
         if predicted_s is None:
             return AT_ONCE
         end_s = self._steps.began_s(works[0]) + predicted_s
-        launch_at_s = self._clear_of_others(card, end_s - predicted_s * UNSURE - self._leads_s[card], end_s)
+        launch_at_s = end_s - predicted_s * UNSURE - self._leads_s[card]
+        launch_at_s = self._clear_of_others(card, launch_at_s, predicted_s, end_s)
         if launch_at_s > time.perf_counter():
             self._put_off.add(card)
         return launch_at_s
 
-    def _clear_of_others(self, card: Card, launch_at_s: float, end_s: float) -> float:
+    def _clear_of_others(self, card: Card, launch_at_s: float, predicted_s: float, end_s: float) -> float:
         """The moment of a launch, moved if another card's step ends during it: its tokens would wait for the launch.
 
-        Then the launch comes after that end, if there is time for it until `end_s`, else before it.
+        It comes after that end, at the last moment that is in time unless the step ends sooner, or else before it.
         """
-        launch_s, seen = self._launch_s[card], {card}
+        now_s, launch_s, seen = time.perf_counter(), self._launch_s[card], {card}
+        last_s = end_s - predicted_s * UNSURE - launch_s
         for work in self._steps:
             if work.step.card in seen:
                 continue
             seen.add(work.step.card)
-            predicted_s = work.step.card.step_time.predict(work.step.size)
-            if predicted_s is None:
+            others_s = work.step.card.step_time.predict(work.step.size)
+            if others_s is None:
                 continue
-            other_end_s = self._steps.began_s(work) + predicted_s
-            if launch_at_s - AFTER_S < other_end_s < launch_at_s + launch_s:
-                is_in_time = other_end_s + AFTER_S + launch_s <= end_s
-                launch_at_s = other_end_s + AFTER_S if is_in_time else other_end_s - launch_s
+            others_end_s, began_s = self._steps.began_s(work) + others_s, max(launch_at_s, now_s)
+            if began_s - OVERDUE_S < others_end_s < began_s + launch_s:
+                launch_at_s = last_s if others_end_s <= last_s else others_end_s - launch_s
         return launch_at_s
 
     def free_in_s(self, card: Card) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import abc
+from collections import abc, deque
 
 import numpy as np
 import torch
@@ -11,8 +11,10 @@ from nanovllm.engine.execution.model_inputs import ModelInputs, block_list
 from nanovllm.engine.scheduling.step import PrefillChunk
 from nanovllm.kernels import AttentionMetadata
 from nanovllm.layers.sampler import SamplingInputs
-from nanovllm.utils.device import Device
+from nanovllm.utils.device import Device, DoneEvent, Event
 
+NUM_UPLOADS = 4
+"""More than the steps that are in flight, so that a launch need not wait for the copy of an earlier one."""
 NUM_STEP_NUMBERS = 3
 """Numbers sent for a step as a whole: those of `LayerExchange.hooks`."""
 NUM_TOKEN_COLUMNS = 3
@@ -53,6 +55,10 @@ class PrefillBuffers:
         most_pushed_numbers = 1 + 4 * max_num_requests * self._max_blocks
         size = NUM_STEP_NUMBERS + self._num_request_numbers + NUM_TOKEN_COLUMNS * max_num_tokens + most_pushed_numbers
         self._numbers = torch.zeros(size, dtype=torch.int64, device=device.torch_device)
+        self._uploads: deque[tuple[torch.Tensor, Event]] = deque()
+        """Pinned memory from which uploads are copied, and the end of the last copy from it."""
+        for _ in range(NUM_UPLOADS if device.is_cuda else 0):
+            self._uploads.append((torch.zeros(size, dtype=torch.int64, device="cpu", pin_memory=True), DoneEvent()))
 
     def pack(
         self,
@@ -104,7 +110,15 @@ class PrefillBuffers:
 
     def send(self, numbers: np.ndarray) -> None:
         """Copies an upload of `pack` to the device, in one copy; on each rank."""
-        self._numbers[: len(numbers)].copy_(self.device.tensor(numbers))
+        upload, target = torch.from_numpy(numbers), self._numbers[: len(numbers)]
+        if not self._uploads:
+            target.copy_(upload)
+            return
+        pinned, copied = self._uploads.popleft()
+        copied.synchronize()
+        pinned[: len(numbers)].copy_(upload)
+        target.copy_(pinned[: len(numbers)], non_blocking=True)
+        self._uploads.append((pinned, self.device.record_event()))
 
     def gather(self, size: int, num_sampled: int) -> ModelInputs:
         """The inputs of the step, padded to `size` tokens and `num_sampled` sampled rows; runs on the device alone."""

@@ -16,7 +16,7 @@ import numpy as np
 KNOTS = np.array(
     [
         1,
-        *range(32, 512, 32),
+        *range(16, 512, 16),
         *range(512, 1024, 64),
         *range(1024, 2048, 256),
         2048,
@@ -26,7 +26,8 @@ KNOTS = np.array(
     ],
     dtype=np.float64,
 )
-"""Tokens of a step between which its time is taken to be linear; close to each other where GEMMs add a tile."""
+"""Tokens of a step between which its time is taken to be linear; one for each size that small steps are padded to,
+since GEMMs of 288 tokens may take longer than of 304."""
 _KNOTS: list[float] = KNOTS.tolist()
 BALANCED_TOKENS = 200
 """Prior: with so many tokens the GEMMs take as long to compute as to read the weights. H100 255, H200 175."""
@@ -37,16 +38,23 @@ CORRELATION_OCTAVES = 2.0
 SCALE_DEVIATION, KNOT_DEVIATION = 0.5, 0.3
 """Prior: relative standard deviations of what all times have in common, and of single ones."""
 NOISE = 0.02
-"""Relative standard deviation of single steps of one size."""
+"""Prior: relative standard deviation of single steps of one size. Clocks go up and down with the power that steps take;
+of H100s and H200s that run chunks it is 0.02 to 0.04, of decode steps a tenth of that."""
+NOISE_CHANGE = 0.02
+"""How much of the noise each step with a chunk teaches."""
 DRIFT = 2e-4
 """Share of the prior's uncertainty that comes back with each step: clocks change. After thousands of decode steps
 without prompts, the first prompts are taken in smaller chunks again."""
 MAX_DEVIATIONS = 4.0
 """Standard deviations from its prediction beyond which a step teaches nothing: a hitch is no slow card."""
+MOST_NOISE = 0.1
+"""Relative error of a prediction that counts as noise; what is beyond it was a hitch."""
 CAREFUL_TOKENS = 64
 """Prompt tokens that are taken to fit before any step has been seen: no card computes so few slower than it reads."""
 TOKEN_MULTIPLE = 16
 """Steps are filled up to multiples of this: graphs of mixed steps are padded to it, those above 512 tokens to more."""
+MOST_PADDED_TOKENS = 512
+"""Up to so many tokens a step takes as long as one of the next multiple."""
 MIN_STEP_S = 2e-5
 """Shorter times are no step's."""
 FAR = 4.0
@@ -101,7 +109,8 @@ class ModelCosts:
 
 
 class StepTimeModel:
-    """A Bayesian linear model: seconds of a step = g(tokens) + c * context + p * pairs, with g linear between KNOTS.
+    """A Bayesian linear model: seconds of a step = g(tokens) + c * context + p * pairs, with g linear between KNOTS
+    and small steps padded.
 
     The coefficients are kept relative to the prior's, with their covariance (a Kalman filter whose state drifts). So a
     prediction comes with its uncertainty: small near what was seen, large far from it.
@@ -129,6 +138,7 @@ class StepTimeModel:
         self._num_observed = 0
         """Steps since the unit was set."""
         self._num_restarts_left = MAX_RESTARTS
+        self._noise_squared = NOISE**2
         self._surprises: list[float] = []
         """Seen over predicted times of the last steps, if these were surprisingly long, or short, in a row."""
         self._recent: deque[tuple[float, float]] = deque(maxlen=NUM_RECENT)
@@ -146,6 +156,9 @@ class StepTimeModel:
         if not 1 / FAR < seconds / expected_s < FAR and self._num_observed < FEW_STEPS and self._num_restarts_left:
             self._num_restarts_left -= 1
             unit_s = self._begin(own_unit_s)  # the steps before it, or this one, were no measure
+        if size.num_pairs:
+            error = min(abs(seconds / expected_s - 1), MOST_NOISE)
+            self._noise_squared += NOISE_CHANGE * (error**2 - self._noise_squared)
         self._learn(features, seconds / unit_s)
         if len(self._surprises) == SURPRISES_IN_A_ROW:
             # The shape stays.
@@ -185,9 +198,12 @@ class StepTimeModel:
             return None
         # As the product of `_features` and the coefficients: a scheduler asks dozens of times a step, and arrays of one
         # row take ten times as long.
-        above = min(max(bisect.bisect_left(_KNOTS, size.num_tokens), 1), len(_KNOTS) - 1)
+        num_tokens = size.num_tokens
+        if TOKEN_MULTIPLE < num_tokens <= MOST_PADDED_TOKENS:
+            num_tokens += -num_tokens % TOKEN_MULTIPLE
+        above = min(max(bisect.bisect_left(_KNOTS, num_tokens), 1), len(_KNOTS) - 1)
         low, high = _KNOTS[above - 1 : above + 1]
-        share = max((size.num_tokens - low) / (high - low), 0.0)
+        share = max((num_tokens - low) / (high - low), 0.0)
         prior, learned = self._prior, self._coefficients
         units = (
             (1 - share) * prior[above - 1] * learned[above - 1]
@@ -198,7 +214,7 @@ class StepTimeModel:
         return float(units) * self._unit_s
 
     def may_exceed(self, limit_s: float, size: StepSize) -> bool:
-        """Whether a step may take longer: by its expected time and, where little is known, a standard deviation more.
+        """Whether a step may take longer: a standard deviation more than expected, as in `tokens_that_fit`.
 
         False before any step was seen. Safe to call from any thread.
         """
@@ -210,7 +226,7 @@ class StepTimeModel:
     def tokens_that_fit(self, limit_s: float, size: StepSize, start: int, most: int) -> int:
         """How many prompt tokens a step of this size has room for, that it may take `limit_s` with them.
 
-        Where little is known, a standard deviation more than expected has to fit.
+        A standard deviation more than expected has to fit: of steps of this size, and of what is known of them.
 
         Args:
             limit_s: maximum seconds of the step.
@@ -240,8 +256,9 @@ class StepTimeModel:
 
     def _bounds(self, features: np.ndarray) -> np.ndarray:
         """[N, coefficients] -> [N] times, in units, a standard deviation above those expected."""
+        expected = features @ self._coefficients
         variances = ((features @ self._covariance) * features).sum(axis=1)
-        return features @ self._coefficients + np.sqrt(np.maximum(variances, 0.0))
+        return expected + np.sqrt(np.maximum(variances, 0.0) + self._noise_squared * expected**2)
 
     def state(self) -> dict[str, Any]:
         """What was learned, as JSON takes it, for `restore`."""
@@ -295,6 +312,8 @@ class StepTimeModel:
     def _features(self, num_tokens: float | np.ndarray, context: float, num_pairs: float | np.ndarray) -> np.ndarray:
         """[N, coefficients] for N sizes, or [coefficients] for one."""
         tokens = np.atleast_1d(np.asarray(num_tokens, dtype=np.float64))
+        is_padded = (tokens > TOKEN_MULTIPLE) & (tokens <= MOST_PADDED_TOKENS)
+        tokens = np.where(is_padded, np.ceil(tokens / TOKEN_MULTIPLE) * TOKEN_MULTIPLE, tokens)
         above = np.clip(np.searchsorted(KNOTS, tokens), 1, len(KNOTS) - 1)
         low, high = KNOTS[above - 1], KNOTS[above]
         share = np.maximum((tokens - low) / (high - low), 0.0)  # above 1 beyond the last knot
