@@ -134,14 +134,13 @@ def mixed_error(
     head_dim, num_kv_heads, whole = shape["head_dim"], shape["num_kv_heads"], case.metadata
     num_rows = len(rows) + num_empty_rows
     assert num_rows <= len(case.positions)
-    query = case.store(backend, case.kv_cache)
-    expected = torch_reference.Backend().attend(query.float(), case.kv_cache.float(), whole, head_dim**-0.5)
+    device = torch.device(shape["device"])
 
     decode = AttentionMetadata(
         slot_mapping=whole.slot_mapping[:num_rows],
         block_tables=torch.nn.functional.pad(whole.block_tables[: len(rows)], (0, 0, 0, num_empty_rows), value=10**6),
         context_lens=torch.nn.functional.pad(whole.context_lens[: len(rows)], (0, num_empty_rows)),
-        query_starts=torch.arange(num_rows + 1, dtype=torch.int32, device=query.device),
+        query_starts=torch.arange(num_rows + 1, dtype=torch.int32, device=device),
         max_query_len=1,
         max_context_len=whole.max_context_len,
     )
@@ -158,11 +157,13 @@ def mixed_error(
         decode_stream=decode_stream,
     )
     if with_split:
-        heads = query.shape[1], num_kv_heads
+        heads = shape["num_heads"], num_kv_heads
         decode = replace(decode, work_split=backend.split_work(decode, *heads))
         metadata = replace(metadata, work_split=backend.split_work(metadata, *heads), decode=decode)
-    dtype, device = shape["dtype"], torch.device(shape["device"])
-    attention = PagedAttention(head_dim, 1e-6, None, backend, qk_norm=False, dtype=dtype, device=device)
+    # Behind the split, whose kernel must not come right before those of attention.
+    query = case.store(backend, case.kv_cache)
+    expected = torch_reference.Backend().attend(query.float(), case.kv_cache.float(), whole, head_dim**-0.5)
+    attention = PagedAttention(head_dim, 1e-6, None, backend, qk_norm=False, dtype=shape["dtype"], device=device)
     output = attention.attend(query, case.kv_cache, metadata).float()
     assert not output.isnan().any(), "reads beyond a request's context"
     return ((output - expected).norm() / expected.norm()).item()
