@@ -221,6 +221,25 @@ def test_a_launch_keeps_clear_of_the_end_of_another_cards_step(monkeypatch, ends
     assert clock.times.next_on(clock.card) == pytest.approx(due_s + moved_ms / 1e3, abs=1e-6), "the first one counts"
 
 
+@pytest.mark.parametrize(("ends_ms", "moved_ms"), [(0.5, 0.6), (0.7, 0.8), (0.8, 0.0), (2.1, 0.0)])
+def test_a_launch_that_has_no_time_waits_for_what_ends_soon(monkeypatch, ends_ms, moved_ms):
+    """A launch of 2 ms, 1.5 ms before its card's step may end."""
+    clock = Clock(monkeypatch, lambda rng: 2e-3)
+    clock.now_s = 1.0
+    clock.launch()
+    clock.times._leads_s[clock.card] = 1.5e-3
+    clock.now_s = due_s = clock.times.next_on(clock.card)
+    other = Card("cpu:1", "device cpu:1", BlockManager(8, 4), 100)
+    for _ in range(20):
+        other.step_time.observe(StepSize(0), STEP_S)
+    end_s = due_s + ends_ms / 1e3
+    clock.steps._steps.append(Work(clock, end_s - STEP_S, end_s, other))
+    launch_at_s = clock.times.next_on(clock.card)
+    assert launch_at_s == pytest.approx(due_s + moved_ms / 1e3, abs=1e-6)
+    clock.now_s = launch_at_s + 1e-6
+    assert clock.times.next_on(clock.card) <= clock.now_s, "it does not wait for ever"
+
+
 def test_tokens_are_taken_in_before_a_launch_on_another_card(checkpoint, timed_steps, monkeypatch):
     path, _ = checkpoint("gqa2")
     with LLM(path, device="cpu", enable_two_gpu_pd=True, card_roles="elastic") as llm:

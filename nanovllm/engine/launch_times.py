@@ -21,6 +21,8 @@ LATE_SHARE = 0.05
 """Share of launches that come too late, in the long run: each launch in time takes this share of a change off the
 lead. So a millisecond of lead, in which others may become ready, is worth 0.05 ms in which the device is idle: with
 less, a few launches that take long in any case would have all steps launched far ahead."""
+GRACE_S = 0.1e-3
+"""Seconds from the predicted end of another card's step to a launch that comes too late for waiting any longer."""
 OVERDUE_S = 0.5e-3
 """Seconds for which a launch waits for another card's step that should have ended."""
 UNSURE = 0.03
@@ -71,7 +73,8 @@ class LaunchTimes:
     def _clear_of_others(self, card: Card, launch_at_s: float, predicted_s: float, end_s: float) -> float:
         """The moment of a launch, moved if another card's step ends during it: its tokens would wait for the launch.
 
-        It comes after that end, at the last moment that is in time unless the step ends sooner, or else before it.
+        It comes after that end, at the last moment that is in time unless the step ends sooner, or else before it. If
+        there is no time for either, it waits if its own card is then idle for less time than the tokens would wait.
         """
         now_s, launch_s, seen = time.perf_counter(), self._launch_s[card], {card}
         last_s = end_s - predicted_s * UNSURE - launch_s
@@ -83,8 +86,14 @@ class LaunchTimes:
             if others_s is None:
                 continue
             others_end_s, began_s = self._steps.began_s(work) + others_s, max(launch_at_s, now_s)
-            if began_s - OVERDUE_S < others_end_s < began_s + launch_s:
-                launch_at_s = last_s if others_end_s <= last_s else others_end_s - launch_s
+            if not began_s - OVERDUE_S < others_end_s < began_s + launch_s:
+                continue
+            if others_end_s <= last_s:
+                launch_at_s = last_s
+            elif others_end_s - launch_s > now_s:
+                launch_at_s = others_end_s - launch_s
+            elif others_end_s - last_s < began_s + launch_s - others_end_s:
+                launch_at_s = others_end_s + GRACE_S
         return launch_at_s
 
     def free_in_s(self, card: Card) -> float:
