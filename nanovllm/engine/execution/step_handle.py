@@ -12,7 +12,7 @@ import torch
 from nanovllm.engine.execution.layer_exchange import NOTHING_WAITED_FOR, WaitReport
 from nanovllm.layers.sampler import SampledTokens
 from nanovllm.outputs import TokenLogprobs
-from nanovllm.utils.device import Device, Event, Moment
+from nanovllm.utils.device import Device, Moment
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,8 @@ class StepHandle:
         self.stream = stream
         self._host = [None if part is None else _to_host(part, device) for part in sampled]
         self._began, self._ended = began, began.clock.record_moment()
-
-    @property
-    def event(self) -> Event:
+        self.event = self._ended.event
         """Done after the step."""
-        return self._ended.event
 
     def is_done(self) -> bool:
         return self.event.query()
