@@ -6,7 +6,7 @@ Counted are the FLOPs of all linear layers for every token, of the output head o
 
 from __future__ import annotations
 
-from lib.arguments import add_shape, model_options, new_parser
+from lib.arguments import add_quantization, add_shape, model_options, new_parser
 from lib.ceilings import gemm_rate, linear_flops
 from lib.loads import full_length, generate_timed
 from lib.report import report
@@ -25,6 +25,7 @@ def prefill_flops(config: ModelDescription, prompt_len: int) -> float:
 def main() -> None:
     parser = new_parser(__doc__)
     add_shape(parser, "qwen3-8b")
+    add_quantization(parser)
     parser.add_argument("--prompt-len", type=int, default=8192)
     parser.add_argument("--num-prompts", type=int, default=8)
     parser.add_argument("--max-num-batched-tokens", type=int, default=16384)
@@ -49,6 +50,7 @@ def main() -> None:
         "prefill_throughput",
         {
             "model_shape": args.model_shape,
+            "quantization": args.quantization,
             "prompt_len": args.prompt_len,
             "num_prompts": args.num_prompts,
             "seconds": seconds,
