@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch.nn import functional
 
 from nanovllm.kernels.triton_overlap import begin, overlap
 from nanovllm.utils.fp8 import E4M3, LARGEST, SMALLEST_SCALE, ScaledTokens, ScaledWeight
@@ -30,8 +31,6 @@ FETCHED = tl.constexpr(512)
 """Bytes of each row of weights that a program fetches ahead of its first tile."""
 LINE = tl.constexpr(128)
 """Bytes of a line of the L2 cache."""
-SCALED_MM_CAPABILITY = (9, 0)
-"""First GPUs on which torch's GEMM takes a scale for each row and column."""
 
 
 @dataclass(frozen=True)
@@ -58,20 +57,17 @@ def linear(
 ) -> torch.Tensor:
     """x W^T + b, [T, out], of [T, in], which is quantized here if it is not yet.
 
-    Many tokens with a scale for each output are torch's, in bfloat16 and on all of the GPU; all else runs here.
+    GEMMs of many tokens are torch's where it has them for the format, in bfloat16 and on all of the GPU.
     """
-    tokens = _quantize(x, weight.block)[0] if isinstance(x, torch.Tensor) else x
-    if len(tokens.values) > MAX_FEW_TOKENS and num_sms is None and _is_for_torch(tokens, weight):
-        return torch._scaled_mm(
-            tokens.values,
-            weight.values.T,
-            scale_a=tokens.scales,
-            scale_b=weight.scales.T,
-            bias=bias,
-            out_dtype=tokens.dtype,
-            use_fast_accum=FAST_ACCUMULATION,
-        )
+    tokens = quantize_tokens(x, weight) if isinstance(x, torch.Tensor) else x
+    if len(tokens.values) > MAX_FEW_TOKENS and num_sms is None and _is_for_torch(tokens, weight, bias):
+        return _torch_linear(tokens, weight, bias)
     return _scaled_linear(tokens, weight, bias, num_sms)
+
+
+def quantize_tokens(x: torch.Tensor, weight: ScaledWeight) -> ScaledTokens:
+    """x, [T, in], as inputs of a layer with such weights."""
+    return _quantize(x, weight.block)[0]
 
 
 def norm_linear(
@@ -128,14 +124,47 @@ def _num_sms(device: torch.device) -> int:
 
 
 @functools.cache
-def _has_scaled_mm(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= SCALED_MM_CAPABILITY
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
-def _is_for_torch(tokens: ScaledTokens, weight: ScaledWeight) -> bool:
-    num_outputs, num_inputs = weight.values.shape
-    is_even = num_outputs % 16 == 0 and num_inputs % 16 == 0
-    return weight.block is None and is_even and tokens.dtype == torch.bfloat16 and _has_scaled_mm(tokens.values.device)
+@functools.cache
+def _has_cublas_of_blocks() -> bool:
+    return tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2])) >= (12, 9)
+
+
+def _is_for_torch(tokens: ScaledTokens, weight: ScaledWeight, bias: torch.Tensor | None) -> bool:
+    """Whether `_torch_linear` takes these: GPUs from Hopper on, or for blocks Hopper alone, and even sizes."""
+    if tokens.dtype != torch.bfloat16:
+        return False
+    capability, (num_outputs, num_inputs) = _capability(tokens.values.device), weight.values.shape
+    if weight.block is None:
+        return capability >= (9, 0) and num_outputs % 16 == 0 and num_inputs % 16 == 0
+    # cuBLAS reads scales by fours.
+    is_even = num_outputs % 128 == 0 and num_inputs % 512 == 0 and len(tokens.values) % 4 == 0
+    return capability == (9, 0) and weight.block == 128 and bias is None and is_even and _has_cublas_of_blocks()
+
+
+def _torch_linear(tokens: ScaledTokens, weight: ScaledWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    if weight.block is None:
+        return torch._scaled_mm(
+            tokens.values,
+            weight.values.T,
+            scale_a=tokens.scales.flatten().unsqueeze(1),  # whose strides torch looks at
+            scale_b=weight.scales.T,
+            bias=bias,
+            out_dtype=tokens.dtype,
+            use_fast_accum=FAST_ACCUMULATION,
+        )
+    return functional.scaled_mm(
+        tokens.values,
+        weight.values.T,
+        tokens.scales,
+        functional.ScalingType.BlockWise1x128,
+        weight.scales.T,
+        functional.ScalingType.BlockWise128x128,
+        output_dtype=tokens.dtype,
+    )
 
 
 def _quantize(
@@ -152,7 +181,7 @@ def _quantize(
     group = size if block is None else block
     padded_size = max(triton.next_power_of_2(size), block or 1)
     values = torch.empty(num_tokens, size, dtype=E4M3, device=x.device)
-    scales = torch.empty(num_tokens, triton.cdiv(size, group), dtype=torch.float32, device=x.device)
+    scales = torch.empty(triton.cdiv(size, group), num_tokens, dtype=torch.float32, device=x.device).T
     counters = torch.empty(NUM_COUNTERS, dtype=torch.int32, device=x.device)
     total = x if residual is None else torch.empty_like(x)
     norm_weight, eps = (x, 0.0) if norm is None else norm
@@ -265,9 +294,8 @@ def _quantize_kernel(
     # Ahead of the conversion, whose result beyond the largest number is not that number everywhere.
     quantized = tl.clamp(quantized, -MAX_VALUE, MAX_VALUE, propagate_nan=tl.PropagateNan.ALL)
     tl.store(values + token * size + places, quantized.to(tl.float8e4nv), mask=there)
-    num_groups = tl.cdiv(size, GROUP)
     group = tl.arange(0, PADDED_SIZE // GROUP)
-    tl.store(scales + token * num_groups + group, scale, mask=group < num_groups)
+    tl.store(scales + group * tl.num_programs(0) + token, scale, mask=group < tl.cdiv(size, GROUP))
 
 
 @triton.jit
@@ -331,11 +359,9 @@ def _scaled_linear_kernel(
     x_tile = x + token_places[:, None] * num_inputs + inputs[None, :]
     num_tiles = tl.cdiv(num_inputs, TILE_K)
     low, high = split * num_tiles // SPLITS, (split + 1) * num_tiles // SPLITS
-    w_block_scales, x_block_scales = w_scales, x_scales
+    w_block_scales = w_scales
     if BLOCK is not None:
-        num_blocks = tl.cdiv(num_inputs, BLOCK)
-        w_block_scales = w_scales + (tl.program_id(1) * TILE_N // BLOCK).to(tl.int64) * num_blocks
-        x_block_scales = x_scales + token_places * num_blocks
+        w_block_scales += (tl.program_id(1) * TILE_N // BLOCK).to(tl.int64) * tl.cdiv(num_inputs, BLOCK)
 
     if OVERLAPS:
         lines = tl.minimum(low * TILE_K + tl.arange(0, FETCHED // LINE) * LINE, num_inputs - 1)
@@ -349,7 +375,8 @@ def _scaled_linear_kernel(
         products = tl.dot(w, tl.trans(tokens_of_tile), max_num_imprecise_acc=TILE_K)
         if BLOCK is not None:
             block = k * TILE_K // BLOCK
-            products *= tl.load(w_block_scales + block) * tl.load(x_block_scales + block)[None, :]
+            of_tokens = tl.load(x_scales + block * num_tokens + token_places)
+            products *= tl.load(w_block_scales + block) * of_tokens[None, :]
         result += products
 
     if SPLITS > 1:

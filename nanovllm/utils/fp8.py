@@ -79,7 +79,8 @@ class ScaledTokens:
 
     Attributes:
         values: [T, in] e4m3.
-        scales: [T, 1] float32, or [T, in / block], rounded up, as the format of the weights has it.
+        scales: [T, 1] float32, or [T, in / block], rounded up, as the format of the weights has it; those of a block
+            are contiguous.
         counters: zeros, int32, for thread blocks to count in; they leave zeros.
         dtype: of what the layer gives.
     """
