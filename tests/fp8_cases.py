@@ -50,6 +50,19 @@ def check_fp8_linear(
         assert errors.max() < tolerance, f"{num_tokens} tokens, {sizes}, block {block}: {errors.max()}"
 
 
+def check_counters(num_tokens: int, sizes: tuple[int, int], block: int | None, *, device: str, num_sms: int) -> None:
+    """Layers whose inputs are split among programs leave the counters as they found them: tokens may be used again."""
+    from nanovllm.kernels import triton_fp8
+
+    assert triton_fp8.plan(num_tokens, *sizes, num_sms, block).splits > 1
+    weight = fp8_weight(*sizes, block, device=device, seed=1)
+    tokens = triton_fp8.quantize_tokens(torch.randn(num_tokens, sizes[1], device=device), weight)
+    results = [triton_fp8.linear(tokens, weight, None, num_sms) for _ in range(3)]
+    assert not tokens.counters.any()
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
 def check_fp8_fused(
     backend: Kernels, *, device: str, dtype: torch.dtype, block: int | None, num_tokens: int, size: int
 ) -> None:

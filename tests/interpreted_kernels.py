@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.fp8_cases import check_fp8_fused, check_fp8_linear
+from tests.fp8_cases import check_counters, check_fp8_fused, check_fp8_linear
 from tests.kernel_cases import (
     DECODE,
     MIXED,
@@ -196,6 +196,11 @@ def test_inputs_are_split_among_programs_for_any_number_of_sms(num_sms, block):
     assert planned.splits == {1: 1, 3: 4, 20: 8 if block is None else 16}[num_sms]
     shape = {"num_tokens": 3, "sizes": (100, 4096), "block": block, "num_sms": num_sms}
     check_fp8_linear(Backend(), device="cpu", dtype=torch.float32, tolerance=1e-5, **shape)
+
+
+@pytest.mark.parametrize("block", [None, 128])
+def test_layers_leave_their_counters_as_they_were(block):
+    check_counters(3, (100, 4096), block, device="cpu", num_sms=8)
 
 
 @pytest.mark.usefixtures("rounds_to_fp8")

@@ -10,7 +10,7 @@ import torch
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels import torch_reference
 from tests import fp8_checkpoints, tiny
-from tests.fp8_cases import check_fp8_fused, check_fp8_linear, fp8_weight, relative_difference
+from tests.fp8_cases import check_counters, check_fp8_fused, check_fp8_linear, fp8_weight, relative_difference
 from tests.test_fp8 import prompts_for, worst_choice
 
 pytestmark = pytest.mark.gpu
@@ -67,6 +67,13 @@ def test_norm_and_gate_equal_the_reference(block, num_tokens, size, dtype):
     from nanovllm.kernels.triton_attention import Backend
 
     check_fp8_fused(Backend(), device="cuda", dtype=dtype, block=block, num_tokens=num_tokens, size=size)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 32, 64, 128])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_layers_leave_their_counters_as_they_were(block, num_tokens):
+    for sizes in ((4096, 4096), (4096, 12288), (6144, 4096)):
+        check_counters(num_tokens, sizes, block, device="cuda", num_sms=132)
 
 
 def test_a_token_that_is_not_finite_spoils_itself_alone():
