@@ -380,7 +380,11 @@ def test_other_parts_may_be_left_as_they_are():
         names = ["lm_head", "re:.*lm_head", "model.embed_tokens", "model.norm", "model.layers.1.mlp.gate", "visual"]
         assert stored_format({"quantization_config": changed(form, **{field: names})}, 2) is not None
         # Of a layer that the model does not have.
-        beyond = {"quantization_config": changed(form, **{field: ["model.layers.7.mlp.up_proj"]})}
+        beyond = {
+            "quantization_config": changed(
+                form, **{field: ["model.layers.7.mlp.up_proj", "model.layers." + "9" * 5000]}
+            )
+        }
         assert stored_format(beyond, 2) is not None
     assert stored_format({"quantization_config": None}, 2) is None
 

@@ -104,7 +104,7 @@ def fp8_cases(capability: int):
         for dtype, num_outputs in (("bfloat16", 4096), ("float32", 24576)):
             planned = triton_fp8.plan(num_tokens, num_outputs, 4096, 132, block)
             tiles = {"TILE_N": planned.tile_n, "TILE_T": planned.tile_t, "TILE_K": planned.tile_k}
-            constants = {"BLOCK": block, "SPLITS": planned.splits, "STAGES": planned.stages, **tiles}
+            constants = {"BLOCK": block, "IS_SPLIT": planned.splits > 1, "STAGES": planned.stages, **tiles}
             for changes in ({"HAS_BIAS": False, "IS_EVEN": True}, {"HAS_BIAS": True, "IS_EVEN": False}):
                 options = {"num_warps": planned.num_warps}
                 yield "_scaled_linear_kernel", dtype, {**constants, **changes}, options
@@ -154,6 +154,7 @@ INTEGERS = {
     "num_requests",
     "num_counters",
     "num_splits",
+    "splits",
     "most_tiles",
     "num_sms",
     "num_rows",

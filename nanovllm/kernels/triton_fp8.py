@@ -23,10 +23,12 @@ MAX_FEW_TOKENS = 64
 """Most tokens of a GEMM that the memory bounds, so that torch's is slower."""
 NUM_COUNTERS = 512
 """Most output tiles, over all tokens, whose inputs are split among programs."""
-SPLIT_BYTES = 16
+SPLIT_INPUTS = 16
 """Inputs of a split are at least so many times the tokens: the bytes of partial results stay below the weights'."""
 FAST_ACCUMULATION = False
 """Whether torch's GEMM may sum up in the tensor cores alone, which keep 14 bits of a sum on Hopper."""
+COMBINED = tl.constexpr(4)
+"""Partial results of a tile that are read at a time."""
 FETCHED = tl.constexpr(512)
 """Bytes of each row of weights that a program fetches ahead of its first tile."""
 LINE = tl.constexpr(128)
@@ -111,10 +113,8 @@ def plan(num_tokens: int, num_outputs: int, num_inputs: int, num_sms: int, block
     splits = min(
         num_sms * per_sm // num_tiles if num_tiles <= NUM_COUNTERS else 1,
         triton.cdiv(num_inputs, tile_k) // 2,
-        num_inputs // (SPLIT_BYTES * tile_t),
+        num_inputs // (SPLIT_INPUTS * tile_t),
     )
-    if tile_t == 128 and splits > 1:  # it hangs on the number of tokens: few kernels for all of them
-        splits = 2 ** (splits.bit_length() - 1)
     return GemmPlan(tile_n, tile_t, tile_k, max(splits, 1), stages, num_warps)
 
 
@@ -232,9 +232,10 @@ def _scaled_linear(
         num_tokens,
         num_outputs,
         num_inputs,
+        made.splits,
         HAS_BIAS=bias is not None,
         BLOCK=weight.block,
-        SPLITS=made.splits,
+        IS_SPLIT=made.splits > 1,
         TILE_N=made.tile_n,
         TILE_T=made.tile_t,
         TILE_K=made.tile_k,
@@ -319,7 +320,7 @@ def _fetch(pointers):
     )
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "splits"])
 def _scaled_linear_kernel(
     x,
     x_scales,
@@ -332,9 +333,10 @@ def _scaled_linear_kernel(
     num_tokens,
     num_outputs,
     num_inputs,
+    splits,
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_T: tl.constexpr,
     TILE_K: tl.constexpr,
@@ -358,7 +360,7 @@ def _scaled_linear_kernel(
     w_tile = weight + row_places[:, None] * num_inputs + inputs[None, :]
     x_tile = x + token_places[:, None] * num_inputs + inputs[None, :]
     num_tiles = tl.cdiv(num_inputs, TILE_K)
-    low, high = split * num_tiles // SPLITS, (split + 1) * num_tiles // SPLITS
+    low, high = split * num_tiles // splits, (split + 1) * num_tiles // splits
     w_block_scales = w_scales
     if BLOCK is not None:
         w_block_scales += (tl.program_id(1) * TILE_N // BLOCK).to(tl.int64) * tl.cdiv(num_inputs, BLOCK)
@@ -379,18 +381,20 @@ def _scaled_linear_kernel(
             products *= tl.load(w_block_scales + block) * of_tokens[None, :]
         result += products
 
-    if SPLITS > 1:
+    if IS_SPLIT:
         places = tl.arange(0, TILE_N)[:, None] * TILE_T + tl.arange(0, TILE_T)[None, :]
-        of_tile = partial + tile.to(tl.int64) * (SPLITS * TILE_N * TILE_T) + places
+        of_tile = partial + tile.to(tl.int64) * splits * (TILE_N * TILE_T) + places
         tl.store(of_tile + split * (TILE_N * TILE_T), result)
         tl.debug_barrier()  # all threads have stored before one of them says so
-        if tl.atomic_add(counters + tile, 1, sem="acq_rel") != SPLITS - 1:
+        if tl.atomic_add(counters + tile, 1, sem="acq_rel") != splits - 1:
             return
         tl.debug_barrier()
         result = tl.zeros([TILE_N, TILE_T], tl.float32)
-        for other in tl.static_range(SPLITS):  # always in the same order, whichever is the last
-            # Not through the L1 cache, which another SM's stores do not reach.
-            result += tl.load(of_tile + other * (TILE_N * TILE_T), cache_modifier=".cg")
+        for first in range(0, splits, COMBINED):  # always in the same order, whichever is the last
+            for other in tl.static_range(COMBINED):
+                # Not through the L1 cache, which another SM's stores do not reach.
+                place = of_tile + (first + other) * (TILE_N * TILE_T)
+                result += tl.load(place, mask=first + other < splits, other=0.0, cache_modifier=".cg")
         tl.store(counters + tile, 0)
     if BLOCK is None:
         result *= tl.load(w_scales + row_places)[:, None] * tl.load(x_scales + token_places)[None, :]

@@ -110,7 +110,8 @@ def _check_all_quantized(quantization: dict[str, Any], field: str, num_layers: i
 def _left_out(part: str, num_layers: int) -> str | None:
     """The first linear layer whose name has these components side by side; None if there is none."""
     components = part.strip(".").split(".")
-    index = next((int(one) for one in components if one.isdecimal() and int(one) < num_layers), 0)
+    numbers = (int(one) for one in components if one.isdecimal() and len(one) < 10)
+    index = next((number for number in numbers if number < num_layers), 0)
     layers = (f"model.layers.{index}.{name}" for name in LINEAR_LAYERS)
     return next((layer for layer in layers if f".{'.'.join(components)}." in f".{layer}."), None)
 
