@@ -102,13 +102,13 @@ def plan(num_tokens: int, num_outputs: int, num_inputs: int, num_sms: int, block
     """The division of a GEMM of so many tokens, on so many SMs.
 
     All programs of few tokens should run at once, since an SM that ends early does not help the others, and there
-    should be as many as fit: what they have in flight is what the memory's rate hangs on. Writing and reading partial
-    sums bounds the splits.
+    should be as many as fit into its registers and shared memory: what they have in flight is what the memory's rate
+    hangs on. Writing and reading partial sums bounds the splits.
     """
     tile_t = min(max(16, triton.next_power_of_2(num_tokens)), 128)
-    tile_n, per_sm, num_warps = (64, 3, 4) if tile_t < 64 else (128, 2, 4 if tile_t == 64 else 8)
+    tile_n, per_sm, num_warps = (64, 3, 4) if tile_t < 64 else (128, 2, 4) if tile_t == 64 else (128, 1, 8)
     tile_k = 256 if block is None and tile_t < 64 else 128
-    stages = 3 if tile_k == 256 or tile_t == 128 else 4 if tile_t == 64 else 5
+    stages = 3 if tile_k == 256 else 4 if tile_t >= 64 else 5
     num_tiles = triton.cdiv(num_outputs, tile_n) * triton.cdiv(num_tokens, tile_t)
     splits = min(
         num_sms * per_sm // num_tiles if num_tiles <= NUM_COUNTERS else 1,

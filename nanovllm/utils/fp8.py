@@ -51,6 +51,10 @@ class ScaledWeight:
     """Weights [out, in] in e4m3 and their float32 scales: [out, 1], or those of blocks, [out / block, in / block].
 
     The numbers of blocks are rounded up. Parts that are stacked are whole blocks each, or else have no blocks.
+
+    Attributes:
+        values, scales: as above.
+        block: as in the format.
     """
 
     values: torch.Tensor

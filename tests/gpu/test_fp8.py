@@ -173,6 +173,20 @@ def test_greedy_tokens_of_two_cards_are_near_the_twins_best(stored, form, mode):
     check(*stored[form], TWO_CARDS[mode], allowed=0.5 if mode == "ranks" else 0.3)
 
 
+def test_weights_are_quantized_on_a_card_as_on_a_cpu(tmp_path):
+    folder = tiny.save(tiny.make_reference(3, **fp8_checkpoints.SIZES), tmp_path)
+    found = []
+    for device in ("cpu", "cuda"):
+        options = {"dtype": "float32", "num_kvcache_blocks": 64, "max_model_len": 256, "quantization": "fp8"}
+        with LLM(folder, device=device, **options) as llm:
+            layer = llm.decode_runner.model.model.layers[1]
+            weights = [layer.qkv_proj.weight, layer.o_proj.weight, layer.ffn.gate_up_proj.weight]
+            found.append([(weight.values.float().cpu(), weight.scales.cpu()) for weight in weights])
+    for (values, scales), (expected, expected_scales) in zip(*found, strict=True):
+        assert torch.equal(values, expected)
+        assert torch.equal(scales, expected_scales)
+
+
 @pytest.mark.whole_card
 def test_the_pool_has_what_the_weights_leave(tmp_path):
     """Half of the bytes of the linear layers become KV blocks."""
