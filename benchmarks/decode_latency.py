@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 
-from lib.arguments import add_shape, add_tensor_parallel, model_options, new_parser
+from lib.arguments import add_quantization, add_shape, add_tensor_parallel, model_options, new_parser
 from lib.ceilings import kv_bytes_per_token, weight_bytes
 from lib.loads import full_length, settle
 from lib.meters import DecodeTimer, Enough
@@ -33,6 +33,7 @@ NUM_UNTIMED = 10
 def main() -> None:
     parser = new_parser(__doc__)
     add_shape(parser, "qwen3-0.6b")
+    add_quantization(parser)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64, 256])
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--steps", type=int, default=60)
@@ -62,7 +63,12 @@ def main() -> None:
                 rows.append({**row, "host_us": host_us, "host_streamed_us": streamed_us})
     report(
         "decode_latency",
-        {"model_shape": args.model_shape, "tensor_parallel_size": num_ranks, "rows": rows},
+        {
+            "model_shape": args.model_shape,
+            "quantization": args.quantization,
+            "tensor_parallel_size": num_ranks,
+            "rows": rows,
+        },
         args.output,
     )
 

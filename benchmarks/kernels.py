@@ -16,16 +16,19 @@ from lib.report import report
 from lib.streaming import streaming_bandwidth
 from lib.tensors import decode_problem, random_normal
 from nanovllm.kernels.triton_attention import Backend
+from nanovllm.kernels.triton_fp8 import quantize_tokens
+from nanovllm.utils.fp8 import Fp8Format, ScaledWeight
 
 
 @dataclass
 class Measured:
-    """A kernel's time, and the bytes it must move or the FLOPs it must do."""
+    """A kernel's time, the bytes it must move or the FLOPs it must do, and the time of the same in bfloat16."""
 
     name: str
     us: float
     bytes: float = 0.0
     flops: float = 0.0
+    bf16_us: float | None = None
 
 
 def time_us(*calls: Callable[[], object]) -> float:
@@ -132,21 +135,59 @@ def measure_rest(backend: Backend, block_size: int) -> Iterator[Measured]:
         yield Measured(f"linear of one token, {num_outputs} x {num_inputs}", time_us(*calls), bytes=weights[0].nbytes)
 
 
+def measure_fp8(backend: Backend, block_size: int) -> Iterator[Measured]:
+    """The linear layers of an 8B model with FP8 weights: the GEMM alone, of inputs that are quantized, and with that.
+
+    GEMMs of many tokens are held against the bfloat16 rate.
+    """
+    device = torch.device("cuda")
+    for num_outputs, num_inputs in ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288)):
+        num_copies = 2**29 // (num_outputs * num_inputs)
+        wide = [random_normal(num_outputs, num_inputs) * 0.02 for _ in range(num_copies)]
+        by_form = {"rows": Fp8Format(), "blocks": Fp8Format(128)}
+        weights: dict[str, list[ScaledWeight]] = {form: [] for form in by_form}
+        for (form, it), matrix in itertools.product(by_form.items(), wide):
+            weights[form].append(it.empty_weight([num_outputs], num_inputs, device))
+            weights[form][-1].quantize(matrix)
+        for num_tokens in (1, 8, 16, 64, 256, 2048):
+            x = random_normal(num_tokens, num_inputs)
+            bf16_us = time_us(*(partial(backend.linear, x, matrix, None) for matrix in wide))
+            flops = 2 * num_tokens * num_outputs * num_inputs if num_tokens >= 256 else 0
+            for form, matrices in weights.items():
+                moved = 0 if flops else matrices[0].values.nbytes + matrices[0].scales.nbytes
+                tokens = quantize_tokens(x, matrices[0])
+                shape = f"{num_tokens} tokens, {num_outputs} x {num_inputs}, {form}"
+                for name, inputs in (("FP8 GEMM", tokens), ("FP8 linear", x)):
+                    us = time_us(*(partial(backend.linear, inputs, matrix, None) for matrix in matrices))
+                    yield Measured(f"{name}, {shape}", us, moved, flops, bf16_us)
+
+
+SECTIONS = {
+    "decode": measure_decode,
+    "prefill": measure_prefill,
+    "chunks": measure_chunks,
+    "rest": measure_rest,
+    "fp8": measure_fp8,
+}
+
+
 def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--block-size", type=int, default=64)
+    parser.add_argument("--sections", choices=SECTIONS, nargs="+", default=list(SECTIONS))
     args = parser.parse_args()
     torch.manual_seed(0)
     backend, bandwidth, rate = Backend(), streaming_bandwidth(), gemm_rate()
     print(f"streaming bandwidth {bandwidth / 1e12:.2f} TB/s, GEMM rate {rate / 1e12:.0f} TFLOP/s")
-    print(f"{'':<48}{'us':>10}{'TB/s':>8}{'TFLOP/s':>9}{'ceiling':>9}")
+    print(f"{'':<48}{'us':>10}{'TB/s':>8}{'TFLOP/s':>9}{'ceiling':>9}{'of bf16':>9}")
     rows = []
-    for measure in (measure_decode, measure_prefill, measure_chunks, measure_rest):
-        for kernel in measure(backend, args.block_size):
+    for section in args.sections:
+        for kernel in SECTIONS[section](backend, args.block_size):
             bytes_per_s, flop_per_s = kernel.bytes / kernel.us * 1e6, kernel.flops / kernel.us * 1e6
             share = max(bytes_per_s / bandwidth, flop_per_s / rate)
             reached = f"{bytes_per_s / 1e12:8.2f}{'':9}" if kernel.bytes else f"{'':8}{flop_per_s / 1e12:9.0f}"
-            print(f"{kernel.name:<48}{kernel.us:10.1f}{reached}{share:9.0%}")
+            of_bf16 = "" if kernel.bf16_us is None else f"{kernel.us / kernel.bf16_us:9.2f}"
+            print(f"{kernel.name:<48}{kernel.us:10.1f}{reached}{share:9.0%}{of_bf16}")
             rows.append({**asdict(kernel), "bytes_per_s": bytes_per_s, "flop_per_s": flop_per_s, "share": share})
     report("kernels", {"bandwidth_bytes_per_s": bandwidth, "gemm_flop_per_s": rate, "rows": rows}, args.output)
 

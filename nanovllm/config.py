@@ -13,6 +13,7 @@ from typing import Any
 from nanovllm.errors import ConfigError, short_repr
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+QUANTIZATIONS = ("fp8",)
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 ATTENTION_BACKENDS = ("auto", "torch", "triton", "flash_attn")
 KV_HANDOFFS = ("auto", "copy", "push", "direct")
@@ -61,6 +62,10 @@ class EngineConfig:
             makes a pool of 512 MiB, or of one request of `max_model_len` tokens if that is more.
         device: `auto` (a GPU if there is one), `cuda`, `cuda:N` or `cpu`.
         dtype: `auto` (the checkpoint's on a GPU, float32 on a CPU), `float32`, `float16` or `bfloat16`.
+        quantization: `fp8` has the weights of all linear layers in FP8 (e4m3), but not the output head: those of a
+            checkpoint that has them in a wider type are quantized as they are loaded, with a scale for each output.
+            Their inputs are quantized token by token. None for what the checkpoint has. Needs a CPU, or a GPU with FP8
+            (Ada, Hopper and later).
         load_format: `auto` and `safetensors` read the checkpoint's weights; `dummy` makes random ones.
         attention_backend: `torch`, `triton`, `flash_attn`, or `auto`: `triton` on a GPU if it can serve there, else
             `torch`.
@@ -111,6 +116,7 @@ class EngineConfig:
     num_kvcache_blocks: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    quantization: str | None = None
     load_format: str = "auto"
     attention_backend: str = "auto"
     enable_prefix_caching: bool = True
@@ -164,6 +170,8 @@ class EngineConfig:
                 "first ones; pass device='cuda', and CUDA_VISIBLE_DEVICES for others"
             )
         _check_choice("dtype", self.dtype, DTYPES)
+        if self.quantization is not None:
+            _check_choice("quantization", self.quantization, QUANTIZATIONS)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         _check_bool("enforce_eager", self.enforce_eager)

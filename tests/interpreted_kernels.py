@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.fp8_cases import check_counters, check_fp8_fused, check_fp8_linear
 from tests.kernel_cases import (
     DECODE,
     MIXED,
@@ -24,7 +25,7 @@ from tests.kernel_cases import (
 )
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/test_triton.py"
-from nanovllm.kernels import triton_attention  # noqa: E402 - only once the mode is known
+from nanovllm.kernels import triton_attention, triton_fp8  # noqa: E402 - only once the mode is known
 from nanovllm.kernels.triton_attention import Backend  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -169,3 +170,81 @@ def test_rows_of_a_decode_batch_equal_reference():
 def test_what_steps_leave_in_unused_places_reaches_no_answer(monkeypatch, block_size):
     monkeypatch.setattr(triton_attention, "_has_tma", lambda device: True)
     check_steps(Backend(), device="cpu", dtype=torch.float16, block_size=block_size, seed=block_size)
+
+
+@pytest.fixture
+def rounds_to_fp8(monkeypatch):
+    """The interpreter loses a carry where it rounds to e4m3 (127 becomes 64): torch rounds in its place."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    theirs = interpreter._convert_float
+
+    def convert(values, from_type, to_type, rounding_mode):
+        if (from_type, to_type) != (tl.float32, tl.float8e4nv):
+            return theirs(values, from_type, to_type, rounding_mode)
+        rounded = torch.from_numpy(np.frombuffer(values.tobytes(), np.float32).copy()).to(torch.float8_e4m3fn)
+        return rounded.view(torch.uint8).numpy().reshape(values.shape)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+FP8_SHAPES = [
+    (1, (192, 512)),
+    (5, (130, 2048)),
+    (17, (70, 200)),
+    slow(33, (256, 1024)),
+    (64, (128, 1024)),
+    slow(130, (200, 300)),
+]
+
+
+@pytest.mark.usefixtures("rounds_to_fp8")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
+@pytest.mark.parametrize("block", [None, 128])
+@pytest.mark.parametrize(("num_tokens", "sizes"), FP8_SHAPES)
+def test_fp8_linear_equals_float64(num_tokens, sizes, block, dtype):
+    shape = {"num_tokens": num_tokens, "sizes": sizes, "block": block}
+    check_fp8_linear(Backend(), device="cpu", dtype=dtype, tolerance=TOLERANCE[dtype], **shape)
+
+
+@pytest.mark.usefixtures("rounds_to_fp8")
+@pytest.mark.parametrize("num_sms", [1, 3, 20])
+@pytest.mark.parametrize("block", [None, 128])
+def test_inputs_are_split_among_programs_for_any_number_of_sms(num_sms, block):
+    planned = triton_fp8.plan(3, 100, 4096, num_sms, block)
+    assert planned.splits == {1: 1, 3: 4, 20: 8 if block is None else 16}[num_sms]
+    shape = {"num_tokens": 3, "sizes": (100, 4096), "block": block, "num_sms": num_sms}
+    check_fp8_linear(Backend(), device="cpu", dtype=torch.float32, tolerance=1e-5, **shape)
+
+
+@pytest.mark.parametrize("block", [None, 128])
+def test_layers_leave_their_counters_as_they_were(block):
+    check_counters(3, (100, 4096), block, device="cpu", num_sms=8)
+
+
+@pytest.mark.usefixtures("rounds_to_fp8")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
+@pytest.mark.parametrize("block", [None, 128])
+@pytest.mark.parametrize(("num_tokens", "size"), [(1, 192), (3, 128), slow(70, 256)])
+def test_fp8_norm_and_gate_equal_the_reference(num_tokens, size, block, dtype):
+    check_fp8_fused(Backend(), device="cpu", dtype=dtype, block=block, num_tokens=num_tokens, size=size)
+
+
+@pytest.mark.usefixtures("rounds_to_fp8")
+def test_many_tokens_are_for_torch_where_it_has_the_format(monkeypatch):
+    """Its arguments are checked on CPUs, where it takes the same; a card has it for blocks, too."""
+    assert triton_fp8._capability(torch.device("cpu")) == (0, 0)
+    monkeypatch.setattr(triton_fp8, "_capability", lambda device: (9, 0))
+    calls = []
+    scaled_mm = torch._scaled_mm
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **options: calls.append(1) or scaled_mm(*args, **options))
+    monkeypatch.setattr(triton_fp8, "_scaled_linear", None)
+    shape = {"num_tokens": 65, "sizes": (48, 64), "block": None}
+    check_fp8_linear(Backend(), device="cpu", dtype=torch.bfloat16, tolerance=4e-3, **shape)
+    assert len(calls) == 4
+    for changes in ({"num_sms": 8}, {"num_tokens": 64}, {"sizes": (40, 64)}, {"block": 128}):
+        options = {**shape, **changes}
+        with pytest.raises(TypeError, match="NoneType"):
+            check_fp8_linear(Backend(), device="cpu", dtype=torch.bfloat16, tolerance=4e-3, **options)

@@ -200,7 +200,10 @@ def _yarn(**fields):
             r"use_sliding_window=true is not supported where .*\(sliding_window=4\); only full attention is",
         ),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' is not"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*fp8.* not supported"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            "quantization_config has weight_block_size=None, which is not supported; served are .*; or pass a",
+        ),
         (
             {"rope_parameters": {"rope_type": "longrope"}},
             "rope type 'longrope' is not supported; supported: default, linear, yarn, llama3",

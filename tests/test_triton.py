@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -93,7 +94,43 @@ def kernel_cases(capability: int):
         {"num_warps": 1},
     )
     yield "_advance_rows_kernel", "words", {"LAST_TOKEN": 0, "POSITION": 1, "OUTPUT_INDEX": 3, "TILE": 128}, {}
+    yield from fp8_cases(capability)
     yield "_push_kernel", "words", {"PIECE": 4096, "ROW_WORDS": 64, "BLOCK_SIZE": 64}, {"num_warps": 8}
+
+
+def fp8_cases(capability: int):
+    """Every kind of tile, over the layers of an 8B model; GPUs before sm_89 have no FP8."""
+    from nanovllm.kernels import triton_fp8
+
+    if capability < 89:
+        return
+    for block, num_tokens in itertools.product((None, 128), (1, 17, 33, 2048)):
+        for dtype, num_outputs in (("bfloat16", 4096), ("float32", 24576)):
+            planned = triton_fp8.plan(num_tokens, num_outputs, 4096, 132, block)
+            tiles = {"TILE_N": planned.tile_n, "TILE_T": planned.tile_t, "TILE_K": planned.tile_k}
+            constants = {"BLOCK": block, "IS_SPLIT": planned.splits > 1, "STAGES": planned.stages, **tiles}
+            for changes in ({"HAS_BIAS": False, "IS_EVEN": True}, {"HAS_BIAS": True, "IS_EVEN": False}):
+                options = {"num_warps": planned.num_warps}
+                yield "_scaled_linear_kernel", dtype, {**constants, **changes}, options
+    limits = {"NUM_COUNTERS": triton_fp8.NUM_COUNTERS, "MAX_VALUE": 448.0, "SCALE_OF_ONE": 1 / 448, "MIN_SCALE": 1e-30}
+    for dtype, group in itertools.product(FLOAT_TYPES, (4096, 128)):
+        for norm, residual, gated in ((True, True, False), (True, False, False), (False, False, True)):
+            has = {"HAS_NORM": norm, "HAS_RESIDUAL": residual, "IS_GATED": gated}
+            yield "_quantize_kernel", dtype, {"GROUP": group, "PADDED_SIZE": 4096, **limits, **has}, {"num_warps": 8}
+
+
+def test_programs_of_a_gemm_of_few_tokens_run_at_once():
+    """In one wave, whatever the layer of an 8B model, and enough of them for all SMs; on a part of these, too."""
+    from nanovllm.kernels import triton_fp8
+
+    for num_sms, block, num_tokens in itertools.product((132, 48), (None, 128), (1, 16, 32, 64)):
+        for num_outputs, num_inputs in ((6144, 4096), (4096, 4096), (4096, 12288)):
+            planned = triton_fp8.plan(num_tokens, num_outputs, num_inputs, num_sms, block)
+            num_programs = -(-num_outputs // planned.tile_n) * planned.splits
+            per_sm = 3 if num_tokens < 64 else 2
+            assert 0.9 * num_sms <= num_programs <= per_sm * num_sms
+            partial_bytes = 2 * 4 * planned.splits * planned.tile_t * num_outputs
+            assert planned.splits == 1 or partial_bytes <= num_outputs * num_inputs
 
 
 INTEGER_POINTERS = {
@@ -113,12 +150,14 @@ INTEGER_POINTERS = {
     "slots": "*i64",
     "numbers": "*i64",
     "row_numbers": "*i64",
+    "counters": "*i32",
 }
 COUNTS = {"num_inputs", "num_outputs", "words", "size", "num_tokens", "num_tiles"}
 INTEGERS = {
     "place",
     "num_requests",
     "num_counters",
+    "splits",
     "most_pieces",
     "most_parts",
     "at_a_time",
@@ -129,10 +168,28 @@ INTEGERS = {
     "padding_row",
     "first_token",
 }
-FLOAT_POINTERS = {"partial", "log_sums", "cos", "sin", "best", "scores", "temperatures", "row_temperatures"}
+FLOAT_POINTERS = {
+    "partial",
+    "log_sums",
+    "cos",
+    "sin",
+    "best",
+    "scores",
+    "temperatures",
+    "row_temperatures",
+    "scales",
+    "x_scales",
+    "w_scales",
+}
 
 
-def argument_type(name: str, dtype: str) -> str:
+def argument_type(kernel: str, name: str, dtype: str) -> str:
+    if (kernel, name) in {
+        ("_scaled_linear_kernel", "x"),
+        ("_scaled_linear_kernel", "weight"),
+        ("_quantize_kernel", "values"),
+    }:
+        return "*fp8e4nv"
     if name in INTEGER_POINTERS:
         return INTEGER_POINTERS[name]
     if name in FLOAT_POINTERS:
@@ -152,14 +209,14 @@ def test_kernels_compile_without_a_gpu(capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from nanovllm.kernels import triton_attention, triton_fused, triton_rows, triton_stamps, triton_transfer
+    from nanovllm.kernels import triton_attention, triton_fp8, triton_fused, triton_rows, triton_stamps, triton_transfer
 
-    modules = (triton_attention, triton_fused, triton_rows, triton_stamps, triton_transfer)
+    modules = (triton_attention, triton_fp8, triton_fused, triton_rows, triton_stamps, triton_transfer)
     kernels = {name: kernel for module in modules for name, kernel in vars(module).items()}
     for name, dtype, constants, options in kernel_cases(capability):
         kernel = kernels[name]
         signature = {
-            argument: "constexpr" if argument in constants else argument_type(argument, dtype)
+            argument: "constexpr" if argument in constants else argument_type(name, argument, dtype)
             for argument in kernel.arg_names
         }
         if "OVERLAPS" in kernel.arg_names:
@@ -169,7 +226,11 @@ def test_kernels_compile_without_a_gpu(capability):
         if constants.get("USE_TMA"):
             rows = constants.get("TILE_N") or constants["TILE"]
             signature["kv_rows"] = f"tensordesc<{POINTER_TYPES[dtype][1:]}[{rows},{constants['HEAD_DIM']}]>"
-        source = ASTSource(kernel, signature=signature, constexprs=constants)
+        # As launches find them: else bytes would be loaded one by one.
+        aligned = [place for place, kind in enumerate(signature.values()) if kind == "*fp8e4nv"]
+        aligned += [kernel.arg_names.index("num_inputs")] if name == "_scaled_linear_kernel" else []
+        attributes = {(place,): [["tt.divisibility", 16]] for place in aligned}
+        source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert len(compiled.asm["cubin"]) > 0
         assert compiled.metadata.shared <= SHARED_MEMORY_BYTES[capability], f"{name} {dtype} {constants}"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanovllm.config import DECODE_PIPELINES, KV_HANDOFFS, EngineConfig
+from nanovllm.config import DECODE_PIPELINES, KV_HANDOFFS, QUANTIZATIONS, EngineConfig
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {
@@ -71,6 +71,11 @@ def add_shape(parser: argparse.ArgumentParser, default: str) -> None:
     """Adds `--model-shape`."""
     parser.add_argument("--model-shape", choices=SHAPES, default=default, help="random weights of this shape")
     parser.set_defaults(model=None)
+
+
+def add_quantization(parser: argparse.ArgumentParser) -> None:
+    """Adds `--quantization`."""
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="weights of the linear layers")
 
 
 def add_model(parser: argparse.ArgumentParser, default_shape: str) -> None:
@@ -150,9 +155,10 @@ def write_shape(name: str) -> str:
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
     """What to serve, as arguments of `LLM`: the checkpoint of `--model`, or random weights of the shape."""
+    options = {"quantization": args.quantization} if "quantization" in args else {}
     if args.model:
-        return {"model": args.model}
-    return {"model": write_shape(args.model_shape), "load_format": "dummy"}
+        return {"model": args.model, **options}
+    return {"model": write_shape(args.model_shape), "load_format": "dummy", **options}
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:

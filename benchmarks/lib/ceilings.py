@@ -36,8 +36,10 @@ def gemm_rate() -> float:
 
 
 def weight_bytes(spec: RunnerSpec) -> int:
-    """Bytes of all weights of a model, on however many ranks."""
-    return spec.model_config.num_parameters * spec.dtype.itemsize
+    """Bytes of all weights of a model, on however many ranks; scales of FP8 weights not counted."""
+    config, head = spec.model_config, head_parameters(spec.model_config)
+    in_layers = spec.dtype.itemsize if config.quantization is None else 1
+    return (config.num_parameters - head) * in_layers + head * spec.dtype.itemsize
 
 
 def kv_bytes_per_token(spec: RunnerSpec) -> float:

@@ -8,6 +8,7 @@ import logging
 import math
 import threading
 import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from nanovllm.layers.ranks import Ranks
 from nanovllm.models import resolve_model
 from nanovllm.models.decoder import CausalLM
 from nanovllm.models.description import ModelDescription
+from nanovllm.models.quantization import QUANTIZATIONS
 from nanovllm.utils.checkpoint import checkpoint_folder, read_json
 from nanovllm.utils.device import Device, peer_access, resolve_device, resolve_device_pair
 from nanovllm.utils.loader import tensors_differ
@@ -50,6 +52,9 @@ BUILD_LOCK = threading.Lock()
 """Held while an engine is built: a CUDA graph capture fails if another thread captures at the same time."""
 
 DEFAULT_MAX_MODEL_LEN = 4096
+
+FP8_CAPABILITY = (8, 9)
+"""First GPUs whose tensor cores take FP8."""
 
 MAX_WAIT_S = 1e6
 """Kernels count a wait's milliseconds in 32 bits."""
@@ -82,6 +87,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
     hf_config = read_json(folder, "config.json") or {}
     devices = resolve_devices(config)
     spec = runner_spec(config, folder, hf_config, devices[0])
+    check_fp8(spec.model_config, [*devices, *(_device_of(devices[0], rank) for rank in range(1, spec.num_ranks))])
     tokenizer = load_tokenizer(folder)
     eos_ids = end_of_sequence_ids(folder, hf_config, tokenizer, spec.model_config.vocab_size)
     warn_of_generation_settings(folder, hf_config)
@@ -151,6 +157,7 @@ def resolved_options(
         "num_kvcache_blocks": {name: runner.num_kv_blocks for name, runner in runners.items()},
         "device": decode_runner.device.kind,
         "dtype": str(spec.dtype).removeprefix("torch."),
+        "quantization": None if spec.model_config.quantization is None else "fp8",
         "load_format": "safetensors" if spec.load_format == "auto" else spec.load_format,
         "attention_backend": spec.attention.backend.name,
         "prefill_device_id": prefill_runner.device.index,
@@ -182,8 +189,15 @@ def runner_spec(config: EngineConfig, folder: Path, hf_config: dict[str, Any], d
     if config.load_format != "dummy":
         model_config = with_untied_lm_head(folder, model_class, model_config)
     check_ranks(config.tensor_parallel_size, model_config, device)
+    model_config = with_quantization(model_config, config.quantization, is_drawn=config.load_format == "dummy")
     dtype = resolve_dtype(config.dtype, hf_config, device)
-    needs = BackendRequirements(device.kind, dtype, model_config.head_dim, config.kvcache_block_size)
+    needs = BackendRequirements(
+        device.kind,
+        dtype,
+        model_config.head_dim,
+        config.kvcache_block_size,
+        has_scaled_weights=model_config.quantization is not None,
+    )
     attention = resolve_backend(config.attention_backend, needs)
     logger.info(
         "%s on %s: attention backend %s (%s), %s, blocks of %d tokens",
@@ -232,17 +246,48 @@ def with_untied_lm_head(folder: Path, model_class: type[CausalLM], model_config:
     return dataclasses.replace(model_config, tie_word_embeddings=False)
 
 
-def model_memory(model: str, dtype: str = "auto") -> tuple[int, int]:
+def with_quantization(config: ModelDescription, option: str | None, *, is_drawn: bool) -> ModelDescription:
+    """The description, with the linear layers' weights as the option or the checkpoint has them.
+
+    Weights that are drawn at random, not read, are quantized as if the checkpoint had them in a wide type.
+    """
+    quantization = config.quantization or (None if option is None else QUANTIZATIONS[option])
+    if quantization is not None and is_drawn:
+        quantization = dataclasses.replace(quantization, scale_name=None)
+    return dataclasses.replace(config, quantization=quantization)
+
+
+def check_fp8(config: ModelDescription, devices: Iterable[Device]) -> None:
+    """Checks that devices can compute with the model's weights.
+
+    Raises:
+        ConfigError: the weights are FP8, and a GPU has none.
+    """
+    for device in devices:
+        if config.quantization is None or not device.is_cuda:
+            continue
+        major, minor = torch.cuda.get_device_capability(device.index)
+        if (major, minor) < FP8_CAPABILITY:
+            raise ConfigError(
+                f"{device} (sm_{major}{minor}) has no FP8, in which the model's weights would be: GPUs from "
+                f"sm_{FP8_CAPABILITY[0]}{FP8_CAPABILITY[1]} on have it (Ada, Hopper and later); serve a checkpoint in "
+                "bfloat16 without quantization='fp8', or use another GPU"
+            )
+
+
+def model_memory(model: str, dtype: str = "auto", devices: Iterable[Device] = ()) -> tuple[int, int]:
     """Bytes of a checkpoint's weights and of one token's KV on a GPU, computed from its config.json.
 
     Reads and downloads no weights.
 
     Raises:
+        ConfigError: a device cannot compute with the weights.
         ModelLoadError: the checkpoint cannot be served.
     """
     folder = checkpoint_folder(model, with_weights=False)
     hf_config = read_json(folder, "config.json") or {}
     model_class, config = resolve_model(hf_config)
+    check_fp8(config, devices)
     resolved = resolve_dtype(dtype, hf_config, Device("cuda", 0))
     token_elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     weights = weight_bytes(model_class, config, torch_reference.Backend(), resolved)
@@ -466,11 +511,12 @@ def build_placement(config: EngineConfig, prefill_runner: ModelRunner, decode_ru
 
 def model_costs(spec: RunnerSpec) -> ModelCosts:
     """What the attention of the model that is served costs, relative to its weights and GEMMs."""
-    config = spec.model_config
-    weights = weight_bytes(spec.model_class, config, torch_reference.Backend(), spec.dtype)
+    config, backend = spec.model_config, torch_reference.Backend()
+    unquantized = dataclasses.replace(config, quantization=None)
+    weights, wide_weights = (weight_bytes(spec.model_class, it, backend, spec.dtype) for it in (config, unquantized))
     token_bytes = spec.num_ranks * spec.block_bytes / spec.attention.block_size
     attention_flops = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    return ModelCosts(token_bytes / weights, attention_flops / (2 * weights / spec.dtype.itemsize))
+    return ModelCosts(token_bytes / weights, attention_flops / (2 * wide_weights / spec.dtype.itemsize))
 
 
 def step_time_fingerprint(config: EngineConfig, runner: ModelRunner) -> dict[str, Any]:

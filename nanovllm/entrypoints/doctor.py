@@ -190,7 +190,7 @@ def check_green_contexts(device: Device | None) -> Iterator[Finding]:
 
 def check_model(model: str, devices: list[Device]) -> Iterator[Finding]:
     try:
-        weight_bytes, token_bytes = model_memory(model)
+        weight_bytes, token_bytes = model_memory(model, devices=devices)
     except NanoVLLMError as error:
         yield Finding(
             "model",

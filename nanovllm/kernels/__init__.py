@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from nanovllm.errors import BackendUnavailableError
+from nanovllm.utils.fp8 import ScaledTokens, ScaledWeight
 
 
 class RowField(IntEnum):
@@ -152,10 +153,15 @@ class Kernels(Protocol):
         """
 
     def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, num_sms: int | None = None
+        self,
+        x: torch.Tensor | ScaledTokens,
+        weight: torch.Tensor | ScaledWeight,
+        bias: torch.Tensor | None,
+        num_sms: int | None = None,
     ) -> torch.Tensor:
         """x W^T + b of [T, in_features] and [out_features, in_features]; [T, out_features].
 
+        Where the weights are scaled, x is quantized by their format first, token by token, if it is not already.
         `num_sms` is how many SMs the current stream has, None for all of the GPU.
         """
 
@@ -164,7 +170,7 @@ class Kernels(Protocol):
         x: torch.Tensor,
         residual: torch.Tensor | None,
         norm: tuple[torch.Tensor, float],
-        weight: torch.Tensor,
+        weight: torch.Tensor | ScaledWeight,
         bias: torch.Tensor | None,
         num_sms: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,11 +181,14 @@ class Kernels(Protocol):
         x: torch.Tensor,
         residual: torch.Tensor | None,
         norm: tuple[torch.Tensor, float],
-        weight: torch.Tensor,
+        weight: torch.Tensor | ScaledWeight,
         bias: torch.Tensor | None,
         num_sms: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`silu_and_mul` of what `norm_linear` gives, and the sum."""
+    ) -> tuple[torch.Tensor | ScaledTokens, torch.Tensor]:
+        """`silu_and_mul` of what `norm_linear` gives, and the sum.
+
+        Where the weights are scaled, the former may be quantized for a layer whose weights are scaled in the same way.
+        """
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
@@ -250,6 +259,7 @@ class BackendRequirements:
     dtype: torch.dtype
     head_dim: int
     block_size: int | None = None
+    has_scaled_weights: bool = False
 
 
 @dataclass(frozen=True)

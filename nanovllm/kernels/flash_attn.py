@@ -20,6 +20,8 @@ def unsupported_reasons(needs: BackendRequirements) -> list[str]:
         reasons.append(f"flash-attn takes head dims up to 256 in steps of 8, not {needs.head_dim}")
     if needs.block_size is not None and needs.block_size % 256:
         reasons.append(f"flash-attn takes block sizes that are multiples of 256, not {needs.block_size}")
+    if needs.has_scaled_weights:
+        reasons.append("the flash-attn adapter has no kernels for FP8 weights")
     return reasons
 
 

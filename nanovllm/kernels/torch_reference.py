@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional
 
 from nanovllm.kernels import NO_FINITE_TOKEN, AttentionMetadata, BackendRequirements, RowField
+from nanovllm.utils.fp8 import ScaledTokens, ScaledWeight, dequantized, quantize
 
 DEFAULT_BLOCK_SIZE = 16
 
@@ -67,8 +68,15 @@ class Backend:
         return output
 
     def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, num_sms: int | None = None
+        self,
+        x: torch.Tensor | ScaledTokens,
+        weight: torch.Tensor | ScaledWeight,
+        bias: torch.Tensor | None,
+        num_sms: int | None = None,
     ) -> torch.Tensor:
+        assert isinstance(x, torch.Tensor), "this backend passes no quantized tokens from layer to layer"
+        if isinstance(weight, ScaledWeight):
+            return scaled_linear(x, weight, bias)
         return functional.linear(x, weight, bias)
 
     def norm_linear(
@@ -76,7 +84,7 @@ class Backend:
         x: torch.Tensor,
         residual: torch.Tensor | None,
         norm: tuple[torch.Tensor, float],
-        weight: torch.Tensor,
+        weight: torch.Tensor | ScaledWeight,
         bias: torch.Tensor | None,
         num_sms: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,7 +96,7 @@ class Backend:
         x: torch.Tensor,
         residual: torch.Tensor | None,
         norm: tuple[torch.Tensor, float],
-        weight: torch.Tensor,
+        weight: torch.Tensor | ScaledWeight,
         bias: torch.Tensor | None,
         num_sms: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,6 +155,16 @@ class Backend:
         fields[RowField.POSITION, indices] = gathered[RowField.POSITION] + 1
         fields[RowField.OUTPUT_INDEX, indices] = gathered[RowField.OUTPUT_INDEX] + 1
         fields[RowField.POSITION, padding_row] = 0
+
+
+def scaled_linear(x: torch.Tensor, weight: ScaledWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + b with x quantized as the format has it: what a card computes, with all products summed in float32.
+
+    Each product of e4m3 values is exact in float32; scales may multiply before the sum or after it, which differs in
+    the last bits of float32 alone.
+    """
+    tokens = dequantized(*quantize(x, 1, weight.block), 1, weight.block)
+    return functional.linear(tokens, weight.dequantized(), None if bias is None else bias.float()).to(x.dtype)
 
 
 def store_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:

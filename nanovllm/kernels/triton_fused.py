@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-from nanovllm.kernels import NO_FINITE_TOKEN, cuda_gemm
+from nanovllm.kernels import NO_FINITE_TOKEN, cuda_gemm, triton_fp8
 from nanovllm.kernels.triton_overlap import begin, overlap
+from nanovllm.utils.fp8 import ScaledTokens, ScaledWeight
 
 VOCAB_TILE = 4096
 ELEMENT_TILE = 1024
@@ -24,13 +25,19 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, num_sms: int | None = None
+    x: torch.Tensor | ScaledTokens,
+    weight: torch.Tensor | ScaledWeight,
+    bias: torch.Tensor | None,
+    num_sms: int | None = None,
 ) -> torch.Tensor:
-    """x W^T + b of [T, in] and [out, in]: a GEMV kernel for one token, torch's GEMM for more.
+    """x W^T + b of [T, in] and [out, in]: a GEMV kernel for one token, torch's GEMM for more. FP8 has its own kernels.
 
     cuBLAS takes 5 to 12 us for a single token where reading the weights takes 1 to 3. It always picks tiles for the
     whole GPU, so on an SM partition `cuda_gemm` serves many tokens.
     """
+    if isinstance(weight, ScaledWeight):
+        return triton_fp8.linear(x, weight, bias, num_sms)
+    assert isinstance(x, torch.Tensor), "only layers with scaled weights take quantized tokens"
     if num_sms is not None and bias is None and cuda_gemm.can_serve(x, weight):
         return cuda_gemm.shared_linear(x, weight, num_sms)
     if x.shape[0] > 1:
@@ -42,11 +49,13 @@ def norm_linear(
     x: torch.Tensor,
     residual: torch.Tensor | None,
     norm: tuple[torch.Tensor, float],
-    weight: torch.Tensor,
+    weight: torch.Tensor | ScaledWeight,
     bias: torch.Tensor | None,
     num_sms: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`linear` of the RMSNorm of `x + residual`, and the sum."""
+    if isinstance(weight, ScaledWeight):
+        return triton_fp8.norm_linear(x, residual, norm, weight, bias, num_sms)
     if x.shape[0] > 1:
         normed, total = add_rms_norm(x, residual, *norm)
         return linear(normed, weight, bias, num_sms), total
@@ -57,11 +66,13 @@ def norm_gated_linear(
     x: torch.Tensor,
     residual: torch.Tensor | None,
     norm: tuple[torch.Tensor, float],
-    weight: torch.Tensor,
+    weight: torch.Tensor | ScaledWeight,
     bias: torch.Tensor | None,
     num_sms: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor | ScaledTokens, torch.Tensor]:
     """silu(gate) * up of what `norm_linear` gives, gate first, and the sum."""
+    if isinstance(weight, ScaledWeight):
+        return triton_fp8.norm_gated_linear(x, residual, norm, weight, bias, num_sms)
     if num_sms is not None and bias is None and cuda_gemm.can_serve(x, weight):
         normed, total = add_rms_norm(x, residual, *norm)
         return cuda_gemm.shared_linear(normed, weight, num_sms, is_gated=True), total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from nanovllm.kernels import Kernels
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.ranks import Ranks, part_of
+from nanovllm.utils.fp8 import Fp8Format
 from nanovllm.utils.weight import Weight
 
 
@@ -38,10 +40,17 @@ class GatedFfnConfig:
         return 3 * hidden_size * self.intermediate_size
 
     def make(
-        self, hidden_size: int, backend: Kernels, ranks: Ranks, *, dtype: torch.dtype, device: torch.device
+        self,
+        hidden_size: int,
+        backend: Kernels,
+        ranks: Ranks,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: Fp8Format | None = None,
     ) -> GatedFfn:
         """The FFN of one layer, or this rank's part of it, with uninitialized weights."""
-        return GatedFfn(self, hidden_size, backend, ranks, dtype=dtype, device=device)
+        return GatedFfn(self, hidden_size, backend, ranks, dtype=dtype, device=device, quantization=quantization)
 
 
 class GatedFfn(nn.Module):
@@ -56,16 +65,16 @@ class GatedFfn(nn.Module):
         *,
         dtype: torch.dtype,
         device: torch.device,
+        quantization: Fp8Format | None = None,
     ) -> None:
         super().__init__()
         self.ranks = ranks
         rows = config.intermediate_size // ranks.size
-        self.gate_up_proj = Linear(
-            hidden_size, [rows, rows], backend, bias=config.gate_up_bias, dtype=dtype, device=device
-        )
+        make = partial(Linear, backend=backend, dtype=dtype, device=device, quantization=quantization)
+        self.gate_up_proj = make(hidden_size, [rows, rows], bias=config.gate_up_bias)
         # Only on rank 0, since the all-reduce must add the bias once.
         down_bias = config.down_bias and ranks.rank == 0
-        self.down_proj = Linear(rows, [hidden_size], backend, bias=down_bias, dtype=dtype, device=device)
+        self.down_proj = make(rows, [hidden_size], bias=down_bias)
 
     def forward(
         self, hidden: torch.Tensor, residual: torch.Tensor, norm: RMSNorm, num_sms: int | None = None

@@ -84,11 +84,6 @@ def refuse_unsupported(config: dict[str, Any]) -> None:
     Raises:
         ModelLoadError: the config asks for it.
     """
-    if config.get("quantization_config") is not None:
-        raise ModelLoadError(
-            f"quantization_config={short_repr(config['quantization_config'])} is not supported; "
-            "pass a checkpoint in float32, float16 or bfloat16"
-        )
     if config.get("per_layer_config"):
         raise ModelLoadError(
             f"per_layer_config={short_repr(config['per_layer_config'])} is not supported; only layers that are all "

@@ -8,6 +8,8 @@ attention stage, the last is its FFN stage, and `forward` is their composition.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -48,14 +50,14 @@ class DecoderLayer(nn.Module):
         query_size, kv_size = (
             num_heads // ranks.size * dim for num_heads in (config.num_attention_heads, config.num_key_value_heads)
         )
-        self.qkv_proj = Linear(
-            hidden, [query_size, kv_size, kv_size], backend, bias=config.qkv_bias, dtype=dtype, device=device
-        )
+        quantization = config.quantization
+        linear = partial(Linear, backend=backend, dtype=dtype, device=device, quantization=quantization)
+        self.qkv_proj = linear(hidden, [query_size, kv_size, kv_size], bias=config.qkv_bias)
         # Only on rank 0, since the all-reduce must add the bias once.
         output_bias = config.output_bias and ranks.rank == 0
-        self.o_proj = Linear(query_size, [hidden], backend, bias=output_bias, dtype=dtype, device=device)
+        self.o_proj = linear(query_size, [hidden], bias=output_bias)
         self.attention = PagedAttention(dim, eps, rotary, backend, qk_norm=config.qk_norm, dtype=dtype, device=device)
-        self.ffn = config.ffn.make(hidden, backend, ranks, dtype=dtype, device=device)
+        self.ffn = config.ffn.make(hidden, backend, ranks, dtype=dtype, device=device, quantization=quantization)
         self.input_layernorm = RMSNorm(hidden, eps, backend, dtype=dtype, device=device)
         self.post_attention_layernorm = RMSNorm(hidden, eps, backend, dtype=dtype, device=device)
 
@@ -196,7 +198,7 @@ class CausalLM(nn.Module):
         config: describes the checkpoint.
         backend: attends to the KV pool.
         max_positions: length of the rotary table.
-        dtype, device: of all weights.
+        dtype, device: of all weights; linear layers may have theirs quantized.
         ranks: all ranks that compute the model together, each with its part of heads, FFN and vocabulary.
     """
 

@@ -21,6 +21,8 @@ from nanovllm.models.config_fields import (
     refuse_unsupported,
     rope_config,
 )
+from nanovllm.models.quantization import stored_format
+from nanovllm.utils.fp8 import Fp8Format
 
 Description = TypeVar("Description", bound="ModelDescription")
 
@@ -46,6 +48,8 @@ class ModelDescription:
         sliding_window: number of tokens that a layer attends to at most, None if all layers attend to all. Attention
             here is always to all, which is the same for contexts up to the window; longer ones are not served.
         ffn: the feed-forward part of every layer.
+        quantization: how the linear layers have their weights; None for the type of the model. Embedding, output head
+            and norms are always in that type.
     """
 
     vocab_size: int
@@ -64,6 +68,7 @@ class ModelDescription:
     layers_without_rope: tuple[int, ...]
     sliding_window: int | None
     ffn: GatedFfnConfig
+    quantization: Fp8Format | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -143,6 +148,7 @@ class ModelDescription:
             layers_without_rope=layers_without_rope,
             sliding_window=sliding_window,
             ffn=GatedFfnConfig(positive(config, "intermediate_size"), ffn_bias, ffn_bias),
+            quantization=stored_format(config, num_layers),
         )
 
 

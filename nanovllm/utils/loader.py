@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 
 from nanovllm.errors import ModelLoadError
 from nanovllm.utils.checkpoint import first_names, is_lfs_pointer, weight_files
+from nanovllm.utils.fp8 import E4M3
 from nanovllm.utils.upload import Upload
 from nanovllm.utils.weight import Weight
 
-WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PREFIX = "model."
 """Prefix of the base model's names in a causal language model; a checkpoint may have names of either."""
 RECOMPUTED = "rotary_emb.inv_freq"
@@ -172,7 +172,12 @@ def _read(path: Path, name: str, tensors: Any, target: Weight) -> torch.Tensor:
             tensor = stored[target.index]
     except (SafetensorError, OSError) as error:
         raise ModelLoadError(f"{path}: tensor {name!r} cannot be read ({error}); download it again") from error
-    if tensor.dtype not in WEIGHT_DTYPES:
+    if tensor.dtype not in target.stored_dtypes:
+        if target.stored_dtypes == (E4M3,):
+            raise ModelLoadError(
+                f"{path}: tensor {name!r} is {tensor.dtype}, quantization_config of config.json implies {E4M3}; "
+                "download both again"
+            )
         raise ModelLoadError(
             f"{path}: tensor {name!r} is {tensor.dtype}; weights are served in a float type of 16 bits or more; "
             "convert them"

@@ -10,7 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
+from nanovllm.utils.fp8 import E4M3, ScaledWeight
 from nanovllm.utils.upload import Upload
+
+WIDE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+QUANTIZED_ROWS = 1024
+"""Rows that are quantized at a time, to take little memory: whole blocks of any format."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,11 @@ class Weight:
         return self.data.nbytes
 
     @property
+    def stored_dtypes(self) -> tuple[torch.dtype, ...]:
+        """The types that the checkpoint's tensor may have."""
+        return (E4M3,) if self.data.dtype == E4M3 else WIDE_DTYPES
+
+    @property
     def whole_shape(self) -> torch.Size:
         """The shape that the checkpoint's tensor has."""
         return self.data.shape if self.part is None else self.part.whole_shape(self.data.shape)
@@ -74,3 +84,49 @@ class Weight:
             return
         whole = torch.empty(self.whole_shape, dtype=self.data.dtype, device=self.data.device)
         self.data.copy_(whole.normal_(mean, deviation, generator=generator)[self.index])
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedWeight(Weight):
+    """A tensor in a wide type, or this rank's part of it, that a layer has in FP8: quantized as it is loaded or drawn.
+
+    The scales are those of the rank's part: where inputs are divided among ranks, each has scales for its own inputs.
+
+    Attributes:
+        data: the values of `scaled`.
+        scaled: view of the layer's weights.
+        dtype: the type in which random numbers are drawn, that of the model.
+    """
+
+    scaled: ScaledWeight
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + self.scaled.scales.nbytes
+
+    @property
+    def stored_dtypes(self) -> tuple[torch.dtype, ...]:
+        return WIDE_DTYPES
+
+    def load(self, values: torch.Tensor, upload: Upload) -> None:
+        for rows in self._rows():
+            wide = torch.empty(values[rows].shape, dtype=values.dtype, device=self.data.device)
+            upload.copy(values[rows], wide)
+            self.scaled.rows(rows).quantize(wide)
+
+    def copy_from(self, other: Weight) -> None:
+        assert isinstance(other, QuantizedWeight), "both runners have a model of the same format"
+        self.data.copy_(other.data)
+        self.scaled.scales.copy_(other.scaled.scales)
+
+    def fill_normal(self, mean: float, deviation: float, seed: int) -> None:
+        generator = torch.Generator(self.data.device).manual_seed(seed)
+        whole = torch.empty(self.whole_shape, dtype=self.dtype, device=self.data.device)
+        own = whole.normal_(mean, deviation, generator=generator)[self.index]
+        for rows in self._rows():
+            self.scaled.rows(rows).quantize(own[rows])
+
+    def _rows(self) -> list[slice]:
+        total = len(self.data)
+        return [slice(start, min(start + QUANTIZED_ROWS, total)) for start in range(0, total, QUANTIZED_ROWS)]
