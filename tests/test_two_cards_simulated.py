@@ -28,7 +28,7 @@ def test_first_tokens_of_long_prompts_come_sooner_and_gaps_are_as_asked_for(rate
 
 def test_short_prompts_are_not_shared_and_lose_nothing():
     elastic, replicas = (served(mode, "chat 40", 15.0) for mode in ("elastic", "replicas"))
-    assert elastic.chunks["single"] > 3 * elastic.chunks["shared"]
+    assert elastic.chunks["single"] > elastic.chunks["shared"]  # seven of ten prompts have fewer than 512 tokens
     assert elastic.ttft_ms(0.5) < 1.05 * replicas.ttft_ms(0.5)
     assert elastic.ttft_ms(0.99) < 1.2 * replicas.ttft_ms(0.99)
 

@@ -11,9 +11,9 @@ from nanovllm.engine.scheduling.lease import Lease
 from nanovllm.engine.scheduling.step_time import StepSize
 from nanovllm.engine.sequence import Sequence
 
-LEAST_SHARED_TOKENS = 1024
-"""Prompts that have fewer tokens to compute run on one card: two chunks would take as long together."""
-
+LEAST_SHARED_TOKENS = 512
+"""Prompts that have fewer tokens to compute run on one card: two halves of 512 take 0.8 of the time of one card, and
+shorter ones gain less."""
 
 MOST_OTHER_PROMPTS = 2
 """A prompt is shared beside at most so many others that are not computed to the end. With more, both cards have enough

@@ -14,7 +14,7 @@ from nanovllm.engine.scheduling.step_time import StepSize
 
 FIRST_SHARE = 0.53
 """Share of the first chunk of a pair where nothing is known of the cards' times."""
-LEAST_PAIR_TOKENS = 1024
+LEAST_PAIR_TOKENS = 512
 """The rest of a prompt that is shorter is one chunk."""
 
 
