@@ -87,7 +87,8 @@ class EngineConfig:
             KV; others wait in the queue.
         itl_target_ms: what a decode step may be predicted to take: a request waits in the queue while a step with it
             would take longer, and a step with prompts takes no more of them than there is time for, but for 32 tokens
-            of the oldest. None for no such limit.
+            of the oldest. None for no such limit, but for elastic cards: there a step with prompts takes at most 1.5
+            times what it would take without, while streamed requests decode.
         enable_decode_pipeline: run attention and GEMMs of decode steps side by side on two SM partitions of the decode
             card; needs `enable_two_gpu_pd=True`.
         decode_pipeline: `static` (the given split for every step), `auto` (whichever of the pipeline and plain decode

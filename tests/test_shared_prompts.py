@@ -29,7 +29,14 @@ from tests.test_engine import drain, tokens_of
 from tests.test_mixed_step import serve
 from tests.test_scheduler import make_sequence
 
-ELASTIC = {"device": "cpu", "enable_two_gpu_pd": True, "card_roles": "elastic", "kvcache_block_size": 16}
+ELASTIC = {
+    "device": "cpu",
+    "enable_two_gpu_pd": True,
+    "card_roles": "elastic",
+    "kvcache_block_size": 16,
+    # All steps keep it: without a target, chunks are as long as steps without prompts take time.
+    "itl_target_ms": 1e6,
+}
 GREEDY = SamplingParams(temperature=0, max_tokens=10)
 
 
@@ -65,13 +72,12 @@ def num_shared(llm: LLM) -> int:
 
 
 MODES = {
-    "plain": {},
+    "plain": {"itl_target_ms": None},
     "small chunks": {"max_num_batched_tokens": 64, "prefill_chunk_tokens": 32},
     "without prefix cache": {"enable_prefix_caching": False},
     "preempting": {"num_kvcache_blocks": 12, "max_num_batched_tokens": 64, "prefill_chunk_tokens": 32},
     "verified": {"verify_kv_handoff": True, "prefill_chunk_tokens": 48},
     "a row or a prompt at a time": {"max_num_seqs": 2},
-    "a target": {"itl_target_ms": 1e6},
     "no time": {"itl_target_ms": 1e-3},
 }
 
@@ -283,6 +289,34 @@ def test_a_step_that_fails_to_launch_fails_alone(checkpoint, monkeypatch, card):
         assert llm.scheduler.num_preemptions
         assert_whole(llm)
     assert found == [tiny.reference_tokens(reference, prompt, 10) for prompt in prompts]
+
+
+def test_without_a_target_steps_that_others_wait_for_are_short(checkpoint):
+    """Where requests are streamed, a step with prompts takes little longer than one without; else it may be full."""
+    path, _ = checkpoint("gqa2")
+    params = SamplingParams(temperature=0, max_tokens=120, ignore_eos=True)
+    with make(path, itl_target_ms=None) as llm:
+        for runner in (llm.prefill_runner, llm.decode_runner):
+            card = next(card for card in llm.scheduler.cards if card.name == str(runner.device))
+            for _ in range(50):
+                card.step_time.observe(StepSize(1, 50), 0.01)
+                card.step_time.observe(StepSize(1, 50).with_chunk(0, 400), 0.05)
+            card.step_time.observe = lambda size, seconds: None
+        running = llm.add_request([1, 2, 3] * 10, params)
+        outputs = []
+        while not outputs:
+            outputs = llm.step()
+        other = llm.add_request([4, 5, 6] * 150, SamplingParams(temperature=0, max_tokens=1))
+        while not any(output.request_id == other for output in llm.step()):
+            pass
+        chunks = [span.what for span in llm.explain(other).spans() if span.what.startswith("prefill of")]
+        assert len(chunks) > 5
+        assert any("1.5 decode steps" in span.what for span in llm.explain(other).spans())
+        llm.abort(running)
+        drain(llm)
+        before = llm.metrics()["prefill_steps"]
+        llm.generate([[7, 8, 9] * 150] * 2, SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)
+        assert llm.metrics()["prefill_steps"] - before < 8
 
 
 def test_requests_that_are_aborted_midway_leave_nothing(checkpoint):

@@ -33,6 +33,16 @@ def test_short_prompts_are_not_shared_and_lose_nothing():
     assert elastic.ttft_ms(0.99) < 1.2 * replicas.ttft_ms(0.99)
 
 
+@pytest.mark.parametrize("load", ["rag 3", "rag 6", "chat 24", "chat 60"])
+def test_without_a_target_gaps_stay_near_those_of_fixed_roles(load):
+    elastic, fixed = (served(mode, load, None) for mode in ("elastic", "fixed"))
+    assert elastic.itl_ms(0.5) < 1.15 * fixed.itl_ms(0.5)
+    assert elastic.itl_ms(0.99) < 1.35 * fixed.itl_ms(0.99)
+    if load.startswith("rag"):
+        assert elastic.ttft_ms(0.5) < 0.75 * fixed.ttft_ms(0.5)
+        assert elastic.ttft_ms(0.99) < 0.75 * fixed.ttft_ms(0.99)
+
+
 @pytest.mark.parametrize("length", [4096, 8192, 32768])
 def test_two_idle_cards_halve_the_time_to_a_first_token(length):
     """One prompt after another, some of which teach how long steps take."""

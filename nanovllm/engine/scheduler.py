@@ -13,7 +13,7 @@ from collections import Counter, abc
 from dataclasses import dataclass
 
 from nanovllm.engine.scheduling.card import Card
-from nanovllm.engine.scheduling.chunk_room import LEAST_TOKENS, MOST_PASSED_BY, ChunkRoom, Demand
+from nanovllm.engine.scheduling.chunk_room import LEAST_TOKENS, MOST_PASSED_BY, ChunkRoom, Demand, TimeLimit
 from nanovllm.engine.scheduling.decode_batch import NO_DECODE_ROWS, DecodeRow, DecodeRows
 from nanovllm.engine.scheduling.decode_set import LOOK_AHEAD_STEPS, DecodeSet
 from nanovllm.engine.scheduling.lease import Allocation, Lease
@@ -32,6 +32,10 @@ FreeInSeconds = abc.Callable[[Card], float]
 
 STEPS_AHEAD = 2
 """Steps in flight on a card: one that runs, and one queued behind it before the first one's tokens are seen."""
+
+STRETCH = 1.5
+"""Where cards share prompts and no target is given, a step takes at most so many times what it would take without
+prompts."""
 
 MAX_STREAMED_PREFILL_TOKENS = 3072
 """Token budget of a prefill step while requests are streamed: larger steps give no more tokens per second, the first
@@ -221,15 +225,34 @@ class Scheduler:
         if rows is None and any(chunk.seq.params.needs_counts for step in in_flight for chunk in step.sampling_chunks):
             return None  # who joins only once that step has ended would wait for one more step of prompts
         rows = rows or NO_DECODE_ROWS
-        chunks = self._chunks_beside(card, rows, free_in_s) if rows or self._others_wait else self._next_chunks(card)
+        limit = self._time_limit(card)
+        keeps_to_it = rows or (limit is not None and self._others_wait)
+        chunks = self._chunks_beside(card, rows, free_in_s, limit) if keeps_to_it else self._next_chunks(card)
         return Step(card, chunks, rows) if chunks or rows else None
 
     @property
     def _others_wait(self) -> bool:
-        """Whether a step without decode rows keeps to the target, too: a card that shares prompts with its own has
+        """Whether a step without decode rows keeps to the limit, too: a card that shares prompts with its own has
         some, and what waits for the step takes as long."""
-        has_target = self.placement.shares_prompts and self.limits.itl_target_s is not None
-        return has_target and any(decoding.leases for decoding in self._decoding.values())
+        return self.placement.shares_prompts and any(decoding.leases for decoding in self._decoding.values())
+
+    def _time_limit(self, card: Card) -> TimeLimit | None:
+        """How long a step with prompts may take that tokens of other requests wait for.
+
+        `itl_target_ms`, or else, where cards share prompts and requests are streamed, somewhat longer than a decode
+        step: of the card, or of the other ones if it has none.
+        """
+        target_s = self.limits.itl_target_s
+        if target_s is not None:
+            return TimeLimit(target_s, f"itl_target_ms={target_s * 1e3:g}")
+        if not self.placement.shares_prompts:
+            return None
+        decoding = [card] if self._decoding[card].leases else [other for other in self.cards if other is not card]
+        steps_s = [
+            one.step_time.predict(self._decoding[one].size) for one in decoding if self._decoding[one].has_streamed
+        ]
+        known_s = [step_s for step_s in steps_s if step_s is not None]
+        return TimeLimit(STRETCH * max(known_s), f"{STRETCH:g} decode steps") if known_s else None
 
     def get_prefilled_sequences(self) -> list[Sequence]:
         """Requests whose prefill has ended since the last call and which have not ended themselves."""
@@ -391,13 +414,14 @@ class Scheduler:
             seq = None if is_full else next(candidates, None)
         return chunks
 
-    def _chunks_beside(self, card: Card, rows: DecodeRows, free_in_s: FreeInSeconds | None) -> list[PrefillChunk]:
+    def _chunks_beside(
+        self, card: Card, rows: DecodeRows, free_in_s: FreeInSeconds | None, limit: TimeLimit | None
+    ) -> list[PrefillChunk]:
         """The next chunks for a step that has decode rows, or is to be no longer than one."""
         chunks: list[PrefillChunk] = []
         size = StepSize(len(rows), rows.num_tokens)
-        demand_of = functools.partial(self._demand, card=card, free_in_s=free_in_s)
-        budget, limit_s = self._prefill_token_budget(card), self.limits.itl_target_s
-        room = ChunkRoom(card.step_time, size, budget, limit_s, demand_of)
+        demand_of = functools.partial(self._demand, card=card, free_in_s=free_in_s, limit=limit)
+        room = ChunkRoom(card.step_time, size, self._prefill_token_budget(card), limit, demand_of)
         for seq, num_tokens, reason in room.share_out(self._prefill_candidates(card)):
             if num_tokens:
                 chunks.append(self._next_chunk(seq, card, num_tokens, reason))
@@ -406,8 +430,10 @@ class Scheduler:
                 seq.timeline.mark(f"prefill queue ({reason})")
         return chunks
 
-    def _demand(self, seq: Sequence, card: Card, *, free_in_s: FreeInSeconds | None = None) -> Demand:
-        """What a request with a lease asks of the card's next step; `free_in_s` is given if that keeps to the target.
+    def _demand(
+        self, seq: Sequence, card: Card, *, free_in_s: FreeInSeconds | None = None, limit: TimeLimit | None = None
+    ) -> Demand:
+        """What a request with a lease asks of the card's next step; `free_in_s` is given if that keeps to the limit.
 
         Of a shared prompt at least LEAST_TOKENS, too, but only with nothing of it in flight.
         """
@@ -415,13 +441,14 @@ class Scheduler:
         assert lease is not None, f"request {seq.request_id} is prefilled without a lease"
         if lease.shared is None:
             return Demand(num_left, LEAST_TOKENS, num_left)
-        partner, block_size, limit_s = lease.card_beside(card), card.block_manager.block_size, self.limits.itl_target_s
+        partner, block_size = lease.card_beside(card), card.block_manager.block_size
         # Blocks that are to be verified are pushed as a whole.
         multiple = block_size if self.limits.verifies_handoffs else min(block_size, TOKEN_MULTIPLE)
-        if limit_s is not None and free_in_s is not None and lease.shared.has_in_flight(partner):
-            is_too_long = free_in_s(partner) > free_in_s(card) + limit_s  # the step is as long as what it waits for
+        if limit is not None and free_in_s is not None and lease.shared.has_in_flight(partner):
+            # The step is as long as what it waits for.
+            is_too_long = free_in_s(partner) > free_in_s(card) + limit.seconds
             if is_too_long:
-                return Demand(0, 0, num_left, reason=f"itl_target_ms={limit_s * 1e3:g}, its chunk on {partner}")
+                return Demand(0, 0, num_left, reason=f"{limit.reason}, its chunk on {partner}")
         most = min(self._prefill_token_budget(card), self._prefill_token_budget(partner))
         if num_left > multiple + 1:  # else it is cut nowhere
             most = min(most, lease.shared.planned_tokens((card, partner), start, num_left, most, multiple))

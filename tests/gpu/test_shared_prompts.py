@@ -28,10 +28,12 @@ OPTIONS = {
     "card_roles": "elastic",
     "kvcache_block_size": 64,
     "num_kvcache_blocks": 500,
+    # All steps keep it: without a target, chunks are as long as steps without prompts take time.
+    "itl_target_ms": 1e6,
 }
 MODES = {
-    "graphs": {},
-    "eager": {"enforce_eager": True},
+    "graphs": {"itl_target_ms": None},
+    "eager": {"itl_target_ms": None, "enforce_eager": True},
     "small chunks": {"max_num_batched_tokens": 96, "prefill_chunk_tokens": 80},
     "small blocks": {"max_num_batched_tokens": 96, "prefill_chunk_tokens": 48, "kvcache_block_size": 16},
     "preempted": {"num_kvcache_blocks": 10, "max_num_batched_tokens": 96, "prefill_chunk_tokens": 80},

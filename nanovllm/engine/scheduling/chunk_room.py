@@ -22,6 +22,14 @@ MOST_PASSED_BY = 2
 
 
 @dataclass(frozen=True)
+class TimeLimit:
+    """How long a step may take by its prediction, and what that is for `explain`."""
+
+    seconds: float
+    reason: str
+
+
+@dataclass(frozen=True)
 class Demand:
     """What a prompt asks of a step.
 
@@ -55,7 +63,7 @@ class ChunkRoom:
         step_time: predicts the step's time.
         size: what the step has already.
         budget: maximum number of prompt tokens.
-        limit_s: maximum predicted seconds of the step; None for no limit.
+        limit: of the step's predicted time; None for no limit.
         demand_of: says what a request asks of the step.
     """
 
@@ -64,13 +72,13 @@ class ChunkRoom:
         step_time: StepTimeModel,
         size: StepSize,
         budget: int,
-        limit_s: float | None,
+        limit: TimeLimit | None,
         demand_of: Callable[[Sequence], Demand],
     ) -> None:
         self._step_time = step_time
         self._size = size
         self._budget = budget
-        self._limit_s = limit_s
+        self._limit = limit
         self._demand_of = demand_of
         self._num_chunks = 0
 
@@ -128,16 +136,16 @@ class ChunkRoom:
             return demand.reason
         if num_tokens == self._most(demand):
             return "the step is full"
-        if self._limit_s is None or num_tokens < fitting:
+        if self._limit is None or num_tokens < fitting:
             return "half of the step is the oldest prompt's"
-        return f"itl_target_ms={self._limit_s * 1e3:g}"
+        return self._limit.reason
 
     def _tokens_for(self, seq: Sequence, demand: Demand, *, is_oldest: bool = False) -> int:
         """How many of a request's prompt tokens the step takes."""
         most = self._most(demand)
-        if self._limit_s is None or not most:
+        if self._limit is None or not most:
             return most
-        fitting = self._step_time.tokens_that_fit(self._limit_s, self._size, seq.num_prefilled_tokens, most)
+        fitting = self._step_time.tokens_that_fit(self._limit.seconds, self._size, seq.num_prefilled_tokens, most)
         return max(demand.rounded(fitting), min(most, demand.least if is_oldest else 0))
 
     def _most(self, demand: Demand) -> int:
