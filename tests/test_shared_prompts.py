@@ -18,7 +18,7 @@ from nanovllm.engine.execution.step_handle import StepHandle
 from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
 from nanovllm.engine.scheduling import shared_prompt
 from nanovllm.engine.scheduling.card import Card
-from nanovllm.engine.scheduling.placement import ElasticPlacement
+from nanovllm.engine.scheduling.placement import ElasticPlacement, OtherPrompts, Places
 from nanovllm.engine.scheduling.shared_prompt import tokens_of_pair
 from nanovllm.engine.scheduling.step import Step
 from nanovllm.engine.scheduling.step_time import StepSize
@@ -501,6 +501,38 @@ def test_pairs_cover_the_prompt_and_end_together(length, most):
         start += first + second
         ends.append(start)
     assert len(ends) <= -(-length // (2 * most)) + 1
+
+
+def with_history(card: Card, tokens: list[int]) -> None:
+    """Puts a prompt that has ended into the card's prefix cache."""
+    pool, seq = card.block_manager, make_sequence(99, tokens)
+    table = pool.allocate((), pool.blocks_for(len(tokens)))
+    pool.cache(seq, table, 0, len(tokens))
+    pool.free(table)
+
+
+@pytest.mark.parametrize("has_history", [0, 1])
+@pytest.mark.parametrize("can_share", [True, False])
+def test_a_turn_is_computed_where_its_history_is(can_share, has_history):
+    both, history = cards(), list(range(40)) * 20
+    here, there = both[has_history], both[1 - has_history]
+    with_history(here, history)
+    placement = ElasticPlacement(*both, can_share=can_share)
+    sizes = {here: StepSize(3, 900), there: StepSize(4, 1000)}
+
+    def places(tokens: list[int], left: float = 0.0, number: int = 0) -> Places:
+        others = OtherPrompts(number, {here: left, there: 0.0})
+        return placement.places_of(make_sequence(1, history + tokens), sizes, others)
+
+    assert places([1] * 100) == Places(here, here)
+    assert places([1] * 100, left=600, number=3) == Places(here, here)
+    assert places([1] * 100, left=800, number=3) == Places(there, there), "the wait is longer than the history"
+    if can_share:
+        assert places([1] * 600) == Places(there, here, is_shared=True)
+    sizes = {here: StepSize(9, 9000), there: StepSize(4, 1000)}
+    # A card with less context takes the request over where both can share the prompt: what it lacks is pushed.
+    expected = Places(here, there, is_shared=True) if can_share else Places(here, here)
+    assert places([1] * 100) == expected
 
 
 def test_what_a_card_has_wrong_of_large_steps_does_not_tip_a_pair():

@@ -123,10 +123,13 @@ class Placement:
 class ElasticPlacement(Placement):
     """Both cards prefill and decode. Long prompts are shared: the cards compute their chunks in turns.
 
-    A prompt that is not shared is computed where its request decodes, on the card with fewer prompt tokens to compute,
-    or with less context if these are as many: one that is short, has many others beside it, has failed once, reports
-    log-probabilities, or is too long for one of the pools; and every prompt while too many shared ones fail, or if the
-    cards cannot write to each other's memory. The request of a shared prompt decodes on the card with less context.
+    A prompt that is not shared is computed where its request decodes, on the card that then has fewer prompt tokens to
+    compute, its own among them but for what is in the card's prefix cache, or with less context if these are as many:
+    one that is short, has many others beside it, has failed once, reports log-probabilities, or is too long for one of
+    the pools; and every prompt while too many shared ones fail, or if the cards cannot write to each other's memory.
+
+    The request of a shared prompt decodes on the card with less context. What the other card has in its prefix cache it
+    pushes there, so that a prefix that many requests have comes to be on both cards.
 
     The circuit breaker of `prefill_card` is that of sharing.
 
@@ -138,22 +141,43 @@ class ElasticPlacement(Placement):
     def __init__(self, prefill_card: Card, decode_card: Card, *, can_share: bool) -> None:
         super().__init__(prefill_card, decode_card)
         self.shares_prompts = can_share
+        self._looked_up: tuple[Sequence, int, dict[Card, int]] | None = None
+        """The request last looked up in the prefix caches, its length, and how many tokens each card would compute."""
 
     def decodes(self, card: Card) -> bool:
         return True
 
     def places_of(self, seq: Sequence, sizes: Mapping[Card, StepSize], others: OtherPrompts) -> Places:
-        holding = [card for card in self.cards if _may_hold(card, seq)]
-        if len(holding) == 2 and others.number <= self.most_other_prompts and self._may_share(seq):
-            decode, other = sorted(holding, key=lambda card: sizes[card].context)
-            return Places(other, decode, is_shared=True)
-        card = min(holding or self.cards, key=lambda card: (others.tokens_left.get(card, 0.0), sizes[card].context))
+        holding = [card for card in self.cards if _may_hold(card, seq)] or self.cards
+        decode, *rest = sorted(holding, key=lambda card: sizes[card].context)
+        has_time = others.number <= self.most_other_prompts
+        is_long = self._num_to_compute(seq, decode) >= self.least_shared_tokens
+        if rest and has_time and is_long and self._may_share(seq):
+            return Places(rest[0], decode, is_shared=True)
+
+        def cost(card: Card) -> tuple[float, int]:
+            return others.tokens_left.get(card, 0.0) + self._num_to_compute(seq, card), sizes[card].context
+
+        card = min(holding, key=cost)
         return Places(card, card)
+
+    def _num_to_compute(self, seq: Sequence, card: Card) -> int:
+        """Tokens of the request that the card's prefix cache lacks.
+
+        Looked up once for the request that waits first: for each step anew it would take too long.
+        """
+        if self._looked_up is None or self._looked_up[:2] != (seq, seq.num_tokens):
+            most, block_size = min(seq.num_tokens - 1, seq.num_reported_tokens), card.block_manager.block_size
+            cached = {each: len(each.block_manager.match_prefix(seq, most)) for each in self.cards}
+            self._looked_up = (
+                seq,
+                seq.num_tokens,
+                {each: seq.num_tokens - num_blocks * block_size for each, num_blocks in cached.items()},
+            )
+        return self._looked_up[2][card]
 
     def _may_share(self, seq: Sequence) -> bool:
         if not self.shares_prompts or seq.failures or seq.params.prompt_logprobs is not None:
-            return False
-        if seq.num_tokens < self.least_shared_tokens:
             return False
         breaker = self.prefill_card.breaker
         return not breaker.is_open or breaker.allows_trial(time.monotonic())
