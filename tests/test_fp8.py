@@ -352,6 +352,8 @@ REFUSED = [
     (changed("block", modules_to_not_convert="lm_head"), "not a list of names"),
     (changed("channel", ignore=[f"{QUERY}"]), f"leaves {QUERY} as it is"),
     (changed("channel", ignore=["re:.*down_proj"]), "leaves model.layers.0.mlp.down_proj as it is"),
+    (changed("channel", ignore=["re:.*proj"]), "leaves model.layers.0.self_attn.q_proj as it is"),
+    (changed("channel", ignore=["re:^model.layers.0.mlp.dow"]), "leaves model.layers.0.mlp.down_proj as it is"),
     (changed("channel", ignore=["re:(a+)+b"]), r"the pattern 're:\(a\+\)\+b' in ignore"),
     (changed("channel", kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme="),
     (changed("channel", sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config="),
@@ -377,7 +379,16 @@ def test_other_schemes_are_refused_by_name(wide, tmp_path, config, message):
 
 def test_other_parts_may_be_left_as_they_are():
     for form, field in (("channel", "ignore"), ("block", "modules_to_not_convert"), ("block", "ignored_layers")):
-        names = ["lm_head", "re:.*lm_head", "model.embed_tokens", "model.norm", "model.layers.1.mlp.gate", "visual"]
+        names = [
+            "lm_head",
+            "re:.*lm_head",
+            "re:^lm_head$",
+            "re:.*mlp.gate$",
+            "model.embed_tokens",
+            "model.norm",
+            "model.layers.1.mlp.gate",
+            "visual",
+        ]
         assert stored_format({"quantization_config": changed(form, **{field: names})}, 2) is not None
         # Of a layer that the model does not have.
         beyond = {

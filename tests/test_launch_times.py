@@ -216,7 +216,11 @@ def test_a_launch_keeps_clear_of_the_end_of_another_cards_step(monkeypatch, ends
         other.step_time.observe(StepSize(0), STEP_S)
     end_s = due_s + ends_ms / 1e3
     clock.steps._steps.append(Work(clock, end_s - STEP_S, end_s, other))
-    assert clock.times.next_on(clock.card) == pytest.approx(due_s + moved_ms / 1e3, abs=1e-6)
+    launch_at_s = clock.times.next_on(clock.card)
+    assert launch_at_s == pytest.approx(due_s + moved_ms / 1e3, abs=1e-6)
+    clock.now_s = launch_at_s
+    assert clock.times.next_on(clock.card) <= clock.now_s + 1e-9, "asked again, it is launched then"
+    clock.now_s = 1.0
     clock.steps._steps.append(Work(clock, end_s - STEP_S, end_s + STEP_S, other))
     assert clock.times.next_on(clock.card) == pytest.approx(due_s + moved_ms / 1e3, abs=1e-6), "the first one counts"
 
@@ -238,6 +242,30 @@ def test_a_launch_that_has_no_time_waits_for_what_ends_soon(monkeypatch, ends_ms
     assert launch_at_s == pytest.approx(due_s + moved_ms / 1e3, abs=1e-6)
     clock.now_s = launch_at_s + 1e-6
     assert clock.times.next_on(clock.card) <= clock.now_s, "it does not wait for ever"
+
+
+def test_a_card_whose_steps_are_short_does_not_keep_the_other_from_launching(checkpoint, monkeypatch):
+    """One card's step has always ended when a turn begins."""
+    path, _ = checkpoint("gqa2")
+    with LLM(path, device="cpu", enable_two_gpu_pd=True, card_roles="elastic") as llm:
+        llm.scheduler.placement.shares_prompts = False
+        for prompt in ([1, 2, 3], [4, 5, 6]):
+            llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
+        loop, launched = llm._loop, []
+        for runner in llm._runners:
+
+            def launch(step, launch=runner.launch):
+                launched.append(str(step.card))
+                return launch(step)
+
+            monkeypatch.setattr(runner, "launch", launch)
+        busy = llm.scheduler.cards[1]
+        work = type("Work", (), {"step": Step(busy)})
+        monkeypatch.setattr(loop._steps, "ended", lambda: [work])
+        loop.take_in_mail()
+        for _ in range(4):
+            loop.launch_steps()
+    assert str(llm.scheduler.cards[0]) in launched
 
 
 def test_tokens_are_taken_in_before_a_launch_on_another_card(checkpoint, timed_steps, monkeypatch):

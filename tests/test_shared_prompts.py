@@ -535,6 +535,28 @@ def test_a_turn_is_computed_where_its_history_is(can_share, has_history):
     assert places([1] * 100) == expected
 
 
+def test_a_turn_does_not_wait_for_its_history(monkeypatch):
+    """Where the card that has it has no block left, or no time, the request runs on the other one."""
+    both, history = cards(num_blocks=32), list(range(40)) * 20
+    here, there = both
+    with_history(here, history)
+    sizes = {here: StepSize(3, 900), there: StepSize(4, 1000)}
+
+    def places(number: int, has_time=lambda card: True) -> Places:
+        placement, others = ElasticPlacement(*both, can_share=False), OtherPrompts(0, {}, has_time)
+        return placement.places_of(make_sequence(number, history + [number] * 100), sizes, others)
+
+    assert places(1) == Places(here, here)
+    held = here.block_manager.allocate((), 20)
+    here.block_manager.share(here.block_manager.match_prefix(make_sequence(2, history), 800))
+    assert here.block_manager.num_free_blocks < 2
+    assert places(2) == Places(there, there)
+    here.block_manager.free(held)
+    sizes = {here: StepSize(9, 9000), there: StepSize(4, 1000)}
+    assert places(3) == Places(here, here)
+    assert places(4, has_time=lambda card: card is there) == Places(there, there)
+
+
 def test_what_a_card_has_wrong_of_large_steps_does_not_tip_a_pair():
     """Each has learned on its own, and one of them thinks that it is slower than it is."""
     even, uneven = (tokens_of_pair(cards(slower), 0, 6000, 4096, 64) for slower in (1.0, 1.4))

@@ -208,6 +208,10 @@ def test_noisy_steps_are_given_less():
         size = StepSize(8, 20_000).with_chunk(2000, fits[noise])
         too_long[noise] = np.mean([took_s(size) > 12 * MS for _ in range(4000)])
     assert fits[0.04] < fits[0.005]
+    for _ in range(50):
+        model.observe(StepSize(8, 20_000), true_step_s(StepSize(8, 20_000)))
+    decode_s = model.predict(StepSize(8, 20_000))
+    assert not model.may_exceed(1.02 * decode_s, StepSize(8, 20_000)), "steps without chunks have hardly any noise"
     assert too_long[0.005] < 0.25
     assert 0.03 < too_long[0.04] < 0.25  # one in six where the tokens that fit are no multiple of 16 less
 

@@ -513,7 +513,7 @@ def model_costs(spec: RunnerSpec) -> ModelCosts:
     """What the attention of the model that is served costs, relative to its weights and GEMMs."""
     config, backend = spec.model_config, torch_reference.Backend()
     unquantized = dataclasses.replace(config, quantization=None)
-    weights, wide_weights = (weight_bytes(spec.model_class, it, backend, spec.dtype) for it in (config, unquantized))
+    weights, wide_weights = (weight_bytes(spec.model_class, one, backend, spec.dtype) for one in (config, unquantized))
     token_bytes = spec.num_ranks * spec.block_bytes / spec.attention.block_size
     attention_flops = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
     return ModelCosts(token_bytes / weights, attention_flops / (2 * wide_weights / spec.dtype.itemsize))

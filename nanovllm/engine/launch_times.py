@@ -64,17 +64,20 @@ class LaunchTimes:
         if predicted_s is None:
             return AT_ONCE
         end_s = self._steps.began_s(works[0]) + predicted_s
-        launch_at_s = end_s - predicted_s * UNSURE - self._leads_s[card]
-        launch_at_s = self._clear_of_others(card, launch_at_s, predicted_s, end_s)
-        if launch_at_s > time.perf_counter():
+        due_s = end_s - predicted_s * UNSURE - self._leads_s[card]
+        launch_at_s = self._clear_of_others(card, due_s, predicted_s, end_s)
+        if due_s > time.perf_counter():
             self._put_off.add(card)
+        elif launch_at_s > due_s:
+            self.excuse(card)
         return launch_at_s
 
     def _clear_of_others(self, card: Card, launch_at_s: float, predicted_s: float, end_s: float) -> float:
         """The moment of a launch, moved if another card's step ends during it: its tokens would wait for the launch.
 
         It comes after that end, at the last moment that is in time unless the step ends sooner, or else before it. If
-        there is no time for either, it waits if its own card is then idle for less time than the tokens would wait.
+        there is no time for either, it waits if its own card is then idle for less time than the tokens would wait. Of
+        several other cards, only the last one's end is sure to be kept clear of.
         """
         now_s, launch_s, seen = time.perf_counter(), self._launch_s[card], {card}
         last_s = end_s - predicted_s * UNSURE - launch_s
@@ -90,7 +93,7 @@ class LaunchTimes:
                 continue
             if others_end_s <= last_s:
                 launch_at_s = last_s
-            elif others_end_s - launch_s > now_s:
+            elif others_end_s - launch_s > now_s - GRACE_S:
                 launch_at_s = others_end_s - launch_s
             elif others_end_s - last_s < began_s + launch_s - others_end_s:
                 launch_at_s = others_end_s + GRACE_S
@@ -122,6 +125,6 @@ class LaunchTimes:
         change_s = CHANGE * lead_s + CHANGE_S
         self._leads_s[card] = max(lead_s + (change_s if is_late else -LATE_SHARE * change_s), LEAST_LEAD_S)
 
-    def nothing_to_launch(self, card: Card) -> None:
-        """Notes that the card has no next step, so that none is late."""
+    def excuse(self, card: Card) -> None:
+        """Notes that the card's next step is not late, whenever it comes: there is none, or others' tokens go first."""
         self._put_off.discard(card)

@@ -14,6 +14,7 @@ from nanovllm.engine.observer import Observer
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.runners import Runners
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.step import PrefillChunk, Step
 from nanovllm.engine.step_listeners import StepListeners
 from nanovllm.errors import DeviceError
@@ -63,6 +64,8 @@ class Loop:
         self._launch_times = launch_times
         self._launch_at_s = math.inf
         """When the next step that was put off is to be launched."""
+        self._passed_over: set[Card] = set()
+        """Cards that were given no step in the last turn, since tokens of another one's were to be taken in."""
         self._outputs = outputs
         self._mailbox = mailbox
         self._observer = observer
@@ -147,8 +150,12 @@ class Loop:
         for card in self._scheduler.cards:
             # Else hardly anyone can become ready meanwhile, and nobody waits for the next token.
             if self._scheduler.has_streamed_requests:
-                if ended - {card}:
-                    continue  # to take their tokens in takes less time than to launch
+                if ended - {card} and card not in self._passed_over:
+                    # Their tokens come first, but not time and again: the other card's steps may be short.
+                    self._passed_over.add(card)
+                    self._launch_times.excuse(card)
+                    continue
+                self._passed_over.discard(card)
                 launch_at_s = self._launch_times.next_on(card)
                 if launch_at_s > time.perf_counter():
                     self._launch_at_s = min(self._launch_at_s, launch_at_s)
@@ -158,7 +165,7 @@ class Loop:
             works, began_s = self._steps.on(card), time.perf_counter()
             step = self._scheduler.schedule(card, [work.step for work in works], self._launch_times.free_in_s)
             if step is None:
-                self._launch_times.nothing_to_launch(card)
+                self._launch_times.excuse(card)
             else:
                 launched = self._launch(step) or launched
                 self._launch_times.launched(card, works, began_s)

@@ -245,7 +245,7 @@ class Scheduler:
         target_s = self.limits.itl_target_s
         if target_s is not None:
             return TimeLimit(target_s, f"itl_target_ms={target_s * 1e3:g}")
-        if not self.placement.shares_prompts:
+        if not (self.placement.shares_prompts and self._streamed):
             return None
         decoding = [card] if self._decoding[card].leases else [other for other in self.cards if other is not card]
         steps_s = [
@@ -448,7 +448,7 @@ class Scheduler:
             # The step is as long as what it waits for.
             is_too_long = free_in_s(partner) > free_in_s(card) + limit.seconds
             if is_too_long:
-                return Demand(0, 0, num_left, reason=f"{limit.reason}, its chunk on {partner}")
+                return Demand(0, 0, num_left, reason=f"{limit.reason}, waits for its chunk on {partner}")
         most = min(self._prefill_token_budget(card), self._prefill_token_budget(partner))
         if num_left > multiple + 1:  # else it is cut nowhere
             most = min(most, lease.shared.planned_tokens((card, partner), start, num_left, most, multiple))
@@ -478,7 +478,8 @@ class Scheduler:
         sizes = self._sizes_ahead() if self._waiting else {}
         while self._waiting:
             seq = self._waiting[0]
-            places = self.placement.places_of(seq, sizes, self._other_prompts())
+            others = self._other_prompts(functools.partial(self._has_time, seq, sizes))
+            places = self.placement.places_of(seq, sizes, others)
             if not self._may_admit(seq, places, sizes):
                 return
             decode_card = places.decode
@@ -496,8 +497,8 @@ class Scheduler:
             else:
                 return
 
-    def _other_prompts(self) -> OtherPrompts:
-        """The prompts beside that of the first request in the queue."""
+    def _other_prompts(self, has_time: abc.Callable[[Card], bool]) -> OtherPrompts:
+        """The prompts beside that of the first request in the queue, for which a card may have no time."""
         number, tokens_left = len(self._waiting) - 1, dict.fromkeys(self.cards, 0.0)
         for seq in self._prefilling:
             lease = seq.lease
@@ -506,7 +507,7 @@ class Scheduler:
                 cards = [lease.prefill.card] if lease.shared is None else self.cards
                 for card in cards:
                     tokens_left[card] += seq.num_tokens_to_prefill / len(cards)
-        return OtherPrompts(number, tokens_left)
+        return OtherPrompts(number, tokens_left, has_time)
 
     def _may_admit(self, seq: Sequence, places: Places, sizes: abc.Mapping[Card, StepSize]) -> bool:
         num_leases = len(self._running) + sum(not lease.stuck for lease in self._draining_leases)
@@ -520,13 +521,17 @@ class Scheduler:
         if places.prefill is not card and len(self._prefill_backlog) >= most_under_way:
             seq.timeline.mark(f"waits for a lease (max_handoff_backlog={most_under_way} are under way)")
             return False
-        target_s = self.limits.itl_target_s
-        size = sizes[card].with_row(seq.num_tokens_ahead(LOOK_AHEAD_STEPS))
-        is_alone = size.num_tokens == 1  # then it makes the shortest possible steps
-        if target_s is not None and not is_alone and card.step_time.may_exceed(target_s, size):
-            seq.timeline.mark(f"waits for a lease (itl_target_ms={target_s * 1e3:g} would be exceeded)")
+        if not self._has_time(seq, sizes, card):
+            target_ms = 1e3 * (self.limits.itl_target_s or 0.0)
+            seq.timeline.mark(f"waits for a lease (itl_target_ms={target_ms:g} would be exceeded)")
             return False
         return True
+
+    def _has_time(self, seq: Sequence, sizes: abc.Mapping[Card, StepSize], card: Card) -> bool:
+        """Whether the card's decode steps stay within the target with the request among them."""
+        target_s, size = self.limits.itl_target_s, sizes[card].with_row(seq.num_tokens_ahead(LOOK_AHEAD_STEPS))
+        is_alone = size.num_tokens == 1  # then it makes the shortest possible steps
+        return target_s is None or is_alone or not card.step_time.may_exceed(target_s, size)
 
     def _sizes_ahead(self) -> dict[Card, StepSize]:
         """The step of each card LOOK_AHEAD_STEPS from now, with all requests that have a lease and decode there.

@@ -66,7 +66,7 @@ class AttentionMetadata:
         work_split: the result of the backend's `split_work` for this step, None to have each layer compute it. It is
             computed from the other fields. Its kernel must not be the immediate predecessor of `attend` (overlapped
             launch).
-        num_sms: how many SMs to spread decode attention over, None for all of the GPU.
+        num_sms: how many SMs to spread attention over, None for all of the GPU.
         hooks: what each layer calls.
         decode: of a step with both parts, its decode rows, whose tokens come first in T; the other fields but
             `slot_mapping` are of the chunks then. It may have rows without context behind those that there are, up to

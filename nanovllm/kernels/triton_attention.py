@@ -530,10 +530,10 @@ def _prefill_kernel(
     STAGES: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """One program computes TILE_M queries of one head of one request, over all of their context.
+    """One program computes TILE_M queries of one head of one request, over all of their context or over a piece of it.
 
-    Or over a piece of it, as `_plan_pieces` divides contexts; whichever program is the last to end combines the pieces.
-    Without pieces, `plan` has the tiles of queries before each request, and in all.
+    Pieces are those of `_plan_pieces`; whichever program is the last of a tile's to end combines them. Without pieces,
+    `plan` has the tiles of queries before each request, and in all.
     """
     if not HAS_SPLIT:
         begin(OVERLAPS)

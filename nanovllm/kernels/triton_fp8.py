@@ -216,10 +216,10 @@ def _scaled_linear(
     x = tokens.values
     num_tokens, num_inputs = x.shape
     num_outputs = len(weight.values)
-    made = plan(num_tokens, num_outputs, num_inputs, num_sms or _num_sms(x.device), weight.block)
-    grid = (triton.cdiv(num_tokens, made.tile_t), triton.cdiv(num_outputs, made.tile_n), made.splits)
+    division = plan(num_tokens, num_outputs, num_inputs, num_sms or _num_sms(x.device), weight.block)
+    grid = (triton.cdiv(num_tokens, division.tile_t), triton.cdiv(num_outputs, division.tile_n), division.splits)
     output = torch.empty(num_tokens, num_outputs, dtype=tokens.dtype, device=x.device)
-    num_partial = grid[0] * grid[1] * grid[2] * made.tile_n * made.tile_t if made.splits > 1 else 0
+    num_partial = grid[0] * grid[1] * grid[2] * division.tile_n * division.tile_t if division.splits > 1 else 0
     partial = torch.empty(num_partial, dtype=torch.float32, device=x.device)
     _scaled_linear_kernel[grid](
         x,
@@ -233,16 +233,16 @@ def _scaled_linear(
         num_tokens,
         num_outputs,
         num_inputs,
-        made.splits,
+        division.splits,
         HAS_BIAS=bias is not None,
         BLOCK=weight.block,
-        IS_SPLIT=made.splits > 1,
-        TILE_N=made.tile_n,
-        TILE_T=made.tile_t,
-        TILE_K=made.tile_k,
-        STAGES=made.stages,
-        IS_EVEN=num_inputs % made.tile_k == 0,
-        num_warps=made.num_warps,
+        IS_SPLIT=division.splits > 1,
+        TILE_N=division.tile_n,
+        TILE_T=division.tile_t,
+        TILE_K=division.tile_k,
+        STAGES=division.stages,
+        IS_EVEN=num_inputs % division.tile_k == 0,
+        num_warps=division.num_warps,
         **overlap(x.device),
     )
     return output

@@ -97,14 +97,23 @@ def _check_all_quantized(quantization: dict[str, Any], field: str, num_layers: i
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise _refused(f"has {field}={short_repr(names)}, which is not a list of names", quantization)
     for name in names:
-        plain = name.removeprefix("re:").removeprefix(".*")
-        if name.startswith("re:") and not plain.replace("_", "").replace(r"\.", "").replace(".", "").isalnum():
-            raise _refused(f"has the pattern {short_repr(name)} in {field}, which is not supported", quantization)
-        left_out = _left_out(plain.replace("\\", ""), num_layers)
+        if name.startswith("re:"):
+            plain = name.removeprefix("re:").removeprefix("^").removesuffix("$").removeprefix(".*")
+            if not plain.replace("_", "").replace(r"\.", "").replace(".", "").isalnum():
+                raise _refused(f"has the pattern {short_repr(name)} in {field}, which is not supported", quantization)
+            left_out = _matched(plain.replace("\\", ""), num_layers, at_end=name.endswith("$"))
+        else:
+            left_out = _left_out(name, num_layers)
         if left_out is not None:
             raise _refused(
                 f"leaves {left_out} as it is ({short_repr(name)} in {field}), which is not supported", quantization
             )
+
+
+def _matched(text: str, num_layers: int, *, at_end: bool) -> str | None:
+    """The first linear layer whose name has this text in it, or at its end; None for none. No pattern is run."""
+    layers = (f"model.layers.{index}.{name}" for index in range(num_layers) for name in LINEAR_LAYERS)
+    return next((layer for layer in layers if (layer.endswith(text) if at_end else text in layer)), None)
 
 
 def _left_out(part: str, num_layers: int) -> str | None:

@@ -1,8 +1,7 @@
 """Numbers in FP8 (e4m3) with float32 scales: what is stored, and the rule by which numbers are quantized.
 
-A scale is the largest magnitude that shares it by 1 / 448, the largest number of e4m3 being 448: value * scale is the
-number.
-Knows nothing of layers, checkpoints or kernels.
+A scale is 1 / 448 of the largest magnitude among the numbers that share it, 448 being the largest number of e4m3:
+value * scale is the number. Knows nothing of layers, checkpoints or kernels.
 """
 
 from __future__ import annotations

@@ -114,11 +114,12 @@ class PrefillBuffers:
         if not self._uploads:
             target.copy_(upload)
             return
-        pinned, copied = self._uploads.popleft()
+        pinned, copied = self._uploads[0]
         copied.synchronize()
         pinned[: len(numbers)].copy_(upload)
         target.copy_(pinned[: len(numbers)], non_blocking=True)
-        self._uploads.append((pinned, self.device.record_event()))
+        self._uploads[0] = pinned, self.device.record_event()
+        self._uploads.rotate(-1)
 
     def gather(self, size: int, num_sampled: int) -> ModelInputs:
         """The inputs of the step, padded to `size` tokens and `num_sampled` sampled rows; runs on the device alone."""

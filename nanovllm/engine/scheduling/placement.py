@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from nanovllm.engine.scheduling.card import Card
@@ -27,10 +27,12 @@ class OtherPrompts:
     Attributes:
         number: requests that wait, or whose prompts are not computed to the end.
         tokens_left: prompt tokens that each card is to compute; half of those of a shared prompt. 0 where not given.
+        has_time: whether a card's decode steps have time for the request.
     """
 
     number: int = 0
     tokens_left: Mapping[Card, float] = field(default_factory=dict)
+    has_time: Callable[[Card], bool] = lambda card: True
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ class ElasticPlacement(Placement):
     A prompt that is not shared is computed where its request decodes, on the card that then has fewer prompt tokens to
     compute, its own among them but for what is in the card's prefix cache, or with less context if these are as many:
     one that is short, has many others beside it, has failed once, reports log-probabilities, or is too long for one of
-    the pools; and every prompt while too many shared ones fail, or if the cards cannot write to each other's memory.
+    the pools; and every prompt while too many shared ones fail, or if the cards cannot write to each other's memory. It
+    goes to the other card if this one has no blocks for it now, or no time beside its decode rows.
 
     The request of a shared prompt decodes on the card with less context. What the other card has in its prefix cache it
     pushes there, so that a prefix that many requests have comes to be on both cards.
@@ -150,15 +153,19 @@ class ElasticPlacement(Placement):
     def places_of(self, seq: Sequence, sizes: Mapping[Card, StepSize], others: OtherPrompts) -> Places:
         holding = [card for card in self.cards if _may_hold(card, seq)] or self.cards
         decode, *rest = sorted(holding, key=lambda card: sizes[card].context)
-        has_time = others.number <= self.most_other_prompts
+        are_few = others.number <= self.most_other_prompts
         is_long = self._num_to_compute(seq, decode) >= self.least_shared_tokens
-        if rest and has_time and is_long and self._may_share(seq):
+        if rest and are_few and is_long and self._may_share(seq):
             return Places(rest[0], decode, is_shared=True)
 
-        def cost(card: Card) -> tuple[float, int]:
-            return others.tokens_left.get(card, 0.0) + self._num_to_compute(seq, card), sizes[card].context
+        def cost(card: Card) -> tuple[bool, float, int]:
+            num_to_compute, pool = self._num_to_compute(seq, card), card.block_manager
+            is_full = pool.blocks_for(num_to_compute) > pool.num_free_blocks
+            return is_full, others.tokens_left.get(card, 0.0) + num_to_compute, sizes[card].context
 
         card = min(holding, key=cost)
+        if card is not decode and not others.has_time(card):
+            card = decode
         return Places(card, card)
 
     def _num_to_compute(self, seq: Sequence, card: Card) -> int:

@@ -258,7 +258,8 @@ class StepTimeModel:
         """[N, coefficients] -> [N] times, in units, a standard deviation above those expected."""
         expected = features @ self._coefficients
         variances = ((features @ self._covariance) * features).sum(axis=1)
-        return expected + np.sqrt(np.maximum(variances, 0.0) + self._noise_squared * expected**2)
+        noise = np.where(features[:, -1] > 0, self._noise_squared, 0.0)  # hardly any without chunks
+        return expected + np.sqrt(np.maximum(variances, 0.0) + noise * expected**2)
 
     def state(self) -> dict[str, Any]:
         """What was learned, as JSON takes it, for `restore`."""
