@@ -123,7 +123,7 @@ def test_logits_of_a_stored_checkpoint_equal_those_of_its_twin(stored, form):
 
 @pytest.mark.parametrize(("form", "changes"), [("block", {"hidden_size": 320}), ("channel", {"hidden_size": 200})])
 def test_widths_that_are_no_whole_blocks(tmp_path, form, changes):
-    """Of inputs, and of outputs that are not stacked; a bias on top."""
+    """Parts of inputs, and of outputs that are not stacked, with a bias on top."""
     twin = fp8_checkpoints.write(tmp_path, form, attention_bias=True, **changes)
     with torch.inference_mode():
         expected = twin(((torch.arange(9) * 7 + 3) % 208)[None]).logits[0]
@@ -278,7 +278,7 @@ def test_a_part_is_loaded_with_scales_of_its_own():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_random_weights_of_a_config_with_fp8(stored, form):
-    """As large as read ones, and the answers near those of random weights that are not quantized."""
+    """Drawn weights are as large as read ones, and answers near those of drawn weights that are not quantized."""
     folder, _ = stored[form]
     config = json.loads((Path(folder) / "config.json").read_text())
     options = {"device": "cpu", "load_format": "dummy", "seed": 4}

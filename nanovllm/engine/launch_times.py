@@ -22,7 +22,8 @@ LATE_SHARE = 0.05
 lead. So a millisecond of lead, in which others may become ready, is worth 0.05 ms in which the device is idle: with
 less, a few launches that take long in any case would have all steps launched far ahead."""
 GRACE_S = 0.1e-3
-"""Seconds from the predicted end of another card's step to a launch that comes too late for waiting any longer."""
+"""Seconds from the predicted end of another card's step to a launch that waits for no more, and how late the moment of
+a launch may be noticed."""
 OVERDUE_S = 0.5e-3
 """Seconds for which a launch waits for another card's step that should have ended."""
 UNSURE = 0.03
