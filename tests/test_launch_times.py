@@ -90,6 +90,14 @@ def test_a_request_joins_the_next_step(checkpoint, timed_steps, monkeypatch):
     assert metrics["step_time"]["cpu:1"]["seen_s"] == pytest.approx(STEP_S, rel=0.3)
 
 
+def card_of_steps(name: str) -> Card:
+    """A card that is known to take STEP_S for a step."""
+    card = Card(name, f"device {name}", BlockManager(8, 4), 100)
+    for _ in range(20):
+        card.step_time.observe(StepSize(0), STEP_S)
+    return card
+
+
 class Clock:
     """A device whose steps take STEP_S, with a noise of 1 %, and the host that launches them, on a virtual clock."""
 
@@ -97,9 +105,7 @@ class Clock:
         self.now_s, self.rng = 0.0, random.Random(0)
         self.launch_s, self.caller_s = launch_s, caller_s
         monkeypatch.setattr(launch_times.time, "perf_counter", lambda: self.now_s)
-        self.card = Card("cpu:0", "device cpu:0", BlockManager(8, 4), 100)
-        for _ in range(20):
-            self.card.step_time.observe(StepSize(0), STEP_S)
+        self.card = card_of_steps("cpu:0")
         self.steps, self.counters = StepsInFlight(), Counters()
         self.times = LaunchTimes(self.steps, self.counters)
         self.idle_s: list[float] = []
@@ -211,9 +217,7 @@ def test_a_launch_keeps_clear_of_the_end_of_another_cards_step(monkeypatch, ends
     clock.launch()
     clock.times._leads_s[clock.card] = 2.5e-3
     due_s = clock.times.next_on(clock.card)
-    other = Card("cpu:1", "device cpu:1", BlockManager(8, 4), 100)
-    for _ in range(20):
-        other.step_time.observe(StepSize(0), STEP_S)
+    other = card_of_steps("cpu:1")
     end_s = due_s + ends_ms / 1e3
     clock.steps._steps.append(Work(clock, end_s - STEP_S, end_s, other))
     launch_at_s = clock.times.next_on(clock.card)
@@ -233,9 +237,7 @@ def test_a_launch_that_has_no_time_waits_for_what_ends_soon(monkeypatch, ends_ms
     clock.launch()
     clock.times._leads_s[clock.card] = 1.5e-3
     clock.now_s = due_s = clock.times.next_on(clock.card)
-    other = Card("cpu:1", "device cpu:1", BlockManager(8, 4), 100)
-    for _ in range(20):
-        other.step_time.observe(StepSize(0), STEP_S)
+    other = card_of_steps("cpu:1")
     end_s = due_s + ends_ms / 1e3
     clock.steps._steps.append(Work(clock, end_s - STEP_S, end_s, other))
     launch_at_s = clock.times.next_on(clock.card)

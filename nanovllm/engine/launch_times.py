@@ -64,24 +64,23 @@ class LaunchTimes:
         predicted_s = card.step_time.predict(works[0].step.size)
         if predicted_s is None:
             return AT_ONCE
-        end_s = self._steps.began_s(works[0]) + predicted_s
-        due_s = end_s - predicted_s * UNSURE - self._leads_s[card]
-        launch_at_s = self._clear_of_others(card, due_s, predicted_s, end_s)
+        end_s = self._steps.began_s(works[0]) + predicted_s * (1 - UNSURE)
+        due_s = end_s - self._leads_s[card]
+        launch_at_s = self._clear_of_others(card, due_s, last_s=end_s - self._launch_s[card])
         if due_s > time.perf_counter():
             self._put_off.add(card)
         elif launch_at_s > due_s:
             self.excuse(card)
         return launch_at_s
 
-    def _clear_of_others(self, card: Card, launch_at_s: float, predicted_s: float, end_s: float) -> float:
+    def _clear_of_others(self, card: Card, launch_at_s: float, last_s: float) -> float:
         """The moment of a launch, moved if another card's step ends during it: its tokens would wait for the launch.
 
-        It comes after that end, at the last moment that is in time unless the step ends sooner, or else before it. If
-        there is no time for either, it waits if its own card is then idle for less time than the tokens would wait. Of
-        several other cards, only the last one's end is sure to be kept clear of.
+        It comes after that end, at the last moment that is in time, `last_s`, unless the step ends sooner; or else
+        before it. If there is no time for either, it waits if its own card is then idle for less time than the tokens
+        would wait. Of several other cards, only the last one's end is sure to be kept clear of.
         """
         now_s, launch_s, seen = time.perf_counter(), self._launch_s[card], {card}
-        last_s = end_s - predicted_s * UNSURE - launch_s
         for work in self._steps:
             if work.step.card in seen:
                 continue

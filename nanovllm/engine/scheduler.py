@@ -66,6 +66,8 @@ class Scheduler:
 
     def __init__(self, limits: SchedulerLimits, placement: Placement) -> None:
         self.limits = limits
+        target_s = limits.itl_target_s
+        self._target = None if target_s is None else TimeLimit(target_s, f"itl_target_ms={target_s * 1e3:g}")
         self.placement = placement
         self.num_preemptions = 0
         self.num_queried_tokens = 0
@@ -242,11 +244,8 @@ class Scheduler:
         `itl_target_ms`, or else, where cards share prompts and requests are streamed, somewhat longer than a decode
         step: of the card, or of the other ones if it has none.
         """
-        target_s = self.limits.itl_target_s
-        if target_s is not None:
-            return TimeLimit(target_s, f"itl_target_ms={target_s * 1e3:g}")
-        if not (self.placement.shares_prompts and self._streamed):
-            return None
+        if self._target is not None or not (self.placement.shares_prompts and self._streamed):
+            return self._target
         decoding = [card] if self._decoding[card].leases else [other for other in self.cards if other is not card]
         steps_s = [
             one.step_time.predict(self._decoding[one].size) for one in decoding if self._decoding[one].has_streamed
@@ -521,17 +520,16 @@ class Scheduler:
         if places.prefill is not card and len(self._prefill_backlog) >= most_under_way:
             seq.timeline.mark(f"waits for a lease (max_handoff_backlog={most_under_way} are under way)")
             return False
-        if not self._has_time(seq, sizes, card):
-            target_ms = 1e3 * (self.limits.itl_target_s or 0.0)
-            seq.timeline.mark(f"waits for a lease (itl_target_ms={target_ms:g} would be exceeded)")
+        if self._target is not None and not self._has_time(seq, sizes, card):
+            seq.timeline.mark(f"waits for a lease ({self._target.reason} would be exceeded)")
             return False
         return True
 
     def _has_time(self, seq: Sequence, sizes: abc.Mapping[Card, StepSize], card: Card) -> bool:
         """Whether the card's decode steps stay within the target with the request among them."""
-        target_s, size = self.limits.itl_target_s, sizes[card].with_row(seq.num_tokens_ahead(LOOK_AHEAD_STEPS))
+        size = sizes[card].with_row(seq.num_tokens_ahead(LOOK_AHEAD_STEPS))
         is_alone = size.num_tokens == 1  # then it makes the shortest possible steps
-        return target_s is None or is_alone or not card.step_time.may_exceed(target_s, size)
+        return self._target is None or is_alone or not card.step_time.may_exceed(self._target.seconds, size)
 
     def _sizes_ahead(self) -> dict[Card, StepSize]:
         """The step of each card LOOK_AHEAD_STEPS from now, with all requests that have a lease and decode there.
@@ -640,11 +638,8 @@ class Scheduler:
 
         Unless that card has more context to decode than the other one with the request, has no time for it or no block.
         """
-        sizes, target_s = self._sizes_ahead(), self.limits.itl_target_s
-        size = sizes[card].with_row(seq.num_tokens_ahead(LOOK_AHEAD_STEPS))
-        if sizes[card].context > sizes[lease.decode.card].context:
-            return
-        if target_s is not None and size.num_tokens > 1 and card.step_time.may_exceed(target_s, size):
+        sizes = self._sizes_ahead()
+        if sizes[card].context > sizes[lease.decode.card].context or not self._has_time(seq, sizes, card):
             return
         here, block_manager = lease.allocation_on(card), card.block_manager
         num_missing = max(self._lease_blocks(seq, card) - len(here.blocks), 0)
