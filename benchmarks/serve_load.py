@@ -46,6 +46,7 @@ from lib.online import (
     print_latencies,
     print_served,
     service_options,
+    shares_beginnings,
     streams_of,
     summarize,
     trace_of,
@@ -128,7 +129,6 @@ class Service:
 
     def __init__(self, args: argparse.Namespace, server: ServerProcess, vocab_size: int) -> None:
         self.args, self._server, self._vocab_size = args, server, vocab_size
-        self._trace = trace_of(args)
         self._clients = Clients(server.port, args.clients)
         self._check(self._serve(warm_up_load(args, vocab_size))[0])
 
@@ -139,7 +139,7 @@ class Service:
             ServerFailedError: no request was answered.
         """
         args = self.args
-        load = [] if args.streams is not None else load_of(args, self._trace, rate, self._vocab_size)
+        load = [] if args.streams is not None else load_of(args, rate, self._vocab_size)
         cpu_before, before = self._server.cpu_s(), self._server.metrics()
         requests, told = self._serve(load) if args.streams is None else self._serve_streams()
         cpu_after, after = self._server.cpu_s(), self._server.metrics()
@@ -152,7 +152,7 @@ class Service:
             "busy_share": busy_share(before, after, summary["seconds"]),
             "chunks": chunks_between(before, after),
             "prefix_cache": with_hit_rate(self._cache_tokens(before, after)),
-            "trace": what_is_missing(self._trace),
+            "trace": what_is_missing(trace_of(args)),
             "errors": dict(Counter(errors).most_common(3)),
             "events_per_token": num_events / summary["output_tokens"],
             "cpu_s": cpu_s,
@@ -209,7 +209,7 @@ class Service:
         return [with_answer(request, answer) for request, answer in zip(requests, told.answers, strict=True)], told
 
     def _cache_tokens(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, int]:
-        if self._trace is None or not self._trace.has_hash_ids:
+        if not shares_beginnings(self.args):
             return {}
         names = {name: f"prefix_cache_{name}_total" for name in ("queried_tokens", "hit_tokens")}
         return {name: round(after[metric][""] - before[metric][""]) for name, metric in names.items()}
@@ -315,7 +315,7 @@ def make_words(model: Path, folder: Path) -> int:
 
 def serve_loads(args: argparse.Namespace) -> dict[str, Any]:
     """Starts the server, has it serve all loads, and ends it."""
-    options = service_options(args, trace_of(args))
+    options = service_options(args)
     limits = ["--max-queued-requests", str(MAX_OPEN_REQUESTS), "--shutdown-timeout", str(args.shutdown_timeout)]
     with tempfile.TemporaryDirectory() as folder:
         vocab_size = make_words(Path(options.pop("model")), Path(folder))

@@ -625,3 +625,26 @@ def test_every_benchmark_says_what_it_takes(monkeypatch, capsys):
         with pytest.raises(SystemExit, match="0"):
             importlib.import_module(name).main()
         assert "--output" in capsys.readouterr().out
+
+
+def test_modes_of_two_cards_take_turns(tmp_path):
+    command = [
+        *(sys.executable, str(BENCHMARKS / "two_cards.py"), "--model", str(DEMO_MODEL_PATH), "--device", "cpu"),
+        *("--loads", "chat:4", "chat:2+chat:6", "--modes", "elastic", "dp2", "--duration", "2"),
+        *("--max-model-len", "128", "--num-kvcache-blocks", "100"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    loads = json.loads(run.stdout.splitlines()[-1])["loads"]
+    order = [("elastic", "chat:4"), ("dp2", "chat:4"), ("dp2", "chat:2+chat:6"), ("elastic", "chat:2+chat:6")]
+    assert [(load["mode"], load["load"]) for load in loads] == order
+    assert all(load["num_requests"] and not load["num_failed"] for load in loads)
+    assert loads[0]["input_tokens"] == loads[1]["input_tokens"]
+    assert [phase["rate"] for phase in loads[2]["phases"]] == [2, 6]
+
+
+def test_a_load_of_two_cards_that_is_none_is_refused():
+    run = run_on_cpu("two_cards.py", "--loads", "chat:3", "chat:3+gossip:4")
+    assert run.returncode == 2
+    assert "--loads chat:3+gossip:4: 'gossip:4'" in run.stderr

@@ -10,7 +10,7 @@ from typing import Any
 
 from lib.loads import WORKLOADS, Request, make_load
 from lib.report import quantiles_ms
-from lib.traces import read_trace
+from lib.traces import Trace, read_trace
 
 CHANGE_S = 10.0
 """Seconds after a change that are told apart from the rest of a phase."""
@@ -26,6 +26,10 @@ class Phase:
     @property
     def name(self) -> str:
         return Path(self.load).stem
+
+    def trace(self, longest: int) -> Trace | None:
+        """The trace whose requests have room in `longest` tokens; None of a workload."""
+        return None if self.load in WORKLOADS else read_trace(self.load, longest)
 
 
 def parse_phase(text: str) -> Phase:

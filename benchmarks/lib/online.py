@@ -37,10 +37,20 @@ def add_service(parser: argparse.ArgumentParser, modes: Sequence[str]) -> None:
         help="loads that follow each other, each for --duration: workloads or files of traces, with their rates",
     )
     parser.add_argument("--duration", type=float, default=30.0, help="seconds in which requests arrive")
+    add_limits(parser)
+    add_prefill_chunk_tokens(parser)
+    add_service_size(parser)
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """Adds what makes a request good, and what the engine aims at."""
     parser.add_argument("--ttft-limit-ms", type=float, default=600.0, help="of a good request")
     parser.add_argument("--itl-limit-ms", type=float, default=10.0, help="of a good request")
     parser.add_argument("--itl-target-ms", type=float, help="no target if not given")
-    add_prefill_chunk_tokens(parser)
+
+
+def add_service_size(parser: argparse.ArgumentParser) -> None:
+    """Adds how many and how long requests are served, and how they are drawn."""
     parser.add_argument("--max-num-seqs", type=int, default=512)
     parser.add_argument("--max-model-len", type=int, default=12288, help="longer requests of a workload are cut to it")
     parser.add_argument("--seed", type=int, default=0)
@@ -110,20 +120,26 @@ def trace_of(args: argparse.Namespace) -> Trace | None:
     return read_trace(args.trace, args.max_model_len, args.duration, args.speed or 1.0)
 
 
-def service_options(args: argparse.Namespace, trace: Trace | None) -> dict[str, Any]:
+def shares_beginnings(args: argparse.Namespace) -> bool:
+    """Whether the prompts of a trace share their beginnings, so that a prefix cache has something to find."""
+    traces = [trace_of(args)] if args.trace else [phase.trace(args.max_model_len) for phase in phases_of(args)]
+    return any(trace is not None and trace.has_hash_ids for trace in traces)
+
+
+def service_options(args: argparse.Namespace) -> dict[str, Any]:
     """What to serve and how, as arguments of `LLM`; the prefix cache is on where a trace gives it something to find."""
     names = ("max_model_len", "max_num_seqs", "prefill_chunk_tokens", "itl_target_ms")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    return {**engine_options(args), **given, "enable_prefix_caching": trace is not None and trace.has_hash_ids}
+    return {**engine_options(args), **given, "enable_prefix_caching": shares_beginnings(args)}
 
 
 def warm_up_load(args: argparse.Namespace, vocab_size: int) -> list[Request]:
     return make_load(args.workload, 16.0, 1.0, vocab_size, args.max_model_len, seed=args.seed + 1)
 
 
-def load_of(args: argparse.Namespace, trace: Trace | None, rate: float, vocab_size: int) -> list[Request]:
+def load_of(args: argparse.Namespace, rate: float, vocab_size: int) -> list[Request]:
     """The requests of a trace, of `--drift`, or those that come at this rate."""
-    if trace is not None:
+    if (trace := trace_of(args)) is not None:
         return trace.requests(vocab_size, args.seed)
     if args.drift:
         return drift_load(phases_of(args), args.duration, vocab_size, args.max_model_len, args.seed)
