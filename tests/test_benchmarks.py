@@ -648,3 +648,10 @@ def test_a_load_of_two_cards_that_is_none_is_refused():
     run = run_on_cpu("two_cards.py", "--loads", "chat:3", "chat:3+gossip:4")
     assert run.returncode == 2
     assert "--loads chat:3+gossip:4: 'gossip:4'" in run.stderr
+
+
+def test_arrivals_and_lengths_do_not_depend_on_the_vocabulary(loads):
+    few, many = (loads.make_load("chat", 20.0, 10.0, vocab_size, 2048, seed=1) for vocab_size in (2, 150_000))
+    assert [(r.due_s, len(r.prompt), r.params.max_tokens) for r in few] == [
+        (r.due_s, len(r.prompt), r.params.max_tokens) for r in many
+    ]

@@ -85,12 +85,13 @@ def full_length(num_output: int, temperature: float = 0.7) -> SamplingParams:
 
 def make_load(workload: str, rate: float, duration_s: float, vocab_size: int, longest: int, seed: int) -> list[Request]:
     """Requests of a workload by the time they are due; prompt and output together have at most `longest` tokens."""
-    rng = random.Random(seed)
+    # Tokens are drawn apart, so that arrivals and lengths are the same with any vocabulary.
+    rng, token_rng = random.Random(seed), random.Random(f"{seed}, tokens")
     draw_input, draw_output = WORKLOADS[workload]
     requests, due_s = [], rng.expovariate(rate)
     while due_s < duration_s:
         num_input, num_output = draw_input(rng), min(draw_output(rng), longest // 2)
-        prompt = random_prompt(rng, vocab_size, min(num_input, longest - num_output))
+        prompt = random_prompt(token_rng, vocab_size, min(num_input, longest - num_output))
         requests.append(Request(due_s, prompt, full_length(num_output)))
         due_s += rng.expovariate(rate)
     return requests

@@ -16,6 +16,7 @@ from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.chunk_room import LEAST_TOKENS, MOST_PASSED_BY, ChunkRoom, Demand, TimeLimit
 from nanovllm.engine.scheduling.decode_batch import NO_DECODE_ROWS, DecodeRow, DecodeRows
 from nanovllm.engine.scheduling.decode_set import LOOK_AHEAD_STEPS, DecodeSet
+from nanovllm.engine.scheduling.itl_margin import ItlMargin
 from nanovllm.engine.scheduling.lease import Allocation, Lease
 from nanovllm.engine.scheduling.placement import OtherPrompts, Placement, Places
 from nanovllm.engine.scheduling.shared_prompt import SharedPrompt
@@ -33,9 +34,13 @@ FreeInSeconds = abc.Callable[[Card], float]
 STEPS_AHEAD = 2
 """Steps in flight on a card: one that runs, and one queued behind it before the first one's tokens are seen."""
 
-STRETCH = 1.5
+STRETCH = 1.48
 """Where cards share prompts and no target is given, a step takes at most so many times what it would take without
 prompts."""
+
+MOST_EXCESS_PROMPTS = 2
+"""A request may decode on a card that has more context than the other one with it, by at most so many of its prompts:
+the gap behind its first token is shorter there, and decode steps hardly longer."""
 
 MAX_STREAMED_PREFILL_TOKENS = 3072
 """Token budget of a prefill step while requests are streamed: larger steps give no more tokens per second, the first
@@ -68,6 +73,7 @@ class Scheduler:
         self.limits = limits
         target_s = limits.itl_target_s
         self._target = None if target_s is None else TimeLimit(target_s, f"itl_target_ms={target_s * 1e3:g}")
+        self.itl_margin = None if target_s is None else ItlMargin(target_s)
         self.placement = placement
         self.num_preemptions = 0
         self.num_queried_tokens = 0
@@ -91,6 +97,8 @@ class Scheduler:
         self._joined_early: dict[Sequence, None] = {}
         """Requests that decode while work of their shared prompt is in flight: chunks, and blocks that are pushed."""
         self._decoding = {card: DecodeSet(card) for card in self.cards}
+        self._tokens_came_s: dict[Card, float] = {}
+        """When the tokens of the last step came, of cards where that step had decode rows."""
         self._draining_leases: list[Lease] = []
         """Leases that have ended while work in flight still touches their blocks."""
         self._prefilled: dict[Sequence, None] = {}
@@ -234,18 +242,21 @@ class Scheduler:
 
     @property
     def _others_wait(self) -> bool:
-        """Whether a step without decode rows keeps to the limit, too: a card that shares prompts with its own has
-        some, and what waits for the step takes as long."""
-        return self.placement.shares_prompts and any(decoding.leases for decoding in self._decoding.values())
+        """Whether a step without decode rows keeps to the limit, too: a card that computes a shared prompt with its own
+        has some, and what waits for the step takes as long."""
+        is_any_shared = any(seq.lease is not None and seq.lease.shared is not None for seq in self._prefilling)
+        return is_any_shared and any(decoding.leases for decoding in self._decoding.values())
 
     def _time_limit(self, card: Card) -> TimeLimit | None:
         """How long a step with prompts may take that tokens of other requests wait for.
 
-        `itl_target_ms`, or else, where cards share prompts and requests are streamed, somewhat longer than a decode
-        step: of the card, or of the other ones if it has none.
+        `itl_target_ms` less its margin, or else, where cards share prompts and requests are streamed, somewhat longer
+        than a decode step: of the card, or of the other ones if it has none.
         """
-        if self._target is not None or not (self.placement.shares_prompts and self._streamed):
-            return self._target
+        if self._target is not None and self.itl_margin is not None:
+            return TimeLimit(self.itl_margin.limit_s, self._target.reason)
+        if not (self.placement.shares_prompts and self._streamed):
+            return None
         decoding = [card] if self._decoding[card].leases else [other for other in self.cards if other is not card]
         steps_s = [
             one.step_time.predict(self._decoding[one].size) for one in decoding if self._decoding[one].has_streamed
@@ -302,6 +313,16 @@ class Scheduler:
         if any(chunk.logprob_positions for chunk in step.chunks):
             return  # it took longer than its size says, to make the logits of prompts
         step.card.step_time.observe(step.size, seconds)
+
+    def tokens_came(self, step: Step, now_s: float) -> None:
+        """The host has the tokens of a step, at this moment."""
+        before_s = self._tokens_came_s.pop(step.card, None)
+        if not step.decode or self.itl_margin is None:
+            return
+        self._tokens_came_s[step.card] = now_s
+        predicted_s = step.card.step_time.predict(step.size)
+        if step.chunks and before_s is not None and predicted_s is not None:
+            self.itl_margin.observe(now_s - before_s, predicted_s)
 
     def decode_done(self, step: Step) -> None:
         """The decode part of a step has run: the KV of the tokens that it was fed is in the card's pool."""
@@ -477,7 +498,7 @@ class Scheduler:
         sizes = self._sizes_ahead() if self._waiting else {}
         while self._waiting:
             seq = self._waiting[0]
-            others = self._other_prompts(functools.partial(self._has_time, seq, sizes))
+            others = self._other_prompts(seq, sizes)
             places = self.placement.places_of(seq, sizes, others)
             if not self._may_admit(seq, places, sizes):
                 return
@@ -496,17 +517,18 @@ class Scheduler:
             else:
                 return
 
-    def _other_prompts(self, has_time: abc.Callable[[Card], bool]) -> OtherPrompts:
-        """The prompts beside that of the first request in the queue, for which a card may have no time."""
+    def _other_prompts(self, seq: Sequence, sizes: abc.Mapping[Card, StepSize]) -> OtherPrompts:
+        """The prompts beside that of `seq`, the first request in the queue."""
         number, tokens_left = len(self._waiting) - 1, dict.fromkeys(self.cards, 0.0)
-        for seq in self._prefilling:
-            lease = seq.lease
-            if lease is not None and _has_tokens_to_prefill(seq):
+        for other in self._prefilling:
+            lease = other.lease
+            if lease is not None and _has_tokens_to_prefill(other):
                 number += 1
                 cards = [lease.prefill.card] if lease.shared is None else self.cards
                 for card in cards:
-                    tokens_left[card] += seq.num_tokens_to_prefill / len(cards)
-        return OtherPrompts(number, tokens_left, has_time)
+                    tokens_left[card] += other.num_tokens_to_prefill / len(cards)
+        has_time = functools.partial(self._has_time, seq, sizes)
+        return OtherPrompts(number, tokens_left, has_time, functools.partial(self._room, sizes))
 
     def _may_admit(self, seq: Sequence, places: Places, sizes: abc.Mapping[Card, StepSize]) -> bool:
         num_leases = len(self._running) + sum(not lease.stuck for lease in self._draining_leases)
@@ -530,6 +552,12 @@ class Scheduler:
         size = sizes[card].with_row(seq.num_tokens_ahead(LOOK_AHEAD_STEPS))
         is_alone = size.num_tokens == 1  # then it makes the shortest possible steps
         return self._target is None or is_alone or not card.step_time.may_exceed(self._target.seconds, size)
+
+    def _room(self, sizes: abc.Mapping[Card, StepSize], card: Card) -> float:
+        """Share of a step's time that the card has for prompts, beside so many decode rows."""
+        limit, size = self._time_limit(card), sizes[card]
+        decode_s = card.step_time.predict(size) if size.num_tokens else None
+        return 1.0 if limit is None or decode_s is None else max(1 - decode_s / limit.seconds, 0.0)
 
     def _sizes_ahead(self) -> dict[Card, StepSize]:
         """The step of each card LOOK_AHEAD_STEPS from now, with all requests that have a lease and decode there.
@@ -636,10 +664,11 @@ class Scheduler:
         """Has a request decode where its last chunk runs: it joins the next step there, while the other card would have
         to wait for the end of this step and of its own.
 
-        Unless that card has more context to decode than the other one with the request, has no time for it or no block.
+        Unless that card has much more context to decode than the other one, has no time for it or no block.
         """
         sizes = self._sizes_ahead()
-        if sizes[card].context > sizes[lease.decode.card].context or not self._has_time(seq, sizes, card):
+        excess = sizes[card].context - sizes[lease.decode.card].context
+        if excess > MOST_EXCESS_PROMPTS * seq.num_tokens or not self._has_time(seq, sizes, card):
             return
         here, block_manager = lease.allocation_on(card), card.block_manager
         num_missing = max(self._lease_blocks(seq, card) - len(here.blocks), 0)

@@ -15,6 +15,13 @@ LEAST_SHARED_TOKENS = 512
 """Prompts that have fewer tokens to compute run on one card: two halves of 512 take 0.8 of the time of one card, and
 shorter ones gain less."""
 
+LEAST_ROOM = 0.25
+"""A prompt is not shared if one of the cards has more of a step's time for prompts than this, and the other one less:
+chunks are cut to the shorter time, so that the first card is faster alone."""
+
+SMALL_ROOM = 0.05
+"""Less room counts as this much: a step takes a few tokens of a prompt in any case."""
+
 MOST_OTHER_PROMPTS = 2
 """A prompt is shared beside at most so many others that are not computed to the end. With more, both cards have enough
 to do, and a prompt that is not shared is computed in fewer, larger chunks."""
@@ -28,11 +35,14 @@ class OtherPrompts:
         number: requests that wait, or whose prompts are not computed to the end.
         tokens_left: prompt tokens that each card is to compute; half of those of a shared prompt. 0 where not given.
         has_time: whether a card's decode steps have time for the request.
+        room: share of a step's time that a card has for prompts beside its decode rows: 1 without rows, or if steps
+            have no limit.
     """
 
     number: int = 0
     tokens_left: Mapping[Card, float] = field(default_factory=dict)
     has_time: Callable[[Card], bool] = lambda card: True
+    room: Callable[[Card], float] = lambda card: 1.0
 
 
 @dataclass(frozen=True)
@@ -126,10 +136,11 @@ class ElasticPlacement(Placement):
     """Both cards prefill and decode. Long prompts are shared: the cards compute their chunks in turns.
 
     A prompt that is not shared is computed where its request decodes, on the card that then has fewer prompt tokens to
-    compute, its own among them but for what is in the card's prefix cache, or with less context if these are as many:
-    one that is short, has many others beside it, has failed once, reports log-probabilities, or is too long for one of
-    the pools; and every prompt while too many shared ones fail, or if the cards cannot write to each other's memory. It
-    goes to the other card if this one has no blocks for it now, or no time beside its decode rows.
+    compute for the room in its steps, its own among them but for what is in the card's prefix cache, or with less
+    context if these are as many: one that is short, has many others beside it, has failed once, reports
+    log-probabilities, or is too long for one of the pools; any prompt where only one card has room; and every prompt
+    while too many shared ones fail, or if the cards cannot write to each other's memory. It goes to the other card if
+    this one has no blocks for it now, or no time beside its decode rows.
 
     The request of a shared prompt decodes on the card with less context. What the other card has in its prefix cache it
     pushes there, so that a prefix that many requests have comes to be on both cards.
@@ -155,13 +166,16 @@ class ElasticPlacement(Placement):
         decode, *rest = sorted(holding, key=lambda card: sizes[card].context)
         are_few = others.number <= self.most_other_prompts
         is_long = self._num_to_compute(seq, decode) >= self.least_shared_tokens
-        if rest and are_few and is_long and self._may_share(seq):
+        rooms = {card: others.room(card) for card in holding}
+        is_uneven = min(rooms.values()) < LEAST_ROOM <= max(rooms.values())
+        if rest and are_few and is_long and not is_uneven and self._may_share(seq):
             return Places(rest[0], decode, is_shared=True)
 
         def cost(card: Card) -> tuple[bool, float, int]:
             num_to_compute, pool = self._num_to_compute(seq, card), card.block_manager
             is_full = pool.blocks_for(num_to_compute) > pool.num_free_blocks
-            return is_full, others.tokens_left.get(card, 0.0) + num_to_compute, sizes[card].context
+            tokens = others.tokens_left.get(card, 0.0) + num_to_compute
+            return is_full, tokens / max(rooms[card], SMALL_ROOM), sizes[card].context
 
         card = min(holding, key=cost)
         if card is not decode and not others.has_time(card):
