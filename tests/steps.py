@@ -92,7 +92,6 @@ class SimulatedRequests(SimulatedTime):
     def take_decoded_tokens(self, step: Step) -> None:
         """A step has ended whose chunks were taken in."""
         self.scheduler.get_prefilled_sequences()
-        self.scheduler.tokens_came(step, self.now)
         if step.decode:
             self.scheduler.decode_done(step)
             for seq, lease in zip(step.decode.batch.seqs, step.decode.batch.leases, strict=True):

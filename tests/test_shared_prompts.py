@@ -795,8 +795,10 @@ def test_a_step_grants_no_leases_to_prompts_that_get_nothing_of_it():
 def test_the_timeline_says_why_there_is_no_chunk():
     both = cards()
     decode_s = both[0].step_time.predict(StepSize(2, 3100))
-    scheduler = scheduler_of(both, 1.5 * decode_s)
-    scheduler.itl_margin.share = 0.3
+    for card in both:
+        for _ in range(200):
+            card.step_time.observe(StepSize(2, 3100), decode_s)
+    scheduler = scheduler_of(both, 1.1 * decode_s)
     first, second = scheduler.cards
     for number, card in enumerate((first, second)):
         prefilled(scheduler, card, number, 5)
@@ -808,7 +810,7 @@ def test_the_timeline_says_why_there_is_no_chunk():
     assert not scheduler.schedule(second, []).chunks, "its last chunk is in flight"
     assert not scheduler.schedule(first, []).chunks
     assert [span.what for span in prompt.timeline.spans()][-1] == (
-        f"prefill queue (itl_target_ms={1.5e3 * decode_s:g})"
+        f"prefill queue (itl_target_ms={1.1e3 * decode_s:g})"
     )
 
 

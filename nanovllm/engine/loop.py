@@ -235,7 +235,6 @@ class Loop:
         if work.launched_s <= began_s or work.handle.ran_in_launch:
             # The time for which it has waited for another card is not the step's.
             self._scheduler.step_took(step, ended_s - began_s - tokens.waits.waited_s)
-        self._scheduler.tokens_came(step, time.perf_counter())
         self._listeners.step_ended(work)
         self._progressed()
         if step.chunks:

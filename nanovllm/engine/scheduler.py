@@ -16,7 +16,6 @@ from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.chunk_room import LEAST_TOKENS, MOST_PASSED_BY, ChunkRoom, Demand, TimeLimit
 from nanovllm.engine.scheduling.decode_batch import NO_DECODE_ROWS, DecodeRow, DecodeRows
 from nanovllm.engine.scheduling.decode_set import LOOK_AHEAD_STEPS, DecodeSet
-from nanovllm.engine.scheduling.itl_margin import ItlMargin
 from nanovllm.engine.scheduling.lease import Allocation, Lease
 from nanovllm.engine.scheduling.placement import OtherPrompts, Placement, Places
 from nanovllm.engine.scheduling.shared_prompt import SharedPrompt
@@ -34,7 +33,7 @@ FreeInSeconds = abc.Callable[[Card], float]
 STEPS_AHEAD = 2
 """Steps in flight on a card: one that runs, and one queued behind it before the first one's tokens are seen."""
 
-STRETCH = 1.48
+STRETCH = 1.52
 """Where cards share prompts and no target is given, a step takes at most so many times what it would take without
 prompts."""
 
@@ -73,7 +72,6 @@ class Scheduler:
         self.limits = limits
         target_s = limits.itl_target_s
         self._target = None if target_s is None else TimeLimit(target_s, f"itl_target_ms={target_s * 1e3:g}")
-        self.itl_margin = None if target_s is None else ItlMargin(target_s)
         self.placement = placement
         self.num_preemptions = 0
         self.num_queried_tokens = 0
@@ -97,8 +95,6 @@ class Scheduler:
         self._joined_early: dict[Sequence, None] = {}
         """Requests that decode while work of their shared prompt is in flight: chunks, and blocks that are pushed."""
         self._decoding = {card: DecodeSet(card) for card in self.cards}
-        self._tokens_came_s: dict[Card, float] = {}
-        """When the tokens of the last step came, of cards where that step had decode rows."""
         self._draining_leases: list[Lease] = []
         """Leases that have ended while work in flight still touches their blocks."""
         self._prefilled: dict[Sequence, None] = {}
@@ -250,13 +246,11 @@ class Scheduler:
     def _time_limit(self, card: Card) -> TimeLimit | None:
         """How long a step with prompts may take that tokens of other requests wait for.
 
-        `itl_target_ms` less its margin, or else, where cards share prompts and requests are streamed, somewhat longer
-        than a decode step: of the card, or of the other ones if it has none.
+        `itl_target_ms`, or else, where cards share prompts and requests are streamed, somewhat longer than a decode
+        step: of the card, or of the other ones if it has none.
         """
-        if self._target is not None and self.itl_margin is not None:
-            return TimeLimit(self.itl_margin.limit_s, self._target.reason)
-        if not (self.placement.shares_prompts and self._streamed):
-            return None
+        if self._target is not None or not (self.placement.shares_prompts and self._streamed):
+            return self._target
         decoding = [card] if self._decoding[card].leases else [other for other in self.cards if other is not card]
         steps_s = [
             one.step_time.predict(self._decoding[one].size) for one in decoding if self._decoding[one].has_streamed
@@ -313,16 +307,6 @@ class Scheduler:
         if any(chunk.logprob_positions for chunk in step.chunks):
             return  # it took longer than its size says, to make the logits of prompts
         step.card.step_time.observe(step.size, seconds)
-
-    def tokens_came(self, step: Step, now_s: float) -> None:
-        """The host has the tokens of a step, at this moment."""
-        before_s = self._tokens_came_s.pop(step.card, None)
-        if not step.decode or self.itl_margin is None:
-            return
-        self._tokens_came_s[step.card] = now_s
-        predicted_s = step.card.step_time.predict(step.size)
-        if step.chunks and before_s is not None and predicted_s is not None:
-            self.itl_margin.observe(now_s - before_s, predicted_s)
 
     def decode_done(self, step: Step) -> None:
         """The decode part of a step has run: the KV of the tokens that it was fed is in the card's pool."""

@@ -38,13 +38,20 @@ CORRELATION_OCTAVES = 2.0
 SCALE_DEVIATION, KNOT_DEVIATION = 0.5, 0.3
 """Prior: relative standard deviations of what all times have in common, and of single ones."""
 NOISE = 0.02
-"""Relative standard deviation of single steps of one size. Clocks go up and down with the power that steps take; of
-H100s and H200s that run chunks it is 0.02 to 0.04, of decode steps a tenth of that."""
+"""Prior: relative standard deviation of single steps of one size. Clocks go up and down with the power that steps take;
+of H100s and H200s that run chunks it is 0.02 to 0.04, of decode steps a tenth of that."""
+NOISE_MARGIN = 2.5
+"""Standard deviations of single steps for which a step with chunks leaves time: one in a hundred or so takes longer.
+Few gaps may exceed what was asked for, since a request is judged by the slowest of its hundred or two."""
+NOISE_CHANGE = 0.02
+"""How much of the noise each step with a chunk teaches."""
 DRIFT = 2e-4
 """Share of the prior's uncertainty that comes back with each step: clocks change. After thousands of decode steps
 without prompts, the first prompts are taken in smaller chunks again."""
 MAX_DEVIATIONS = 4.0
 """Standard deviations from its prediction beyond which a step teaches nothing: a hitch is no slow card."""
+MOST_NOISE = 0.1
+"""Relative error of a prediction that counts as noise; what is beyond it was a hitch."""
 CAREFUL_TOKENS = 64
 """Prompt tokens that are taken to fit before any step has been seen: no card computes so few slower than it reads."""
 TOKEN_MULTIPLE = 16
@@ -134,6 +141,7 @@ class StepTimeModel:
         self._num_observed = 0
         """Steps since the unit was set."""
         self._num_restarts_left = MAX_RESTARTS
+        self._noise_squared = NOISE**2
         self._surprises: list[float] = []
         """Seen over predicted times of the last steps, if these were surprisingly long, or short, in a row."""
         self._recent: deque[tuple[float, float]] = deque(maxlen=NUM_RECENT)
@@ -151,6 +159,9 @@ class StepTimeModel:
         if not 1 / FAR < seconds / expected_s < FAR and self._num_observed < FEW_STEPS and self._num_restarts_left:
             self._num_restarts_left -= 1
             unit_s = self._begin(own_unit_s)  # the steps before it, or this one, were no measure
+        if size.num_pairs:
+            error = min(abs(seconds / expected_s - 1), MOST_NOISE)
+            self._noise_squared += NOISE_CHANGE * (error**2 - self._noise_squared)
         self._learn(features, seconds / unit_s)
         if len(self._surprises) == SURPRISES_IN_A_ROW:
             # The shape stays.
@@ -206,8 +217,7 @@ class StepTimeModel:
         return float(units) * self._unit_s
 
     def may_exceed(self, limit_s: float, size: StepSize) -> bool:
-        """Whether steps of this size may take longer: a standard deviation of what is known of them more than expected,
-        as in `tokens_that_fit`.
+        """Whether a step may take longer, by what has to fit in `tokens_that_fit`.
 
         False before any step was seen. Safe to call from any thread.
         """
@@ -219,7 +229,8 @@ class StepTimeModel:
     def tokens_that_fit(self, limit_s: float, size: StepSize, start: int, most: int) -> int:
         """How many prompt tokens a step of this size has room for, that it may take `limit_s` with them.
 
-        A standard deviation of what is known of such steps more than expected has to fit.
+        More than expected has to fit: a standard deviation of what is known of such steps, and NOISE_MARGIN of single
+        ones.
 
         Args:
             limit_s: maximum seconds of the step.
@@ -248,10 +259,12 @@ class StepTimeModel:
         return int(fitting[-1]) if len(fitting) else None
 
     def _bounds(self, features: np.ndarray) -> np.ndarray:
-        """[N, coefficients] -> [N] times, in units, a standard deviation above those expected."""
+        """[N, coefficients] -> [N] times, in units, that steps of these sizes hardly exceed."""
         expected = features @ self._coefficients
         variances = ((features @ self._covariance) * features).sum(axis=1)
-        return expected + np.sqrt(np.maximum(variances, 0.0))
+        # There is hardly any without chunks.
+        noise = np.where(features[:, -1] > 0, NOISE_MARGIN**2 * self._noise_squared, 0.0)
+        return expected + np.sqrt(np.maximum(variances, 0.0) + noise * expected**2)
 
     def state(self) -> dict[str, Any]:
         """What was learned, as JSON takes it, for `restore`."""
