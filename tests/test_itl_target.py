@@ -322,6 +322,7 @@ def test_on_a_cpu_every_step_is_observed(tiny_path, monkeypatch):
         llm.add_request([1] * 30, SamplingParams(temperature=0, max_tokens=9))
         started = time.perf_counter()
         drain(llm, steps_overlap=True)
+        llm._loop._tell_step_times()
         passed = time.perf_counter() - started
         assert [(rows, tokens) for rows, tokens, _ in found] == [(1, tokens) for tokens in range(31, 39)]
         assert 0 < sum(seconds for *_, seconds in found) < passed
@@ -340,6 +341,7 @@ def test_a_step_whose_time_includes_its_launch_is_not_observed(tiny_path, monkey
             StepHandle, "collect", lambda handle: replace(collect(handle), waits=WaitReport(waited_s=waited_s))
         )
         for began_s in (-0.001, 0.001):
+            llm._loop._tell_step_times()
             del found[:]
             assert launch_decode(llm)
             (work,) = llm._loop._steps
@@ -347,6 +349,7 @@ def test_a_step_whose_time_includes_its_launch_is_not_observed(tiny_path, monkey
             moments = work.launched_s + began_s, work.launched_s + began_s + 0.5
             monkeypatch.setattr(StepHandle, "moments", lambda handle, moments=moments: moments)
             llm._loop.collect_steps()
+            llm._loop._tell_step_times()
             assert [seconds for *_, seconds in found] == ([] if began_s < 0 else [pytest.approx(0.5 - waited_s)])
             assert llm._loop._steps._last_end_s[work.queue] == moments[1]
 

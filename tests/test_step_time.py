@@ -79,8 +79,10 @@ def test_a_prediction_is_the_product_of_features_and_what_was_learned():
         model.observe(size, true_step_s(size) * rng.uniform(0.97, 1.03))
     for tokens in (1, 2, 31, 32, 33, 500, 512, 1000, 40_000):
         size = StepSize(tokens, rng.randrange(40_000), rng.uniform(0, 1e7))
-        features = model._features(size.num_tokens, size.context, size.num_pairs)
-        expected_s = float(features @ model._coefficients) * model._unit_s
+        one = model._features_of(size)
+        (row,) = model._features(np.array([size.num_tokens], float), size.context, np.array([size.num_pairs]))
+        assert (one == row).all()
+        expected_s = float(one @ model._coefficients) * model._unit_s
         assert model.predict(size) == pytest.approx(expected_s, rel=1e-12)
 
 

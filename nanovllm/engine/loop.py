@@ -74,12 +74,15 @@ class Loop:
         self._step_timeout_s = step_timeout_s
         self._is_stopped = False
         self._turns_until_sweep = TURNS_PER_SWEEP
+        self._step_times: list[tuple[Step, float]] = []
+        """Steps that have ended and what they took, which the scheduler has not been told."""
         self._last_progress_s = time.perf_counter()
 
     def run_turn(self) -> None:
         """One turn: launch what can be launched, else wait until something can be or has ended; collect what has."""
         self.take_in_mail()
         launched = self.launch_steps()
+        self._tell_step_times()
         if not launched:
             self._listeners.time_wait(self._wait)
             if time.perf_counter() >= self._launch_at_s:
@@ -145,11 +148,12 @@ class Loop:
 
     def launch_steps(self) -> bool:
         """Launches every step that a card can be given now. Returns whether there was one."""
-        launched, self._launch_at_s = False, math.inf
-        ended = {work.step.card for work in self._steps.ended()}
+        launched, self._launch_at_s, before = False, math.inf, {id(work) for work in self._steps}
         for card in self._scheduler.cards:
             # Else hardly anyone can become ready meanwhile, and nobody waits for the next token.
             if self._scheduler.has_streamed_requests:
+                # Looked at for each card: a launch takes some time.
+                ended = {work.step.card for work in self._steps.ended() if id(work) in before}
                 if ended - {card} and card not in self._passed_over:
                     # Their tokens come first, but not time and again: the other card's steps may be short.
                     self._passed_over.add(card)
@@ -234,7 +238,7 @@ class Loop:
         # Else the time includes that of its launch.
         if work.launched_s <= began_s or work.handle.ran_in_launch:
             # The time for which it has waited for another card is not the step's.
-            self._scheduler.step_took(step, ended_s - began_s - tokens.waits.waited_s)
+            self._step_times.append((step, ended_s - began_s - tokens.waits.waited_s))
         self._listeners.step_ended(work)
         self._progressed()
         if step.chunks:
@@ -249,6 +253,13 @@ class Loop:
             counters.decode_tokens += step.decode.num_live
             self._scheduler.decode_done(step)
             self._outputs.take_decoded_tokens(step, tokens.after_decode)
+
+    def _tell_step_times(self) -> None:
+        """Has the scheduler learn from the steps of the last turn. It takes a while, for which neither their tokens nor
+        the next launch should wait."""
+        for step, seconds in self._step_times:
+            self._scheduler.step_took(step, seconds)
+        self._step_times.clear()
 
     def _chunk_ended(self, chunk: PrefillChunk, missed_layer: int | None) -> bool:
         """Takes in a chunk that has run. Returns whether it is live: what it computed is of use."""

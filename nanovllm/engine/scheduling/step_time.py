@@ -111,6 +111,15 @@ class ModelCosts:
     pair: float = 3.6e-5
 
 
+def _knot_above(num_tokens: int) -> tuple[int, float]:
+    """Index of the knot that ends the interval of a padded number of tokens, and how far on it is in that interval."""
+    if TOKEN_MULTIPLE < num_tokens <= MOST_PADDED_TOKENS:
+        num_tokens += -num_tokens % TOKEN_MULTIPLE
+    above = min(max(bisect.bisect_left(_KNOTS, num_tokens), 1), len(_KNOTS) - 1)
+    low, high = _KNOTS[above - 1 : above + 1]
+    return above, max((num_tokens - low) / (high - low), 0.0)  # above 1 beyond the last knot
+
+
 class StepTimeModel:
     """A Bayesian linear model: seconds of a step = g(tokens) + c * context + p * pairs, with g linear between KNOTS
     and small steps padded.
@@ -151,7 +160,7 @@ class StepTimeModel:
         """A step took so long on the device. Takes microseconds."""
         if seconds < MIN_STEP_S:
             return
-        features = self._features(size.num_tokens, size.context, size.num_pairs)
+        features = self._features_of(size)
         own_unit_s = seconds / float(features.sum())
         unit_s = self._begin(own_unit_s) if self._unit_s is None else self._unit_s
         expected_s = float(features @ self._coefficients) * unit_s
@@ -201,12 +210,7 @@ class StepTimeModel:
             return None
         # As the product of `_features` and the coefficients: a scheduler asks dozens of times a step, and arrays of one
         # row take ten times as long.
-        num_tokens = size.num_tokens
-        if TOKEN_MULTIPLE < num_tokens <= MOST_PADDED_TOKENS:
-            num_tokens += -num_tokens % TOKEN_MULTIPLE
-        above = min(max(bisect.bisect_left(_KNOTS, num_tokens), 1), len(_KNOTS) - 1)
-        low, high = _KNOTS[above - 1 : above + 1]
-        share = max((num_tokens - low) / (high - low), 0.0)
+        above, share = _knot_above(size.num_tokens)
         prior, learned = self._prior, self._coefficients
         units = (
             (1 - share) * prior[above - 1] * learned[above - 1]
@@ -223,8 +227,7 @@ class StepTimeModel:
         """
         if self._unit_s is None:
             return False
-        features = self._features(np.array([size.num_tokens], float), size.context, size.num_pairs)
-        return float(self._bounds(features)[0]) * self._unit_s > limit_s
+        return float(self._bounds(self._features_of(size)[None])[0]) * self._unit_s > limit_s
 
     def tokens_that_fit(self, limit_s: float, size: StepSize, start: int, most: int) -> int:
         """How many prompt tokens a step of this size has room for, that it may take `limit_s` with them.
@@ -315,9 +318,17 @@ class StepTimeModel:
             "error_p95": float(np.quantile(errors, 0.95)),
         }
 
-    def _features(self, num_tokens: float | np.ndarray, context: float, num_pairs: float | np.ndarray) -> np.ndarray:
-        """[N, coefficients] for N sizes, or [coefficients] for one."""
-        tokens = np.atleast_1d(np.asarray(num_tokens, dtype=np.float64))
+    def _features_of(self, size: StepSize) -> np.ndarray:
+        """[coefficients] of one size."""
+        features = np.zeros(len(self._prior))
+        above, share = _knot_above(size.num_tokens)
+        features[above - 1], features[above] = 1 - share, share
+        features[-2], features[-1] = size.context, size.num_pairs
+        features *= self._prior
+        return features
+
+    def _features(self, tokens: np.ndarray, context: float, num_pairs: np.ndarray) -> np.ndarray:
+        """[N, coefficients] of N sizes."""
         is_padded = (tokens > TOKEN_MULTIPLE) & (tokens <= MOST_PADDED_TOKENS)
         tokens = np.where(is_padded, np.ceil(tokens / TOKEN_MULTIPLE) * TOKEN_MULTIPLE, tokens)
         above = np.clip(np.searchsorted(KNOTS, tokens), 1, len(KNOTS) - 1)
@@ -330,4 +341,4 @@ class StepTimeModel:
         features[:, -2] = context
         features[:, -1] = num_pairs
         features *= self._prior
-        return features if isinstance(num_tokens, np.ndarray) else features[0]
+        return features
