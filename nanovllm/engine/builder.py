@@ -37,6 +37,7 @@ from nanovllm.engine.scheduling.step_time import ModelCosts, StepTimeModel
 from nanovllm.engine.text.tokenizer import end_of_sequence_ids, load_tokenizer, warn_of_generation_settings
 from nanovllm.errors import ConfigError, ModelLoadError, NanoVLLMError, short_repr
 from nanovllm.kernels import BackendRequirements, resolve_backend, torch_reference
+from nanovllm.layers.experts import ExpertsConfig
 from nanovllm.layers.ranks import Ranks
 from nanovllm.models import resolve_model
 from nanovllm.models.decoder import CausalLM
@@ -197,6 +198,7 @@ def runner_spec(config: EngineConfig, folder: Path, hf_config: dict[str, Any], d
         model_config.head_dim,
         config.kvcache_block_size,
         has_scaled_weights=model_config.quantization is not None,
+        has_experts=isinstance(model_config.ffn, ExpertsConfig),
     )
     attention = resolve_backend(config.attention_backend, needs)
     logger.info(

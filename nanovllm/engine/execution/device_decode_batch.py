@@ -175,6 +175,7 @@ class DeviceDecodeBatch:
             query_starts=self._query_starts[: size + 1],
             max_query_len=1,
             max_context_len=self.max_model_len,
+            padding_slot=self._padding_block * self.block_size,
         )
         sampling = SamplingInputs(temperatures, fields[RowField.SEED], fields[RowField.OUTPUT_INDEX])
         return DecodeInputs(rows, fields, metadata, sampling)
