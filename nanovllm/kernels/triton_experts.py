@@ -86,11 +86,11 @@ def norm_experts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The experts of the RMSNorm of `x + residual`, and the sum; [T, hidden_size] each."""
     sms = num_sms or num_sms_of(x.device)
-    normed, total, tokens, counters = _norm(x, residual, norm, experts)
+    normed, total, tokens, counters = norm_inputs(x, residual, norm, experts)
     routing = route(normed, experts, counters, metadata, sms)
-    gated = _expert_linear(normed if tokens is None else tokens, experts, routing, is_gated=True)
+    gated = expert_linear(normed if tokens is None else tokens, experts, routing, is_gated=True)
     between = quantize_tokens(gated, experts.down) if isinstance(experts.down, ScaledWeight) else gated
-    results = _expert_linear(between, experts, routing, is_gated=False)
+    results = expert_linear(between, experts, routing, is_gated=False)
     return _weighted_sum(results, routing), total
 
 
@@ -122,7 +122,7 @@ def _padded_experts(num_experts: int) -> int:
     return max(triton.next_power_of_2(num_experts), LEAST_EXPERTS)
 
 
-def _norm(
+def norm_inputs(
     x: torch.Tensor, residual: torch.Tensor | None, norm: tuple[torch.Tensor, float], experts: ExpertWeights
 ) -> tuple[torch.Tensor, torch.Tensor, ScaledTokens | None, torch.Tensor]:
     """The norm of `x + residual`, the sum, the norm quantized (None where weights are not), and counters at zero.
@@ -173,7 +173,7 @@ def route(
     metadata: AttentionMetadata | None,
     num_sms: int,
 ) -> Routing:
-    """The routing of [T, hidden_size] tokens, whose counters, as of `_norm`, are zero and become its counts."""
+    """The routing of [T, hidden_size] tokens, whose counters, as of `norm_inputs`, are zero and become its counts."""
     (num_tokens, num_inputs), device = normed.shape, normed.device
     num_experts, top_k, padded_experts = experts.num_experts, experts.top_k, len(counters) // 2
     tile_t = 16 if num_tokens <= 512 or normed.dtype == torch.float32 else 64
@@ -215,7 +215,7 @@ def route(
     return Routing(chosen, weights, counters[:padded_experts], table)
 
 
-def _expert_linear(
+def expert_linear(
     x: torch.Tensor | ScaledTokens, experts: ExpertWeights, routing: Routing, *, is_gated: bool
 ) -> torch.Tensor:
     """silu(gate) * up of the tokens, or down of what that gives: [T * top_k, size], a row for each assignment.

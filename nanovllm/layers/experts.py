@@ -69,7 +69,7 @@ class ExpertsConfig:
         """Weights of the GEMMs that a token passes."""
         return self.num_unquantized(hidden_size) + self.num_per_token * self._one_expert(hidden_size)
 
-    def num_read(self, hidden_size: int, num_tokens: int) -> int:
+    def num_read(self, hidden_size: int, num_tokens: float) -> int:
         """Weights of the GEMMs that at least one of so many tokens passes, expected of tokens whose experts are
         independent and uniform: num_experts * (1 - (1 - num_per_token / num_experts) ** num_tokens) experts."""
         share_unused = (1 - self.num_per_token / self.num_experts) ** num_tokens

@@ -46,7 +46,7 @@ class GatedFfnConfig:
         """Weights of the GEMMs that a token passes."""
         return 3 * hidden_size * self.intermediate_size
 
-    def num_read(self, hidden_size: int, num_tokens: int) -> int:
+    def num_read(self, hidden_size: int, num_tokens: float) -> int:
         """Weights of the GEMMs that at least one of so many tokens passes: all of them."""
         return self.num_parameters(hidden_size)
 

@@ -76,7 +76,7 @@ class ModelDescription:
         """Weights of the GEMMs that a token passes, the output head included, the embedding look-up not."""
         return self._num_parameters(self.ffn.num_parameters(self.hidden_size))
 
-    def num_read(self, num_tokens: int) -> int:
+    def num_read(self, num_tokens: float) -> int:
         """Weights of the GEMMs of one forward pass over so many tokens; of experts, as many as are expected."""
         return self._num_parameters(self.ffn.num_read(self.hidden_size, num_tokens))
 
