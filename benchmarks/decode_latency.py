@@ -52,7 +52,9 @@ def main() -> None:
         tensor_parallel_size=num_ranks,
     ) as llm:
         spec = llm.decode_runner.spec
-        print(f"{'batch':>6} {'context':>8} {'step ms':>8} {'floor ms':>9} {'of floor':>9} {'host us':>8} {'streamed':>9}")
+        print(
+            f"{'batch':>6} {'context':>8} {'step ms':>8} {'floor ms':>9} {'of floor':>9} {'host us':>8} {'streamed':>9}"
+        )
         for context in args.contexts:
             for batch in args.batches:
                 step_ms, host_us = measure(llm, batch, context, args.steps, streamed=False)

@@ -197,16 +197,17 @@ def measure_experts(backend: Backend, block_size: int) -> Iterator[Measured]:
 def _random_experts(
     quantization: Fp8Format | None, count: int, top_k: int, size: int, between: int, device: torch.device
 ) -> ExpertWeights:
-    weights: list[torch.Tensor | ScaledWeight] = []
-    for rows, columns in ((2 * between, size), (size, between)):
+    def stacked(rows: int, columns: int) -> torch.Tensor | ScaledWeight:
         wide = random_normal(count * rows, columns) * columns**-0.5
         if quantization is None:
-            weights.append(wide)
-            continue
-        weights.append(quantization.empty_weight([rows] * count, columns, device))
+            return wide
+        weight = quantization.empty_weight([rows] * count, columns, device)
         for first in range(0, count * rows, rows):
-            weights[-1].rows(slice(first, first + rows)).quantize(wide[first : first + rows])
-    return ExpertWeights(random_normal(count, size) * size**-0.5, *weights, top_k, renormalizes=True)
+            weight.rows(slice(first, first + rows)).quantize(wide[first : first + rows])
+        return weight
+
+    router = random_normal(count, size) * size**-0.5
+    return ExpertWeights(router, stacked(2 * between, size), stacked(size, between), top_k, renormalizes=True)
 
 
 SECTIONS = {

@@ -67,9 +67,7 @@ def make_metadata(num_tokens: int, padding: list[int], device: str) -> Attention
     return AttentionMetadata(slots, empty, empty, empty, 1, 1, padding_slot=1000 * num_tokens)
 
 
-def in_float64(
-    normed: torch.Tensor, experts: ExpertWeights, chosen: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def in_float64(normed: torch.Tensor, experts: ExpertWeights, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What the chosen experts give, and the weights, with each product and sum in float64."""
     logits = normed.double() @ experts.router.double().T
     probabilities = logits.softmax(-1).gather(1, chosen.clamp(min=0))

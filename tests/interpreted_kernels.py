@@ -280,7 +280,11 @@ def test_experts_equal_float64(sizes, num_tokens, padding, dtype):
 @pytest.mark.usefixtures("rounds_to_fp8")
 @pytest.mark.parametrize(
     ("sizes", "num_tokens", "padding"),
-    [(Sizes(8, 2, 256, 128), 20, [3]), (Sizes(4, 2, 384, 256, renormalizes=False), 70, []), (Sizes(4, 1, 128, 384), 1, None)],
+    [
+        (Sizes(8, 2, 256, 128), 20, [3]),
+        (Sizes(4, 2, 384, 256, renormalizes=False), 70, []),
+        (Sizes(4, 1, 128, 384), 1, None),
+    ],
 )
 @pytest.mark.parametrize("block", [None, 128])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])

@@ -178,7 +178,10 @@ def test_weights_are_quantized_as_they_are_loaded(wide):
         layer = llm.decode_runner.model.model.layers[1].ffn
         theirs = reference.model.layers[1].mlp
         assert torch.equal(layer.router.weight, theirs.gate.weight)
-        for ours, stacked in ((layer.gate_up_proj, theirs.experts.gate_up_proj), (layer.down_proj, theirs.experts.down_proj)):
+        for ours, stacked in (
+            (layer.gate_up_proj, theirs.experts.gate_up_proj),
+            (layer.down_proj, theirs.experts.down_proj),
+        ):
             rows = stacked.detach().flatten(0, 1)
             values, scales = fp8_checkpoints.quantized(rows, 1, rows.shape[1])
             assert torch.equal(ours.weight.values.float(), values.float())
@@ -187,7 +190,9 @@ def test_weights_are_quantized_as_they_are_loaded(wide):
 
 def test_blocks_that_ranks_would_cut_are_refused_by_name(tmp_path):
     fp8_checkpoints.write(tmp_path, "block", **{**MOE, "moe_intermediate_size": 384, "num_hidden_layers": 1})
-    with pytest.raises(ModelLoadError, match=r"tensor_parallel_size=2 leaves 192 outputs of mlp.experts.0.gate_proj.we"):
+    with pytest.raises(
+        ModelLoadError, match=r"tensor_parallel_size=2 leaves 192 outputs of mlp.experts.0.gate_proj.we"
+    ):
         make_model(str(tmp_path), ThreadRanks(0, 2, None, None)).checkpoint_tensors()
     prefill(make_model(str(tmp_path), None))
     config = json.loads((tmp_path / "config.json").read_text())
@@ -204,7 +209,12 @@ def test_the_router_may_be_left_as_it_is_and_no_expert_may():
         left = ["lm_head", "model.layers.1.mlp.gate", "re:.*mlp.gate$", "mlp.gate"]
         config = {"quantization_config": {**quantization, field: left}}
         assert stored_format(config, 2, ffn_layers) is not None
-        for name in ("model.layers.1.mlp.experts.3.up_proj", "mlp.experts.3", "experts", "re:.*mlp.experts.2.down_proj$"):
+        for name in (
+            "model.layers.1.mlp.experts.3.up_proj",
+            "mlp.experts.3",
+            "experts",
+            "re:.*mlp.experts.2.down_proj$",
+        ):
             config = {"quantization_config": {**quantization, field: [name]}}
             with pytest.raises(ModelLoadError, match=r"leaves model.layers.\d.mlp.experts.*as it is"):
                 stored_format(config, 2, ffn_layers)
@@ -231,7 +241,13 @@ def test_an_expert_that_a_checkpoint_lacks_is_named(stored, tmp_path):
 
 def test_many_experts_are_loaded_and_drawn_in_little_time(tmp_path):
     """18,432 tensors of experts in a model of 30B: what each costs besides its bytes is what counts here."""
-    config = {**CONFIG, "num_experts": 128, "num_hidden_layers": 8, "num_experts_per_tok": 8, "moe_intermediate_size": 8}
+    config = {
+        **CONFIG,
+        "num_experts": 128,
+        "num_hidden_layers": 8,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 8,
+    }
     model_class, description = resolve_model(config)
 
     def make():
@@ -327,7 +343,12 @@ def test_fields_by_either_name_and_those_that_change_nothing():
     renamed = {name: value for name, value in CONFIG.items() if name != "num_experts"}
     for fields in ({"num_local_experts": 6}, {"num_local_experts": 6, "num_experts": 6}):
         assert resolve_model({**renamed, **fields})[1] == expected
-    for fields in ({"mlp_only_layers": []}, {"mlp_only_layers": None}, {"mlp_only_layers": [2]}, {"decoder_sparse_step": 1}):
+    for fields in (
+        {"mlp_only_layers": []},
+        {"mlp_only_layers": None},
+        {"mlp_only_layers": [2]},
+        {"decoder_sparse_step": 1},
+    ):
         assert resolve_model({**CONFIG, **fields})[1] == expected
     windowed = resolve_model({**CONFIG, "use_sliding_window": True, "sliding_window": 48})[1]
     assert (windowed.sliding_window, expected.sliding_window) == (48, None)

@@ -415,9 +415,13 @@ def test_parts_that_are_no_whole_blocks_are_refused_by_name(tmp_path):
     fp8_checkpoints.write(tmp_path, "block", **sizes)
     with LLM(str(tmp_path), device="cpu"):
         pass
-    with pytest.raises(ModelLoadError, match=r"tensor_parallel_size=2 leaves 192 outputs of mlp.gate_proj.weight to each"):
+    with pytest.raises(
+        ModelLoadError, match=r"tensor_parallel_size=2 leaves 192 outputs of mlp.gate_proj.weight to each"
+    ):
         make_model(str(tmp_path), ThreadRanks(0, 2, None, None)).checkpoint_tensors()
-    with pytest.raises(ModelLoadError, match=r"tensor_parallel_size=2 leaves 192 outputs of mlp.gate_proj.weight to each"):
+    with pytest.raises(
+        ModelLoadError, match=r"tensor_parallel_size=2 leaves 192 outputs of mlp.gate_proj.weight to each"
+    ):
         LLM(str(tmp_path), device="cpu", tensor_parallel_size=2)
     layer = Linear(
         192, [64], torch_reference.Backend(), bias=False, dtype=torch.float32, device=CPU, quantization=Fp8Format(128)

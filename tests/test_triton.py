@@ -141,7 +141,9 @@ def expert_cases(capability: int):
                 yield "_norm_kernel", dtype, {**norm, "GROUP": group}, {"num_warps": 4}
     formats = [("bfloat16", 2, None), ("float16", 2, None), ("float32", 4, None)]
     formats += [("bfloat16", 1, None), ("bfloat16", 1, 128), ("float32", 1, None)] if capability >= 89 else []
-    for (dtype, itemsize, block), num_tokens, is_gated in itertools.product(formats, (1, 64, 256, 512, 4096), (True, False)):
+    for (dtype, itemsize, block), num_tokens, is_gated in itertools.product(
+        formats, (1, 64, 256, 512, 4096), (True, False)
+    ):
         planned = triton_experts.plan(8 * num_tokens, 128, is_gated=is_gated, itemsize=itemsize, block=block)
         tiles = {"TILE_N": planned.tile_n, "TILE_T": planned.tile_t, "TILE_K": planned.tile_k, "STAGES": planned.stages}
         constants = {"IS_GATED": is_gated, "TOP_K": 8, "BLOCK": block, "PADDED_EXPERTS": 128, "IS_EVEN": True, **tiles}

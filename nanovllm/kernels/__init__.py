@@ -125,10 +125,10 @@ class ExpertWeights:
         return self._rows_of(self.gate_up, expert), self._rows_of(self.down, expert)
 
     def _rows_of(self, weight: torch.Tensor | ScaledWeight, expert: int) -> torch.Tensor | ScaledWeight:
-        is_scaled = isinstance(weight, ScaledWeight)
-        per_expert = len(weight.values if is_scaled else weight) // self.num_experts
+        values = weight.values if isinstance(weight, ScaledWeight) else weight
+        per_expert = len(values) // self.num_experts
         rows = slice(expert * per_expert, (expert + 1) * per_expert)
-        return weight.rows(rows) if is_scaled else weight[rows]
+        return weight.rows(rows) if isinstance(weight, ScaledWeight) else values[rows]
 
 
 class Kernels(Protocol):
