@@ -277,6 +277,8 @@ def test_experts_equal_float64(sizes, num_tokens, padding, dtype):
     check_experts(Backend(), sizes, device="cpu", dtype=dtype, tolerance=2 * TOLERANCE[dtype], **shape)
 
 
+# Rows of padding are not written: what is quantized of them may be anything, and is not read.
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 @pytest.mark.usefixtures("rounds_to_fp8")
 @pytest.mark.parametrize(
     ("sizes", "num_tokens", "padding"),
@@ -297,7 +299,7 @@ def test_fp8_experts_equal_float64(sizes, num_tokens, padding, block, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
 def test_experts_that_tie_and_one_for_all_tokens(dtype):
     check_ties(Backend(), device="cpu", dtype=dtype)
-    for num_tokens in (1, 16, 50):
+    for num_tokens in (1, 16, 130):
         check_all_to_one(Backend(), device="cpu", dtype=dtype, num_tokens=num_tokens)
 
 

@@ -37,7 +37,8 @@ LEAST_EXPERTS = 16
 """Tensor cores multiply by tiles at least that wide: fewer experts are filled up."""
 FEW_ASSIGNMENTS = 64
 """Up to so many, tiles of outputs are narrow, so that there are programs for all SMs."""
-MAX_ROUTE_SPLITS = 8
+MAX_ROUTE_SPLITS, MAX_SPLIT_TILES = 8, 32
+"""Programs that share the router's inputs for a tile of tokens, and tiles of a step whose programs do."""
 SUM_TILE = 1024
 LARGEST_FINITE = tl.constexpr(3e38)
 
@@ -100,10 +101,10 @@ def plan(num_assignments: int, num_experts: int, *, is_gated: bool, itemsize: in
     Few assignments are bound by the weights' bytes: tiles are as wide as leaves enough programs in flight. Many are
     bound by the tensor cores: tiles are square.
     """
-    per_expert = num_assignments / num_experts
+    # Twice the mean, since experts do not get equally many.
+    tile_t = min(max(16, triton.next_power_of_2(triton.cdiv(2 * num_assignments, num_experts))), 128)
     if itemsize == 4:  # on no tensor cores
-        return ExpertPlan(32, 16 if per_expert <= 16 else 32, 32, 2, 4)
-    tile_t = min(max(16, triton.next_power_of_2(max(1, round(2 * per_expert)))), 128)
+        return ExpertPlan(32, min(tile_t, 32), 32, 2, 4)
     if tile_t >= 64:
         return ExpertPlan(128, tile_t, 128 if itemsize == 1 else 64, 3, 8)
     tile_n = 32 if is_gated and num_assignments <= FEW_ASSIGNMENTS else 64
@@ -179,10 +180,10 @@ def route(
     tile_t = 16 if num_tokens <= 512 or normed.dtype == torch.float32 else 64
     tile_k = 32 if normed.dtype == torch.float32 else 128 if padded_experts <= 128 else 64
     num_tiles = triton.cdiv(num_tokens, tile_t)
-    # There is a counter for each of so many tiles.
-    splits = min(num_sms // num_tiles, triton.cdiv(num_inputs, tile_k) // 2, MAX_ROUTE_SPLITS)
-    splits = max(splits, 1) if num_tiles <= padded_experts else 1
-    num_partial = num_tiles * splits * tile_t * padded_experts if splits > 1 else 0
+    # There is a counter for each of so many tiles. By the number of tokens alone: kernels are compiled before graphs.
+    is_split = num_tiles <= min(padded_experts, MAX_SPLIT_TILES)
+    splits = max(1, min(num_sms // num_tiles, num_inputs // (2 * tile_k), MAX_ROUTE_SPLITS)) if is_split else 1
+    num_partial = num_tiles * splits * tile_t * padded_experts if is_split else 0
     partial = torch.empty(num_partial, dtype=torch.float32, device=device)
     chosen = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
@@ -206,7 +207,7 @@ def route(
         TOP_K=top_k,
         PADDED_TOP_K=triton.next_power_of_2(top_k),
         RENORMALIZES=experts.renormalizes,
-        IS_SPLIT=splits > 1,
+        IS_SPLIT=is_split,
         TILE_T=tile_t,
         TILE_K=tile_k,
         num_warps=4,
