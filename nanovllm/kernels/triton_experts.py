@@ -106,7 +106,9 @@ def plan(num_assignments: int, num_experts: int, *, is_gated: bool, itemsize: in
     if itemsize == 4:  # on no tensor cores
         return ExpertPlan(32, min(tile_t, 32), 32, 2, 4)
     if tile_t >= 64:
-        return ExpertPlan(128, tile_t, 128 if itemsize == 1 else 64, 3, 8)
+        # As wide as leaves the sums in registers, of gate and up those of both.
+        is_wide = tile_t == 64 or not (is_gated or itemsize == 1)
+        return ExpertPlan(128 if is_wide else 64, tile_t, 128 if itemsize == 1 else 64, 3 if is_wide else 4, 8)
     tile_n = 32 if is_gated and num_assignments <= FEW_ASSIGNMENTS else 64
     if itemsize == 1:
         return ExpertPlan(tile_n, tile_t, 256, 3, 4) if block is None else ExpertPlan(tile_n, tile_t, 128, 5, 4)
