@@ -1,7 +1,8 @@
 """Time of a decode step by batch size and context: on the GPU, and on the host that launches it.
 
 The step time is that between the ends of two steps of a full batch; the floor is the time in which the measured
-streaming bandwidth, of as many GPUs as there are ranks, reads the weights and the batch's KV once. The host time is
+streaming bandwidth, of as many GPUs as there are ranks, reads the weights and the batch's KV once; of experts, the
+weights of as many as a batch of tokens with evenly drawn experts is expected to pass. The host time is
 what the engine's loop does for a step with nothing arriving: the time between steps less that in which the loop only
 waited for the device, both as a step listener is told of them (`DecodeTimer`). It is measured for requests of
 `generate`, and for streamed ones, by `step()`, which take an output object per token.
@@ -51,14 +52,17 @@ def main() -> None:
         tensor_parallel_size=num_ranks,
     ) as llm:
         spec = llm.decode_runner.spec
-        print(f"{'batch':>6} {'context':>8} {'step ms':>8} {'floor ms':>9} {'host us':>8} {'streamed':>9}")
+        print(
+            f"{'batch':>6} {'context':>8} {'step ms':>8} {'floor ms':>9} {'of floor':>9} {'host us':>8} {'streamed':>9}"
+        )
         for context in args.contexts:
             for batch in args.batches:
                 step_ms, host_us = measure(llm, batch, context, args.steps, streamed=False)
                 _, streamed_us = measure(llm, batch, context, args.steps, streamed=True)
                 kv_bytes = batch * context * num_ranks * kv_bytes_per_token(spec)
-                floor_ms = (weight_bytes(spec) + kv_bytes) / bandwidth * 1e3
-                print(f"{batch:6} {context:8} {step_ms:8.3f} {floor_ms:9.3f} {host_us:8.0f} {streamed_us:9.0f}")
+                floor_ms = (weight_bytes(spec, batch) + kv_bytes) / bandwidth * 1e3
+                times = f"{step_ms:8.3f} {floor_ms:9.3f} {step_ms / floor_ms:9.2f}"
+                print(f"{batch:6} {context:8} {times} {host_us:8.0f} {streamed_us:9.0f}")
                 row = {"batch": batch, "context": context, "step_ms": step_ms, "floor_ms": floor_ms}
                 rows.append({**row, "host_us": host_us, "host_streamed_us": streamed_us})
     report(

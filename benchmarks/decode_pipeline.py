@@ -148,7 +148,7 @@ def bound_s(runner: ModelRunner, batch: int, context: int, bandwidth: float, num
     spec = runner.spec
     kv_bytes = batch * context * kv_bytes_per_token(spec)
     head_bytes = head_parameters(spec.model_config) * spec.dtype.itemsize
-    layer_bytes = weight_bytes(spec) - head_bytes
+    layer_bytes = weight_bytes(spec, batch / num_micro_batches) - head_bytes
     return float((kv_bytes + head_bytes + num_micro_batches * layer_bytes) / bandwidth)
 
 

@@ -15,9 +15,10 @@ from lib.ceilings import gemm_rate, median_ms
 from lib.report import report
 from lib.streaming import streaming_bandwidth
 from lib.tensors import decode_problem, random_normal
+from nanovllm.kernels import ExpertWeights, triton_experts
 from nanovllm.kernels.triton_attention import Backend
 from nanovllm.kernels.triton_fp8 import quantize_tokens
-from nanovllm.utils.fp8 import Fp8Format, ScaledWeight
+from nanovllm.utils.fp8 import Fp8Format, ScaledTokens, ScaledWeight
 
 
 @dataclass
@@ -162,12 +163,60 @@ def measure_fp8(backend: Backend, block_size: int) -> Iterator[Measured]:
                     yield Measured(f"{name}, {shape}", us, moved, flops, bf16_us)
 
 
+def measure_experts(backend: Backend, block_size: int) -> Iterator[Measured]:
+    """The experts of a layer of Qwen3-30B-A3B, from norm to sum, and their two GEMMs alone.
+
+    Counted are the weights of the experts that the tokens do pass.
+    """
+    count, top_k, size, between, device = 128, 8, 2048, 768, torch.device("cuda")
+    norm = torch.ones(size, dtype=torch.bfloat16, device="cuda"), 1e-6
+    for form, it in {"bf16": None, "rows": Fp8Format(), "blocks": Fp8Format(128)}.items():
+        layers = [_random_experts(it, count, top_k, size, between, device) for _ in range(2)]
+        for num_tokens in (1, 4, 16, 64, 256, 2048, 8192):
+            steps = [(random_normal(num_tokens, size), layers[turn % 2]) for turn in range(4)]
+            gate_up, down, distinct = [], [], 0
+            for x, experts in steps:
+                normed, _, tokens, counters = triton_experts.norm_inputs(x, None, norm, experts)
+                routing = triton_experts.route(normed, experts, counters, None, 132)
+                distinct += int((routing.counts > 0).sum())
+                inputs = normed if tokens is None else tokens
+                gate_up.append(partial(triton_experts.expert_linear, inputs, experts, routing, is_gated=True))
+                gated: torch.Tensor | ScaledTokens = gate_up[-1]()
+                if isinstance(experts.down, ScaledWeight):
+                    assert isinstance(gated, torch.Tensor)
+                    gated = quantize_tokens(gated, experts.down)
+                down.append(partial(triton_experts.expert_linear, gated, experts, routing, is_gated=False))
+            whole = [partial(backend.norm_experts, x, None, norm, experts) for x, experts in steps]
+            elements = distinct / len(steps) * size * between
+            for name, calls, parts in (("whole", whole, 3), ("gate and up", gate_up, 2), ("down", down, 1)):
+                flops = 2 * num_tokens * top_k * parts * size * between if num_tokens >= 1024 else 0
+                moved = 0 if flops else parts * elements * (2 if it is None else 1)
+                yield Measured(f"experts, {num_tokens} tokens, {form}, {name}", time_us(*calls), moved, flops)
+
+
+def _random_experts(
+    quantization: Fp8Format | None, count: int, top_k: int, size: int, between: int, device: torch.device
+) -> ExpertWeights:
+    def stacked(rows: int, columns: int) -> torch.Tensor | ScaledWeight:
+        wide = random_normal(count * rows, columns) * columns**-0.5
+        if quantization is None:
+            return wide
+        weight = quantization.empty_weight([rows] * count, columns, device)
+        for first in range(0, count * rows, rows):
+            weight.rows(slice(first, first + rows)).quantize(wide[first : first + rows])
+        return weight
+
+    router = random_normal(count, size) * size**-0.5
+    return ExpertWeights(router, stacked(2 * between, size), stacked(size, between), top_k, renormalizes=True)
+
+
 SECTIONS = {
     "decode": measure_decode,
     "prefill": measure_prefill,
     "chunks": measure_chunks,
     "rest": measure_rest,
     "fp8": measure_fp8,
+    "experts": measure_experts,
 }
 
 

@@ -101,6 +101,8 @@ def main() -> None:
     splits = [(28, 104), (32, 100), (40, 92), (48, 84), (64, 68)]
     parser.add_argument("--splits", type=sm_split, nargs="+", default=splits)
     args = parser.parse_args()
+    if "num_experts" in SHAPES[args.model_shape]:
+        parser.error(f"--model-shape {args.model_shape} has experts, whose GEMMs have one kernel on any SMs")
     if not torch.cuda.is_available():
         parser.error("needs a GPU")
     torch.manual_seed(0)

@@ -55,7 +55,9 @@ def main() -> None:
 
     # Token k of an answer is decoded from a context of prompt + k - 1 tokens; the first comes from prefill.
     contexts = sum(len(prompt) + k for prompt, p in zip(prompts, params, strict=True) for k in range(1, p.max_tokens))
-    num_bytes = contexts * num_ranks * kv_bytes_per_token(spec) + steps * weight_bytes(spec)
+    num_decoded = sum(p.max_tokens - 1 for p in params)
+    weights = steps * weight_bytes(spec, num_decoded / steps)
+    num_bytes = contexts * num_ranks * kv_bytes_per_token(spec) + weights
     prefill_flops = linear_flops(spec.model_config, sum(map(len, prompts)), len(prompts))
     roofline_s = num_bytes / bandwidth + prefill_flops / rate
     throughput = num_output_tokens / seconds

@@ -62,10 +62,10 @@ class EngineConfig:
             makes a pool of 512 MiB, or of one request of `max_model_len` tokens if that is more.
         device: `auto` (a GPU if there is one), `cuda`, `cuda:N` or `cpu`.
         dtype: `auto` (the checkpoint's on a GPU, float32 on a CPU), `float32`, `float16` or `bfloat16`.
-        quantization: `fp8` has the weights of all linear layers in FP8 (e4m3), but not the output head: those of a
-            checkpoint that has them in a wider type are quantized as they are loaded, with a scale for each output.
-            Their inputs are quantized token by token. None for what the checkpoint has. Needs a CPU, or a GPU with FP8
-            (Ada, Hopper and later).
+        quantization: `fp8` has the weights of all linear layers in FP8 (e4m3), but not the output head and the routers
+            of experts: those of a checkpoint that has them in a wider type are quantized as they are loaded, with a
+            scale for each output. Their inputs are quantized token by token. None for what the checkpoint has. Needs a
+            CPU, or a GPU with FP8 (Ada, Hopper and later).
         load_format: `auto` and `safetensors` read the checkpoint's weights; `dummy` makes random ones.
         attention_backend: `torch`, `triton`, `flash_attn`, or `auto`: `triton` on a GPU if it can serve there, else
             `torch`.

@@ -5,6 +5,7 @@ The rule of the format is written here a second time, plainly, so that it is tes
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
                 "output_activations": None,
             }
         },
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", "re:.*mlp.gate$"],
         "kv_cache_scheme": None,
     },
     "block": {
@@ -81,6 +82,44 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
     return {name: layer for name, layer in model.model.layers.named_modules() if isinstance(layer, nn.Linear)}
 
 
+class TwinExperts(nn.Module):
+    """The experts of a layer, in place of transformers', with quantized weights and inputs.
+
+    Args:
+        num_experts: of the layer.
+        tensors: those of the checkpoint, in which the experts' become what is stored.
+        prefix: of the names of the experts' tensors.
+        form: of the checkpoint.
+    """
+
+    def __init__(self, num_experts: int, tensors: dict[str, torch.Tensor], prefix: str, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.weights: list[dict[str, torch.Tensor]] = [{} for _ in range(num_experts)]
+        for expert, name in itertools.product(range(num_experts), ("gate_proj", "up_proj", "down_proj")):
+            layer = f"{prefix}.{expert}.{name}"
+            size = blocks_of(form, tensors[f"{layer}.weight"])
+            values, scales = quantized(tensors[f"{layer}.weight"], *size)
+            scales = scales.bfloat16()
+            tensors |= {f"{layer}.weight": values, f"{layer}.{SCALE_NAMES[form]}": scales}
+            self.weights[expert][name] = dequantized(values, scales.float(), *size)
+
+    def _times(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        size = (1, x.shape[1] if self.form == "channel" else BLOCK)
+        return dequantized(*quantized(x, *size), *size) @ weight.T
+
+    def forward(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        output = torch.zeros_like(hidden)
+        for expert, of_expert in enumerate(self.weights):
+            tokens, places = (chosen == expert).nonzero(as_tuple=True)
+            if len(tokens):
+                x = hidden[tokens]
+                gate, up = (self._times(x, of_expert[name]) for name in ("gate_proj", "up_proj"))
+                results = self._times(nn.functional.silu(gate) * up, of_expert["down_proj"])
+                output.index_add_(0, tokens, results * weights[tokens, places, None])
+        return output
+
+
 def write(folder: Path, form: str, *, seed: int = 5, **changes: Any) -> PreTrainedModel:
     """Writes a checkpoint; gives its twin, whose linear layers have these weights and quantize their inputs."""
     model = tiny.make_reference(seed, **{**SIZES, **changes})
@@ -95,6 +134,10 @@ def write(folder: Path, form: str, *, seed: int = 5, **changes: Any) -> PreTrain
         scales = scales.bfloat16()  # as published checkpoints have them
         tensors |= {stored: values, f"model.layers.{name}.{SCALE_NAMES[form]}": scales}
         layer.weight.data = dequantized(values, scales.float(), *size)
+    for index, layer in enumerate(model.model.layers):
+        if hasattr(layer.mlp, "experts"):
+            prefix = f"model.layers.{index}.mlp.experts"
+            layer.mlp.experts = TwinExperts(layer.mlp.experts.num_experts, tensors, prefix, form)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return quantizing_inputs(model, form)
 

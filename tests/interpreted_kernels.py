@@ -10,6 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.expert_cases import (
+    Sizes,
+    check_all_to_one,
+    check_experts,
+    check_not_finite,
+    check_ties,
+)
 from tests.fp8_cases import check_counters, check_fp8_fused, check_fp8_linear
 from tests.kernel_cases import (
     DECODE,
@@ -25,8 +32,9 @@ from tests.kernel_cases import (
 )
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/test_triton.py"
-from nanovllm.kernels import triton_attention, triton_fp8  # noqa: E402 - only once the mode is known
+from nanovllm.kernels import triton_attention, triton_experts, triton_fp8  # noqa: E402 - only once the mode is known
 from nanovllm.kernels.triton_attention import Backend  # noqa: E402
+from nanovllm.utils.fp8 import Fp8Format  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 
@@ -248,3 +256,68 @@ def test_many_tokens_are_for_torch_where_it_has_the_format(monkeypatch):
         options = {**shape, **changes}
         with pytest.raises(TypeError, match="NoneType"):
             check_fp8_linear(Backend(), device="cpu", dtype=torch.bfloat16, tolerance=4e-3, **options)
+
+
+TOLERANCE_OF_FP8 = {torch.float32: 1e-3, torch.float16: 12e-3}
+# Experts, of which each token passes some: one token, an odd number of experts, some without tokens, tiles of 16 to 128
+# assignments, padding at any place, a router whose inputs are split among programs.
+EXPERTS = [
+    (Sizes(8, 2, 64, 32), 5, [3]),
+    (Sizes(5, 3, 272, 36, renormalizes=False), 37, [0, 35, 36]),
+    (Sizes(20, 4, 272, 40, renormalizes=False), 1, None),
+    (Sizes(4, 2, 64, 200), 130, list(range(60, 130))),
+    (Sizes(3, 3, 64, 32), 20, list(range(20))),
+]
+
+
+@pytest.mark.parametrize(("sizes", "num_tokens", "padding"), EXPERTS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
+def test_experts_equal_float64(sizes, num_tokens, padding, dtype):
+    shape = {"num_tokens": num_tokens, "padding": padding, "has_residual": num_tokens > 1}
+    check_experts(Backend(), sizes, device="cpu", dtype=dtype, tolerance=2 * TOLERANCE[dtype], **shape)
+
+
+# Rows of padding are not written: what is quantized of them may be anything, and is not read.
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+@pytest.mark.usefixtures("rounds_to_fp8")
+@pytest.mark.parametrize(
+    ("sizes", "num_tokens", "padding"),
+    [
+        (Sizes(8, 2, 256, 128), 20, [3]),
+        (Sizes(4, 2, 384, 256, renormalizes=False), 70, []),
+        (Sizes(4, 1, 128, 384), 1, None),
+    ],
+)
+@pytest.mark.parametrize("block", [None, 128])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
+def test_fp8_experts_equal_float64(sizes, num_tokens, padding, block, dtype):
+    """Inputs of either GEMM that are not quantized, or otherwise, would change all results by 2 to 4 %."""
+    shape = {"num_tokens": num_tokens, "padding": padding, "quantization": Fp8Format(block)}
+    check_experts(Backend(), sizes, device="cpu", dtype=dtype, tolerance=TOLERANCE_OF_FP8[dtype], **shape)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
+def test_experts_that_tie_and_one_for_all_tokens(dtype):
+    check_ties(Backend(), device="cpu", dtype=dtype)
+    for num_tokens in (1, 16, 130):
+        check_all_to_one(Backend(), device="cpu", dtype=dtype, num_tokens=num_tokens)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # of numpy, which computes here
+@pytest.mark.usefixtures("rounds_to_fp8")
+@pytest.mark.parametrize("quantization", [None, Fp8Format(), Fp8Format(128)], ids=["wide", "channel", "block"])
+def test_a_token_that_is_not_finite_spoils_itself_alone(quantization):
+    check_not_finite(Backend(), device="cpu", dtype=torch.float32, quantization=quantization)
+
+
+def test_a_layer_of_experts_has_programs_for_all_tiles():
+    """Whatever the routing: all tokens to few experts, or to as many as there are."""
+    generator = torch.Generator().manual_seed(0)
+    for num_experts, top_k, num_tokens in ((8, 2, 3), (128, 8, 1), (128, 8, 64), (128, 8, 2048), (5, 3, 7)):
+        for tile in (16, 64, 128):
+            most = triton_experts.most_tiles(num_tokens * top_k, num_experts, tile)
+            for bias in (0.0, 1.0, 10.0):
+                scores = torch.rand(num_tokens, num_experts, generator=generator)
+                scores += bias * torch.linspace(0, 1, num_experts)
+                counts = scores.topk(top_k).indices.flatten().bincount(minlength=num_experts)
+                assert ((counts + tile - 1) // tile).sum() <= most

@@ -179,7 +179,7 @@ def _yarn(**fields):
         ({"architectures": None}, "architectures=None is not supported; supported: .*, Qwen3ForCausalLM, "),
         ({"architectures": "Qwen3ForCausalLM"}, "architectures='Qwen3.*is not supported; supported: LlamaForCausalLM"),
         ({"architectures": [["x"]]}, "is not supported; supported: LlamaForCausalLM"),
-        ({"model_type": "llama"}, "model_type='llama' with .*Qwen3.*; supported: llama, mistral, qwen2, qwen3, "),
+        ({"model_type": "llama"}, "model_type='llama' with .*Qwen3.*; supported: llama, mistral, mixtral, qwen2, "),
         ({"model_type": ["qwen3"]}, "model_type=.* is not supported; supported: llama, "),
         ({"vocab_size": "211"}, "vocab_size='211' is not a positive integer"),
         ({"hidden_size": None}, "hidden_size=None is not a positive integer"),

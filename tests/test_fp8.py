@@ -16,6 +16,7 @@ from nanovllm.config import QUANTIZATIONS
 from nanovllm.engine.builder import check_fp8, model_costs, model_memory, with_quantization
 from nanovllm.engine.execution.load_model import weight_bytes
 from nanovllm.kernels import BackendRequirements, torch_reference, unsupported_reasons
+from nanovllm.layers.feed_forward import LINEAR_LAYERS
 from nanovllm.layers.linear import Linear
 from nanovllm.models import quantization, resolve_model
 from nanovllm.models.quantization import stored_format
@@ -389,15 +390,15 @@ def test_other_parts_may_be_left_as_they_are():
             "model.layers.1.mlp.gate",
             "visual",
         ]
-        assert stored_format({"quantization_config": changed(form, **{field: names})}, 2) is not None
+        assert stored_format({"quantization_config": changed(form, **{field: names})}, 2, LINEAR_LAYERS) is not None
         # Of a layer that the model does not have.
         beyond = {
             "quantization_config": changed(
                 form, **{field: ["model.layers.7.mlp.up_proj", "model.layers." + "9" * 5000]}
             )
         }
-        assert stored_format(beyond, 2) is not None
-    assert stored_format({"quantization_config": None}, 2) is None
+        assert stored_format(beyond, 2, LINEAR_LAYERS) is not None
+    assert stored_format({"quantization_config": None}, 2, LINEAR_LAYERS) is None
 
 
 def test_names_of_quantizations_are_those_of_the_option():
@@ -414,9 +415,13 @@ def test_parts_that_are_no_whole_blocks_are_refused_by_name(tmp_path):
     fp8_checkpoints.write(tmp_path, "block", **sizes)
     with LLM(str(tmp_path), device="cpu"):
         pass
-    with pytest.raises(ModelLoadError, match=r"tensor_parallel_size=2 leaves 192 outputs of gate_proj.weight to each"):
+    with pytest.raises(
+        ModelLoadError, match=r"tensor_parallel_size=2 leaves 192 outputs of mlp.gate_proj.weight to each"
+    ):
         make_model(str(tmp_path), ThreadRanks(0, 2, None, None)).checkpoint_tensors()
-    with pytest.raises(ModelLoadError, match=r"tensor_parallel_size=2 leaves 192 outputs of gate_proj.weight to each"):
+    with pytest.raises(
+        ModelLoadError, match=r"tensor_parallel_size=2 leaves 192 outputs of mlp.gate_proj.weight to each"
+    ):
         LLM(str(tmp_path), device="cpu", tensor_parallel_size=2)
     layer = Linear(
         192, [64], torch_reference.Backend(), bias=False, dtype=torch.float32, device=CPU, quantization=Fp8Format(128)

@@ -95,6 +95,7 @@ def kernel_cases(capability: int):
     )
     yield "_advance_rows_kernel", "words", {"LAST_TOKEN": 0, "POSITION": 1, "OUTPUT_INDEX": 3, "TILE": 128}, {}
     yield from fp8_cases(capability)
+    yield from expert_cases(capability)
     yield "_push_kernel", "words", {"PIECE": 4096, "ROW_WORDS": 64, "BLOCK_SIZE": 64}, {"num_warps": 8}
 
 
@@ -117,6 +118,37 @@ def fp8_cases(capability: int):
         for norm, residual, gated in ((True, True, False), (True, False, False), (False, False, True)):
             has = {"HAS_NORM": norm, "HAS_RESIDUAL": residual, "IS_GATED": gated}
             yield "_quantize_kernel", dtype, {"GROUP": group, "PADDED_SIZE": 4096, **limits, **has}, {"num_warps": 8}
+
+
+def expert_cases(capability: int):
+    """Every kind of tile, over the layers of Qwen3-30B-A3B, and experts of odd numbers and sizes."""
+    from nanovllm.kernels import triton_experts
+
+    limits = {"MAX_VALUE": 448.0, "SCALE_OF_ONE": 1 / 448, "MIN_SCALE": 1e-30}
+    for dtype in FLOAT_TYPES:
+        for top_k, padded_top_k, count, padded in ((8, 8, 128, 128), (3, 4, 5, 16)):
+            tile_k = 32 if dtype == "float32" else 128
+            for tile_t, is_split in ((16, True), (16, False), (16 if dtype == "float32" else 64, False)):
+                experts = {"NUM_EXPERTS": count, "PADDED_EXPERTS": padded, "TOP_K": top_k, "PADDED_TOP_K": padded_top_k}
+                tiles = {"TILE_T": tile_t, "TILE_K": tile_k, "IS_SPLIT": is_split, "RENORMALIZES": True}
+                slots = {} if is_split else {"slots": None}
+                yield "_route_kernel", dtype, {**experts, **tiles, **slots}, {"num_warps": 4}
+        yield "_weighted_sum_kernel", dtype, {"TOP_K": 8, "TILE": 1024}, {}
+        norm = {"HAS_RESIDUAL": True, "PADDED_SIZE": 2048, "NUM_COUNTERS": 256, **limits}
+        yield "_norm_kernel", dtype, {**norm, "GROUP": 2048, "values": None, "scales": None}, {"num_warps": 4}
+        if capability >= 89:
+            for group in (2048, 128):
+                yield "_norm_kernel", dtype, {**norm, "GROUP": group}, {"num_warps": 4}
+    formats = [("bfloat16", 2, None), ("float16", 2, None), ("float32", 4, None)]
+    formats += [("bfloat16", 1, None), ("bfloat16", 1, 128), ("float32", 1, None)] if capability >= 89 else []
+    for (dtype, itemsize, block), num_tokens, is_gated in itertools.product(
+        formats, (1, 64, 256, 512, 4096), (True, False)
+    ):
+        planned = triton_experts.plan(8 * num_tokens, 128, is_gated=is_gated, itemsize=itemsize, block=block)
+        tiles = {"TILE_N": planned.tile_n, "TILE_T": planned.tile_t, "TILE_K": planned.tile_k, "STAGES": planned.stages}
+        constants = {"IS_GATED": is_gated, "TOP_K": 8, "BLOCK": block, "PADDED_EXPERTS": 128, "IS_EVEN": True, **tiles}
+        unscaled = {} if itemsize == 1 else {"x_scales": None, "w_scales": None}
+        yield "_expert_linear_kernel", dtype, {**constants, **unscaled}, {"num_warps": planned.num_warps}
 
 
 def test_programs_of_a_gemm_of_few_tokens_run_at_once():
@@ -151,6 +183,9 @@ INTEGER_POINTERS = {
     "numbers": "*i64",
     "row_numbers": "*i64",
     "counters": "*i32",
+    "counts": "*i32",
+    "table": "*i32",
+    "chosen": "*i32",
 }
 COUNTS = {"num_inputs", "num_outputs", "words", "size", "num_tokens", "num_tiles"}
 INTEGERS = {
@@ -166,6 +201,7 @@ INTEGERS = {
     "num_stored",
     "max_blocks",
     "padding_row",
+    "padding_slot",
     "first_token",
 }
 FLOAT_POINTERS = {
@@ -180,6 +216,7 @@ FLOAT_POINTERS = {
     "scales",
     "x_scales",
     "w_scales",
+    "weights",
 }
 
 
@@ -188,8 +225,11 @@ def argument_type(kernel: str, name: str, dtype: str) -> str:
         ("_scaled_linear_kernel", "x"),
         ("_scaled_linear_kernel", "weight"),
         ("_quantize_kernel", "values"),
+        ("_norm_kernel", "values"),
     }:
         return "*fp8e4nv"
+    if (kernel, name) == ("_route_kernel", "slots"):
+        return "*i64"
     if name in INTEGER_POINTERS:
         return INTEGER_POINTERS[name]
     if name in FLOAT_POINTERS:
@@ -209,9 +249,25 @@ def test_kernels_compile_without_a_gpu(capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from nanovllm.kernels import triton_attention, triton_fp8, triton_fused, triton_rows, triton_stamps, triton_transfer
+    from nanovllm.kernels import (
+        triton_attention,
+        triton_experts,
+        triton_fp8,
+        triton_fused,
+        triton_rows,
+        triton_stamps,
+        triton_transfer,
+    )
 
-    modules = (triton_attention, triton_fp8, triton_fused, triton_rows, triton_stamps, triton_transfer)
+    modules = (
+        triton_attention,
+        triton_experts,
+        triton_fp8,
+        triton_fused,
+        triton_rows,
+        triton_stamps,
+        triton_transfer,
+    )
     kernels = {name: kernel for module in modules for name, kernel in vars(module).items()}
     for name, dtype, constants, options in kernel_cases(capability):
         kernel = kernels[name]
@@ -219,6 +275,8 @@ def test_kernels_compile_without_a_gpu(capability):
             argument: "constexpr" if argument in constants else argument_type(name, argument, dtype)
             for argument in kernel.arg_names
         }
+        if name == "_expert_linear_kernel" and "w_scales" not in constants:
+            signature |= {"x": "*fp8e4nv", "weight": "*fp8e4nv"}
         if "OVERLAPS" in kernel.arg_names:
             constants = {**constants, "OVERLAPS": capability >= 90}
             options = {**options, "launch_pdl": capability >= 90}
@@ -228,7 +286,10 @@ def test_kernels_compile_without_a_gpu(capability):
             signature["kv_rows"] = f"tensordesc<{POINTER_TYPES[dtype][1:]}[{rows},{constants['HEAD_DIM']}]>"
         # As launches find them: else bytes would be loaded one by one.
         aligned = [place for place, kind in enumerate(signature.values()) if kind == "*fp8e4nv"]
-        aligned += [kernel.arg_names.index("num_inputs")] if name == "_scaled_linear_kernel" else []
+        if name in ("_scaled_linear_kernel", "_expert_linear_kernel", "_route_kernel"):
+            aligned += [kernel.arg_names.index(argument) for argument in ("x", "num_inputs")]
+        if name in ("_expert_linear_kernel", "_route_kernel"):
+            aligned += [kernel.arg_names.index("weight" if "weight" in kernel.arg_names else "router")]
         attributes = {(place,): [["tt.divisibility", 16]] for place in aligned}
         source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

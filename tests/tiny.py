@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB_SIZE = 211
+STACKED_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 BASE = {
     "model_type": "qwen3",
@@ -69,11 +71,32 @@ FAMILY_VARIANTS: dict[str, dict[str, Any]] = {
         "llama_mlp_bias_yarn": {"model_type": "llama", "mlp_bias": True, "rope_parameters": YARN},
         "llama_nine_heads_tied": {"model_type": "llama", "tie_word_embeddings": True, **NINE_HEADS},
         "mistral": {"model_type": "mistral", "sliding_window": None},
+        "mixtral_odd_tied": {
+            "model_type": "mixtral",
+            "tie_word_embeddings": True,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 3,
+        },
         "mistral_window_yarn": {"model_type": "mistral", "sliding_window": 256, "rope_parameters": YARN},
         "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True, "head_dim": 16},
         "qwen2_seven_to_one": {"model_type": "qwen2", "num_attention_heads": 14, "rope_parameters": YARN},
         "qwen3_bias_llama3": {"attention_bias": True, "rope_parameters": LLAMA3},
         "qwen3_nine_heads": NINE_HEADS,
+        "qwen3_moe": {
+            "model_type": "qwen3_moe",
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": True,
+        },
+        "qwen3_moe_odd_bias": {
+            "model_type": "qwen3_moe",
+            "num_experts": 5,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 36,
+            "attention_bias": True,
+            "rope_parameters": LLAMA3,
+        },
         "smollm3": {"model_type": "smollm3", "tie_word_embeddings": True, "num_hidden_layers": 5},
         "smollm3_biases_listed": {
             "model_type": "smollm3",
@@ -98,6 +121,25 @@ def make_reference(seed: int = 0, **changes: Any) -> PreTrainedModel:
             else:
                 parameter.normal_(0.0, 0.5 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5)
     return model
+
+
+def stored_shapes(model: PreTrainedModel) -> Iterator[tuple[str, torch.Size]]:
+    """Names and shapes of a checkpoint's tensors: of each expert its own, which transformers stacks in memory."""
+    is_mixtral = model.config.model_type == "mixtral"
+    block, gate, up, down = ("block_sparse_moe", "w1", "w3", "w2") if is_mixtral else ("mlp", *STACKED_NAMES)
+    for name, parameter in model.named_parameters():
+        layer, _, stacked = name.partition(".mlp.experts.")
+        if not stacked:
+            yield name.replace(".mlp.gate.", f".{block}.gate."), parameter.shape
+            continue
+        num_experts, rows, columns = parameter.shape
+        for expert in range(num_experts):
+            prefix = f"{layer}.{block}.experts.{expert}"
+            if stacked == "gate_up_proj":
+                yield f"{prefix}.{gate}.weight", torch.Size((rows // 2, columns))
+                yield f"{prefix}.{up}.weight", torch.Size((rows // 2, columns))
+            else:
+                yield f"{prefix}.{down}.weight", torch.Size((rows, columns))
 
 
 def save(model: PreTrainedModel, folder: Path, **options: Any) -> str:

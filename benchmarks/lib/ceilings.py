@@ -35,11 +35,16 @@ def gemm_rate() -> float:
     return 2 * size**3 / median_ms(lambda: a @ b) * 1e3
 
 
-def weight_bytes(spec: RunnerSpec) -> int:
-    """Bytes of all weights of a model, on however many ranks; scales of FP8 weights not counted."""
-    config, head = spec.model_config, head_parameters(spec.model_config)
+def weight_bytes(spec: RunnerSpec, num_tokens: float) -> int:
+    """Bytes of the weights that a step of so many tokens reads, on however many ranks; scales of FP8 not counted.
+
+    Of experts, those of as many as are expected where each token's are drawn evenly.
+    """
+    config = spec.model_config
     in_layers = spec.dtype.itemsize if config.quantization is None else 1
-    return (config.num_parameters - head) * in_layers + head * spec.dtype.itemsize
+    return (config.num_read(num_tokens) - config.num_unquantized) * in_layers + config.num_unquantized * (
+        spec.dtype.itemsize
+    )
 
 
 def kv_bytes_per_token(spec: RunnerSpec) -> float:

@@ -37,6 +37,7 @@ from nanovllm.engine.scheduling.step_time import ModelCosts, StepTimeModel
 from nanovllm.engine.text.tokenizer import end_of_sequence_ids, load_tokenizer, warn_of_generation_settings
 from nanovllm.errors import ConfigError, ModelLoadError, NanoVLLMError, short_repr
 from nanovllm.kernels import BackendRequirements, resolve_backend, torch_reference
+from nanovllm.layers.experts import ExpertsConfig
 from nanovllm.layers.ranks import Ranks
 from nanovllm.models import resolve_model
 from nanovllm.models.decoder import CausalLM
@@ -197,6 +198,7 @@ def runner_spec(config: EngineConfig, folder: Path, hf_config: dict[str, Any], d
         model_config.head_dim,
         config.kvcache_block_size,
         has_scaled_weights=model_config.quantization is not None,
+        has_experts=isinstance(model_config.ffn, ExpertsConfig),
     )
     attention = resolve_backend(config.attention_backend, needs)
     logger.info(
@@ -516,7 +518,22 @@ def model_costs(spec: RunnerSpec) -> ModelCosts:
     weights, wide_weights = (weight_bytes(spec.model_class, one, backend, spec.dtype) for one in (config, unquantized))
     token_bytes = spec.num_ranks * spec.block_bytes / spec.attention.block_size
     attention_flops = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    return ModelCosts(token_bytes / weights, attention_flops / (2 * wide_weights / spec.dtype.itemsize))
+    # Of experts those count that one token passes.
+    num_unread = config.num_read(math.inf) - config.num_read(1)
+    itemsize = spec.dtype.itemsize if config.quantization is None else 1
+    weights -= num_unread * itemsize
+    num_weights = wide_weights / spec.dtype.itemsize - num_unread
+    costs = ModelCosts(token_bytes / weights, attention_flops / (2 * num_weights))
+    if not isinstance(config.ffn, ExpertsConfig):
+        return costs
+    ffn = config.ffn
+    in_experts = ffn.num_parameters(config.hidden_size) - ffn.num_unquantized(config.hidden_size)
+    return dataclasses.replace(
+        costs,
+        expert_share=config.num_hidden_layers * in_experts * itemsize / weights,
+        num_experts=ffn.num_experts,
+        experts_per_token=ffn.num_per_token,
+    )
 
 
 def step_time_fingerprint(config: EngineConfig, runner: ModelRunner) -> dict[str, Any]:

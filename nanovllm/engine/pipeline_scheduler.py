@@ -63,7 +63,7 @@ class MicroBatch:
     def _feed_forward(self, layer: DecoderLayer, kv_cache: torch.Tensor, num_sms: int | None) -> None:
         assert self.hidden is not None, "the FFN follows the attention stage"
         assert self.residual is not None, "a layer that has begun has a residual"
-        self.hidden, self.residual = layer.feed_forward(self.hidden, self.residual, num_sms)
+        self.hidden, self.residual = layer.feed_forward(self.hidden, self.residual, num_sms, self.metadata)
 
 
 class PipelineScheduler:

@@ -73,6 +73,8 @@ class AttentionMetadata:
             T. None for a step with one part.
         decode_stream: a stream for the attention of these rows, beside that of the chunks; None to run one after the
             other.
+        padding_slot: tokens with this slot or a later one fill the step up and belong to no request; None if there are
+            none.
     """
 
     slot_mapping: torch.Tensor
@@ -86,11 +88,47 @@ class AttentionMetadata:
     hooks: LayerHooks = NO_HOOKS
     decode: AttentionMetadata | None = None
     decode_stream: torch.cuda.Stream | None = None
+    padding_slot: int | None = None
 
     @property
     def is_decode(self) -> bool:
         """Whether every request has exactly one token."""
         return self.max_query_len == 1
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The weights of a layer of E experts, gated FFNs of which each token passes the `top_k` that its router chooses.
+
+    The experts' weights are stacked by rows, one expert after another.
+
+    Attributes:
+        router: [E, hidden_size], in the type of the model.
+        gate_up: [E * 2 * size, hidden_size]: of each expert the rows of gate, then those of up.
+        down: [E * hidden_size, size].
+        top_k: experts of a token: those with the largest probabilities, of equal ones the first.
+        renormalizes: whether a token's probabilities of its experts are divided by their sum.
+    """
+
+    router: torch.Tensor
+    gate_up: torch.Tensor | ScaledWeight
+    down: torch.Tensor | ScaledWeight
+    top_k: int
+    renormalizes: bool
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.router)
+
+    def of(self, expert: int) -> tuple[torch.Tensor | ScaledWeight, torch.Tensor | ScaledWeight]:
+        """Views of one expert's gate and up, and of its down."""
+        return self._rows_of(self.gate_up, expert), self._rows_of(self.down, expert)
+
+    def _rows_of(self, weight: torch.Tensor | ScaledWeight, expert: int) -> torch.Tensor | ScaledWeight:
+        values = weight.values if isinstance(weight, ScaledWeight) else weight
+        per_expert = len(values) // self.num_experts
+        rows = slice(expert * per_expert, (expert + 1) * per_expert)
+        return weight.rows(rows) if isinstance(weight, ScaledWeight) else values[rows]
 
 
 class Kernels(Protocol):
@@ -190,6 +228,23 @@ class Kernels(Protocol):
         Where the weights are scaled, the former may be quantized for a layer whose weights are scaled in the same way.
         """
 
+    def norm_experts(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        norm: tuple[torch.Tensor, float],
+        experts: ExpertWeights,
+        metadata: AttentionMetadata | None = None,
+        num_sms: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts of the norm of `x + residual`, and that sum; [T, hidden_size] each.
+
+        A token's result is the sum over its experts of down(silu(gate) * up) times the probability that the softmax of
+        the router's outputs, in float32 over all experts, gives the expert. Where the weights are scaled, the inputs of
+        gate and up, and those of down, are quantized by their format, token by token. Tokens that are padding by the
+        `metadata` (None: none are) pass no expert: the result is 0.
+        """
+
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -260,6 +315,7 @@ class BackendRequirements:
     head_dim: int
     block_size: int | None = None
     has_scaled_weights: bool = False
+    has_experts: bool = False
 
 
 @dataclass(frozen=True)

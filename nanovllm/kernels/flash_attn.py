@@ -22,6 +22,8 @@ def unsupported_reasons(needs: BackendRequirements) -> list[str]:
         reasons.append(f"flash-attn takes block sizes that are multiples of 256, not {needs.block_size}")
     if needs.has_scaled_weights:
         reasons.append("the flash-attn adapter has no kernels for FP8 weights")
+    if needs.has_experts:
+        reasons.append("the flash-attn adapter has no kernels for experts")
     return reasons
 
 

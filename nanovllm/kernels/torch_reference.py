@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from nanovllm.kernels import NO_FINITE_TOKEN, AttentionMetadata, BackendRequirements, RowField
+from nanovllm.kernels import NO_FINITE_TOKEN, AttentionMetadata, BackendRequirements, ExpertWeights, RowField
 from nanovllm.utils.fp8 import ScaledTokens, ScaledWeight, dequantized, quantize
 
 DEFAULT_BLOCK_SIZE = 16
@@ -103,6 +103,28 @@ class Backend:
         gate_up, total = self.norm_linear(x, residual, norm, weight, bias)
         return self.silu_and_mul(gate_up), total
 
+    def norm_experts(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        norm: tuple[torch.Tensor, float],
+        experts: ExpertWeights,
+        metadata: AttentionMetadata | None = None,
+        num_sms: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        normed, total = self.add_rms_norm(x, residual, *norm)
+        chosen, weights = route(normed, experts, metadata)
+        output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for expert in range(experts.num_experts):
+            tokens, places = (chosen == expert).nonzero(as_tuple=True)
+            if not len(tokens):
+                continue
+            gate_up, down = experts.of(expert)
+            activated = self.silu_and_mul(self.linear(normed[tokens], gate_up, None))
+            results = self.linear(activated, down, None)
+            output.index_add_(0, tokens, results.float() * weights[tokens, places, None])
+        return output.to(x.dtype), total
+
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,6 +187,21 @@ def scaled_linear(x: torch.Tensor, weight: ScaledWeight, bias: torch.Tensor | No
     """
     tokens = dequantized(*quantize(x, 1, weight.block), 1, weight.block)
     return functional.linear(tokens, weight.dequantized(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def route(
+    x: torch.Tensor, experts: ExpertWeights, metadata: AttentionMetadata | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The experts of [T, hidden_size] tokens, [T, top_k] int64, -1 for padding; and their weights, float32."""
+    logits = functional.linear(x.float(), experts.router.float())
+    chosen = logits.sort(dim=-1, descending=True, stable=True).indices[:, : experts.top_k]
+    weights = logits.softmax(dim=-1).gather(1, chosen)
+    if experts.renormalizes:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    if metadata is not None and metadata.padding_slot is not None:
+        is_token = (metadata.slot_mapping < metadata.padding_slot).unsqueeze(1)
+        chosen = torch.where(is_token, chosen, -1)
+    return chosen, weights
 
 
 def store_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanovllm.kernels import AttentionMetadata, BackendRequirements, triton_fused, triton_rows
+from nanovllm.kernels import AttentionMetadata, BackendRequirements, triton_experts, triton_fused, triton_rows
 from nanovllm.kernels.triton_overlap import begin, overlap
 from nanovllm.kernels.triton_overlap import is_sm_90_or_later as _has_tma
 
@@ -89,6 +89,7 @@ class Backend:
     linear = staticmethod(triton_fused.linear)
     norm_linear = staticmethod(triton_fused.norm_linear)
     norm_gated_linear = staticmethod(triton_fused.norm_gated_linear)
+    norm_experts = staticmethod(triton_experts.norm_experts)
     add_rms_norm = staticmethod(triton_fused.add_rms_norm)
     silu_and_mul = staticmethod(triton_fused.silu_and_mul)
     sample_tokens = staticmethod(triton_fused.sample_tokens)

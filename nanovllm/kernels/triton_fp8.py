@@ -72,6 +72,15 @@ def quantize_tokens(x: torch.Tensor, weight: ScaledWeight) -> ScaledTokens:
     return _quantize(x, weight.block)[0]
 
 
+def empty_tokens(x: torch.Tensor, size: int, block: int | None, num_counters: int = NUM_COUNTERS) -> ScaledTokens:
+    """Room for `size` quantized inputs of as many tokens as x has, and counters that the kernel must set to 0."""
+    values = torch.empty(len(x), size, dtype=E4M3, device=x.device)
+    groups = triton.cdiv(size, size if block is None else block)
+    scales = torch.empty(groups, len(x), dtype=torch.float32, device=x.device).T
+    counters = torch.empty(num_counters, dtype=torch.int32, device=x.device)
+    return ScaledTokens(values, scales, counters, x.dtype)
+
+
 def norm_linear(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -119,7 +128,8 @@ def plan(num_tokens: int, num_outputs: int, num_inputs: int, num_sms: int, block
 
 
 @functools.cache
-def _num_sms(device: torch.device) -> int:
+def num_sms_of(device: torch.device) -> int:
+    """The SMs of a GPU; of a CPU, whose kernels are interpreted, some."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
@@ -178,21 +188,18 @@ def _quantize(
     """Quantizes x, or the norm of `x + residual`, or the gate and up that x is; and the sum."""
     num_tokens = x.shape[0]
     size = x.shape[1] // 2 if is_gated else x.shape[1]
-    group = size if block is None else block
     padded_size = max(triton.next_power_of_2(size), block or 1)
-    values = torch.empty(num_tokens, size, dtype=E4M3, device=x.device)
-    scales = torch.empty(triton.cdiv(size, group), num_tokens, dtype=torch.float32, device=x.device).T
-    counters = torch.empty(NUM_COUNTERS, dtype=torch.int32, device=x.device)
+    tokens = empty_tokens(x, size, block)
     total = x if residual is None else torch.empty_like(x)
     norm_weight, eps = (x, 0.0) if norm is None else norm
     _quantize_kernel[(num_tokens,)](
         x,
         x if residual is None else residual,
         norm_weight,
-        values,
-        scales,
+        tokens.values,
+        tokens.scales,
         total,
-        counters,
+        tokens.counters,
         eps,
         size,
         HAS_NORM=norm is not None,
@@ -207,7 +214,7 @@ def _quantize(
         num_warps=4 if padded_size <= 2048 else 8 if padded_size <= 8192 else 16,
         **overlap(x.device),
     )
-    return ScaledTokens(values, scales, counters, x.dtype), total
+    return tokens, total
 
 
 def _scaled_linear(
@@ -216,7 +223,7 @@ def _scaled_linear(
     x = tokens.values
     num_tokens, num_inputs = x.shape
     num_outputs = len(weight.values)
-    division = plan(num_tokens, num_outputs, num_inputs, num_sms or _num_sms(x.device), weight.block)
+    division = plan(num_tokens, num_outputs, num_inputs, num_sms or num_sms_of(x.device), weight.block)
     grid = (triton.cdiv(num_tokens, division.tile_t), triton.cdiv(num_outputs, division.tile_n), division.splits)
     output = torch.empty(num_tokens, num_outputs, dtype=tokens.dtype, device=x.device)
     num_partial = grid[0] * grid[1] * grid[2] * division.tile_n * division.tile_t if division.splits > 1 else 0
@@ -246,6 +253,31 @@ def _scaled_linear(
         **overlap(x.device),
     )
     return output
+
+
+@triton.jit
+def store_quantized(
+    row,
+    values,
+    scales,
+    token,
+    size,
+    GROUP: tl.constexpr,
+    PADDED_SIZE: tl.constexpr,
+    MAX_VALUE: tl.constexpr,
+    SCALE_OF_ONE: tl.constexpr,
+    MIN_SCALE: tl.constexpr,
+):
+    """Quantizes a token's inputs, [PADDED_SIZE] of which `size` are there, in a kernel of one program for one token."""
+    places = tl.arange(0, PADDED_SIZE)
+    groups = tl.reshape(row.to(tl.float32), [PADDED_SIZE // GROUP, GROUP])
+    scale = tl.maximum(tl.max(tl.abs(groups), 1) * SCALE_OF_ONE, MIN_SCALE)
+    quantized = tl.reshape(tl.div_rn(groups, scale[:, None]), [PADDED_SIZE])
+    # Ahead of the conversion, whose result beyond the largest number is not that number everywhere.
+    quantized = tl.clamp(quantized, -MAX_VALUE, MAX_VALUE, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(values + token * size + places, quantized.to(tl.float8e4nv), mask=places < size)
+    group = tl.arange(0, PADDED_SIZE // GROUP)
+    tl.store(scales + group * tl.num_programs(0) + token, scale, mask=group < tl.cdiv(size, GROUP))
 
 
 @triton.jit
@@ -291,18 +323,12 @@ def _quantize_kernel(
             wide = row.to(tl.float32)
             wide *= tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
             row = wide.to(row.dtype) * tl.load(norm_weight + places, mask=there, other=0.0)
-    groups = tl.reshape(row.to(tl.float32), [PADDED_SIZE // GROUP, GROUP])
-    scale = tl.maximum(tl.max(tl.abs(groups), 1) * SCALE_OF_ONE, MIN_SCALE)
-    quantized = tl.reshape(tl.div_rn(groups, scale[:, None]), [PADDED_SIZE])
-    # Ahead of the conversion, whose result beyond the largest number is not that number everywhere.
-    quantized = tl.clamp(quantized, -MAX_VALUE, MAX_VALUE, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(values + token * size + places, quantized.to(tl.float8e4nv), mask=there)
-    group = tl.arange(0, PADDED_SIZE // GROUP)
-    tl.store(scales + group * tl.num_programs(0) + token, scale, mask=group < tl.cdiv(size, GROUP))
+    store_quantized(row, values, scales, token, size, GROUP, PADDED_SIZE, MAX_VALUE, SCALE_OF_ONE, MIN_SCALE)
 
 
 @triton.jit
-def _load_tile(pointers, start, num_inputs, TILE_K: tl.constexpr, IS_EVEN: tl.constexpr):
+def load_tile(pointers, start, num_inputs, TILE_K: tl.constexpr, IS_EVEN: tl.constexpr):
+    """A tile of rows, from input `start` on; 0 beyond the last input, unless all tiles are full."""
     if IS_EVEN:
         return tl.load(pointers + start)
     there = start + tl.arange(0, TILE_K) < num_inputs
@@ -310,7 +336,7 @@ def _load_tile(pointers, start, num_inputs, TILE_K: tl.constexpr, IS_EVEN: tl.co
 
 
 @triton.jit
-def _fetch(pointers):
+def fetch(pointers):
     """Has the lines of these addresses read into the L2 cache; waits for none."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
@@ -369,12 +395,12 @@ def _scaled_linear_kernel(
 
     if OVERLAPS:
         lines = tl.minimum(low * TILE_K + tl.arange(0, FETCHED // LINE) * LINE, num_inputs - 1)
-        _fetch(weight + row_places[:, None] * num_inputs + lines[None, :])
+        fetch(weight + row_places[:, None] * num_inputs + lines[None, :])
     begin(OVERLAPS)
     result = tl.zeros([TILE_N, TILE_T], tl.float32)
     for k in tl.range(low, high, num_stages=STAGES):
-        w = _load_tile(w_tile, k * TILE_K, num_inputs, TILE_K, IS_EVEN)
-        tokens_of_tile = _load_tile(x_tile, k * TILE_K, num_inputs, TILE_K, IS_EVEN)
+        w = load_tile(w_tile, k * TILE_K, num_inputs, TILE_K, IS_EVEN)
+        tokens_of_tile = load_tile(x_tile, k * TILE_K, num_inputs, TILE_K, IS_EVEN)
         # The tensor cores keep fewer bits of a sum than float32 has: theirs end with the tile.
         products = tl.dot(w, tl.trans(tokens_of_tile), max_num_imprecise_acc=TILE_K)
         if BLOCK is not None:

@@ -8,12 +8,14 @@ from functools import partial
 import torch
 from torch import nn
 
-from nanovllm.kernels import Kernels
+from nanovllm.kernels import AttentionMetadata, Kernels
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.ranks import Ranks, part_of
 from nanovllm.utils.fp8 import Fp8Format
 from nanovllm.utils.weight import Weight
+
+LINEAR_LAYERS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,22 @@ class GatedFfnConfig:
         """Sizes that the number of ranks must divide, by name."""
         return {"FFN rows": self.intermediate_size}
 
+    @property
+    def linear_layers(self) -> tuple[str, ...]:
+        """Names of the linear layers that may be quantized, within the layer."""
+        return LINEAR_LAYERS
+
     def num_parameters(self, hidden_size: int) -> int:
         """Weights of the GEMMs that a token passes."""
         return 3 * hidden_size * self.intermediate_size
+
+    def num_read(self, hidden_size: int, num_tokens: float) -> int:
+        """Weights of the GEMMs that at least one of so many tokens passes: all of them."""
+        return self.num_parameters(hidden_size)
+
+    def num_unquantized(self, hidden_size: int) -> int:
+        """Weights that are in the type of the model in any format: none."""
+        return 0
 
     def make(
         self,
@@ -77,15 +92,21 @@ class GatedFfn(nn.Module):
         self.down_proj = make(rows, [hidden_size], bias=down_bias)
 
     def forward(
-        self, hidden: torch.Tensor, residual: torch.Tensor, norm: RMSNorm, num_sms: int | None = None
+        self,
+        hidden: torch.Tensor,
+        residual: torch.Tensor,
+        norm: RMSNorm,
+        num_sms: int | None = None,
+        metadata: AttentionMetadata | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The FFN of the norm of `hidden + residual`, [T, hidden_size] each, and the sum."""
         activated, residual = self.gate_up_proj.forward_gated(hidden, residual, norm, num_sms)
         return self.ranks.all_reduce(self.down_proj(activated, num_sms)), residual
 
     def checkpoint_tensors(self) -> dict[str, Weight]:
-        """The FFN's weights by their Hugging Face names within the FFN."""
+        """The weights by their Hugging Face names within the layer."""
+        gate, up, down = LINEAR_LAYERS
         return {
-            **self.gate_up_proj.checkpoint_tensors(["gate_proj", "up_proj"], part_of(self.ranks, 0)),
-            **self.down_proj.checkpoint_tensors(["down_proj"], part_of(self.ranks, 1)),
+            **self.gate_up_proj.checkpoint_tensors([gate, up], part_of(self.ranks, 0)),
+            **self.down_proj.checkpoint_tensors([down], part_of(self.ranks, 1)),
         }

@@ -5,11 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from nanovllm.errors import ModelLoadError, short_repr
-from nanovllm.models import llama, mistral, qwen2, qwen3, smollm3
+from nanovllm.models import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, smollm3
 from nanovllm.models.decoder import CausalLM
 from nanovllm.models.description import ModelDescription
 
-FAMILIES = (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, smollm3.FAMILY)
+FAMILIES = (
+    llama.FAMILY,
+    mistral.FAMILY,
+    mixtral.FAMILY,
+    qwen2.FAMILY,
+    qwen3.FAMILY,
+    qwen3_moe.FAMILY,
+    smollm3.FAMILY,
+)
 BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}
 
 

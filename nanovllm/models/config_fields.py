@@ -117,6 +117,45 @@ def head_dim_or_share(config: dict[str, Any], *, may_be_null: bool = False) -> i
     return positive(config, "head_dim")
 
 
+def number_of_experts(config: dict[str, Any], name: str, other_name: str, default: int) -> int:
+    """How many experts a layer has: a field that goes by either of two names, the default if both are left out.
+
+    Raises:
+        ModelLoadError: it is no positive integer, or both fields are there and differ.
+    """
+    count = positive(config, name, positive(config, other_name, default))
+    if other_name in config and positive(config, other_name) != count:
+        raise ModelLoadError(
+            f"config.json: {name}={count} and {other_name}={short_repr(config[other_name])} differ; leave one out"
+        )
+    return count
+
+
+def experts_per_token(config: dict[str, Any], num_experts: int, default: int) -> int:
+    """`num_experts_per_tok`, the default if it is left out.
+
+    Raises:
+        ModelLoadError: it is no positive integer, or there are not as many experts.
+    """
+    count = positive(config, "num_experts_per_tok", default)
+    if count > num_experts:
+        raise ModelLoadError(f"config.json: num_experts_per_tok={count} is above the number of experts, {num_experts}")
+    return count
+
+
+def refuse_shared_experts(config: dict[str, Any]) -> None:
+    """Refuses experts that all tokens pass, beside those that a router chooses.
+
+    Raises:
+        ModelLoadError: the config names some.
+    """
+    for name in ("shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts"):
+        if config.get(name):
+            raise ModelLoadError(
+                f"{name}={short_repr(config[name])} is not supported; only experts that a router chooses are"
+            )
+
+
 def window_of_all_layers(config: dict[str, Any], *, default: int | None) -> int | None:
     """`sliding_window`, the default where it is left out, None for no window.
 

@@ -84,10 +84,15 @@ class DecoderLayer(nn.Module):
         return self.ranks.all_reduce(self.o_proj(attended.flatten(1), num_sms))
 
     def feed_forward(
-        self, hidden: torch.Tensor, residual: torch.Tensor, num_sms: int | None = None
+        self,
+        hidden: torch.Tensor,
+        residual: torch.Tensor,
+        num_sms: int | None = None,
+        metadata: AttentionMetadata | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T, hidden_size] twice -> the same."""
-        return self.ffn(hidden, residual, self.post_attention_layernorm, num_sms)
+        """[T, hidden_size] twice -> the same. `metadata`, here and below: says which tokens are padding, so that they
+        pass no expert; None if none is."""
+        return self.ffn(hidden, residual, self.post_attention_layernorm, num_sms, metadata)
 
     def forward_attention_stage(
         self,
@@ -102,9 +107,11 @@ class DecoderLayer(nn.Module):
         query = self.store_kv(qkv, positions, kv_cache, metadata)
         return self.project_out(self.attend(query, kv_cache, metadata)), residual
 
-    def forward_ffn_stage(self, hidden: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward_ffn_stage(
+        self, hidden: torch.Tensor, residual: torch.Tensor, metadata: AttentionMetadata | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """`feed_forward`."""
-        return self.feed_forward(hidden, residual)
+        return self.feed_forward(hidden, residual, metadata=metadata)
 
     def forward(
         self,
@@ -115,7 +122,7 @@ class DecoderLayer(nn.Module):
         metadata: AttentionMetadata,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden, residual = self.forward_attention_stage(hidden, residual, positions, kv_cache, metadata)
-        return self.forward_ffn_stage(hidden, residual)
+        return self.forward_ffn_stage(hidden, residual, metadata)
 
     def checkpoint_tensors(self) -> dict[str, Weight]:
         """The layer's weights by their Hugging Face names within the layer."""
@@ -124,7 +131,7 @@ class DecoderLayer(nn.Module):
             **self.qkv_proj.checkpoint_tensors(QKV_NAMES, part_of(self.ranks, 0)),
             **self.o_proj.checkpoint_tensors(["self_attn.o_proj"], part_of(self.ranks, 1)),
             **{f"self_attn.{name}": weight for name, weight in self.attention.checkpoint_tensors().items()},
-            **{f"mlp.{name}": weight for name, weight in self.ffn.checkpoint_tensors().items()},
+            **self.ffn.checkpoint_tensors(),
             **{f"{name}.weight": Weight(norm.weight) for name, norm in norms.items()},
         }
 
@@ -185,10 +192,10 @@ class DecoderModel(nn.Module):
         return stage(hidden, residual, positions, kv_pool[:, layer], metadata)
 
     def forward_ffn_stage(
-        self, layer: int, hidden: torch.Tensor, residual: torch.Tensor
+        self, layer: int, hidden: torch.Tensor, residual: torch.Tensor, metadata: AttentionMetadata | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The FFN stage of layer `layer` alone."""
-        return self.layers[layer].forward_ffn_stage(hidden, residual)
+        return self.layers[layer].forward_ffn_stage(hidden, residual, metadata)
 
 
 class CausalLM(nn.Module):
@@ -262,10 +269,10 @@ class CausalLM(nn.Module):
         return self.model.forward_attention_stage(layer, hidden, residual, positions, kv_pool, metadata)
 
     def forward_ffn_stage(
-        self, layer: int, hidden: torch.Tensor, residual: torch.Tensor
+        self, layer: int, hidden: torch.Tensor, residual: torch.Tensor, metadata: AttentionMetadata | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The FFN stage of layer `layer` alone."""
-        return self.model.forward_ffn_stage(layer, hidden, residual)
+        return self.model.forward_ffn_stage(layer, hidden, residual, metadata)
 
     def checkpoint_tensors(self) -> dict[str, Weight]:
         """The weights, or this rank's parts, by the tensor names that a checkpoint must have."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from nanovllm.errors import ModelLoadError
+from nanovllm.layers.experts import ExpertsConfig
 from nanovllm.layers.feed_forward import GatedFfnConfig
 from nanovllm.layers.rotary_embedding import RopeConfig
 from nanovllm.models.config_fields import (
@@ -48,8 +49,8 @@ class ModelDescription:
         sliding_window: number of tokens that a layer attends to at most, None if all layers attend to all. Attention
             here is always to all, which is the same for contexts up to the window; longer ones are not served.
         ffn: the feed-forward part of every layer.
-        quantization: how the linear layers have their weights; None for the type of the model. Embedding, output head
-            and norms are always in that type.
+        quantization: how the linear layers have their weights; None for the type of the model. Embedding, output head,
+            norms and routers are always in that type.
     """
 
     vocab_size: int
@@ -67,15 +68,27 @@ class ModelDescription:
     rope: RopeConfig
     layers_without_rope: tuple[int, ...]
     sliding_window: int | None
-    ffn: GatedFfnConfig
+    ffn: GatedFfnConfig | ExpertsConfig
     quantization: Fp8Format | None = None
 
     @property
     def num_parameters(self) -> int:
-        """Weights of the GEMMs of one forward pass, the output head included, the embedding look-up not."""
+        """Weights of the GEMMs that a token passes, the output head included, the embedding look-up not."""
+        return self._num_parameters(self.ffn.num_parameters(self.hidden_size))
+
+    def num_read(self, num_tokens: float) -> int:
+        """Weights of the GEMMs of one forward pass over so many tokens; of experts, as many as are expected."""
+        return self._num_parameters(self.ffn.num_read(self.hidden_size, num_tokens))
+
+    @property
+    def num_unquantized(self) -> int:
+        """Those of the weights that are in the type of the model in any format: of the output head and of routers."""
+        routers = self.num_hidden_layers * self.ffn.num_unquantized(self.hidden_size)
+        return self.vocab_size * self.hidden_size + routers
+
+    def _num_parameters(self, in_ffn: int) -> int:
         attention = self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_key_value_heads)
-        layer = attention + self.ffn.num_parameters(self.hidden_size)
-        return self.num_hidden_layers * layer + self.vocab_size * self.hidden_size
+        return self.num_hidden_layers * (attention + in_ffn) + self.vocab_size * self.hidden_size
 
     @property
     def divided(self) -> dict[str, int]:
@@ -96,6 +109,7 @@ class ModelDescription:
         default_kv_heads: int | None,
         default_max_positions: int,
         default_rope_theta: float = DEFAULT_ROPE_THETA,
+        default_rms_norm_eps: float = 1e-6,
         is_tied_by_default: bool = False,
         qkv_bias: bool = False,
         output_bias: bool = False,
@@ -103,6 +117,7 @@ class ModelDescription:
         ffn_bias: bool = False,
         layers_without_rope: tuple[int, ...] = (),
         sliding_window: int | None = None,
+        ffn: ExpertsConfig | None = None,
     ) -> Description:
         """Reads the fields that Llama-like families have in common; a family says what is its own.
 
@@ -112,8 +127,10 @@ class ModelDescription:
             default_kv_heads: of a config without `num_key_value_heads`; None for as many as there are query heads.
             default_max_positions: of a config without `max_position_embeddings`.
             default_rope_theta: of a config without `rope_theta`.
+            default_rms_norm_eps: of a config without `rms_norm_eps`.
             is_tied_by_default: of a config without `tie_word_embeddings`.
             ffn_bias: whether gate, up and down have a bias.
+            ffn: the experts of a family that has them; None for one gated FFN, of `intermediate_size`.
             qkv_bias, output_bias, qk_norm, layers_without_rope, sliding_window: as in the description.
 
         Raises:
@@ -131,6 +148,7 @@ class ModelDescription:
         if head_dim % 2:
             raise ModelLoadError(f"head_dim={head_dim} is odd; rotary embedding needs pairs")
         max_positions = positive(config, "max_position_embeddings", default_max_positions)
+        own_ffn = GatedFfnConfig(positive(config, "intermediate_size"), ffn_bias, ffn_bias) if ffn is None else ffn
         return cls(
             vocab_size=positive(config, "vocab_size"),
             hidden_size=positive(config, "hidden_size"),
@@ -138,7 +156,7 @@ class ModelDescription:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=number(config, "rms_norm_eps", 1e-6),
+            rms_norm_eps=number(config, "rms_norm_eps", default_rms_norm_eps),
             max_position_embeddings=max_positions,
             tie_word_embeddings=flag(config, "tie_word_embeddings", default=is_tied_by_default),
             qkv_bias=qkv_bias,
@@ -147,8 +165,8 @@ class ModelDescription:
             rope=rope_config(config, head_dim, max_positions, default_rope_theta),
             layers_without_rope=layers_without_rope,
             sliding_window=sliding_window,
-            ffn=GatedFfnConfig(positive(config, "intermediate_size"), ffn_bias, ffn_bias),
-            quantization=stored_format(config, num_layers),
+            ffn=own_ffn,
+            quantization=stored_format(config, num_layers, own_ffn.linear_layers),
         )
 
 

@@ -5,6 +5,7 @@ What is not served is refused by name. Knows nothing of how quantized layers com
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.errors import ModelLoadError, short_repr
@@ -18,20 +19,18 @@ SERVED = (
     f"token, and of quant_method 'fp8' with weight_block_size [{BLOCK}, {BLOCK}]; or pass a checkpoint in float32, "
     "float16 or bfloat16, with quantization='fp8' if it is to be quantized as it is loaded"
 )
-LINEAR_LAYERS = (
-    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
-    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
-)
+ATTENTION_LAYERS = tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o"))
 CHANNEL_WEIGHTS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": "channel"}
 TOKEN_INPUTS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True, "strategy": "token"}
 
 
-def stored_format(config: dict[str, Any], num_layers: int) -> Fp8Format | None:
+def stored_format(config: dict[str, Any], num_layers: int, ffn_layers: tuple[str, ...]) -> Fp8Format | None:
     """The format of the linear layers' weights in the checkpoint; None if they are in a wide type.
 
     Args:
         config: the object in `config.json`.
         num_layers: of the model.
+        ffn_layers: names of a layer's linear layers that are not attention's.
 
     Raises:
         ModelLoadError: it is none that is served, or some of these layers are not quantized.
@@ -42,14 +41,36 @@ def stored_format(config: dict[str, Any], num_layers: int) -> Fp8Format | None:
     if not isinstance(quantization, dict):
         raise _refused("is not an object", quantization)
     method = quantization.get("quant_method")
+    layers = _LinearLayers(num_layers, ATTENTION_LAYERS + ffn_layers)
     if method == "compressed-tensors":
-        return _compressed_tensors(quantization, num_layers)
+        return _compressed_tensors(quantization, layers)
     if method == "fp8":
-        return _fp8(quantization, num_layers)
+        return _fp8(quantization, layers)
     raise _refused(f"has quant_method={short_repr(method)}, which is not supported", quantization)
 
 
-def _compressed_tensors(quantization: dict[str, Any], num_layers: int) -> Fp8Format:
+@dataclass(frozen=True)
+class _LinearLayers:
+    """The linear layers of a decoder, that have the same names in each of its layers."""
+
+    num_layers: int
+    names: tuple[str, ...]
+
+    def matched(self, text: str, *, at_end: bool) -> str | None:
+        """The first whose name has this text in it, or at its end; None for none. No pattern is run."""
+        layers = (f"model.layers.{index}.{name}" for index in range(self.num_layers) for name in self.names)
+        return next((layer for layer in layers if (layer.endswith(text) if at_end else text in layer)), None)
+
+    def left_out(self, part: str) -> str | None:
+        """The first whose name has these components side by side; None if there is none."""
+        components = part.strip(".").split(".")
+        numbers = (int(one) for one in components if one.isdecimal() and len(one) < 10)
+        index = next((number for number in numbers if number < self.num_layers), 0)
+        layers = (f"model.layers.{index}.{name}" for name in self.names)
+        return next((layer for layer in layers if f".{'.'.join(components)}." in f".{layer}."), None)
+
+
+def _compressed_tensors(quantization: dict[str, Any], layers: _LinearLayers) -> Fp8Format:
     groups = quantization.get("config_groups")
     if not isinstance(groups, dict) or len(groups) != 1:
         raise _refused("does not have one of config_groups", quantization)
@@ -76,22 +97,22 @@ def _compressed_tensors(quantization: dict[str, Any], num_layers: int) -> Fp8For
     for name in ("kv_cache_scheme", "transform_config"):
         if quantization.get(name):
             raise _refused(f"has {name}={short_repr(quantization[name])}, which is not supported", quantization)
-    _check_all_quantized(quantization, "ignore", num_layers)
+    _check_all_quantized(quantization, "ignore", layers)
     return Fp8Format(scale_name="weight_scale")
 
 
-def _fp8(quantization: dict[str, Any], num_layers: int) -> Fp8Format:
+def _fp8(quantization: dict[str, Any], layers: _LinearLayers) -> Fp8Format:
     served = {"activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
     for name, value in served.items():
         found = quantization.get(name, None if name == "weight_block_size" else value)
         if found != value:
             raise _refused(f"has {name}={short_repr(found)}, which is not supported", quantization)
     for name in ("modules_to_not_convert", "ignored_layers"):
-        _check_all_quantized(quantization, name, num_layers)
+        _check_all_quantized(quantization, name, layers)
     return Fp8Format(BLOCK, "weight_scale_inv")
 
 
-def _check_all_quantized(quantization: dict[str, Any], field: str, num_layers: int) -> None:
+def _check_all_quantized(quantization: dict[str, Any], field: str, layers: _LinearLayers) -> None:
     """Checks that no linear layer of the decoder is among those that are left as they are."""
     names = quantization.get(field) or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -101,28 +122,13 @@ def _check_all_quantized(quantization: dict[str, Any], field: str, num_layers: i
             plain = name.removeprefix("re:").removeprefix("^").removesuffix("$").removeprefix(".*")
             if not plain.replace("_", "").replace(r"\.", "").replace(".", "").isalnum():
                 raise _refused(f"has the pattern {short_repr(name)} in {field}, which is not supported", quantization)
-            left_out = _matched(plain.replace("\\", ""), num_layers, at_end=name.endswith("$"))
+            left_out = layers.matched(plain.replace("\\", ""), at_end=name.endswith("$"))
         else:
-            left_out = _left_out(name, num_layers)
+            left_out = layers.left_out(name)
         if left_out is not None:
             raise _refused(
                 f"leaves {left_out} as it is ({short_repr(name)} in {field}), which is not supported", quantization
             )
-
-
-def _matched(text: str, num_layers: int, *, at_end: bool) -> str | None:
-    """The first linear layer whose name has this text in it, or at its end; None for none. No pattern is run."""
-    layers = (f"model.layers.{index}.{name}" for index in range(num_layers) for name in LINEAR_LAYERS)
-    return next((layer for layer in layers if (layer.endswith(text) if at_end else text in layer)), None)
-
-
-def _left_out(part: str, num_layers: int) -> str | None:
-    """The first linear layer whose name has these components side by side; None if there is none."""
-    components = part.strip(".").split(".")
-    numbers = (int(one) for one in components if one.isdecimal() and len(one) < 10)
-    index = next((number for number in numbers if number < num_layers), 0)
-    layers = (f"model.layers.{index}.{name}" for name in LINEAR_LAYERS)
-    return next((layer for layer in layers if f".{'.'.join(components)}." in f".{layer}."), None)
 
 
 def _refused(why: str, quantization: Any) -> ModelLoadError:

@@ -155,11 +155,16 @@ class DeviceDecodeBatch:
         self._order[:size] = self.padding_row
 
     def fill_with_dummies(self, size: int, context: int) -> None:
-        """Fills the batch with `size` dummy requests of `context` tokens in random blocks, to time a step."""
+        """Fills the batch with `size` dummy requests of `context` tokens in random blocks, to time a step.
+
+        They sample different tokens, so that from the second step on these pass different experts.
+        """
         self.forget()
         where = self._block_tables.device
         self._order[:size] = torch.arange(size, device=where)
         self._fields[RowField.POSITION, :size] = context - 1
+        self._fields[RowField.SEED, :size] = torch.arange(size, device=where)
+        self._temperatures[:size] = 1.0
         self._block_tables[:size] = torch.randint(self._padding_block, self._block_tables[:size].shape, device=where)
 
     def gather(self, size: int) -> DecodeInputs:
@@ -175,6 +180,7 @@ class DeviceDecodeBatch:
             query_starts=self._query_starts[: size + 1],
             max_query_len=1,
             max_context_len=self.max_model_len,
+            padding_slot=self._padding_block * self.block_size,
         )
         sampling = SamplingInputs(temperatures, fields[RowField.SEED], fields[RowField.OUTPUT_INDEX])
         return DecodeInputs(rows, fields, metadata, sampling)

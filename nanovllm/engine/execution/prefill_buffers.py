@@ -47,8 +47,9 @@ class PrefillBuffers:
         self.max_num_requests = max_num_requests
         self.max_model_len = max_model_len
         self.block_size = block_size
+        self._first_padding_slot = padding_block * block_size
         # The last slot of the block: the KV store clears what follows a token in its tile.
-        self._padding_slot = (padding_block + 1) * block_size - 1
+        self._padding_slot = self._first_padding_slot + block_size - 1
         self._max_blocks = -(-max_model_len // block_size)
         self._num_request_numbers = max_num_requests * (NUM_REQUEST_COLUMNS + self._max_blocks)
         self._pushes = pushes
@@ -133,6 +134,7 @@ class PrefillBuffers:
             query_starts=torch.cat((starts[:1], ends)).int(),
             max_query_len=max(size, 2),
             max_context_len=self.max_model_len,
+            padding_slot=self._first_padding_slot,
         )
         first_pushed = NUM_STEP_NUMBERS + self._num_request_numbers + NUM_TOKEN_COLUMNS * size
         return ModelInputs(

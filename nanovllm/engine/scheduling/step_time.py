@@ -105,10 +105,21 @@ class ModelCosts:
     Attributes:
         context_token: bytes of a token's KV over those of the weights.
         pair: FLOPs of attention of a token to another, in all layers, over those of a token's GEMMs.
+        expert_share: of the weights that one token passes, those of experts; weights are those that one token passes.
+        num_experts, experts_per_token: of a layer.
     """
 
     context_token: float = 9e-6
     pair: float = 3.6e-5
+    expert_share: float = 0.0
+    num_experts: int = 1
+    experts_per_token: int = 1
+
+    def weights_read(self, num_tokens: np.ndarray) -> np.ndarray:
+        """Weights that steps of so many tokens read over those that one token passes, if experts are chosen evenly."""
+        share_unread = (1 - self.experts_per_token / self.num_experts) ** num_tokens
+        distinct = self.num_experts / self.experts_per_token * (1 - share_unread)
+        return 1 + self.expert_share * (distinct - 1)
 
 
 def _knot_above(num_tokens: int) -> tuple[int, float]:
@@ -133,7 +144,7 @@ class StepTimeModel:
 
     def __init__(self, costs: ModelCosts | None = None) -> None:
         costs = ModelCosts() if costs is None else costs
-        gemms = (1 + (KNOTS / BALANCED_TOKENS) ** 4) ** 0.25
+        gemms = (costs.weights_read(KNOTS) ** 4 + (KNOTS / BALANCED_TOKENS) ** 4) ** 0.25
         pair = costs.pair / (BALANCED_TOKENS * ATTENTION_RATE)
         self._prior = np.concatenate([gemms, [costs.context_token, pair]])
         octaves = np.log2(KNOTS)
