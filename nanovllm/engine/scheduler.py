@@ -33,7 +33,7 @@ FreeInSeconds = abc.Callable[[Card], float]
 STEPS_AHEAD = 2
 """Steps in flight on a card: one that runs, and one queued behind it before the first one's tokens are seen."""
 
-STRETCH = 1.52
+STRETCH = 1.5
 """Where cards share prompts and no target is given, a step takes at most so many times what it would take without
 prompts."""
 
