@@ -321,6 +321,9 @@ def test_push_moves_exactly_the_listed_blocks_of_fp8():
     source = torch.randint(256, (7, 2, 2, 8, 64), dtype=torch.uint8).view(torch.float8_e4m3fn)
     target = torch.zeros(9, 2, 2, 8, 64, dtype=torch.float8_e4m3fn)
     push_blocks(source, target, torch.tensor([2, 6, 0, 0, 8, 2, 8, 3, 5]), 4)
-    expected, found, sent = torch.zeros(target.shape, dtype=torch.uint8), *(it.view(torch.uint8) for it in (target, source))
+    expected, found, sent = (
+        torch.zeros(target.shape, dtype=torch.uint8),
+        *(it.view(torch.uint8) for it in (target, source)),
+    )
     expected[0], expected[8, ..., 3:5, :] = sent[6], sent[2, ..., 3:5, :]
     assert torch.equal(found, expected)

@@ -24,7 +24,16 @@ from nanovllm.models.quantization import has_kv_scales, stored_format
 from nanovllm.utils.device import Device
 from nanovllm.utils.fp8 import E4M3, quantize_by
 from tests import fp8_checkpoints, tiny
-from tests.kernel_cases import DECODE, MIXED, PREFILL, check_fp8_store, check_steps, make_case, mixed_error, relative_error
+from tests.kernel_cases import (
+    DECODE,
+    MIXED,
+    PREFILL,
+    check_fp8_store,
+    check_steps,
+    make_case,
+    mixed_error,
+    relative_error,
+)
 from tests.test_mixed_step import serve
 from tests.test_shared_prompts import assert_whole, make, num_shared
 from tests.transfers import poison_after_handoff
@@ -33,7 +42,14 @@ TWO = {"enable_two_gpu_pd": True}
 FP8 = {"device": "cpu", "kv_cache_dtype": "fp8"}
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 SHAPE = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "block_size": 32, "device": "cpu"}
-KV_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True, "group_size": None}
+KV_SCHEME = {
+    "num_bits": 8,
+    "type": "float",
+    "strategy": "tensor",
+    "dynamic": False,
+    "symmetric": True,
+    "group_size": None,
+}
 SIZES = {"vocab_size": 216, "num_attention_heads": 8, "num_key_value_heads": 4}
 
 
@@ -51,7 +67,7 @@ def prompts_for(count, seed=0, shared=0):
 
 def scales_of(model):
     """[num_layers, 2, num_kv_heads]."""
-    return torch.stack([layer.attention.kv_scales for layer in model.model.layers])
+    return torch.stack(model.kv_scales())
 
 
 class Fp8Cache(DynamicCache):

@@ -269,9 +269,7 @@ def with_kv_cache(config: ModelDescription, option: str, *, is_drawn: bool) -> M
     """
     if config.has_kv_scales and option == "auto":
         logger.info("the checkpoint has scales of FP8 KV, which kv_cache_dtype='fp8' would use")
-    return dataclasses.replace(
-        config, has_fp8_kv=option == "fp8", has_kv_scales=config.has_kv_scales and not is_drawn
-    )
+    return dataclasses.replace(config, has_fp8_kv=option == "fp8", has_kv_scales=config.has_kv_scales and not is_drawn)
 
 
 def check_fp8(config: ModelDescription, devices: Iterable[Device]) -> None:

@@ -512,7 +512,7 @@ def _numbers_of(words, DTYPE: tl.constexpr, IS_CUDA: tl.constexpr):
 
     Words, not bytes, are what tensor cores' operands can be transposed by on their way out of shared memory.
     """
-    if IS_CUDA and DTYPE == tl.float16:
+    if IS_CUDA and DTYPE == tl.float16:  # noqa: SIM300 - it is an argument, whatever its name looks like
         # Of two words at a time: both first numbers, both second ones.
         return tl.inline_asm_elementwise(
             """{
@@ -784,7 +784,6 @@ def _decode_kernel(
     # queries share a KV head, and 8 columns are enough for most.
     if kv_scales is None:
         q = tl.trans(tl.load(query + offsets, mask=there[:, None], other=0.0))
-        DTYPE: tl.constexpr = q.dtype
     else:
         DTYPE: tl.constexpr = tl.float32 if query.dtype.element_ty == tl.float32 else tl.float16
         evens = offsets_of_heads + 2 * tl.arange(0, ROW)[None, :]

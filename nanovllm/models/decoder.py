@@ -290,6 +290,11 @@ class CausalLM(nn.Module):
             tensors["lm_head.weight"] = self.lm_head.checkpoint_tensor()
         return tensors
 
+    def kv_scales(self) -> list[torch.Tensor]:
+        """The scales of each layer's keys and values, [2, num_kv_heads] float32; none if KV is not in FP8."""
+        scales = (layer.attention.kv_scales for layer in self.model.layers)
+        return [of_layer for of_layer in scales if of_layer is not None]
+
     def substitute_checkpoint_tensors(self) -> dict[str, str]:
         """Names that a checkpoint may lack, and the names of the equal tensors to take instead."""
         return dict([self.tied_tensors]) if self.config.tie_word_embeddings else {}

@@ -16,8 +16,9 @@ QUANTIZATIONS = {"fp8": Fp8Format()}
 """Formats that weights in a wide type can be quantized to as they are loaded, by the name of the option."""
 SERVED = (
     "served are FP8 weights with dynamic scales of activations: of compressed-tensors, a scale for each channel and "
-    f"token, and of quant_method 'fp8' with weight_block_size [{BLOCK}, {BLOCK}]; or pass a checkpoint in float32, "
-    "float16 or bfloat16, with quantization='fp8' if it is to be quantized as it is loaded"
+    f"token, and of quant_method 'fp8' with weight_block_size [{BLOCK}, {BLOCK}]; and, of compressed-tensors, scales "
+    "of FP8 KV for each layer (kv_cache_scheme by 'tensor'); or pass a checkpoint in float32, float16 or bfloat16, "
+    "with quantization='fp8' if it is to be quantized as it is loaded"
 )
 LINEAR_LAYERS = (
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),

@@ -1,7 +1,8 @@
 """Numbers in FP8 (e4m3) with float32 scales: what is stored, and the rules by which numbers are quantized.
 
 A scale is 1 / 448 of the largest magnitude among the numbers that share it, 448 being the largest number of e4m3:
-value * scale is the number. Scales of KV are given instead (`quantize_by`). Knows nothing of layers, checkpoints or kernels.
+value * scale is the number. Scales of KV are given instead (`quantize_by`). Knows nothing of layers, checkpoints or
+kernels.
 """
 
 from __future__ import annotations

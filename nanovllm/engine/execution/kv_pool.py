@@ -20,9 +20,7 @@ GIB = 1024**3
 CPU_POOL_BYTES = 512 * 1024**2
 
 
-def make_kv_pool(
-    spec: RunnerSpec, device: Device, num_blocks: int, dtype: torch.dtype | None = None
-) -> torch.Tensor:
+def make_kv_pool(spec: RunnerSpec, device: Device, num_blocks: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], zeroed; of the spec's type for KV if None.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The scales of KV in FP8 where the checkpoint has none: found once, by a prompt of fixed tokens, before the engine runs.
+"""The scales of KV in FP8 where the checkpoint has none: found once, by a prompt of fixed tokens, at the start.
 
 They depend on the weights alone, so that what is stored in a block means the same in any step, on any card, and again
 after a preemption; nothing has to be stored twice, as it would if they came from the first requests.
@@ -42,10 +42,8 @@ def calibrate_kv_scales(forward: ForwardPass) -> None:
         largest.append(kv_cache.abs().amax(dim=(0, 3, 4)))
 
     _run_prompt(forward, LayerHooks(after_store=note))
-    layers = forward.model.model.layers
-    for layer, of_heads in zip(layers, largest, strict=True):
-        assert layer.attention.kv_scales is not None, "the model was made for KV in FP8"
-        layer.attention.kv_scales.copy_(scales_for(of_heads.float().cpu()))
+    for scales, of_heads in zip(forward.model.kv_scales(), largest, strict=True):
+        scales.copy_(scales_for(of_heads.float().cpu()))
     logger.info(
         "%s: scales of FP8 KV found by a prompt of %d tokens, with a margin of %g",
         forward.device,
@@ -71,9 +69,8 @@ def check_kv_scales(model: CausalLM) -> None:
     Raises:
         ModelLoadError: one of them is not a positive number.
     """
-    for index, layer in enumerate(model.model.layers):
-        for name, scales in zip(KV_SCALE_NAMES, layer.attention.kv_scales, strict=True):
-            scale = float(scales[0])
+    for index, scales in enumerate(model.kv_scales()):
+        for name, scale in zip(KV_SCALE_NAMES, scales[:, 0].tolist(), strict=True):
             if not 0.0 < scale < float("inf"):
                 raise ModelLoadError(
                     f"model.layers.{index}.self_attn.{name} is {scale}, not a positive number; download the checkpoint "
