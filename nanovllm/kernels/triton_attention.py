@@ -224,7 +224,7 @@ def _prefill(
     # float32 tiles take twice the shared memory, and their dot products run without tensor cores.
     is_wide = query.element_size() == 4
     tile_n = 16 if is_wide else PREFILL_TILE_N
-    use_tma = _has_tma(query.device) and not is_wide and block_size % tile_n == 0
+    use_tma = not is_wide and block_size % tile_n == 0 and _has_rows_for_tma(kv_cache)
     most_pieces = _most_tiles(metadata)
     has_pieces = most_pieces <= MOST_PLANNED_TILES
     partial = log_sums = None
@@ -289,7 +289,7 @@ def _decode(
     log_sums = torch.empty(num_programs, group, dtype=torch.float32, device=query.device)
     is_wide = query.element_size() == 4
     tile = _decode_tile(num_requests, has_fp8_kv=kv_scales is not None)
-    use_tma = _has_tma(query.device) and not is_wide and block_size % tile == 0
+    use_tma = not is_wide and block_size % tile == 0 and _has_rows_for_tma(kv_cache)
     _decode_kernel[(num_programs,)](
         query,
         _rows_descriptor(kv_cache, tile) if use_tma else kv_cache,
@@ -356,9 +356,18 @@ def _rows_descriptor(kv_cache: torch.Tensor, tile: int) -> TensorDescriptor:
 
     The rows run on through the other layers: a block's next block is `block stride / head_dim` rows further.
     """
+    head_dim = kv_cache.shape[-1]
+    return TensorDescriptor(kv_cache, [_num_rows(kv_cache), head_dim], [head_dim, 1], [tile, head_dim])
+
+
+def _num_rows(kv_cache: torch.Tensor) -> int:
     num_blocks, _, num_kv_heads, block_size, head_dim = kv_cache.shape
-    num_rows = (num_blocks - 1) * kv_cache.stride(0) // head_dim + 2 * num_kv_heads * block_size
-    return TensorDescriptor(kv_cache, [num_rows, head_dim], [head_dim, 1], [tile, head_dim])
+    return (num_blocks - 1) * kv_cache.stride(0) // head_dim + 2 * num_kv_heads * block_size
+
+
+def _has_rows_for_tma(kv_cache: torch.Tensor) -> bool:
+    """Whether there is a tensor memory accelerator, which counts rows in 32 bits: of 64 bytes, they are 128 GiB."""
+    return _has_tma(kv_cache.device) and _num_rows(kv_cache) < 2**31
 
 
 @functools.cache
