@@ -12,7 +12,14 @@ from __future__ import annotations
 
 import contextlib
 
-from lib.arguments import add_quantization, add_shape, add_tensor_parallel, model_options, new_parser
+from lib.arguments import (
+    add_kv_cache_dtype,
+    add_quantization,
+    add_shape,
+    add_tensor_parallel,
+    model_options,
+    new_parser,
+)
 from lib.ceilings import kv_bytes_per_token, weight_bytes
 from lib.loads import full_length, settle
 from lib.meters import DecodeTimer, Enough
@@ -35,6 +42,7 @@ def main() -> None:
     parser = new_parser(__doc__)
     add_shape(parser, "qwen3-0.6b")
     add_quantization(parser)
+    add_kv_cache_dtype(parser)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64, 256])
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--steps", type=int, default=60)
@@ -70,6 +78,7 @@ def main() -> None:
         {
             "model_shape": args.model_shape,
             "quantization": args.quantization,
+            "kv_cache_dtype": args.kv_cache_dtype,
             "tensor_parallel_size": num_ranks,
             "rows": rows,
         },

@@ -18,7 +18,7 @@ from lib.tensors import decode_problem, random_normal
 from nanovllm.kernels import ExpertWeights, triton_experts
 from nanovllm.kernels.triton_attention import Backend
 from nanovllm.kernels.triton_fp8 import quantize_tokens
-from nanovllm.utils.fp8 import Fp8Format, ScaledTokens, ScaledWeight
+from nanovllm.utils.fp8 import E4M3, Fp8Format, ScaledTokens, ScaledWeight
 
 
 @dataclass
@@ -210,6 +210,48 @@ def _random_experts(
     return ExpertWeights(router, stacked(2 * between, size), stacked(size, between), top_k, renormalizes=True)
 
 
+def measure_fp8_kv(backend: Backend, block_size: int) -> Iterator[Measured]:
+    """Attention to KV in FP8, and what stores it, beside the same in bfloat16; an 8B model's heads."""
+    scales = torch.full((2, 8), 2.0**-5, device="cuda")
+    for name, lengths in {"64 x 4096": [4096] * 64, "512 x 512": [512] * 512, "4 x 8192": [8192] * 4}.items():
+        both_us = []
+        for has_fp8_kv in (False, True):
+            calls = []
+            for _ in range(4):  # so many that no cache holds them all
+                query, pool, metadata = decode_problem(lengths, 32, 8, block_size, has_fp8_kv=has_fp8_kv)
+                metadata = replace(metadata, work_split=backend.split_work(metadata, 32, 8, has_fp8_kv=has_fp8_kv))
+                of_pool = scales if has_fp8_kv else None
+                calls.append(partial(backend.attend, query, pool, metadata, 0.09, None, of_pool))
+            both_us.append(time_us(*calls))
+        moved = sum(lengths) * 2 * 8 * 128
+        yield Measured(f"decode attention on FP8 KV, {name}", both_us[1], bytes=moved, bf16_us=both_us[0])
+    for prompts in ([8192], [1024] * 8):
+        _, pool, decode = decode_problem(prompts, 32, 8, block_size)
+        starts = torch.nn.functional.pad(decode.context_lens.cumsum(0, dtype=torch.int32), (1, 0))
+        slots = torch.zeros(sum(prompts), dtype=torch.int64, device="cuda")
+        metadata = replace(decode, query_starts=starts, max_query_len=max(prompts), slot_mapping=slots)
+        query = random_normal(sum(prompts), 32, 128)
+        bf16_us, us = (
+            time_us(partial(backend.attend, query, it, metadata, 0.09, None, of_pool))
+            for it, of_pool in ((pool, None), (pool.to(E4M3), scales))
+        )
+        flops = sum(4 * 32 * 128 * length**2 / 2 for length in prompts)
+        name = f"prefill attention on FP8 KV, {len(prompts)} x {prompts[0]}"
+        yield Measured(name, us, flops=flops, bf16_us=bf16_us)
+    num_tokens = 8192
+    _, pool, metadata = decode_problem([num_tokens], 32, 8, block_size)
+    slots = (metadata.block_tables[0].long()[:, None] * block_size + torch.arange(block_size, device="cuda")).flatten()
+    qkv, angles = random_normal(num_tokens, 48 * 128), torch.rand(num_tokens, 64, device="cuda")
+    rest = (torch.arange(num_tokens, device="cuda"), angles.cos(), angles.sin())
+    heads = (qkv, random_normal(128), random_normal(128), 1e-6, *rest)
+    bf16_us, us = (
+        time_us(partial(backend.norm_rotate_store, *heads, it, slots, of_pool))
+        for it, of_pool in ((pool, None), (pool.to(E4M3), scales))
+    )
+    moved = 2 * qkv.nbytes - num_tokens * 16 * 128 + angles.nbytes * 2
+    yield Measured(f"QK-norm, rotary and store of FP8 KV, {num_tokens}", us, bytes=moved, bf16_us=bf16_us)
+
+
 SECTIONS = {
     "decode": measure_decode,
     "prefill": measure_prefill,
@@ -217,6 +259,7 @@ SECTIONS = {
     "rest": measure_rest,
     "fp8": measure_fp8,
     "experts": measure_experts,
+    "fp8_kv": measure_fp8_kv,
 }
 
 

@@ -14,7 +14,15 @@ import argparse
 from collections.abc import Sequence
 from statistics import median
 
-from lib.arguments import add_mode, add_quantization, add_shape, engine_options, new_parser, parse_args
+from lib.arguments import (
+    add_kv_cache_dtype,
+    add_mode,
+    add_quantization,
+    add_shape,
+    engine_options,
+    new_parser,
+    parse_args,
+)
 from lib.ceilings import gemm_rate, linear_flops
 from lib.loads import full_length, generate_timed
 from lib.report import report
@@ -27,6 +35,7 @@ def read_options() -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_shape(parser, "qwen3-8b")
     add_quantization(parser)
+    add_kv_cache_dtype(parser)
     add_mode(parser, "single", ("single", "elastic"))
     parser.add_argument("--prompt-len", type=int, default=8192)
     parser.add_argument("--num-prompts", type=int, default=8)
@@ -92,6 +101,7 @@ def main() -> None:
             "mode": args.mode,
             "model_shape": args.model_shape,
             "quantization": args.quantization,
+            "kv_cache_dtype": args.kv_cache_dtype,
             "prompt_len": args.prompt_len,
             "num_prompts": args.num_prompts,
             "seconds": seconds,

@@ -14,6 +14,7 @@ from nanovllm.errors import ConfigError, short_repr
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 QUANTIZATIONS = ("fp8",)
+KV_CACHE_DTYPES = ("auto", "fp8")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 ATTENTION_BACKENDS = ("auto", "torch", "triton", "flash_attn")
 KV_HANDOFFS = ("auto", "copy", "push", "direct")
@@ -66,6 +67,9 @@ class EngineConfig:
             of experts: those of a checkpoint that has them in a wider type are quantized as they are loaded, with a
             scale for each output. Their inputs are quantized token by token. None for what the checkpoint has. Needs a
             CPU, or a GPU with FP8 (Ada, Hopper and later).
+        kv_cache_dtype: `auto` (the type of the model) or `fp8`: keys and values are stored as e4m3, with a scale for
+            each KV head of a layer, so that twice as many fit. The scales are the checkpoint's if it has them, else
+            found by a prompt of fixed tokens at the start. Needs what `quantization` needs.
         load_format: `auto` and `safetensors` read the checkpoint's weights; `dummy` makes random ones.
         attention_backend: `torch`, `triton`, `flash_attn`, or `auto`: `triton` on a GPU if it can serve there, else
             `torch`.
@@ -118,6 +122,7 @@ class EngineConfig:
     device: str = "auto"
     dtype: str = "auto"
     quantization: str | None = None
+    kv_cache_dtype: str = "auto"
     load_format: str = "auto"
     attention_backend: str = "auto"
     enable_prefix_caching: bool = True
@@ -173,6 +178,7 @@ class EngineConfig:
         _check_choice("dtype", self.dtype, DTYPES)
         if self.quantization is not None:
             _check_choice("quantization", self.quantization, QUANTIZATIONS)
+        _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         _check_bool("enforce_eager", self.enforce_eager)

@@ -23,6 +23,7 @@ from tests.kernel_cases import (
     MIXED,
     OPTIONAL,
     PREFILL,
+    check_fp8_store,
     check_fused,
     check_rows,
     check_steps,
@@ -321,3 +322,81 @@ def test_a_layer_of_experts_has_programs_for_all_tiles():
                 scores += bias * torch.linspace(0, 1, num_experts)
                 counts = scores.topk(top_k).indices.flatten().bincount(minlength=num_experts)
                 assert ((counts + tile - 1) // tile).sum() <= most
+
+
+# KV in FP8
+
+
+@pytest.mark.usefixtures("rounds_to_fp8", "has_tma")
+@pytest.mark.parametrize("spans", [DECODE, PREFILL], ids=["decode", "prefill"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "block_size"),
+    [slow(2, 2, 64, 16), (8, 2, 64, 32), slow(6, 2, 128, 64)],
+)
+def test_attention_to_fp8_kv_equals_float64(spans, dtype, num_heads, num_kv_heads, head_dim, block_size):
+    shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "block_size": block_size}
+    case = make_case(spans, device="cpu", dtype=dtype, has_fp8_kv=True, **shape)
+    assert relative_error(Backend(), case) < TOLERANCE[dtype]
+
+
+@pytest.mark.usefixtures("rounds_to_fp8")
+@pytest.mark.parametrize("with_split", [True, False])
+@pytest.mark.parametrize(("rows", "chunks", "num_empty_rows"), MIXED)
+def test_attention_of_both_parts_to_fp8_kv_equals_float64(monkeypatch, rows, chunks, num_empty_rows, with_split):
+    monkeypatch.setattr(triton_attention, "_has_tma", lambda device: with_split)
+    shape = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "block_size": 64, "device": "cpu", "has_fp8_kv": True}
+    error = mixed_error(Backend(), rows, chunks, num_empty_rows, with_split=with_split, dtype=torch.float16, **shape)
+    assert error < TOLERANCE[torch.float16]
+
+
+@pytest.mark.usefixtures("rounds_to_fp8")
+@pytest.mark.parametrize("num_sms", [1, 9, 40])
+@pytest.mark.parametrize("spans", [[64, 1, 33, 32, 31, 700, 5, 96], [65, 700, 64]], ids=["many", "few"])
+def test_decode_on_fp8_kv_spread_over_any_number_of_sms(monkeypatch, spans, num_sms):
+    monkeypatch.setattr(triton_attention, "_has_tma", lambda device: True)
+    shape = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "block_size": 64, "has_fp8_kv": True}
+    case = make_case([(1, length) for length in spans], device="cpu", dtype=torch.float16, **shape)
+    case = replace(case, metadata=replace(case.metadata, num_sms=num_sms))
+    assert relative_error(Backend(), case) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.usefixtures("rounds_to_fp8")
+def test_prompts_on_fp8_kv_are_divided_into_pieces(monkeypatch):
+    monkeypatch.setattr(triton_attention, "_has_tma", lambda device: True)
+    monkeypatch.setattr(triton_attention, "SPLIT_KEYS", 192)
+    shape = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "block_size": 64, "has_fp8_kv": True}
+    case = make_case([(70, 1800), (5, 300), (64, 64)], device="cpu", dtype=torch.float16, **shape)
+    case = replace(case, metadata=replace(case.metadata, num_sms=16))
+    plan = case.split(Backend(), case.metadata, 4, 2)
+    assert plan[0] > 4
+    for _ in range(2):
+        assert relative_error(Backend(), replace(case, metadata=replace(case.metadata, work_split=plan))) < 2e-3
+
+
+@pytest.mark.usefixtures("rounds_to_fp8")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
+def test_what_is_stored_in_fp8_saturates_and_shows_what_is_not_finite(dtype):
+    check_fp8_store(Backend(), device="cpu", dtype=dtype)
+
+
+@pytest.mark.usefixtures("rounds_to_fp8")
+@pytest.mark.parametrize("block_size", [32, slow(96)])
+def test_what_steps_leave_in_unused_places_of_fp8_reaches_no_answer(monkeypatch, block_size):
+    monkeypatch.setattr(triton_attention, "_has_tma", lambda device: True)
+    options = {"block_size": block_size, "seed": block_size, "has_fp8_kv": True}
+    check_steps(Backend(), device="cpu", dtype=torch.float16, **options)
+
+
+def test_push_moves_exactly_the_listed_blocks_of_fp8():
+    from nanovllm.kernels.triton_transfer import push_blocks
+
+    source = torch.randint(256, (7, 2, 2, 8, 64), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    target = torch.zeros(9, 2, 2, 8, 64, dtype=torch.float8_e4m3fn)
+    push_blocks(source, target, torch.tensor([2, 6, 0, 0, 8, 2, 8, 3, 5]), 4)
+    expected, found, sent = (
+        torch.zeros(target.shape, dtype=torch.uint8),
+        *(it.view(torch.uint8) for it in (target, source)),
+    )
+    expected[0], expected[8, ..., 3:5, :] = sent[6], sent[2, ..., 3:5, :]
+    assert torch.equal(found, expected)

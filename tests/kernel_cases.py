@@ -11,6 +11,7 @@ import torch
 
 from nanovllm.kernels import NUM_ROW_FIELDS, AttentionMetadata, Kernels, RowField, torch_reference
 from nanovllm.layers.attention import PagedAttention
+from nanovllm.utils.fp8 import E4M3, quantize_by
 
 # (query length, context length) of each request: decode, whole prompts, chunks behind a cached prefix, odd borders.
 DECODE = [(1, 1), (1, 15), (1, 16), (1, 17), (1, 700), (1, 63)]
@@ -27,6 +28,7 @@ class Case:
     tables: tuple[torch.Tensor | None, torch.Tensor | None]
     pool: torch.Tensor
     metadata: AttentionMetadata
+    kv_scales: torch.Tensor | None = None
 
     @property
     def kv_cache(self) -> torch.Tensor:
@@ -36,7 +38,27 @@ class Case:
     def store(self, backend: Kernels, kv_cache: torch.Tensor) -> torch.Tensor:
         """The query heads; keys and values go to `kv_cache`."""
         slots = self.metadata.slot_mapping
-        return backend.norm_rotate_store(self.qkv, *self.weights, 1e-6, self.positions, *self.tables, kv_cache, slots)
+        heads = self.qkv, *self.weights, 1e-6, self.positions, *self.tables
+        return backend.norm_rotate_store(*heads, kv_cache, slots, self.kv_scales)
+
+    def split(self, backend: Kernels, metadata: AttentionMetadata, *heads: int) -> torch.Tensor | None:
+        return backend.split_work(metadata, *heads, has_fp8_kv=self.kv_scales is not None)
+
+    def expected(self, query: torch.Tensor, kv_cache: torch.Tensor, scale: float) -> torch.Tensor:
+        """Attention of `query` to the numbers that are stored in `kv_cache`, in float64."""
+        wide = kv_cache.double()
+        if self.kv_scales is not None:
+            wide = wide * self.kv_scales.double()[:, :, None, None]
+        output, starts = torch.empty_like(query, dtype=torch.float64), self.metadata.query_starts.tolist()
+        for row, context_len in enumerate(self.metadata.context_lens.tolist()):
+            q = query[starts[row] : starts[row + 1]].double().transpose(0, 1)
+            context = torch_reference.gather_context(wide, self.metadata.block_tables[row], context_len)
+            key, value = (it.repeat_interleave(len(q) // len(it), dim=0) for it in context)
+            positions = torch.arange(context_len, device=q.device)
+            hidden = positions > positions[context_len - q.shape[1] :, None]
+            scores = (q @ key.transpose(1, 2) * scale).masked_fill(hidden, float("-inf"))
+            output[starts[row] : starts[row + 1]] = (scores.softmax(dim=-1) @ value).transpose(0, 1)
+        return output
 
 
 def make_case(
@@ -51,8 +73,12 @@ def make_case(
     seed: int = 0,
     has_norm: bool = True,
     has_rope: bool = True,
+    has_fp8_kv: bool = False,
 ) -> Case:
-    """A layer's view of a pool of three layers, whose blocks are given out in random order; unused places are NaN."""
+    """A layer's view of a pool of three layers, whose blocks are given out in random order; unused places are NaN.
+
+    A pool in FP8 has scales that are no powers of two, and other ones for each head.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -61,7 +87,11 @@ def make_case(
     tile = math.gcd(block_size, 64)
     counts = [-(-context // block_size) for _, context in spans]
     order = torch.randperm(sum(counts) + 3, generator=generator)
-    pool = torch.full((len(order), 3, 2, num_kv_heads, block_size, head_dim), float("nan"), dtype=dtype, device=device)
+    shape = (len(order), 3, 2, num_kv_heads, block_size, head_dim)
+    pool = torch.full(shape, float("nan"), dtype=E4M3 if has_fp8_kv else dtype, device=device)
+    kv_scales = torch.linspace(0.011, 0.07, 2 * num_kv_heads, device=device).view(2, -1) if has_fp8_kv else None
+    # Bytes can be indexed on any device.
+    places_of = pool.view(torch.uint8) if has_fp8_kv else pool
     tables = torch.full((len(spans), max(counts)), 10**6, dtype=torch.int32)
     slots, first = [], 0
     for row, ((query_len, context_len), count) in enumerate(zip(spans, counts, strict=True)):
@@ -72,11 +102,14 @@ def make_case(
         all_slots = blocks[places // block_size] * block_size + places % block_size
         cached = all_slots[: context_len - query_len]
         for side in (0, 1):
-            pool[cached // block_size, 1, side, :, cached % block_size] = normal(len(cached), num_kv_heads, head_dim)
+            stored = normal(len(cached), num_kv_heads, head_dim)
+            if kv_scales is not None:
+                stored = quantize_by(stored, kv_scales[side][:, None]).view(torch.uint8)
+            places_of[cached // block_size, 1, side, :, cached % block_size] = stored
         # As the step that stored the last of them has left it.
         if len(cached):
             block, place = divmod(int(cached[-1]), block_size)
-            pool[block, 1, 1, :, place + 1 : place - place % tile + tile] = 0
+            places_of[block, 1, 1, :, place + 1 : place - place % tile + tile] = 0
         slots.append(all_slots[context_len - query_len :])
     lengths = torch.tensor([query_len for query_len, _ in spans])
     contexts = torch.tensor([context_len for _, context_len in spans], dtype=torch.int32)
@@ -94,28 +127,55 @@ def make_case(
     angles = torch.rand(int(contexts.max()), head_dim // 2, generator=generator).to(device) * 6
     weights = (1 + 0.1 * normal(head_dim), 1 + 0.1 * normal(head_dim))
     tables_of_angles = (angles.cos(), angles.sin()) if has_rope else (None, None)
-    return Case(qkv, weights if has_norm else (None, None), positions, tables_of_angles, pool, metadata)
+    weights_of_norms = weights if has_norm else (None, None)
+    return Case(qkv, weights_of_norms, positions, tables_of_angles, pool, metadata, kv_scales)
 
 
 def relative_error(backend: Kernels, case: Case) -> float:
     """Stores and attends with `backend`; ||out - ref|| / ||ref|| against the reference, which stores for itself."""
     expected_cache = case.kv_cache.clone()
-    reference = torch_reference.Backend()
-    expected_query = case.store(reference, expected_cache)
+    expected_query = case.store(torch_reference.Backend(), expected_cache)
     scale = expected_query.shape[-1] ** -0.5
-    expected = reference.attend(expected_query.float(), expected_cache.float(), case.metadata, scale)
     query = case.store(backend, case.kv_cache)
     tolerance = 2e-2 if query.element_size() == 2 else 1e-5
     torch.testing.assert_close(query, expected_query, atol=tolerance, rtol=tolerance)
     # Keys are rounded after other orders of summation. Untouched places are NaN in both, but values may be cleared.
-    untouched = expected_cache.isnan()
-    torch.testing.assert_close(case.kv_cache[~untouched], expected_cache[~untouched], atol=tolerance, rtol=tolerance)
-    assert case.kv_cache[:, 0][untouched[:, 0]].isnan().all()
-    assert (case.kv_cache[:, 1][untouched[:, 1]].nan_to_num(0) == 0).all()
-    assert case.pool[:, [0, 2]].isnan().all(), "writes to other layers"
-    output = backend.attend(query, case.kv_cache, case.metadata, scale).float()
+    stored, expected_stored = case.kv_cache.float(), expected_cache.float()
+    untouched = expected_stored.isnan()
+    if case.kv_scales is None:
+        torch.testing.assert_close(stored[~untouched], expected_stored[~untouched], atol=tolerance, rtol=tolerance)
+        expected = case.expected(expected_query, expected_cache, scale)
+    else:
+        # Where a last bit rounds a key to another number of e4m3, it is the next one.
+        torch.testing.assert_close(stored[~untouched], expected_stored[~untouched], atol=2**-9, rtol=2**-3)
+        assert (stored != expected_stored)[~untouched].float().mean() < 0.01
+        expected = case.expected(expected_query, case.kv_cache, scale)
+    assert stored[:, 0][untouched[:, 0]].isnan().all()
+    assert (stored[:, 1][untouched[:, 1]].nan_to_num(0) == 0).all()
+    assert case.pool[:, [0, 2]].float().isnan().all(), "writes to other layers"
+    output = backend.attend(query, case.kv_cache, case.metadata, scale, None, case.kv_scales).float()
     assert not output.isnan().any(), "reads beyond a request's context"
     return ((output - expected).norm() / expected.norm()).item()
+
+
+def check_fp8_store(backend: Kernels, *, device: str, dtype: torch.dtype) -> None:
+    """Each number as the format has it; what is too large is the largest number, what is not finite is seen."""
+    shape = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "block_size": 16}
+    case = make_case([(7, 7)], device=device, dtype=dtype, has_norm=False, has_rope=False, has_fp8_kv=True, **shape)
+    heads = case.qkv.view(7, 8, 64)
+    heads[0, 4, :3] = torch.tensor([6e4, -6e4, 0.0])
+    heads[1, 6:, 5], heads[2, 5, 0], heads[3, 7, 1] = 6e4, float("inf"), float("nan")
+    case.store(backend, case.kv_cache)
+    block = int(case.metadata.block_tables[0, 0])
+    stored = case.kv_cache[block, :, :, :7].float().permute(2, 0, 1, 3)
+    expected = heads[:, 4:].view(7, 2, 2, 64).float() / case.kv_scales[:, :, None]
+    is_finite = expected.isfinite()
+    assert torch.equal(stored.isnan(), ~is_finite)
+    assert int((~is_finite).sum()) == 2
+    nearest = expected.clamp(-448, 448).to(E4M3).float()
+    assert torch.equal(stored[is_finite], nearest[is_finite])
+    assert stored[0, 0, 0, :3].tolist() == [448.0, -448.0, 0.0]
+    assert (stored[1, 1, :, 5] == 448.0).all()
 
 
 def mixed_error(
@@ -158,12 +218,13 @@ def mixed_error(
     )
     if with_split:
         heads = shape["num_heads"], num_kv_heads
-        decode = replace(decode, work_split=backend.split_work(decode, *heads))
-        metadata = replace(metadata, work_split=backend.split_work(metadata, *heads), decode=decode)
+        decode = replace(decode, work_split=case.split(backend, decode, *heads))
+        metadata = replace(metadata, work_split=case.split(backend, metadata, *heads), decode=decode)
     # Behind the split, whose kernel must not come right before those of attention.
     query = case.store(backend, case.kv_cache)
-    expected = torch_reference.Backend().attend(query.float(), case.kv_cache.float(), whole, head_dim**-0.5)
-    attention = PagedAttention(head_dim, 1e-6, None, backend, qk_norm=False, dtype=shape["dtype"], device=device)
+    expected = case.expected(query, case.kv_cache, head_dim**-0.5)
+    options = {"qk_norm": False, "dtype": shape["dtype"], "device": device, "kv_scales": case.kv_scales}
+    attention = PagedAttention(head_dim, 1e-6, None, backend, **options)
     output = attention.attend(query, case.kv_cache, metadata).float()
     assert not output.isnan().any(), "reads beyond a request's context"
     return ((output - expected).norm() / expected.norm()).item()
@@ -263,7 +324,9 @@ def check_rows(backend: Kernels, *, device: str) -> None:
         assert numbers[RowField.POSITION, -1] == 0
 
 
-def check_steps(backend: Kernels, *, device: str, dtype: torch.dtype, block_size: int, seed: int) -> None:
+def check_steps(
+    backend: Kernels, *, device: str, dtype: torch.dtype, block_size: int, seed: int, has_fp8_kv: bool = False
+) -> None:
     """Chunks of prompts and decode steps in random order, padded as in graphs, in a pool that begins as NaN.
 
     What a step leaves behind in a block's unused places must not reach the answers of later ones.
@@ -272,7 +335,8 @@ def check_steps(backend: Kernels, *, device: str, dtype: torch.dtype, block_size
     generator = torch.Generator().manual_seed(seed)
     num_heads, num_kv_heads, head_dim, num_blocks = 4, 2, 64, 20
     shape = (num_blocks + 1, 2, num_kv_heads, block_size, head_dim)
-    pool, expected_pool = (torch.full(shape, float("nan"), dtype=dtype, device=device) for _ in range(2))
+    pool_type, kv_scales = (E4M3, torch.full(shape[1:3], 0.02, device=device)) if has_fp8_kv else (dtype, None)
+    pool, expected_pool = (torch.full(shape, float("nan"), dtype=pool_type, device=device) for _ in range(2))
     weights = (torch.ones(head_dim, dtype=dtype, device=device),) * 2
     angles = torch.rand(num_blocks * block_size, head_dim // 2, generator=generator).to(device)
     free = rng.sample(range(num_blocks), num_blocks)
@@ -326,8 +390,10 @@ def check_steps(backend: Kernels, *, device: str, dtype: torch.dtype, block_size
         qkv = torch.randn(len(slots), (num_heads + 2 * num_kv_heads) * head_dim, generator=generator).to(device, dtype)
         qkv[num_tokens:] = 1e4
         arguments = (qkv, *weights, 1e-6, torch.tensor(positions, device=device), angles.cos(), angles.sin())
-        query = backend.norm_rotate_store(*arguments, pool, metadata.slot_mapping)
-        expected_query = reference.norm_rotate_store(*arguments, expected_pool, metadata.slot_mapping)
-        output = backend.attend(query, pool, metadata, 0.125)[:num_tokens].float()
-        expected = reference.attend(expected_query.float(), expected_pool.float(), metadata, 0.125)[:num_tokens]
-        assert (output - expected).norm() < 1e-2 * expected.norm(), "reads what is not the request's"
+        query = backend.norm_rotate_store(*arguments, pool, metadata.slot_mapping, kv_scales)
+        expected_query = reference.norm_rotate_store(*arguments, expected_pool, metadata.slot_mapping, kv_scales)
+        output = backend.attend(query, pool, metadata, 0.125, None, kv_scales)[:num_tokens].float()
+        wide_pool = expected_pool if has_fp8_kv else expected_pool.float()
+        expected = reference.attend(expected_query.float(), wide_pool, metadata, 0.125, None, kv_scales)[:num_tokens]
+        allowed = 3e-2 if has_fp8_kv else 1e-2  # a key may be rounded the other way
+        assert (output - expected).norm() < allowed * expected.norm(), "reads what is not the request's"

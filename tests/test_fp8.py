@@ -356,7 +356,7 @@ REFUSED = [
     (changed("channel", ignore=["re:.*proj"]), "leaves model.layers.0.self_attn.q_proj as it is"),
     (changed("channel", ignore=["re:^model.layers.0.mlp.dow"]), "leaves model.layers.0.mlp.down_proj as it is"),
     (changed("channel", ignore=["re:(a+)+b"]), r"the pattern 're:\(a\+\)\+b' in ignore"),
-    (changed("channel", kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme="),
+    (changed("channel", kv_cache_scheme={"num_bits": 8}), "of kv_cache_scheme"),
     (changed("channel", sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config="),
     (changed("channel", transform_config={"config_groups": {"R1": {}}}), "transform_config="),
     (changed("channel", quantization_status="frozen"), "quantization_status='frozen'"),

@@ -63,15 +63,19 @@ def kernel_cases(capability: int):
                 common = {"HEAD_DIM": head_dim, "USE_TMA": use_tma}
                 tiles = {"TILE_N": 16 if wide else 64, "STAGES": 1 if wide else 3}
                 whole = {"HAS_PIECES": False, "partial": None, "log_sums": None}
+                wide_kv = {"kv_scales": None}
                 for changes in (whole, {}, {"NUM_HEADS": 9, "NUM_KV_HEADS": 3}):
-                    constants = {**PREFILL, **changes, **tiles, **common}
+                    constants = {**PREFILL, **changes, **tiles, **common, **wide_kv}
                     yield "_prefill_kernel", dtype, constants, {"num_warps": 8 if wide else 4}
-                stages = {"STAGES": 2 if wide else 3, "COMBINED": 4, "HAS_SPLIT": True}
+                stages = {"STAGES": 2 if wide else 3, "COMBINED": 4, "HAS_SPLIT": True, "IS_CUDA": True}
                 for heads in ({}, {"NUM_KV_HEADS": 3, "GROUP": 3}):
-                    constants = {**DECODE, **heads, **stages, **common}
+                    constants = {**DECODE, **heads, **stages, **common, **wide_kv}
                     yield "_decode_kernel", dtype, constants, {"num_warps": 4 if wide else 1}
             for changes in ({}, NO_NORM, NO_ROPE, {**NO_NORM, **NO_ROPE}, NINE_HEADS):
-                yield "_norm_rotate_store_kernel", dtype, {**STORE, "HEAD_DIM": head_dim, **changes}, {}
+                constants = {**STORE, "HEAD_DIM": head_dim, **changes, "kv_scales": None}
+                yield "_norm_rotate_store_kernel", dtype, constants, {}
+            if capability >= 89:
+                yield from fp8_kv_cases(dtype, head_dim, has_tma=capability >= 90)
     chunks = {"CHUNK_TILES": 32, "PROGRAMS_PER_SM": 2, "MAX_PROGRAMS_PER_SM": 16, "PADDED_REQUESTS": 512}
     yield "_share_out_kernel", "words", {"TILE": 32, "ends": None, "NUM_KV_HEADS": 8, **chunks}, {}
     yield "_share_out_kernel", "words", {"TILE": 64, "NUM_KV_HEADS": None, **chunks}, {}
@@ -97,6 +101,23 @@ def kernel_cases(capability: int):
     yield from fp8_cases(capability)
     yield from expert_cases(capability)
     yield "_push_kernel", "words", {"PIECE": 4096, "ROW_WORDS": 64, "BLOCK_SIZE": 64}, {"num_warps": 8}
+
+
+def fp8_kv_cases(dtype: str, head_dim: int, *, has_tma: bool):
+    """Attention to a pool in FP8, and what stores there."""
+    from nanovllm.kernels import triton_attention
+
+    wide = dtype == "float32"
+    for use_tma in (False, True) if has_tma and not wide else (False,):
+        common = {"HEAD_DIM": head_dim, "USE_TMA": use_tma}
+        for changes in ({}, {"HAS_PIECES": False, "partial": None, "log_sums": None}):
+            tiles = {"TILE_N": 16 if wide else 64, "STAGES": 1 if wide else 3}
+            yield "_prefill_kernel", dtype, {**PREFILL, **changes, **tiles, **common}, {"num_warps": 8 if wide else 4}
+        for tile in (triton_attention.FP8_DECODE_TILE, triton_attention.FP8_FEW_REQUESTS_TILE):
+            stages = {"STAGES": 2 if wide else triton_attention.DECODE_STAGES, "COMBINED": 4, "HAS_SPLIT": True}
+            constants = {**DECODE, **stages, **common, "TILE": tile, "IS_CUDA": True}
+            yield "_decode_kernel", dtype, constants, {"num_warps": 4 if wide else 1}
+    yield "_norm_rotate_store_kernel", dtype, {**STORE, "HEAD_DIM": head_dim}, {}
 
 
 def fp8_cases(capability: int):
@@ -214,13 +235,16 @@ FLOAT_POINTERS = {
     "temperatures",
     "row_temperatures",
     "scales",
+    "kv_scales",
     "x_scales",
     "w_scales",
     "weights",
 }
 
 
-def argument_type(kernel: str, name: str, dtype: str) -> str:
+def argument_type(kernel: str, name: str, dtype: str, *, has_fp8_kv: bool) -> str:
+    if has_fp8_kv and name == "kv_cache":
+        return "*i16" if kernel == "_decode_kernel" else "*fp8e4nv"
     if (kernel, name) in {
         ("_scaled_linear_kernel", "x"),
         ("_scaled_linear_kernel", "weight"),
@@ -272,7 +296,9 @@ def test_kernels_compile_without_a_gpu(capability):
     for name, dtype, constants, options in kernel_cases(capability):
         kernel = kernels[name]
         signature = {
-            argument: "constexpr" if argument in constants else argument_type(name, argument, dtype)
+            argument: "constexpr"
+            if argument in constants
+            else argument_type(name, argument, dtype, has_fp8_kv="kv_scales" not in constants)
             for argument in kernel.arg_names
         }
         if name == "_expert_linear_kernel" and "w_scales" not in constants:
@@ -282,8 +308,9 @@ def test_kernels_compile_without_a_gpu(capability):
             options = {**options, "launch_pdl": capability >= 90}
             signature["OVERLAPS"] = "constexpr"
         if constants.get("USE_TMA"):
-            rows = constants.get("TILE_N") or constants["TILE"]
-            signature["kv_rows"] = f"tensordesc<{POINTER_TYPES[dtype][1:]}[{rows},{constants['HEAD_DIM']}]>"
+            rows, row_type = constants.get("TILE_N") or constants["TILE"], signature["kv_cache"][1:]
+            width = constants["HEAD_DIM"] // (2 if row_type == "i16" else 1)
+            signature["kv_rows"] = f"tensordesc<{row_type}[{rows},{width}]>"
         # As launches find them: else bytes would be loaded one by one.
         aligned = [place for place, kind in enumerate(signature.values()) if kind == "*fp8e4nv"]
         if name in ("_scaled_linear_kernel", "_expert_linear_kernel", "_route_kernel"):

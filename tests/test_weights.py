@@ -137,10 +137,30 @@ def test_perplexity_with_fp8_weights(smollm2_path, reference):
 
     Two thirds of that are the weights', one third the inputs'.
     """
-    ids = reference.text_ids
     with LLM(str(smollm2_path), **OPTIONS, quantization="fp8") as llm:
-        for step_sizes in ([len(ids)], [100, 37, len(ids) - 145, *[1] * 8]):
-            found = logprobs_through_the_pool(llm, ids, step_sizes)
-            assert 1.0 < math.exp(float(reference.logprobs.mean() - found.mean())) < 1.04
+        check_perplexity(llm, reference, 1.04)
         answers = llm.chat(weights.CHATS[:1], SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)
     assert "Paris" in answers[0]["text"]
+
+
+def test_perplexity_with_fp8_kv(smollm2_path, reference):
+    """Less than 1 %, by scales that are found at the start; half of the chats begin as they do in float32."""
+    with LLM(str(smollm2_path), **OPTIONS, kv_cache_dtype="fp8") as llm:
+        check_perplexity(llm, reference, 1.02)
+        answers = llm.chat(weights.CHATS, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+    pairs = zip(answers, reference.answers, strict=True)
+    assert sum(answer["token_ids"] == tokens[:8] for answer, tokens in pairs) >= 8
+
+
+def test_perplexity_with_fp8_weights_and_kv(smollm2_path, reference):
+    """No more than what the weights cost alone, but for chance."""
+    with LLM(str(smollm2_path), **OPTIONS, quantization="fp8", kv_cache_dtype="fp8") as llm:
+        check_perplexity(llm, reference, 1.04)
+
+
+def check_perplexity(llm, reference, most):
+    """Of the text by one chunk, and by chunks and single tokens that read the pool: at most so many times float32's."""
+    ids = reference.text_ids
+    for step_sizes in ([len(ids)], [100, 37, len(ids) - 145, *[1] * 8]):
+        found = logprobs_through_the_pool(llm, ids, step_sizes)
+        assert 1.0 < math.exp(float(reference.logprobs.mean() - found.mean())) < most

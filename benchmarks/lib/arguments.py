@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanovllm.config import DECODE_PIPELINES, KV_HANDOFFS, QUANTIZATIONS, EngineConfig
+from nanovllm.config import DECODE_PIPELINES, KV_CACHE_DTYPES, KV_HANDOFFS, QUANTIZATIONS, EngineConfig
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {
@@ -92,6 +92,13 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="weights of the linear layers")
 
 
+def add_kv_cache_dtype(parser: argparse.ArgumentParser) -> None:
+    """Adds `--kv-cache-dtype`."""
+    parser.add_argument(
+        "--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="how keys and values are stored"
+    )
+
+
 def add_model(parser: argparse.ArgumentParser, default_shape: str) -> None:
     """Adds `--model-shape` and `--model`."""
     add_shape(parser, default_shape)
@@ -169,7 +176,7 @@ def write_shape(name: str) -> str:
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
     """What to serve, as arguments of `LLM`: the checkpoint of `--model`, or random weights of the shape."""
-    options = {"quantization": args.quantization} if "quantization" in args else {}
+    options = {name: getattr(args, name) for name in ("quantization", "kv_cache_dtype") if name in args}
     if args.model:
         return {"model": args.model, **options}
     return {"model": write_shape(args.model_shape), "load_format": "dummy", **options}

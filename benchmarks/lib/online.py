@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.arguments import add_mode, add_model, add_prefill_chunk_tokens, engine_options, parse_args
+from lib.arguments import (
+    add_kv_cache_dtype,
+    add_mode,
+    add_model,
+    add_prefill_chunk_tokens,
+    engine_options,
+    parse_args,
+)
 from lib.drift import Phase, drift_load, parse_phase, print_phases, summarize_phases
 from lib.loads import WORKLOADS, Request, make_load, make_streams
 from lib.report import QUANTILES, quantiles_ms
@@ -19,6 +26,7 @@ def add_service(parser: argparse.ArgumentParser, modes: Sequence[str]) -> None:
     """Adds what is served, and which load it gets."""
     add_mode(parser, "single", modes)
     add_model(parser, "qwen3-0.6b")
+    add_kv_cache_dtype(parser)
     parser.add_argument("--workload", choices=WORKLOADS, help="chat if not given")
     parser.add_argument("--trace", help="file of JSON lines to serve instead of a workload and its rates")
     parser.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import threading
@@ -159,6 +160,7 @@ def resolved_options(
         "device": decode_runner.device.kind,
         "dtype": str(spec.dtype).removeprefix("torch."),
         "quantization": None if spec.model_config.quantization is None else "fp8",
+        "kv_cache_dtype": "fp8" if spec.model_config.has_fp8_kv else str(spec.dtype).removeprefix("torch."),
         "load_format": "safetensors" if spec.load_format == "auto" else spec.load_format,
         "attention_backend": spec.attention.backend.name,
         "prefill_device_id": prefill_runner.device.index,
@@ -190,7 +192,9 @@ def runner_spec(config: EngineConfig, folder: Path, hf_config: dict[str, Any], d
     if config.load_format != "dummy":
         model_config = with_untied_lm_head(folder, model_class, model_config)
     check_ranks(config.tensor_parallel_size, model_config, device)
-    model_config = with_quantization(model_config, config.quantization, is_drawn=config.load_format == "dummy")
+    is_drawn = config.load_format == "dummy"
+    model_config = with_quantization(model_config, config.quantization, is_drawn=is_drawn)
+    model_config = with_kv_cache(model_config, config.kv_cache_dtype, is_drawn=is_drawn)
     dtype = resolve_dtype(config.dtype, hf_config, device)
     needs = BackendRequirements(
         device.kind,
@@ -199,6 +203,7 @@ def runner_spec(config: EngineConfig, folder: Path, hf_config: dict[str, Any], d
         config.kvcache_block_size,
         has_scaled_weights=model_config.quantization is not None,
         has_experts=isinstance(model_config.ffn, ExpertsConfig),
+        has_fp8_kv=model_config.has_fp8_kv,
     )
     attention = resolve_backend(config.attention_backend, needs)
     logger.info(
@@ -259,21 +264,36 @@ def with_quantization(config: ModelDescription, option: str | None, *, is_drawn:
     return dataclasses.replace(config, quantization=quantization)
 
 
+def with_kv_cache(config: ModelDescription, option: str, *, is_drawn: bool) -> ModelDescription:
+    """The description, with KV in FP8 if the option says so: what a checkpoint has are scales for it, no more.
+
+    Where weights are drawn at random, the checkpoint's scales say nothing of them.
+    """
+    if config.has_kv_scales and option == "auto":
+        logger.info("the checkpoint has scales of FP8 KV, which kv_cache_dtype='fp8' would use")
+    return dataclasses.replace(config, has_fp8_kv=option == "fp8", has_kv_scales=config.has_kv_scales and not is_drawn)
+
+
 def check_fp8(config: ModelDescription, devices: Iterable[Device]) -> None:
-    """Checks that devices can compute with the model's weights.
+    """Checks that devices can compute with the model's weights and KV.
 
     Raises:
-        ConfigError: the weights are FP8, and a GPU has none.
+        ConfigError: some are FP8, and a GPU has none.
     """
-    for device in devices:
-        if config.quantization is None or not device.is_cuda:
+    fp8 = []
+    if config.quantization is not None:
+        fp8.append(("the model's weights", "serve a checkpoint in bfloat16 without quantization='fp8'"))
+    if config.has_fp8_kv:
+        fp8.append(("KV", "leave kv_cache_dtype='fp8' out"))
+    for device, (what, remedy) in itertools.product(devices, fp8):
+        if not device.is_cuda:
             continue
         major, minor = torch.cuda.get_device_capability(device.index)
         if (major, minor) < FP8_CAPABILITY:
             raise ConfigError(
-                f"{device} (sm_{major}{minor}) has no FP8, in which the model's weights would be: GPUs from "
-                f"sm_{FP8_CAPABILITY[0]}{FP8_CAPABILITY[1]} on have it (Ada, Hopper and later); serve a checkpoint in "
-                "bfloat16 without quantization='fp8', or use another GPU"
+                f"{device} (sm_{major}{minor}) has no FP8, in which {what} would be: GPUs from "
+                f"sm_{FP8_CAPABILITY[0]}{FP8_CAPABILITY[1]} on have it (Ada, Hopper and later); {remedy}, or use "
+                "another GPU"
             )
 
 

@@ -18,6 +18,7 @@ from nanovllm.engine.execution.decode_paths import DecodePaths
 from nanovllm.engine.execution.forward_pass import ForwardPass
 from nanovllm.engine.execution.kv_copy import COPY_METHODS, checksum_layers
 from nanovllm.engine.execution.kv_pool import make_kv_pool, num_kv_blocks
+from nanovllm.engine.execution.kv_scales import calibrate_kv_scales, check_kv_scales
 from nanovllm.engine.execution.layer_exchange import LayerArrivals, LayerExchange
 from nanovllm.engine.execution.layer_push import NoPush, PushToPool
 from nanovllm.engine.execution.load_model import load_model
@@ -102,6 +103,11 @@ class ModelRunner:
             # All ranks meet here, since a collective would time out if one of them loads longer.
             self._ranks.all_reduce_min(0)
             forward = ForwardPass(device, spec, self._ranks, self.model)
+            if spec.model_config.has_fp8_kv and weights_of is None:
+                if spec.model_config.has_kv_scales:
+                    check_kv_scales(self.model)
+                else:
+                    calibrate_kv_scales(forward)
             # Before the pool is sized, since lanes and logits take memory.
             if spec.uses_graphs(device):
                 forward.share_logits(MAX_CHUNKS + (spec.max_num_seqs if is_decode_runner else 0))

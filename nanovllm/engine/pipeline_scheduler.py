@@ -174,7 +174,7 @@ class PipelineScheduler:
             )
             config = self.model.config
             split = self.model.model.layers[0].attention.backend.split_work(
-                of_part, config.num_attention_heads, config.num_key_value_heads
+                of_part, config.num_attention_heads, config.num_key_value_heads, has_fp8_kv=config.has_fp8_kv
             )
             of_part = dataclasses.replace(of_part, work_split=split)
             parts.append(MicroBatch(positions[rows], of_part, embedded[rows]))

@@ -136,6 +136,9 @@ class Kernels(Protocol):
 
     `kv_cache` is one layer's view of the pool, [num_blocks, 2, num_kv_heads, block_size, head_dim]: keys at 0,
     values at 1. Block strides exceed the block's own size, since a block is contiguous over all layers.
+
+    Where the pool is FP8 (e4m3), `kv_scales` are the layer's: [2, num_kv_heads] float32, of keys at 0, of values at 1.
+    A number of the pool times its scale is the key's or value's. They are None for a pool of the model's type.
     """
 
     name: str
@@ -155,6 +158,7 @@ class Kernels(Protocol):
         sin: torch.Tensor | None,
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
+        kv_scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Norms and rotates the query and key heads of `qkv`, or does one of the two or neither, and stores keys and
         values in the pool.
@@ -168,13 +172,19 @@ class Kernels(Protocol):
                 rotation.
             kv_cache: the layer's view of the pool.
             slot_mapping: [T] int64, as in `AttentionMetadata`.
+            kv_scales: of a pool in FP8. What is too large for its scale is stored as the largest number.
 
         Returns:
             The query heads, [T, num_heads, head_dim].
         """
 
-    def split_work(self, metadata: AttentionMetadata, num_heads: int, num_kv_heads: int) -> torch.Tensor | None:
-        """How `attend` divides a step's work among thread blocks, made once for all layers; None if it needs none."""
+    def split_work(
+        self, metadata: AttentionMetadata, num_heads: int, num_kv_heads: int, *, has_fp8_kv: bool = False
+    ) -> torch.Tensor | None:
+        """How `attend` divides a step's work among thread blocks, made once for all layers; None if it needs none.
+
+        `has_fp8_kv` says whether the pool that it is to attend to is FP8.
+        """
 
     def attend(
         self,
@@ -183,6 +193,7 @@ class Kernels(Protocol):
         metadata: AttentionMetadata,
         scale: float,
         out: torch.Tensor | None = None,
+        kv_scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Causal attention of `query`, [T, num_heads, head_dim], to each request's whole context; same shape out.
 
@@ -316,6 +327,7 @@ class BackendRequirements:
     block_size: int | None = None
     has_scaled_weights: bool = False
     has_experts: bool = False
+    has_fp8_kv: bool = False
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ def unsupported_reasons(needs: BackendRequirements) -> list[str]:
         reasons.append("the flash-attn adapter has no kernels for FP8 weights")
     if needs.has_experts:
         reasons.append("the flash-attn adapter has no kernels for experts")
+    if needs.has_fp8_kv:
+        reasons.append("the flash-attn adapter does not read KV in FP8 (kv_cache_dtype='fp8')")
     return reasons
 
 
@@ -39,7 +41,9 @@ class Backend(torch_reference.Backend):
         metadata: AttentionMetadata,
         scale: float,
         out: torch.Tensor | None = None,
+        kv_scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        assert kv_scales is None, "KV in FP8 is refused when the backend is chosen"
         # flash-attn's pages are token-major, ours head-major: a transposed view, no copy.
         key_cache, value_cache = kv_cache[:, 0].transpose(1, 2), kv_cache[:, 1].transpose(1, 2)
         if metadata.is_decode:

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from nanovllm.kernels import NO_FINITE_TOKEN, AttentionMetadata, BackendRequirements, ExpertWeights, RowField
-from nanovllm.utils.fp8 import ScaledTokens, ScaledWeight, dequantized, quantize
+from nanovllm.utils.fp8 import ScaledTokens, ScaledWeight, dequantized, quantize, quantize_by
 
 DEFAULT_BLOCK_SIZE = 16
 
@@ -34,6 +34,7 @@ class Backend:
         sin: torch.Tensor | None,
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
+        kv_scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
         num_kv_heads, head_dim = kv_cache.shape[2], kv_cache.shape[4]
         heads = qkv.unflatten(-1, (-1, head_dim))
@@ -43,10 +44,12 @@ class Backend:
         if cos is not None and sin is not None:
             angles = (cos[positions].unsqueeze(1), sin[positions].unsqueeze(1))
             query, key = _rotate(query, *angles), _rotate(key, *angles)
-        store_kv(key, value, kv_cache, slot_mapping)
+        store_kv(key, value, kv_cache, slot_mapping, kv_scales)
         return query
 
-    def split_work(self, metadata: AttentionMetadata, num_heads: int, num_kv_heads: int) -> None:
+    def split_work(
+        self, metadata: AttentionMetadata, num_heads: int, num_kv_heads: int, *, has_fp8_kv: bool = False
+    ) -> None:
         return None
 
     def attend(
@@ -56,6 +59,7 @@ class Backend:
         metadata: AttentionMetadata,
         scale: float,
         out: torch.Tensor | None = None,
+        kv_scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
         output = torch.empty_like(query) if out is None else out
         starts = metadata.query_starts.tolist()
@@ -63,7 +67,7 @@ class Backend:
             if not context_len:
                 continue
             rows = slice(starts[row], starts[row + 1])
-            key, value = gather_context(kv_cache, metadata.block_tables[row], context_len)
+            key, value = gather_context(kv_cache, metadata.block_tables[row], context_len, kv_scales)
             output[rows] = _attend_one(query[rows], key, value, scale)
         return output
 
@@ -204,21 +208,33 @@ def route(
     return chosen, weights
 
 
-def store_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-    """Writes [T, num_kv_heads, head_dim] keys and values to their slots."""
+def store_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_scales: torch.Tensor | None = None,
+) -> None:
+    """Writes [T, num_kv_heads, head_dim] keys and values to their slots; `kv_scales` are those of `Kernels`."""
     block_size = kv_cache.shape[3]
+    if kv_scales is not None:
+        key, value = (quantize_by(x, scales[:, None]) for x, scales in zip((key, value), kv_scales, strict=True))
+        # torch does not index FP8 on every device; bytes it does.
+        key, value, kv_cache = (x.view(torch.uint8) for x in (key, value, kv_cache))
     blocks, places = slot_mapping // block_size, slot_mapping % block_size
     kv_cache[blocks, 0, :, places] = key
     kv_cache[blocks, 1, :, places] = value
 
 
 def gather_context(
-    kv_cache: torch.Tensor, block_table: torch.Tensor, context_len: int
+    kv_cache: torch.Tensor, block_table: torch.Tensor, context_len: int, kv_scales: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of one request, each [num_kv_heads, context_len, head_dim]."""
+    """Keys and values of one request, each [num_kv_heads, context_len, head_dim]; float32 where they are scaled."""
     block_size = kv_cache.shape[3]
     blocks = block_table[: -(-context_len // block_size)].long()
     context = kv_cache[blocks].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :context_len]
+    if kv_scales is not None:
+        context = context.float() * kv_scales[:, :, None, None]
     return context[0], context[1]
 
 

@@ -1,7 +1,12 @@
 """Paged attention in Triton: prefill over a cached prefix, whose keys are split among programs where queries are few,
-and split-KV decode (flash-decoding), whose splits are here called chunks. float32, float16, bfloat16.
+and split-KV decode (flash-decoding), whose splits are here called chunks. float32, float16, bfloat16; of KV also FP8.
 
-On GPUs that have it (sm_90 on), 16-bit KV is read through the tensor memory accelerator, else by pointers.
+On GPUs that have it (sm_90 on), KV of 16 bits or less is read through the tensor memory accelerator, else by pointers.
+
+KV in FP8 (e4m3) is converted to float16, which holds each of its numbers, and so does float16 with every bfloat16 from
+6e-5 to 65504: products are in float16 then, unless queries are float32. A conversion to bfloat16 takes an instruction
+for each number that runs on few lanes, on Hopper. The scale of keys is part of the softmax scale, that of values
+multiplies the result.
 
 The caller makes the tensors' device the current one: Triton launches on the current device.
 """
@@ -27,6 +32,9 @@ DECODE_TILE = 16
 FEW_REQUESTS = 8
 FEW_REQUESTS_TILE = 32
 """Below this many requests an SM has few programs, and larger tiles take fewer iterations."""
+FP8_DECODE_TILE = 32
+FP8_FEW_REQUESTS_TILE = 64
+"""The same for KV in FP8: as many bytes."""
 DECODE_STAGES = 3
 """One more than the tiles in flight of a program."""
 CHUNK_TOKENS = 1024
@@ -96,9 +104,11 @@ class Backend:
     gather_rows = staticmethod(triton_rows.gather_rows)
     advance_rows = staticmethod(triton_rows.advance_rows)
 
-    def split_work(self, metadata: AttentionMetadata, num_heads: int, num_kv_heads: int) -> torch.Tensor:
+    def split_work(
+        self, metadata: AttentionMetadata, num_heads: int, num_kv_heads: int, *, has_fp8_kv: bool = False
+    ) -> torch.Tensor:
         if metadata.is_decode:
-            tile = _decode_tile(len(metadata.context_lens))
+            tile = _decode_tile(len(metadata.context_lens), has_fp8_kv=has_fp8_kv)
             return _share_out(
                 metadata.context_lens,
                 None,
@@ -118,13 +128,15 @@ class Backend:
         metadata: AttentionMetadata,
         scale: float,
         out: torch.Tensor | None = None,
+        kv_scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
         split = metadata.work_split
         if split is None:
-            split = self.split_work(metadata, query.shape[1], kv_cache.shape[2])
+            has_fp8_kv = kv_scales is not None
+            split = self.split_work(metadata, query.shape[1], kv_cache.shape[2], has_fp8_kv=has_fp8_kv)
         attend = _decode if metadata.is_decode else _prefill
         output = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
-        attend(query, kv_cache, metadata, split, scale, output)
+        attend(query, kv_cache, metadata, split, scale, output, kv_scales)
         return output
 
 
@@ -205,6 +217,7 @@ def _prefill(
     plan: torch.Tensor,
     scale: float,
     output: torch.Tensor,
+    kv_scales: torch.Tensor | None,
 ) -> None:
     _, num_heads, head_dim = query.shape
     num_kv_heads, block_size = kv_cache.shape[2:4]
@@ -212,7 +225,7 @@ def _prefill(
     # float32 tiles take twice the shared memory, and their dot products run without tensor cores.
     is_wide = query.element_size() == 4
     tile_n = 16 if is_wide else PREFILL_TILE_N
-    use_tma = _has_tma(query.device) and not is_wide and block_size % tile_n == 0
+    use_tma = not is_wide and block_size % tile_n == 0 and _has_rows_for_tma(kv_cache)
     most_pieces = _most_tiles(metadata)
     has_pieces = most_pieces <= MOST_PLANNED_TILES
     partial = log_sums = None
@@ -226,6 +239,7 @@ def _prefill(
         query,
         _rows_descriptor(kv_cache, tile_n) if use_tma else kv_cache,
         kv_cache,
+        kv_scales,
         output,
         partial,
         log_sums,
@@ -263,21 +277,25 @@ def _decode(
     chunk_starts: torch.Tensor,
     scale: float,
     output: torch.Tensor,
+    kv_scales: torch.Tensor | None,
 ) -> None:
     num_requests, num_heads, head_dim = query.shape
     num_kv_heads, block_size = kv_cache.shape[2:4]
+    if kv_scales is not None:
+        kv_cache = kv_cache.view(torch.int16)  # words of two numbers: see `_numbers_of`
     group = num_heads // num_kv_heads
     # The chunks of an even share, and for each head of each request one that is shorter.
     num_programs = MAX_PROGRAMS_PER_SM * (metadata.num_sms or _num_sms(query.device)) + num_requests * num_kv_heads
     partial = torch.empty(num_programs, group, head_dim, dtype=torch.float32, device=query.device)
     log_sums = torch.empty(num_programs, group, dtype=torch.float32, device=query.device)
     is_wide = query.element_size() == 4
-    tile = _decode_tile(num_requests)
-    use_tma = _has_tma(query.device) and not is_wide and block_size % tile == 0
+    tile = _decode_tile(num_requests, has_fp8_kv=kv_scales is not None)
+    use_tma = not is_wide and block_size % tile == 0 and _has_rows_for_tma(kv_cache)
     _decode_kernel[(num_programs,)](
         query,
         _rows_descriptor(kv_cache, tile) if use_tma else kv_cache,
         kv_cache,
+        kv_scales,
         output,
         partial,
         log_sums,
@@ -300,6 +318,7 @@ def _decode(
         STAGES=2 if is_wide else DECODE_STAGES,
         COMBINED=COMBINED_CHUNKS,
         HAS_SPLIT=metadata.work_split is not None,
+        IS_CUDA=query.is_cuda,
         num_warps=4 if is_wide else 1,
         **overlap(query.device),
     )
@@ -320,7 +339,9 @@ def _sms_of(metadata: AttentionMetadata) -> int:
     return metadata.num_sms or _num_sms(metadata.slot_mapping.device)
 
 
-def _decode_tile(num_requests: int) -> int:
+def _decode_tile(num_requests: int, *, has_fp8_kv: bool) -> int:
+    if has_fp8_kv:
+        return FP8_DECODE_TILE if num_requests >= FEW_REQUESTS else FP8_FEW_REQUESTS_TILE
     return DECODE_TILE if num_requests >= FEW_REQUESTS else FEW_REQUESTS_TILE
 
 
@@ -332,11 +353,22 @@ def _padded(num_requests: int) -> int:
 def _rows_descriptor(kv_cache: torch.Tensor, tile: int) -> TensorDescriptor:
     """One layer's view of the pool as rows of one token and head each, to be loaded `tile` rows at a time.
 
+    `head_dim` is in elements of the view.
+
     The rows run on through the other layers: a block's next block is `block stride / head_dim` rows further.
     """
+    head_dim = kv_cache.shape[-1]
+    return TensorDescriptor(kv_cache, [_num_rows(kv_cache), head_dim], [head_dim, 1], [tile, head_dim])
+
+
+def _num_rows(kv_cache: torch.Tensor) -> int:
     num_blocks, _, num_kv_heads, block_size, head_dim = kv_cache.shape
-    num_rows = (num_blocks - 1) * kv_cache.stride(0) // head_dim + 2 * num_kv_heads * block_size
-    return TensorDescriptor(kv_cache, [num_rows, head_dim], [head_dim, 1], [tile, head_dim])
+    return (num_blocks - 1) * kv_cache.stride(0) // head_dim + 2 * num_kv_heads * block_size
+
+
+def _has_rows_for_tma(kv_cache: torch.Tensor) -> bool:
+    """Whether there is a tensor memory accelerator, which counts rows in 32 bits: of 64 bytes, they are 128 GiB."""
+    return _has_tma(kv_cache.device) and _num_rows(kv_cache) < 2**31
 
 
 @functools.cache
@@ -485,6 +517,34 @@ def _places(
 
 
 @triton.jit
+def _numbers_of(words, DTYPE: tl.constexpr, IS_CUDA: tl.constexpr):
+    """The first and the second of two e4m3 numbers in each int16 word, as DTYPE.
+
+    Words, not bytes, are what tensor cores' operands can be transposed by on their way out of shared memory.
+    """
+    if IS_CUDA and DTYPE == tl.float16:  # noqa: SIM300 - it is an argument, whatever its name looks like
+        # Of two words at a time: both first numbers, both second ones.
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 sorted;
+            .reg .b16 first, second;
+            prmt.b32 sorted, $2, 0, 0x3120;
+            mov.b32 {first, second}, sorted;
+            cvt.rn.f16x2.e4m3x2 $0, first;
+            cvt.rn.f16x2.e4m3x2 $1, second;
+            }""",
+            "=r,=r,r",
+            [words],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    first = (words & 0xFF).to(tl.int8).to(tl.float8e4nv, bitcast=True)
+    second = (words >> 8).to(tl.int8).to(tl.float8e4nv, bitcast=True)
+    return first.to(DTYPE), second.to(DTYPE)
+
+
+@triton.jit
 def _attend_tile(q, k, v, maximum, total, accumulator, scale_log2, visible=None):
     """Adds a tile to an online softmax, base 2; `visible` says which keys a query attends to, None for all."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -504,6 +564,7 @@ def _prefill_kernel(
     query,
     kv_rows,
     kv_cache,
+    kv_scales,
     output,
     partial,
     log_sums,
@@ -580,6 +641,10 @@ def _prefill_kernel(
         begin(OVERLAPS)
     offsets = (first_row + rows).to(tl.int64)[:, None] * query_stride + head * HEAD_DIM + dims[None, :]
     q = tl.load(query + offsets, mask=there, other=0.0)
+    if kv_scales is not None:
+        if q.dtype != tl.float32:
+            q = q.to(tl.float16)
+        scale_log2 *= tl.load(kv_scales + kv_head)
 
     maximum = tl.full([TILE_M], float("-inf"), tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
@@ -595,6 +660,8 @@ def _prefill_kernel(
             cached = _places(table, tile, end, kv_head, block_stride, BLOCK_SIZE, HEAD_DIM, TILE_N)
             k = tl.load(kv_cache + cached)
             v = tl.load(kv_cache + cached + value_offset * HEAD_DIM)
+        if kv_scales is not None:
+            k, v = k.to(q.dtype), v.to(q.dtype)
         maximum, total, accumulator = _attend_tile(q, k, v, maximum, total, accumulator, scale_log2)
     for tile in tl.range(tl.maximum(num_full, low), high, num_stages=STAGES):
         tokens = tile * TILE_N + tl.arange(0, TILE_N)
@@ -608,10 +675,14 @@ def _prefill_kernel(
             cached = _places(table, tile, end, kv_head, block_stride, BLOCK_SIZE, HEAD_DIM, TILE_N)
             k = tl.load(kv_cache + cached, mask=in_context, other=0.0)
             v = tl.load(kv_cache + cached + value_offset * HEAD_DIM, mask=in_context, other=0.0)
+        if kv_scales is not None:
+            k, v = k.to(q.dtype), v.to(q.dtype)
         visible = tokens[None, :] <= positions[:, None]
         maximum, total, accumulator = _attend_tile(q, k, v, maximum, total, accumulator, scale_log2, visible)
 
     result = accumulator / total[:, None]
+    if kv_scales is not None:
+        result *= tl.load(kv_scales + NUM_KV_HEADS + kv_head)
     target = (first_row + rows).to(tl.int64)[:, None] * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM + dims[None, :]
     if HAS_PIECES:  # noqa: SIM102 - the only one of both conditions that is known when this is compiled
         if num_splits > 1:
@@ -662,6 +733,7 @@ def _decode_kernel(
     query,
     kv_rows,
     kv_cache,
+    kv_scales,
     output,
     partial,
     log_sums,
@@ -684,9 +756,13 @@ def _decode_kernel(
     STAGES: tl.constexpr,
     COMBINED: tl.constexpr,
     HAS_SPLIT: tl.constexpr,
+    IS_CUDA: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """One program computes a chunk of one KV head's context, the output itself where this is all of the context."""
+    """One program computes a chunk of one KV head's context, the output itself where this is all of the context.
+
+    KV in FP8 comes as words of two numbers: the products are of the even dimensions, then of the odd ones.
+    """
     if not HAS_SPLIT:
         begin(OVERLAPS)
     program = tl.program_id(0)
@@ -705,20 +781,30 @@ def _decode_kernel(
     dims = tl.arange(0, HEAD_DIM)
     there = group < GROUP
     heads = kv_head * GROUP + group
-    offsets = request.to(tl.int64) * query_stride + heads[:, None] * HEAD_DIM + dims[None, :]
+    offsets_of_heads = request.to(tl.int64) * query_stride + heads[:, None] * HEAD_DIM
+    offsets = offsets_of_heads + dims[None, :]
     table = block_tables + request * table_stride
     value_offset = NUM_KV_HEADS * BLOCK_SIZE
-    block_rows = (block_stride // HEAD_DIM).to(tl.int32)
+    ROW: tl.constexpr = HEAD_DIM if kv_scales is None else HEAD_DIM // 2
+    block_rows = (block_stride // ROW).to(tl.int32)
     block = tl.load(table + low * TILE // BLOCK_SIZE)
     if HAS_SPLIT:  # at the beginning of the step: only now is something needed of the kernel before
         begin(OVERLAPS)
     # Keys and values come first in both products, transposed: their tiles fill the tensor cores' 16 rows, while few
     # queries share a KV head, and 8 columns are enough for most.
-    q = tl.trans(tl.load(query + offsets, mask=there[:, None], other=0.0))
+    if kv_scales is None:
+        q = tl.trans(tl.load(query + offsets, mask=there[:, None], other=0.0))
+    else:
+        DTYPE: tl.constexpr = tl.float32 if query.dtype.element_ty == tl.float32 else tl.float16
+        evens = offsets_of_heads + 2 * tl.arange(0, ROW)[None, :]
+        q = tl.trans(tl.load(query + evens, mask=there[:, None], other=0.0).to(DTYPE))
+        q_odd = tl.trans(tl.load(query + evens + 1, mask=there[:, None], other=0.0).to(DTYPE))
+        accumulator_odd = tl.zeros([ROW, PADDED_GROUP], tl.float32)
+        scale_log2 *= tl.load(kv_scales + kv_head)
 
     maximum = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
     total = tl.zeros([PADDED_GROUP], tl.float32)
-    accumulator = tl.zeros([HEAD_DIM, PADDED_GROUP], tl.float32)
+    accumulator = tl.zeros([ROW, PADDED_GROUP], tl.float32)
     for tile in tl.range(low, high, num_stages=STAGES):
         in_context = (tile * TILE + tl.arange(0, TILE) < context_len)[:, None]
         if USE_TMA:
@@ -728,19 +814,33 @@ def _decode_kernel(
             # One iteration before its tile, so that the loads of the tile need not wait for it.
             block = tl.load(table + tl.minimum(tile + 1, num_tiles - 1) * TILE // BLOCK_SIZE)
         else:
-            cached = _places(table, tile, context_len, kv_head, block_stride, BLOCK_SIZE, HEAD_DIM, TILE)
-            k = tl.load(kv_cache + cached, mask=in_context, other=0.0)
-            v = tl.load(kv_cache + cached + value_offset * HEAD_DIM, mask=in_context, other=0.0)
-        scores = tl.where(in_context, tl.dot(k, q, input_precision="ieee"), float("-inf"))
+            cached = _places(table, tile, context_len, kv_head, block_stride, BLOCK_SIZE, ROW, TILE)
+            k = tl.load(kv_cache + cached, mask=in_context, other=0)
+            v = tl.load(kv_cache + cached + value_offset * ROW, mask=in_context, other=0)
+        if kv_scales is None:
+            scores = tl.dot(k, q, input_precision="ieee")
+        else:
+            k, k_odd = _numbers_of(k, DTYPE, IS_CUDA)
+            v, v_odd = _numbers_of(v, DTYPE, IS_CUDA)
+            scores = tl.dot(k_odd, q_odd, tl.dot(k, q, input_precision="ieee"), input_precision="ieee")
+        scores = tl.where(in_context, scores, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, 0))
         correction = tl.exp2((maximum - new_maximum) * scale_log2)
         p = tl.exp2(scores * scale_log2 - (new_maximum * scale_log2)[None, :])
         total = total * correction + tl.sum(p, 0)
         products = tl.dot(tl.trans(v), p.to(v.dtype), input_precision="ieee")
         accumulator = accumulator * correction[None, :] + products
+        if kv_scales is not None:
+            products = tl.dot(tl.trans(v_odd), p.to(DTYPE), input_precision="ieee")
+            accumulator_odd = accumulator_odd * correction[None, :] + products
         maximum = new_maximum
 
-    result = tl.trans(accumulator / total[None, :])
+    if kv_scales is None:
+        result = tl.trans(accumulator / total[None, :])
+    else:
+        numbers = tl.permute(tl.join(accumulator, accumulator_odd), (1, 0, 2))
+        result = tl.reshape(numbers, [PADDED_GROUP, HEAD_DIM]) / total[:, None]
+        result *= tl.load(kv_scales + NUM_KV_HEADS + kv_head)
     head_offsets = (request.to(tl.int64) * NUM_KV_HEADS + kv_head) * GROUP + group
     if num_chunks == 1:
         target = head_offsets[:, None] * HEAD_DIM + dims[None, :]

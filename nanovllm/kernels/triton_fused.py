@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from nanovllm.kernels import NO_FINITE_TOKEN, cuda_gemm, triton_fp8
 from nanovllm.kernels.triton_overlap import begin, overlap
-from nanovllm.utils.fp8 import ScaledTokens, ScaledWeight
+from nanovllm.utils.fp8 import LARGEST, ScaledTokens, ScaledWeight
 
 VOCAB_TILE = 4096
 ELEMENT_TILE = 1024
@@ -22,6 +22,7 @@ VECTOR_TILE_ROWS = 4
 MAX_TILE_TOKENS = 64
 """Attention reads keys and values in tiles of this many tokens, or of a fraction of them."""
 LN_2 = tl.constexpr(0.6931471805599453)
+LARGEST_E4M3 = tl.constexpr(LARGEST)
 
 
 def linear(
@@ -164,6 +165,7 @@ def norm_rotate_store(
     sin: torch.Tensor | None,
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Norms and rotates query and key heads, or does one of the two or neither, stores keys and values in the pool,
     returns the query heads.
@@ -185,6 +187,7 @@ def norm_rotate_store(
         sin,
         kv_cache,
         slot_mapping,
+        kv_scales,
         eps,
         kv_cache.stride(0),
         NUM_HEADS=num_heads,
@@ -392,6 +395,14 @@ def _norm_rotate(first, second, weight, cos, sin, eps, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
+def _to_e4m3(x, scales):
+    """x / scales as e4m3: what is too large becomes the largest number, what is not finite NaN."""
+    wide = x.to(tl.float32)
+    quotients = tl.clamp(tl.div_rn(wide, tl.broadcast_to(scales, wide.shape)), -LARGEST_E4M3, LARGEST_E4M3)
+    return tl.where(tl.abs(wide) < float("inf"), quotients, float("nan")).to(tl.float8e4nv)
+
+
+@triton.jit
 def _norm_rotate_store_kernel(
     qkv,
     query,
@@ -402,6 +413,7 @@ def _norm_rotate_store_kernel(
     sin,
     kv_cache,
     slot_mapping,
+    kv_scales,
     eps,
     block_stride,
     NUM_HEADS: tl.constexpr,
@@ -429,6 +441,9 @@ def _norm_rotate_store_kernel(
     if cos is not None:
         cos_row = tl.load(cos + position * (HEAD_DIM // 2) + half)
         sin_row = tl.load(sin + position * (HEAD_DIM // 2) + half)
+    if kv_scales is not None:
+        key_scales = tl.load(kv_scales + kv_heads, mask=kv_there, other=1.0)
+        value_scales = tl.load(kv_scales + NUM_KV_HEADS + kv_heads, mask=kv_there, other=1.0)
     begin(OVERLAPS)
 
     # All loads before all stores: what waits for memory waits once.
@@ -446,6 +461,9 @@ def _norm_rotate_store_kernel(
     tl.store(target + half, first, mask=there)
     tl.store(target + HEAD_DIM // 2 + half, second, mask=there)
     first, second = _norm_rotate(key_first, key_second, key_weight, cos_row, sin_row, eps, HEAD_DIM)
+    if kv_scales is not None:
+        first, second = _to_e4m3(first, key_scales), _to_e4m3(second, key_scales)
+        values = _to_e4m3(values, value_scales)
     place = kv_cache + (slot // BLOCK_SIZE) * block_stride + (kv_heads * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM
     tl.store(place + half, first, mask=kv_there)
     tl.store(place + HEAD_DIM // 2 + half, second, mask=kv_there)
@@ -455,7 +473,7 @@ def _norm_rotate_store_kernel(
     # The values that follow in the tile are zero until there are tokens: attention reads whole tiles. The last token of
     # a request clears them, unless an earlier step has reached the tile and done so.
     if (following != slot + 1) & ((slot % KV_TILE == 0) | (previous == slot - 1)):
-        nothing = tl.zeros([PADDED_KV_HEADS, HEAD_DIM], kv_cache.dtype.element_ty)
+        nothing = tl.zeros([PADDED_KV_HEADS, HEAD_DIM], tl.float32).to(kv_cache.dtype.element_ty)
         for ahead in range(1, KV_TILE - (slot % KV_TILE).to(tl.int32)):
             tl.store(place + ahead * HEAD_DIM + dims, nothing, mask=kv_there)
 

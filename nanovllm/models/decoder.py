@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from nanovllm.kernels import AttentionMetadata, Kernels
-from nanovllm.layers.attention import PagedAttention
+from nanovllm.layers.attention import KV_SCALE_NAMES, PagedAttention
 from nanovllm.layers.embed_head import TokenEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import Linear
@@ -56,7 +56,18 @@ class DecoderLayer(nn.Module):
         # Only on rank 0, since the all-reduce must add the bias once.
         output_bias = config.output_bias and ranks.rank == 0
         self.o_proj = linear(query_size, [hidden], bias=output_bias)
-        self.attention = PagedAttention(dim, eps, rotary, backend, qk_norm=config.qk_norm, dtype=dtype, device=device)
+        kv_scales = torch.ones(2, kv_size // dim, dtype=torch.float32, device=device) if config.has_fp8_kv else None
+        self.attention = PagedAttention(
+            dim,
+            eps,
+            rotary,
+            backend,
+            qk_norm=config.qk_norm,
+            dtype=dtype,
+            device=device,
+            kv_scales=kv_scales,
+            loads_kv_scales=config.has_kv_scales,
+        )
         self.ffn = config.ffn.make(hidden, backend, ranks, dtype=dtype, device=device, quantization=quantization)
         self.input_layernorm = RMSNorm(hidden, eps, backend, dtype=dtype, device=device)
         self.post_attention_layernorm = RMSNorm(hidden, eps, backend, dtype=dtype, device=device)
@@ -286,14 +297,23 @@ class CausalLM(nn.Module):
             tensors["lm_head.weight"] = self.lm_head.checkpoint_tensor()
         return tensors
 
+    def kv_scales(self) -> list[torch.Tensor]:
+        """The scales of each layer's keys and values, [2, num_kv_heads] float32; none if KV is not in FP8."""
+        scales = (layer.attention.kv_scales for layer in self.model.layers)
+        return [of_layer for of_layer in scales if of_layer is not None]
+
     def substitute_checkpoint_tensors(self) -> dict[str, str]:
         """Names that a checkpoint may lack, and the names of the equal tensors to take instead."""
         return dict([self.tied_tensors]) if self.config.tie_word_embeddings else {}
 
     def ignored_checkpoint_tensors(self) -> set[str]:
-        """Names that a checkpoint may have and that are not loaded: a tied head is the embedding."""
+        """Names that a checkpoint may have and that are not loaded: a tied head is the embedding, and scales of KV are
+        for a pool in FP8."""
         ignored = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
+        in_layers: set[str] = set()
         if self.ranks.rank:
-            layers = range(len(self.model.layers))
-            ignored |= {f"model.layers.{index}.{name}" for index in layers for name in BIASES_OF_SUMS}
-        return ignored
+            in_layers |= {*BIASES_OF_SUMS}
+        if self.config.has_kv_scales and not self.config.has_fp8_kv:
+            in_layers |= {f"self_attn.{name}" for name in KV_SCALE_NAMES}
+        layers = range(len(self.model.layers))
+        return ignored | {f"model.layers.{index}.{name}" for index in layers for name in in_layers}

@@ -22,7 +22,7 @@ from nanovllm.models.config_fields import (
     refuse_unsupported,
     rope_config,
 )
-from nanovllm.models.quantization import stored_format
+from nanovllm.models.quantization import has_kv_scales, stored_format
 from nanovllm.utils.fp8 import Fp8Format
 
 Description = TypeVar("Description", bound="ModelDescription")
@@ -51,6 +51,8 @@ class ModelDescription:
         ffn: the feed-forward part of every layer.
         quantization: how the linear layers have their weights; None for the type of the model. Embedding, output head,
             norms and routers are always in that type.
+        has_kv_scales: whether the checkpoint has scales of keys and values in FP8, one of each for a layer.
+        has_fp8_kv: whether KV is kept in FP8, which is for the engine to say, not for the checkpoint.
     """
 
     vocab_size: int
@@ -70,6 +72,8 @@ class ModelDescription:
     sliding_window: int | None
     ffn: GatedFfnConfig | ExpertsConfig
     quantization: Fp8Format | None = None
+    has_kv_scales: bool = False
+    has_fp8_kv: bool = False
 
     @property
     def num_parameters(self) -> int:
@@ -167,6 +171,7 @@ class ModelDescription:
             sliding_window=sliding_window,
             ffn=own_ffn,
             quantization=stored_format(config, num_layers, own_ffn.linear_layers),
+            has_kv_scales=has_kv_scales(config),
         )
 
 

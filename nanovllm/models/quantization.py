@@ -1,4 +1,5 @@
-"""Reads how a checkpoint has its linear layers quantized: `quantization_config` of its `config.json`.
+"""Reads how a checkpoint has its linear layers quantized, and whether it has scales of KV: `quantization_config` of its
+`config.json`.
 
 What is not served is refused by name. Knows nothing of how quantized layers compute.
 """
@@ -16,12 +17,14 @@ QUANTIZATIONS = {"fp8": Fp8Format()}
 """Formats that weights in a wide type can be quantized to as they are loaded, by the name of the option."""
 SERVED = (
     "served are FP8 weights with dynamic scales of activations: of compressed-tensors, a scale for each channel and "
-    f"token, and of quant_method 'fp8' with weight_block_size [{BLOCK}, {BLOCK}]; or pass a checkpoint in float32, "
-    "float16 or bfloat16, with quantization='fp8' if it is to be quantized as it is loaded"
+    f"token, and of quant_method 'fp8' with weight_block_size [{BLOCK}, {BLOCK}]; and, of compressed-tensors, scales "
+    "of FP8 KV for each layer (kv_cache_scheme by 'tensor'); or pass a checkpoint in float32, float16 or bfloat16, "
+    "with quantization='fp8' if it is to be quantized as it is loaded"
 )
 ATTENTION_LAYERS = tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o"))
 CHANNEL_WEIGHTS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": "channel"}
 TOKEN_INPUTS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True, "strategy": "token"}
+KV_CACHE = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": "tensor"}
 
 
 def stored_format(config: dict[str, Any], num_layers: int, ffn_layers: tuple[str, ...]) -> Fp8Format | None:
@@ -70,21 +73,35 @@ class _LinearLayers:
         return next((layer for layer in layers if f".{'.'.join(components)}." in f".{layer}."), None)
 
 
-def _compressed_tensors(quantization: dict[str, Any], layers: _LinearLayers) -> Fp8Format:
+def has_kv_scales(config: dict[str, Any]) -> bool:
+    """Whether the checkpoint has scales of keys and values in FP8, one of each for a layer.
+
+    Args:
+        config: the object in `config.json`.
+
+    Raises:
+        ModelLoadError: it has others.
+    """
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
+        return False
+    if not quantization.get("kv_cache_scheme"):
+        return False
+    _check_scheme(quantization["kv_cache_scheme"], "kv_cache_scheme", KV_CACHE, quantization)
+    return True
+
+
+def _compressed_tensors(quantization: dict[str, Any], layers: _LinearLayers) -> Fp8Format | None:
     groups = quantization.get("config_groups")
+    if groups in (None, {}) and has_kv_scales({"quantization_config": quantization}):
+        return None  # nothing but KV is quantized
     if not isinstance(groups, dict) or len(groups) != 1:
         raise _refused("does not have one of config_groups", quantization)
     (group,) = groups.values()
     if not isinstance(group, dict) or group.get("targets") != ["Linear"]:
         raise _refused("does not target all linear layers, 'Linear'", quantization)
     for name, served in (("weights", CHANNEL_WEIGHTS), ("input_activations", TOKEN_INPUTS)):
-        scheme = group.get(name)
-        if not isinstance(scheme, dict):
-            raise _refused(f"has {name}={short_repr(scheme)}, which is not supported", quantization)
-        for field, value in served.items():
-            found = scheme.get(field, False if field == "dynamic" else None)
-            if found != value:
-                raise _refused(f"has {field}={short_repr(found)} of {name}, which is not supported", quantization)
+        _check_scheme(group.get(name), name, served, quantization)
     if group.get("output_activations") is not None:
         outputs = short_repr(group["output_activations"])
         raise _refused(f"has output_activations={outputs}, which is not supported", quantization)
@@ -94,11 +111,21 @@ def _compressed_tensors(quantization: dict[str, Any], layers: _LinearLayers) -> 
     sparsity = quantization.get("sparsity_config")
     if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
         raise _refused(f"has sparsity_config={short_repr(sparsity)}, which is not supported", quantization)
-    for name in ("kv_cache_scheme", "transform_config"):
-        if quantization.get(name):
-            raise _refused(f"has {name}={short_repr(quantization[name])}, which is not supported", quantization)
+    if quantization.get("transform_config"):
+        transform = short_repr(quantization["transform_config"])
+        raise _refused(f"has transform_config={transform}, which is not supported", quantization)
     _check_all_quantized(quantization, "ignore", layers)
     return Fp8Format(scale_name="weight_scale")
+
+
+def _check_scheme(scheme: Any, name: str, served: dict[str, Any], quantization: dict[str, Any]) -> None:
+    """Checks that the fields of a scheme are those that are served."""
+    if not isinstance(scheme, dict):
+        raise _refused(f"has {name}={short_repr(scheme)}, which is not supported", quantization)
+    for field, value in served.items():
+        found = scheme.get(field, False if field == "dynamic" else None)
+        if found != value:
+            raise _refused(f"has {field}={short_repr(found)} of {name}, which is not supported", quantization)
 
 
 def _fp8(quantization: dict[str, Any], layers: _LinearLayers) -> Fp8Format:

@@ -1,7 +1,8 @@
-"""Numbers in FP8 (e4m3) with float32 scales: what is stored, and the rule by which numbers are quantized.
+"""Numbers in FP8 (e4m3) with float32 scales: what is stored, and the rules by which numbers are quantized.
 
 A scale is 1 / 448 of the largest magnitude among the numbers that share it, 448 being the largest number of e4m3:
-value * scale is the number. Knows nothing of layers, checkpoints or kernels.
+value * scale is the number. Scales of KV are given instead (`quantize_by`). Knows nothing of layers, checkpoints or
+kernels.
 """
 
 from __future__ import annotations
@@ -110,6 +111,13 @@ def quantize(x: torch.Tensor, rows: int, columns: int | None) -> tuple[torch.Ten
     scales = (blocks.abs().amax(dim=(1, 3)) * SCALE_OF_ONE).clamp(min=SMALLEST_SCALE)
     values = (blocks / scales[:, None, :, None]).clamp(-LARGEST, LARGEST).to(E4M3)
     return values.flatten(2, 3).flatten(0, 1)[:height, :width], scales
+
+
+def quantize_by(x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """e4m3 values of `x / scales`, whose shapes broadcast. What is too large for the scale is stored as the largest
+    number; what is not finite, as NaN."""
+    quotients = (x.float() / scales).clamp(-LARGEST, LARGEST)
+    return torch.where(x.isfinite(), quotients, torch.nan).to(E4M3)
 
 
 def dequantized(values: torch.Tensor, scales: torch.Tensor, rows: int, columns: int | None) -> torch.Tensor:

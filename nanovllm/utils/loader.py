@@ -160,12 +160,12 @@ def _slice(stored: StoredTensor) -> Iterator[Any]:
 
 def _read(path: Path, name: str, tensors: Any, target: Weight) -> torch.Tensor:
     """The values of a weight: a view of the mapped file, whose pages are read as the values are copied."""
-    shape = list(target.whole_shape)
+    shapes = [list(shape) for shape in target.stored_shapes]
     try:
         stored = tensors.get_slice(name)
-        if stored.get_shape() != shape:
+        if stored.get_shape() not in shapes:
             raise ModelLoadError(
-                f"{path}: tensor {name!r} has shape {stored.get_shape()}, config.json implies {shape}; "
+                f"{path}: tensor {name!r} has shape {stored.get_shape()}, config.json implies {shapes[0]}; "
                 "download both again"
             )
         with torch.device("cpu"):  # around no more than this: it slows down every call of torch

@@ -64,6 +64,11 @@ class Weight:
         return self.data.shape if self.part is None else self.part.whole_shape(self.data.shape)
 
     @property
+    def stored_shapes(self) -> tuple[torch.Size, ...]:
+        """The shapes that the checkpoint's tensor may have; `whole_shape` comes first."""
+        return (self.whole_shape,)
+
+    @property
     def index(self) -> tuple[slice, ...]:
         """The index of the data in the checkpoint's tensor."""
         return (slice(None),) if self.part is None else self.part.index(self.whole_shape)
@@ -84,6 +89,26 @@ class Weight:
             return
         whole = torch.empty(self.whole_shape, dtype=self.data.dtype, device=self.data.device)
         self.data.copy_(whole.normal_(mean, deviation, generator=generator)[self.index])
+
+
+@dataclass(frozen=True)
+class SharedScale(Weight):
+    """One number in the checkpoint that a layer has once for each of its KV heads, those of all ranks."""
+
+    @property
+    def whole_shape(self) -> torch.Size:
+        return torch.Size([1])
+
+    @property
+    def stored_shapes(self) -> tuple[torch.Size, ...]:
+        return self.whole_shape, torch.Size([])
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        return ()
+
+    def load(self, values: torch.Tensor, upload: Upload) -> None:
+        upload.copy(values.reshape(1).expand(self.data.shape), self.data)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,8 @@ GIB = 1024**3
 CPU_POOL_BYTES = 512 * 1024**2
 
 
-def make_kv_pool(spec: RunnerSpec, device: Device, num_blocks: int) -> torch.Tensor:
-    """[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], zeroed.
+def make_kv_pool(spec: RunnerSpec, device: Device, num_blocks: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], zeroed; of the spec's type for KV if None.
 
     Raises:
         OutOfKVCacheError: the device refuses the memory.
@@ -36,7 +36,7 @@ def make_kv_pool(spec: RunnerSpec, device: Device, num_blocks: int) -> torch.Ten
         config.head_dim,
     )
     try:
-        return torch.zeros(shape, dtype=spec.dtype, device=device.torch_device)
+        return torch.zeros(shape, dtype=dtype or spec.kv_dtype, device=device.torch_device)
     except RuntimeError as error:
         raise OutOfKVCacheError(
             f"{device} refused {num_blocks * spec.block_bytes / GIB:.2f} GiB for the KV pool ({error}); "
@@ -83,7 +83,8 @@ def num_kv_blocks(
         )
     num_blocks = ranks.all_reduce_min(num_blocks)
     gib = (num_blocks + 1) * spec.block_bytes / GIB
-    logger.info("%s: KV pool of %d blocks of %d tokens, %.2f GiB", device, num_blocks, block_size, gib)
+    dtype = str(spec.kv_dtype).removeprefix("torch.")
+    logger.info("%s: KV pool of %d blocks of %d tokens in %s, %.2f GiB", device, num_blocks, block_size, dtype, gib)
     return num_blocks
 
 

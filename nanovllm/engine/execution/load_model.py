@@ -34,6 +34,8 @@ def load_model(spec: RunnerSpec, device: Device, ranks: Ranks, weights_of: Causa
         theirs = weights_of.checkpoint_tensors()
         for name, weight in model.checkpoint_tensors().items():
             weight.copy_from(theirs[name])
+        for scales, their_scales in zip(model.kv_scales(), weights_of.kv_scales(), strict=True):
+            scales.copy_(their_scales)
     elif spec.load_format == "dummy":
         fill_randomly(model.checkpoint_tensors(), spec.seed)
     else:

@@ -11,6 +11,7 @@ from nanovllm.kernels import ResolvedBackend
 from nanovllm.models.decoder import CausalLM
 from nanovllm.models.description import ModelDescription
 from nanovllm.utils.device import Device
+from nanovllm.utils.fp8 import E4M3
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,16 @@ class RunnerSpec:
         return self.model_config.num_key_value_heads // self.num_ranks
 
     @property
+    def kv_dtype(self) -> torch.dtype:
+        """The type in which the pool holds keys and values."""
+        return E4M3 if self.model_config.has_fp8_kv else self.dtype
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of one KV block on one rank, all layers."""
         config, tokens = self.model_config, self.attention.block_size
         per_layer = 2 * self.num_kv_heads * tokens * config.head_dim
-        return config.num_hidden_layers * per_layer * self.dtype.itemsize
+        return config.num_hidden_layers * per_layer * self.kv_dtype.itemsize
 
 
 @dataclass(frozen=True)
