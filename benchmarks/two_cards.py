@@ -15,7 +15,15 @@ import argparse
 import copy
 from typing import Any
 
-from lib.arguments import add_device, add_model, add_pool, add_prefill_chunk_tokens, new_parser
+from lib.arguments import (
+    add_device,
+    add_kv_cache_dtype,
+    add_model,
+    add_pool,
+    add_prefill_chunk_tokens,
+    add_quantization,
+    new_parser,
+)
 from lib.drift import drift_load, parse_phase, print_phases
 from lib.engines import Engines, Served
 from lib.online import add_limits, add_service_size, summarize, with_hit_rate
@@ -34,6 +42,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1, help="how often all of them are served")
     parser.add_argument("--duration", type=float, default=30.0, help="seconds of a load in which requests arrive")
     add_model(parser, "qwen3-8b")
+    add_quantization(parser)
+    add_kv_cache_dtype(parser)
     add_device(parser)
     add_pool(parser)
     add_limits(parser)

@@ -19,6 +19,7 @@ from nanovllm.engine.execution import kv_scales
 from nanovllm.engine.execution.kv_scales import MARGIN, calibrate_kv_scales, scales_for
 from nanovllm.engine.scheduling import shared_prompt
 from nanovllm.kernels import BackendRequirements, torch_reference, unsupported_reasons
+from nanovllm.layers.feed_forward import LINEAR_LAYERS
 from nanovllm.models import resolve_model
 from nanovllm.models.quantization import has_kv_scales, stored_format
 from nanovllm.utils.device import Device
@@ -385,7 +386,7 @@ def test_other_schemes_are_refused_by_name(changes, message):
             has_kv_scales(config)
         config["quantization_config"]["kv_cache_scheme"] = KV_SCHEME
         assert has_kv_scales(config)
-        assert (stored_format(config, 2) is None) == (not groups)
+        assert (stored_format(config, 2, LINEAR_LAYERS) is None) == (not groups)
 
 
 # Refusals

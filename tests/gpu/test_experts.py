@@ -180,14 +180,14 @@ def check_engine(folder, twin, options, least_share):
 @pytest.mark.parametrize("form", fp8_checkpoints.CONFIGS)
 def test_greedy_tokens_are_the_twins_best(stored, form, mode):
     # Inputs that are rounded the other way let some tokens pass another expert; a wrong scale, and none is the best.
-    check_engine(*stored[form], ONE_CARD[mode], least_share=0.8 if mode == "bfloat16" else 0.93)
+    check_engine(*stored[form], ONE_CARD[mode], least_share=0.7 if mode == "bfloat16" else 0.9)
 
 
 @pytest.mark.two_gpu
 @pytest.mark.parametrize("mode", TWO_CARDS)
 @pytest.mark.parametrize("form", fp8_checkpoints.CONFIGS)
 def test_greedy_tokens_of_two_cards_are_the_twins_best(stored, form, mode):
-    check_engine(*stored[form], TWO_CARDS[mode], least_share=0.85 if mode == "ranks" else 0.93)
+    check_engine(*stored[form], TWO_CARDS[mode], least_share=0.85 if mode == "ranks" else 0.9)
 
 
 def test_steps_with_graphs_give_the_tokens_of_eager_ones(tmp_path):
