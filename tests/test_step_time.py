@@ -22,7 +22,7 @@ from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.placement import Placement
 from nanovllm.engine.scheduling.step import Step
-from nanovllm.engine.scheduling.step_time import CAREFUL_TOKENS, ModelCosts, StepSize, StepTimeModel
+from nanovllm.engine.scheduling.step_time import CAREFUL_TOKENS, NOISE_MARGIN, ModelCosts, StepSize, StepTimeModel
 from tests import tiny
 from tests.steps import SimulatedRequests
 from tests.test_mixed_step import SMALL_STEPS, serve
@@ -79,10 +79,7 @@ def test_a_prediction_is_the_product_of_features_and_what_was_learned():
         model.observe(size, true_step_s(size) * rng.uniform(0.97, 1.03))
     for tokens in (1, 2, 31, 32, 33, 500, 512, 1000, 40_000):
         size = StepSize(tokens, rng.randrange(40_000), rng.uniform(0, 1e7))
-        one = model._features_of(size)
-        (row,) = model._features(np.array([size.num_tokens], float), size.context, np.array([size.num_pairs]))
-        assert (one == row).all()
-        expected_s = float(one @ model._coefficients) * model._unit_s
+        expected_s = float(model._features(size) @ model._coefficients) * model._unit_s
         assert model.predict(size) == pytest.approx(expected_s, rel=1e-12)
 
 
@@ -228,9 +225,20 @@ def test_the_search_finds_what_looking_at_every_count_finds():
         most, limit_s = rng.randrange(1, 16_384), rng.uniform(4, 60) * MS
         found = model.tokens_that_fit(limit_s, size, start, most)
         first = -size.num_tokens % 16 or 16
-        counts = np.append(np.arange(first, most, 16, dtype=float), most)
-        last = model._largest_fit(limit_s, size, start, counts)
-        assert found == (0 if last is None else counts[last])
+        fitting = [
+            count
+            for count in (*range(first, most, 16), most)
+            if bound_s(model, size.with_chunk(start, count)) <= limit_s
+        ]
+        assert found == max(fitting, default=0)
+
+
+def bound_s(model: StepTimeModel, size: StepSize) -> float:
+    """What a step with a chunk hardly takes longer than, by products with all features."""
+    features = model._features(size)
+    expected = features @ model._coefficients
+    variance = features @ model._covariance @ features + NOISE_MARGIN**2 * model._noise_squared * expected**2
+    return float(expected + math.sqrt(variance)) * model._unit_s
 
 
 @pytest.mark.parametrize("seconds", [1e-4, 1e6])

@@ -67,8 +67,6 @@ MAX_RESTARTS = 2
 that the card is unlike the prior: so it is taken anew MAX_RESTARTS times at the most."""
 SURPRISES_IN_A_ROW = 6
 """Steps in a row, all far too short or all far too long, after which another scale is taken: clocks have changed."""
-COARSE = 16
-"""The first search for what fits looks at one count in COARSE."""
 NUM_RECENT = 1024
 
 
@@ -131,6 +129,12 @@ def _knot_above(num_tokens: int) -> tuple[int, float]:
     return above, max((num_tokens - low) / (high - low), 0.0)  # above 1 beyond the last knot
 
 
+_ABOVE, _SHARE = map(
+    np.array, zip(*(_knot_above(n) for n in range(TOKEN_MULTIPLE, 2**17, TOKEN_MULTIPLE)), strict=True)
+)
+"""`_knot_above` of the multiples of TOKEN_MULTIPLE."""
+
+
 class StepTimeModel:
     """A Bayesian linear model: seconds of a step = g(tokens) + c * context + p * pairs, with g linear between KNOTS
     and small steps padded.
@@ -171,7 +175,7 @@ class StepTimeModel:
         """A step took so long on the device. Takes microseconds."""
         if seconds < MIN_STEP_S:
             return
-        features = self._features_of(size)
+        features = self._features(size)
         own_unit_s = seconds / float(features.sum())
         unit_s = self._begin(own_unit_s) if self._unit_s is None else self._unit_s
         expected_s = float(features @ self._coefficients) * unit_s
@@ -219,8 +223,8 @@ class StepTimeModel:
         """Expected seconds of a step; None before any was seen. Safe to call from any thread."""
         if self._unit_s is None:
             return None
-        # As the product of `_features` and the coefficients: a scheduler asks dozens of times a step, and arrays of one
-        # row take ten times as long.
+        # As the product of `_features` and the coefficients: a scheduler asks dozens of times a step, and making an array
+        # takes ten times as long.
         above, share = _knot_above(size.num_tokens)
         prior, learned = self._prior, self._coefficients
         units = (
@@ -238,7 +242,8 @@ class StepTimeModel:
         """
         if self._unit_s is None:
             return False
-        return float(self._bounds(self._features_of(size)[None])[0]) * self._unit_s > limit_s
+        above, share = _knot_above(size.num_tokens)
+        return float(self._bounds(above, share, size.context, size.num_pairs)) * self._unit_s > limit_s
 
     def tokens_that_fit(self, limit_s: float, size: StepSize, start: int, most: int) -> int:
         """How many prompt tokens a step of this size has room for, that it may take `limit_s` with them.
@@ -254,31 +259,38 @@ class StepTimeModel:
         """
         if self._unit_s is None:
             return min(most, CAREFUL_TOKENS)
+        above, share = _knot_above(size.num_tokens + most)
+        pairs = size.num_pairs + most * (start + most / 2)
+        if self._bounds(above, share, size.context, pairs) * self._unit_s <= limit_s:
+            return most
         first = -size.num_tokens % TOKEN_MULTIPLE or TOKEN_MULTIPLE
-        counts = np.append(np.arange(first, most, TOKEN_MULTIPLE, dtype=np.float64), most)
-        # Few at a time: one product of a thousand rows would wake the threads of the linear algebra library.
-        coarse = self._largest_fit(limit_s, size, start, counts[::COARSE])
-        if coarse is None:
-            return 0
-        fine = self._largest_fit(limit_s, size, start, counts[coarse * COARSE : (coarse + 1) * COARSE])
-        assert fine is not None, "the first of these fits"
-        return int(counts[coarse * COARSE + fine])
-
-    def _largest_fit(self, limit_s: float, size: StepSize, start: int, counts: np.ndarray) -> int | None:
-        """Index of the largest of some counts of prompt tokens, ascending, that fits; None if none does."""
-        assert self._unit_s is not None, "nothing is predicted before a step was seen"
+        counts = np.arange(first, most, TOKEN_MULTIPLE, dtype=np.float64)
+        begin = (size.num_tokens + first) // TOKEN_MULTIPLE - 1
+        aboves, shares = (column[begin : begin + len(counts)] for column in (_ABOVE, _SHARE))
         pairs = size.num_pairs + counts * (start + counts / 2)
-        features = self._features(size.num_tokens + counts, size.context, pairs)
-        fitting = (self._bounds(features) * self._unit_s <= limit_s).nonzero()[0]
-        return int(fitting[-1]) if len(fitting) else None
+        fitting = (self._bounds(aboves, shares, size.context, pairs) * self._unit_s <= limit_s).nonzero()[0]
+        return int(counts[fitting[-1]]) if len(fitting) else 0
 
-    def _bounds(self, features: np.ndarray) -> np.ndarray:
-        """[N, coefficients] -> [N] times, in units, that steps of these sizes hardly exceed."""
-        expected = features @ self._coefficients
-        variances = ((features @ self._covariance) * features).sum(axis=1)
-        # There is hardly any without chunks.
-        noise = np.where(features[:, -1] > 0, NOISE_MARGIN**2 * self._noise_squared, 0.0)
-        return expected + np.sqrt(np.maximum(variances, 0.0) + noise * expected**2)
+    def _bounds(self, above: Any, share: Any, context: float, pairs: Any) -> Any:
+        """Times, in units, that steps of these sizes hardly exceed: of one, or [N] of N.
+
+        Args:
+            above, share: as of `_knot_above`, of their tokens.
+            context, pairs: as in `StepSize`.
+        """
+        prior, learned, known, below = self._prior, self._coefficients, self._covariance, above - 1
+        # The features that are not 0. A product with all of them would take five times as long, and arrays of many
+        # sizes would wake the threads of the linear algebra library.
+        a, b = (1 - share) * prior[below], share * prior[above]
+        c, d = context * prior[-2], pairs * prior[-1]
+        expected = a * learned[below] + b * learned[above] + c * learned[-2] + d * learned[-1]
+        variance = a * (a * known[below, below] + 2 * (b * known[below, above] + c * known[below, -2]))
+        variance += b * (b * known[above, above] + 2 * c * known[above, -2])
+        variance += d * (d * known[-1, -1] + 2 * (a * known[below, -1] + b * known[above, -1] + c * known[-2, -1]))
+        variance += c * c * known[-2, -2]
+        # There is hardly any noise without chunks.
+        noise = NOISE_MARGIN**2 * self._noise_squared * (np.asarray(pairs) > 0)
+        return expected + np.sqrt(np.maximum(variance, 0.0) + noise * expected * expected)
 
     def state(self) -> dict[str, Any]:
         """What was learned, as JSON takes it, for `restore`."""
@@ -329,27 +341,11 @@ class StepTimeModel:
             "error_p95": float(np.quantile(errors, 0.95)),
         }
 
-    def _features_of(self, size: StepSize) -> np.ndarray:
-        """[coefficients] of one size."""
+    def _features(self, size: StepSize) -> np.ndarray:
+        """[coefficients] of a size."""
         features = np.zeros(len(self._prior))
         above, share = _knot_above(size.num_tokens)
         features[above - 1], features[above] = 1 - share, share
         features[-2], features[-1] = size.context, size.num_pairs
-        features *= self._prior
-        return features
-
-    def _features(self, tokens: np.ndarray, context: float, num_pairs: np.ndarray) -> np.ndarray:
-        """[N, coefficients] of N sizes."""
-        is_padded = (tokens > TOKEN_MULTIPLE) & (tokens <= MOST_PADDED_TOKENS)
-        tokens = np.where(is_padded, np.ceil(tokens / TOKEN_MULTIPLE) * TOKEN_MULTIPLE, tokens)
-        above = np.clip(np.searchsorted(KNOTS, tokens), 1, len(KNOTS) - 1)
-        low, high = KNOTS[above - 1], KNOTS[above]
-        share = np.maximum((tokens - low) / (high - low), 0.0)  # above 1 beyond the last knot
-        features = np.zeros((len(tokens), len(self._prior)))
-        rows = np.arange(len(tokens))
-        features[rows, above - 1] = 1 - share
-        features[rows, above] = share
-        features[:, -2] = context
-        features[:, -1] = num_pairs
         features *= self._prior
         return features
