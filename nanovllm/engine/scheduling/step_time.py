@@ -223,8 +223,8 @@ class StepTimeModel:
         """Expected seconds of a step; None before any was seen. Safe to call from any thread."""
         if self._unit_s is None:
             return None
-        # As the product of `_features` and the coefficients: a scheduler asks dozens of times a step, and making an array
-        # takes ten times as long.
+        # As the product of `_features` and the coefficients: a scheduler asks dozens of times a step, and with an array
+        # it would take ten times as long.
         above, share = _knot_above(size.num_tokens)
         prior, learned = self._prior, self._coefficients
         units = (
@@ -259,9 +259,7 @@ class StepTimeModel:
         """
         if self._unit_s is None:
             return min(most, CAREFUL_TOKENS)
-        above, share = _knot_above(size.num_tokens + most)
-        pairs = size.num_pairs + most * (start + most / 2)
-        if self._bounds(above, share, size.context, pairs) * self._unit_s <= limit_s:
+        if not self.may_exceed(limit_s, size.with_chunk(start, most)):
             return most
         first = -size.num_tokens % TOKEN_MULTIPLE or TOKEN_MULTIPLE
         counts = np.arange(first, most, TOKEN_MULTIPLE, dtype=np.float64)
