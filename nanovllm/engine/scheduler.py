@@ -95,6 +95,8 @@ class Scheduler:
         self._joined_early: dict[Sequence, None] = {}
         """Requests that decode while work of their shared prompt is in flight: chunks, and blocks that are pushed."""
         self._decoding = {card: DecodeSet(card) for card in self.cards}
+        self._tokens_in_flight: Counter[Card] = Counter()
+        """Prompt tokens of the steps in flight on each card."""
         self._draining_leases: list[Lease] = []
         """Leases that have ended while work in flight still touches their blocks."""
         self._prefilled: dict[Sequence, None] = {}
@@ -130,12 +132,37 @@ class Scheduler:
 
     def preempt(self, seq: Sequence) -> None:
         """Takes all blocks from a running request and puts it back in its place in the queue, to be recomputed."""
+        self._requeue(seq, "preempted")
+        self.num_preemptions += 1
+
+    def _requeue(self, seq: Sequence, why: str) -> None:
         self._running.remove(seq)
         self._end_lease(seq)
         seq.status = SequenceStatus.WAITING
-        seq.timeline.mark("preempted")
+        seq.timeline.mark(why)
         self.add(seq)
-        self.num_preemptions += 1
+
+    def card_lost(self, card: Card, in_flight: abc.Sequence[Step]) -> None:
+        """A card and what its pool held are gone: requests with blocks there are recomputed elsewhere.
+
+        Args:
+            card: gets no work until its `is_up` is set again.
+            in_flight: its steps that were launched and will not end.
+        """
+        card.is_up = False
+        card.block_manager.forget(range(card.block_manager.num_blocks))
+        self.steps_lost(in_flight)
+        for seq in [seq for seq in self._running if seq.lease is not None and seq.lease.holds_on(card)]:
+            self._requeue(seq, f"recomputed: {card} is lost")
+
+    def steps_lost(self, steps: abc.Sequence[Step]) -> None:
+        """Steps that were launched have not run, and will not: their requests are recomputed."""
+        for step in steps:
+            self.cancel(step)
+        for step in steps:
+            for seq, lease in zip(step.seqs, step.leases, strict=True):
+                if seq.lease is lease:
+                    self._requeue(seq, f"recomputed: a step on {step.card} has not run")
 
     def fail(self, seq: Sequence, error: Exception) -> bool:
         """Handles an error of one request: preempts it, to be retried, the first time, and ends it the second time.
@@ -192,7 +219,7 @@ class Scheduler:
             free_in_s: gives the predicted seconds until a card has ended what was launched there. By these, a step with
                 a target waits for no chunk of the other card that would make it too long; None for no such care.
         """
-        if len(in_flight) >= STEPS_AHEAD:
+        if len(in_flight) >= STEPS_AHEAD or not card.is_up:
             return None
         if not self.placement.decodes(card):
             return self.schedule_prefill(card)
@@ -272,6 +299,7 @@ class Scheduler:
         """
         seq, lease = chunk.seq, chunk.lease
         is_live = seq.lease is lease
+        self._chunk_ended(chunk)
         if lease.shared is not None:
             lease.shared.ended_numbers[chunk.allocation.card] = chunk.number
         if is_live:
@@ -288,6 +316,14 @@ class Scheduler:
                 seq.timeline.mark("prefill queue")
         self.release(lease)
         return is_live
+
+    def chunk_missed(self, chunk: PrefillChunk) -> None:
+        """A chunk has run without the KV that it waits for: what it computed means nothing."""
+        self._chunk_ended(chunk)
+        self.release(chunk.lease)
+
+    def _chunk_ended(self, chunk: PrefillChunk) -> None:
+        self._tokens_in_flight[chunk.allocation.card] -= chunk.num_tokens
 
     def _cache_computed(self, chunk: PrefillChunk) -> None:
         lease, block_manager = chunk.lease, chunk.allocation.card.block_manager
@@ -343,6 +379,7 @@ class Scheduler:
     def cancel(self, step: Step) -> None:
         """Gives up a step that failed to launch."""
         for chunk in step.chunks:
+            self._chunk_ended(chunk)
             self.release(chunk.lease)
         if step.decode:
             self.decode_done(step)
@@ -512,9 +549,12 @@ class Scheduler:
                 for card in cards:
                     tokens_left[card] += other.num_tokens_to_prefill / len(cards)
         has_time = functools.partial(self._has_time, seq, sizes)
-        return OtherPrompts(number, tokens_left, has_time, functools.partial(self._room, sizes))
+        return OtherPrompts(number, tokens_left, has_time, functools.partial(self._room, sizes), self._tokens_in_flight)
 
     def _may_admit(self, seq: Sequence, places: Places, sizes: abc.Mapping[Card, StepSize]) -> bool:
+        if not places.decode.is_up:
+            seq.timeline.mark("waits for a lease (no card is up)")
+            return False
         num_leases = len(self._running) + sum(not lease.stuck for lease in self._draining_leases)
         if num_leases >= self.limits.max_num_seqs:
             seq.timeline.mark(f"waits for a lease (max_num_seqs={self.limits.max_num_seqs} are held)")
@@ -628,6 +668,7 @@ class Scheduler:
         cut = "" if reason is None else f" ({reason})"
         seq.timeline.mark(f"prefill of tokens {start} to {end} of {seq.num_tokens}{where}{cut}")
         self.hold(lease)
+        self._tokens_in_flight[card] += num_tokens
         is_last = end == seq.num_tokens
         if is_last and lease.shared is not None and lease.decode.card is not card:
             self._decode_here(seq, lease, card)
