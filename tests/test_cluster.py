@@ -23,6 +23,7 @@ from nanovllm import (
     LLM,
     ClusterError,
     ConfigError,
+    DeviceError,
     HandoffTimeout,
     OutOfKVCacheError,
     SamplingParams,
@@ -245,6 +246,62 @@ def test_blocks_of_a_push_without_end_stay_held(llm, checkpoint, monkeypatch):
     assert held["card 0"] == needed
     assert held["card 2"] >= needed
     os.kill(lazy.pid, signal.SIGKILL)
+
+
+def test_an_interrupt_leaves_whole_cards(llm, expected, monkeypatch):
+    """All requests are recomputed, once the cards are through with what was launched."""
+    take, calls = llm._outputs.take_decoded_tokens, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        take(*arguments)
+
+    monkeypatch.setattr(llm._outputs, "take_decoded_tokens", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(tiny.random_prompts(6, seed=47), GREEDY, use_tqdm=False)
+    assert answers_of(llm, *mixed_load(12)) == expected[12, 24]
+
+
+@pytest.mark.slow
+def test_a_request_that_ends_cards_is_given_up(tiny_path, expected):
+    """Whoever runs it is killed; the others' tokens come all the same."""
+    deadly = list(range(50, 90))
+    with LLM(tiny_path, **CLUSTER, card_timeout_s=5) as llm:
+        for runner in llm._runners:
+            watch(runner, deadly)
+        killer = llm.add_request(deadly, GREEDY)
+        outputs = drain(llm, steps_overlap=True)
+        assert outputs[killer][-1].finish_reason == "error"
+        assert "4 cards were lost while they ran request 0" in str(outputs[killer][-1].error)
+        assert answers_of(llm, *mixed_load(12)) == expected[12, 24]
+        llm.scheduler.check_integrity()
+
+
+def watch(runner, deadly: list[int]) -> None:
+    launch = runner.launch
+
+    def launched(step):
+        handle = launch(step)
+        if any(seq.prompt_token_ids == deadly for seq in step.seqs):
+            os.kill(runner.pid, signal.SIGKILL)
+        return handle
+
+    runner.launch = launched
+
+
+@pytest.mark.slow
+def test_when_no_card_can_be_started_all_requests_end(tiny_path, monkeypatch):
+    with LLM(tiny_path, **{**CLUSTER, "prefill_cards": 1}) as llm:
+        monkeypatch.setattr(card_client, "_command_line", lambda: [sys.executable, "-c", "raise SystemExit(3)"])
+        for runner in llm._runners:
+            os.kill(runner.pid, signal.SIGKILL)
+        answers = llm.generate(tiny.random_prompts(3, seed=48), GREEDY, use_tqdm=False)
+        assert [answer["finish_reason"] for answer in answers] == ["error"] * 3
+        assert all("no card of the cluster can be started: card " in str(answer["error"]) for answer in answers)
+        with pytest.raises(DeviceError):
+            llm.add_request([1, 2, 3])
 
 
 @pytest.mark.slow

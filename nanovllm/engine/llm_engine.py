@@ -305,7 +305,8 @@ class LLMEngine:
 
     def _close_parts(self) -> None:
         try:
-            if self._recovery.device_error is None:
+            # What runs on cards in processes of their own ends with these.
+            if self._recovery.device_error is None and self.config.cluster is None:
                 self._recovery.settle()
         finally:
             for runner in self._runners:

@@ -22,7 +22,7 @@ from nanovllm.engine.scheduling.shared_prompt import SharedPrompt
 from nanovllm.engine.scheduling.step import MAX_CHUNKS, BlockPair, PrefillChunk, Step
 from nanovllm.engine.scheduling.step_time import TOKEN_MULTIPLE, StepSize
 from nanovllm.engine.sequence import Sequence, SequenceStatus
-from nanovllm.errors import OutOfKVCacheError
+from nanovllm.errors import ClusterError, OutOfKVCacheError
 from nanovllm.outputs import FinishReason
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,9 @@ FreeInSeconds = abc.Callable[[Card], float]
 
 STEPS_AHEAD = 2
 """Steps in flight on a card: one that runs, and one queued behind it before the first one's tokens are seen."""
+
+MOST_LOST_CARDS = 4
+"""A request ends with an error once so many cards were lost while they ran it: it may be what ends them."""
 
 STRETCH = 1.5
 """Where cards share prompts and no target is given, a step takes at most so many times what it would take without
@@ -151,6 +154,13 @@ class Scheduler:
         """
         card.is_up = False
         card.block_manager.forget(range(card.block_manager.num_blocks))
+        pairs = [pair for step in in_flight for pair in zip(step.seqs, step.leases, strict=True)]
+        for seq in dict.fromkeys(seq for seq, lease in pairs if seq.lease is lease):
+            seq.num_lost_cards += 1
+            if seq.num_lost_cards >= MOST_LOST_CARDS:
+                message = f"{seq.num_lost_cards} cards were lost while they ran request {seq.request_id}"
+                self.finish(seq, "error", ClusterError(f"{message}, the last one was {card}; it is not tried again"))
+                self._outgrown.append(seq)
         self.steps_lost(in_flight)
         for seq in [seq for seq in self._running if seq.lease is not None and seq.lease.holds_on(card)]:
             self._requeue(seq, f"recomputed: {card} is lost")
@@ -179,7 +189,8 @@ class Scheduler:
         return True
 
     def get_outgrown_sequences(self) -> list[Sequence]:
-        """Requests that have ended since the last call, with an error, because no pool can hold them."""
+        """Requests that have ended since the last call, with an error, because no pool can hold them, or too many cards
+        were lost that ran them."""
         outgrown, self._outgrown = self._outgrown, []
         return outgrown
 

@@ -266,6 +266,8 @@ def _serve(messages: zmq.Socket[bytes]) -> None:
     if not isinstance(start, Start):
         raise ClusterError(f"the first message starts a card, this one is a {type(start).__name__}")
     device = Device(start.device_kind, start.device_index)
+    if device.is_cuda:
+        torch.cuda.set_device(device.index)  # NIXL registers memory in the current device's context
     config = EngineConfig.from_options(start.model, start.options)
     folder = checkpoint_folder(config.model, config.revision)
     spec = runner_spec(config, folder, read_json(folder, "config.json") or {}, device)
