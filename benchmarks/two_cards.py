@@ -2,7 +2,8 @@
 
 Each mode (`elastic`, `pd`, `dp2`, `tp2`, `processes`, as in online_load.py) has an engine, or two, in processes of its
 own, all of which hold their weights and pools on the cards at the same time: give `--num-kvcache-blocks` so that they
-fit. Only one mode serves at a time. A load is served in every mode before the next one is, and each time another mode is the first.
+fit. Only one mode serves at a time. A load is served in every mode before the next one is, and each time another mode
+is the first.
 
 A load is LOAD:RATE, a workload or the file of a trace, and requests per second, for `--duration`; several of them
 joined by `+` follow each other. A request is good as in online_load.py. Modes that mix prompts with decode steps aim at

@@ -43,8 +43,6 @@ class CardWatch:
         self._scheduler = scheduler
         self._steps = steps
         self._outputs = outputs
-        self.num_lost = 0
-        """How many times a card was lost."""
 
     def look(self) -> None:
         """Notices which cards are gone, and which are there again.
@@ -104,7 +102,6 @@ class CardWatch:
         self._scheduler.steps_lost([other.step for other in later])
 
     def _lost(self, card: Card, runner: RemoteRunner) -> None:
-        self.num_lost += 1
         logger.warning("%s is lost: its requests are recomputed on other cards", card)
         self._scheduler.card_lost(card, [work.step for work in self._steps.drop_on(card)])
         runner.note_loss()
