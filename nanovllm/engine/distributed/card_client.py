@@ -113,6 +113,10 @@ class CardClient:
             with contextlib.suppress(zmq.Again):
                 self._messages.send(encode(command), zmq.NOBLOCK)
 
+    def has_mail(self) -> bool:
+        """Whether `receive` would find something."""
+        return not self._messages.closed and bool(self._messages.poll(0))
+
     def receive(self) -> list[Report]:
         """All that has come.
 

@@ -47,6 +47,7 @@ from nanovllm.engine.execution.task_packer import TaskPacker
 from nanovllm.engine.scheduling.step import BlockPair, Step
 from nanovllm.errors import ClusterError, DeviceError, HandoffError
 from nanovllm.utils.device import Device
+from nanovllm.utils.process import without_interrupts
 
 logger = logging.getLogger(__name__)
 
@@ -210,9 +211,10 @@ class RemoteTransfer:
         assert isinstance(after, RemoteStep), "a remote card pushes behind steps of its own"
         number, blocks = self._source.next_push(), np.array(pairs, dtype=np.int64).T.copy()
         push = RemotePush(number, self._source, self._target)
-        self._source.pushes[number] = self._target.pushes[number] = push
-        self._target.send(Expect(number, self._source.agent, blocks[1], self._verify))
-        self._source.send(Push(number, after.number, self._target.agent, blocks, self._verify))
+        with without_interrupts():  # one side would wait for the other
+            self._source.pushes[number] = self._target.pushes[number] = push
+            self._target.send(Expect(number, self._source.agent, blocks[1], self._verify))
+            self._source.send(Push(number, after.number, self._target.agent, blocks, self._verify))
         return push
 
 
@@ -308,8 +310,9 @@ class RemoteRunner:
         task = self._packer.pack(step)
         self._packer.launched(step)
         handle = RemoteStep(self, next(self._step_numbers))
-        self._steps[handle.number] = handle
-        self._client.send(Launch(handle.number, self._batch, task))
+        with without_interrupts():  # what was not sent would be waited for
+            self._steps[handle.number] = handle
+            self._client.send(Launch(handle.number, self._batch, task))
         return handle
 
     def forget_device_batch(self) -> None:
@@ -382,8 +385,10 @@ class RemoteRunner:
         if self.state not in (CardState.STARTING, CardState.UP):
             return
         try:
-            for report in self._client.receive():
-                self._take(report)
+            if self._client.has_mail():
+                with without_interrupts():  # what was received and not taken in would be missed for ever
+                    for report in self._client.receive():
+                        self._take(report)
             if self.state not in (CardState.STARTING, CardState.UP):
                 return
             if self._client.is_gone():
