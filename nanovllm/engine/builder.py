@@ -81,6 +81,8 @@ class EngineParts:
     kept_step_times: KeptStepTimes
     remote_runners: dict[Card, RemoteRunner]
     """The runners of a cluster."""
+    agents_with_mail: Callable[[int], set[str]] | None
+    """As of `CardWatch`."""
     close_cluster: Callable[[], None]
     """Closes what the processes of a cluster were connected to, once they have ended."""
 
@@ -161,7 +163,16 @@ def _parts(
     first, second = placement.prefill_card, placement.decode_card
     kv_transfers = {(second, first): transfer_back, (first, second): kv_transfer}
     return EngineParts(
-        tokenizer, runners, kv_transfers, scheduler, intake, observer, kept_step_times, {}, close_cluster=lambda: None
+        tokenizer,
+        runners,
+        kv_transfers,
+        scheduler,
+        intake,
+        observer,
+        kept_step_times,
+        {},
+        None,
+        close_cluster=lambda: None,
     )
 
 
@@ -204,6 +215,7 @@ def _cluster_parts(
         observer,
         KeptStepTimes([]),
         runner_of,
+        cluster.doorkeeper.agents_with_mail,
         cluster.doorkeeper.close,
     )
 

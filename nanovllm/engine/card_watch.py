@@ -18,8 +18,10 @@ if TYPE_CHECKING:  # what it imports may not be installed
 
 logger = logging.getLogger(__name__)
 
-REST_S = 100e-6
-"""Seconds between two looks at work of other processes; nothing else in this one is kept waiting by it."""
+REST_MS = 1
+"""How long the loop waits for a card's message before it looks at all else that it may wait for."""
+CHECK_S = 0.005
+"""Seconds from one look whether cards that say nothing are there to the next."""
 
 
 class CardWatch:
@@ -30,6 +32,8 @@ class CardWatch:
         scheduler: is told of lost cards and lost steps.
         steps: the steps in flight.
         outputs: is told of requests whose step has failed.
+        agents_with_mail: gives the names of the cards' processes that have said something, and waits so many
+            milliseconds for the first; None without remote cards.
     """
 
     def __init__(
@@ -38,11 +42,14 @@ class CardWatch:
         scheduler: Scheduler,
         steps: StepsInFlight,
         outputs: OutputProcessor,
+        agents_with_mail: abc.Callable[[int], set[str]] | None,
     ) -> None:
         self._runners = runners
         self._scheduler = scheduler
         self._steps = steps
         self._outputs = outputs
+        self._agents_with_mail = agents_with_mail
+        self._checked_s = 0.0
 
     def look(self) -> None:
         """Notices which cards are gone, and which are there again.
@@ -50,8 +57,8 @@ class CardWatch:
         Raises:
             DeviceError: no card can be started any more.
         """
+        self._poll(0)
         for card, runner in self._runners.items():
-            runner.poll()
             if card.is_up and not runner.is_up:
                 self._lost(card, runner)
             elif runner.is_lost:
@@ -75,8 +82,11 @@ class CardWatch:
         return any(not (runner.is_up or runner.is_out) for runner in self._runners.values())
 
     def rest(self) -> None:
-        """Lets others run while the loop waits for devices."""
-        time.sleep(REST_S if self._runners else 0)
+        """Lets others run while the loop waits for devices; waits for what remote cards say."""
+        if self._agents_with_mail is None:
+            time.sleep(0)
+        else:
+            self._poll(REST_MS)
 
     def gave_up(self, work: InFlight, timeout_s: float) -> bool:
         """Takes the card for lost whose step has not ended in time, if it is a remote one. Returns whether it is."""
@@ -100,6 +110,17 @@ class CardWatch:
             if seq.lease is lease:
                 self._outputs.fail(seq, error)
         self._scheduler.steps_lost([other.step for other in later])
+
+    def _poll(self, timeout_ms: int) -> None:
+        """Takes in what cards have said, and notices now and then which are gone or silent."""
+        if self._agents_with_mail is None:
+            return
+        agents, now_s = self._agents_with_mail(timeout_ms), time.monotonic()
+        checks_all = now_s - self._checked_s >= CHECK_S
+        self._checked_s = now_s if checks_all else self._checked_s
+        for runner in self._runners.values():
+            if checks_all or runner.agent in agents:
+                runner.poll()
 
     def _lost(self, card: Card, runner: RemoteRunner) -> None:
         logger.warning("%s is lost: its requests are recomputed on other cards", card)

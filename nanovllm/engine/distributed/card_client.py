@@ -36,6 +36,8 @@ class Doorkeeper:
     def __init__(self) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._allowed: dict[str, bytes] = {}
+        self._mail = zmq.Poller()
+        self._agents: dict[zmq.Socket[bytes], str] = {}
         self._authenticator = ThreadAuthenticator(self.context)
         self._authenticator.start()
 
@@ -51,6 +53,20 @@ class Doorkeeper:
     def dismiss(self, domain: str) -> None:
         """Lets nobody in any more."""
         self._allowed.pop(domain, None)
+
+    def watch(self, messages: zmq.Socket[bytes], agent: str) -> None:
+        """Counts a socket among those of `agents_with_mail`."""
+        self._mail.register(messages, zmq.POLLIN)
+        self._agents[messages] = agent
+
+    def unwatch(self, messages: zmq.Socket[bytes]) -> None:
+        """Counts it no more."""
+        if self._agents.pop(messages, None) is not None:
+            self._mail.unregister(messages)
+
+    def agents_with_mail(self, timeout_ms: int) -> set[str]:
+        """The agents that have said something; waits so long for the first."""
+        return {self._agents[messages] for messages, _ in self._mail.poll(timeout_ms)}
 
     def socket(self, kind: int, domain: str, secret_key: bytes, address: str) -> tuple[zmq.Socket[bytes], str]:
         """A socket on a free port of an address that only the key of the domain gets into, and its endpoint."""
@@ -98,14 +114,20 @@ class CardClient:
         self._beats, beats = doorkeeper.socket(zmq.PULL, agent, controller_secret, "127.0.0.1")
         log_level = logging.getLogger("nanovllm").getEffectiveLevel()
         contact = encode(Contact(card, messages, beats, self.controller_key, public_key, secret_key, log_level))
-        self._link, theirs = socket.socketpair()
+        self._link, self._process = self._start_process(contact)
+        doorkeeper.watch(self._messages, agent)
+        self.pid = self._process.pid
+
+    def _start_process(self, contact: bytes) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+        """Starts the process, and gives it the contact through the link to it, which is returned."""
+        link, theirs = socket.socketpair()
         with theirs:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 _command_line(), stdin=theirs.fileno(), start_new_session=True, env=_environment()
             )
-        self.pid = self._process.pid
         with contextlib.suppress(BrokenPipeError):  # it is gone already, as the next look says
-            self._link.sendall(len(contact).to_bytes(4, "little") + contact)
+            link.sendall(len(contact).to_bytes(4, "little") + contact)
+        return link, process
 
     def send(self, command: Command) -> None:
         """Sends without waiting. What a process that is gone does not get, nobody misses."""
@@ -182,6 +204,7 @@ class CardClient:
 
     def _close_sockets(self) -> None:
         self._doorkeeper.dismiss(self._agent)
+        self._doorkeeper.unwatch(self._messages)
         self._messages.close()
         self._beats.close()
 

@@ -106,14 +106,15 @@ class RemoteStep:
         return self
 
     def is_done(self) -> bool:
-        self._runner.poll()
+        """Whether the card has said so, as far as its messages were taken in."""
         return self._ended is not None or self.failure is not None
 
     query = is_done
 
     def wait(self) -> None:
         """Waits for the step, or for news that its card is lost."""
-        while not (self.is_done() or self._runner.state is not CardState.UP):
+        while not self.is_done() and self._runner.state is CardState.UP:
+            self._runner.poll()
             time.sleep(CLOCK_REST_S)
 
     synchronize = wait
@@ -159,9 +160,13 @@ class RemotePush:
         self._source, self._target = source, target
         self._agents = source.agent, target.agent
 
-    def is_done(self) -> bool:
+    def poll(self) -> None:
+        """Takes in what the two cards have said."""
         for runner in (self._source, self._target):
             runner.poll()
+
+    def is_done(self) -> bool:
+        """Whether it is over on both sides, as far as their messages were taken in."""
         is_sent = self.sent is not None or not self._source.may_run(self._agents[0])
         has_arrived = self.arrived is not None or not self._target.may_run(self._agents[1])
         return is_sent and has_arrived
@@ -328,7 +333,10 @@ class RemoteRunner:
         while self.state is CardState.UP:
             self.poll()
             is_failed = any(step.failure is not None for step in self._steps.values())
-            pushes = [push for push in list(self.pushes.values()) if copies and not push.is_done()]
+            pushes = [push for push in list(self.pushes.values()) if copies]
+            for push in pushes:
+                push.poll()
+            pushes = [push for push in pushes if not push.is_done()]
             if (is_failed or not self._steps) and not pushes:
                 return
             if time.monotonic() > deadline_s:
