@@ -98,6 +98,8 @@ class Scheduler:
         self._joined_early: dict[Sequence, None] = {}
         """Requests that decode while work of their shared prompt is in flight: chunks, and blocks that are pushed."""
         self._decoding = {card: DecodeSet(card) for card in self.cards}
+        self._leases_on: Counter[Card] = Counter()
+        """Running requests by the card where they decode, or will."""
         self._tokens_in_flight: Counter[Card] = Counter()
         """Prompt tokens of the steps in flight on each card."""
         self._draining_leases: list[Lease] = []
@@ -434,6 +436,8 @@ class Scheduler:
             card.block_manager.check_integrity(_blocks_on(card, leases))
         for seq in self._running:
             assert seq.lease is not None, f"request {seq.request_id} is {seq.status} without a lease"
+        num_leases = Counter(seq.lease.decode.card for seq in self._running if seq.lease is not None)
+        assert +self._leases_on == num_leases, f"{self._leases_on} leases are counted, there are {num_leases}"
         under_way = {seq for seq in self._running if seq.status is not SequenceStatus.DECODING}
         assert self._prefill_backlog == under_way, (
             "the backlog is not the set of requests that are prefilled or handed off"
@@ -603,8 +607,7 @@ class Scheduler:
         for seq in list(self._prefill_backlog):
             if (lease := seq.lease) is not None:
                 contexts[lease.decode.card] += seq.num_tokens_ahead(LOOK_AHEAD_STEPS)
-        num_rows = Counter(lease.decode.card for seq in list(self._running) if (lease := seq.lease) is not None)
-        return {card: StepSize(num_rows[card], contexts[card]) for card in self.cards}
+        return {card: StepSize(self._leases_on[card], contexts[card]) for card in self.cards}
 
     def _admit(self, seq: Sequence, places: Places) -> bool:
         """Grants a lease, with blocks on both cards, if both pools have enough. Returns whether it did.
@@ -638,6 +641,7 @@ class Scheduler:
             decode if is_one_card else Allocation(prefill_card, prefill_card.block_manager.allocate(hit, num_prefilled))
         )
         seq.lease = Lease(prefill, decode, num_handed_off_tokens=len(cached) * block_size)
+        self._leases_on[decode_card] += 1
         num_hit_blocks = len(hit)
         if places.is_shared:
             # The card that has more of the prompt begins, and pushes what the other lacks.
@@ -711,6 +715,8 @@ class Scheduler:
         if block_manager.can_allocate((), num_missing):
             here.blocks += block_manager.allocate((), num_missing)
             lease.prefill, lease.decode = lease.decode, lease.prefill
+            self._leases_on[card] += 1
+            self._leases_on[lease.prefill.card] -= 1
 
     def _handoff(
         self, seq: Sequence, lease: Lease, card: Card, end: int, is_last: bool
@@ -845,6 +851,7 @@ class Scheduler:
         if lease is None:
             return
         lease.ended = True
+        self._leases_on[lease.decode.card] -= 1
         logger.debug("request %d: gives up its lease of %d blocks", seq.request_id, len(lease.decode.blocks))
         self.hold(lease, self._decoding[lease.decode.card].lease_ended(lease))
         if lease.in_flight:
