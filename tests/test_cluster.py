@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import importlib.util
+import json
 import os
 import pickle
 import random
@@ -21,6 +23,7 @@ import zmq
 
 from nanovllm import (
     LLM,
+    AsyncLLM,
     ClusterError,
     ConfigError,
     DeviceError,
@@ -262,6 +265,52 @@ def test_an_interrupt_leaves_whole_cards(llm, expected, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         llm.generate(tiny.random_prompts(6, seed=47), GREEDY, use_tqdm=False)
     assert answers_of(llm, *mixed_load(12)) == expected[12, 24]
+
+
+@pytest.mark.slow
+def test_an_interrupt_while_a_card_is_gone(llm, expected, monkeypatch):
+    """Nobody has told the others of it when all is put right again."""
+    take, killed = llm._outputs.take_tokens_after_chunks, []
+
+    def interrupted(*arguments):
+        if not killed:
+            killed.append(llm.prefill_runner.pid)
+            os.kill(killed[0], signal.SIGKILL)
+            raise KeyboardInterrupt
+        take(*arguments)
+
+    monkeypatch.setattr(llm._outputs, "take_tokens_after_chunks", interrupted)
+    began_s = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(tiny.random_prompts(12, seed=49, longest=60), GREEDY, use_tqdm=False)
+    assert answers_of(llm, *mixed_load(12)) == expected[12, 24]
+    assert time.monotonic() - began_s < SETTLED_S, "it waited for a card that is gone"
+
+
+@pytest.mark.slow
+def test_over_a_process_of_its_own_that_has_the_engine(tiny_path, checkpoint):
+    """The server's way: cards of an engine in a process, which end with it."""
+    _, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(4, seed=50)
+
+    async def serve() -> list[list[int]]:
+        async with AsyncLLM(tiny_path, **CLUSTER) as llm:
+            return await asyncio.gather(*(tokens(llm, prompt) for prompt in prompts))
+
+    async def tokens(llm: AsyncLLM, prompt: list[int]) -> list[int]:
+        return [token async for output in llm.generate(prompt, GREEDY) for token in output.new_token_ids]
+
+    assert asyncio.run(serve()) == [tiny.reference_tokens(reference, prompt, 24) for prompt in prompts]
+
+
+@pytest.mark.slow
+def test_a_trace_has_the_steps_of_all_cards(tiny_path, tmp_path):
+    file = tmp_path / "trace.json"
+    with LLM(tiny_path, **CLUSTER, trace=file) as llm:
+        llm.generate(*mixed_load(12), use_tqdm=False)
+    events = json.loads(file.read_text())["traceEvents"]
+    names = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert {"prefill card 0", "decode card 2", "handoff card 0 to card 2"} <= names
 
 
 @pytest.mark.slow

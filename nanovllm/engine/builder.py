@@ -82,7 +82,7 @@ class EngineParts:
     remote_runners: dict[Card, RemoteRunner]
     """The runners of a cluster."""
     agents_with_mail: Callable[[int], set[str]] | None
-    """As of `CardWatch`."""
+    """Gives the processes of the cluster that have said something; see `CardWatch`."""
     close_cluster: Callable[[], None]
     """Closes what the processes of a cluster were connected to, once they have ended."""
 
@@ -187,7 +187,7 @@ def _cluster_parts(
     from nanovllm.engine.distributed.remote_card import RemoteTransfer
 
     prefill, decode = (
-        {make_card(config, runner, f"{role} card"): runner for runner in runners}
+        {make_card(config, runner, role): runner for runner in runners}
         for role, runners in (("prefill", cluster.prefill), ("decode", cluster.decode))
     )
     placement = ClusterPlacement(list(prefill), list(decode))

@@ -12,6 +12,7 @@ from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.errors import DeviceError
+from nanovllm.utils.process import without_interrupts
 
 if TYPE_CHECKING:  # what it imports may not be installed
     from nanovllm.engine.distributed.remote_card import RemoteRunner
@@ -59,14 +60,9 @@ class CardWatch:
         """
         self._poll(0)
         for card, runner in self._runners.items():
-            if card.is_up and not runner.is_up:
-                self._lost(card, runner)
-            elif runner.is_lost:
-                runner.note_loss()  # of one that was lost on its way up
-            if runner.is_up and not card.is_up:
-                self._came_up(card, runner)
-            elif runner.may_restart:
-                runner.restart()
+            if card.is_up != runner.is_up or runner.is_lost:
+                with without_interrupts():  # half of it done would leave the cards apart
+                    self._take_note(card, runner)
         if self._runners and all(runner.is_out for runner in self._runners.values()):
             reasons = "; ".join(f"{card}: {runner.reason}" for card, runner in self._runners.items())
             raise DeviceError(f"no card of the cluster can be started: {reasons}")
@@ -121,6 +117,16 @@ class CardWatch:
         for runner in self._runners.values():
             if checks_all or runner.agent in agents:
                 runner.poll()
+
+    def _take_note(self, card: Card, runner: RemoteRunner) -> None:
+        if card.is_up and not runner.is_up:
+            self._lost(card, runner)
+        elif runner.is_lost:
+            runner.note_loss()  # of one that was lost on its way up
+        if runner.is_up and not card.is_up:
+            self._came_up(card, runner)
+        elif runner.may_restart:
+            runner.restart()
 
     def _lost(self, card: Card, runner: RemoteRunner) -> None:
         logger.warning("%s is lost: its requests are recomputed on other cards", card)

@@ -160,9 +160,14 @@ class RemotePush:
         self._source, self._target = source, target
         self._agents = source.agent, target.agent
 
+    @property
+    def cards(self) -> tuple[RemoteRunner, RemoteRunner]:
+        """The one that sends, and the one that receives."""
+        return self._source, self._target
+
     def poll(self) -> None:
         """Takes in what the two cards have said."""
-        for runner in (self._source, self._target):
+        for runner in self.cards:
             runner.poll()
 
     def is_done(self) -> bool:
@@ -329,13 +334,18 @@ class RemoteRunner:
 
     def synchronize(self, *, copies: bool = True) -> None:
         """Waits for all steps, and pushes, until they are through or the card is lost."""
-        deadline_s = time.monotonic() + self.spec.step_timeout_s
+        deadline_s, told = time.monotonic() + self.spec.step_timeout_s, set[str]()
         while self.state is CardState.UP:
             self.poll()
             is_failed = any(step.failure is not None for step in self._steps.values())
             pushes = [push for push in list(self.pushes.values()) if copies]
             for push in pushes:
                 push.poll()
+                for other in push.cards:
+                    if other.is_lost and other.agent not in told:  # the loop may not have come to do so
+                        told.add(other.agent)
+                        other.note_loss()
+                        self.forget(other)
             pushes = [push for push in pushes if not push.is_done()]
             if (is_failed or not self._steps) and not pushes:
                 return
@@ -437,7 +447,7 @@ class RemoteRunner:
     # The rest of a runner's interface
 
     def check_workers(self) -> None:
-        self.poll()
+        """Whether its process is there is looked after elsewhere, and ends no other card's work."""
 
     def diagnose(self, error: DeviceError) -> DeviceError:
         return error
