@@ -485,6 +485,7 @@ def test_a_card_that_ends_before_it_greets_is_an_error(tiny_path, monkeypatch):
         ({"cluster": "local", "kv_handoff": "copy"}, "kv_handoff given with cluster='local'"),
         ({"cluster": "local", "card_timeout_s": 0}, "card_timeout_s=0 is not a positive number"),
         ({"cluster": "local", "device": "cuda:1"}, "names one GPU"),
+        ({"cluster": "local", "kv_cache_dtype": "fp8"}, "each card would calibrate its own"),
         ({"cluster": "local", "enable_decode_pipeline": True}, "needs enable_two_gpu_pd=True"),
     ],
 )

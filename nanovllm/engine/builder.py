@@ -110,6 +110,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
     eos_ids = end_of_sequence_ids(folder, hf_config, tokenizer, spec.model_config.vocab_size)
     warn_of_generation_settings(folder, hf_config)
     if config.cluster is not None:
+        check_kv_of_cluster(spec)
         from nanovllm.engine.distributed.cluster import start_cluster
 
         cluster = start_cluster(config, spec, devices[0].kind)
@@ -300,6 +301,19 @@ def cluster_device(config: EngineConfig) -> Device:
             f"sees {num_gpus} GPUs; pass fewer, or device='cpu' to try it on processes of the CPU"
         )
     return Device("cuda", 0)
+
+
+def check_kv_of_cluster(spec: RunnerSpec) -> None:
+    """Checks that the KV which one card of a cluster stores means the same on the others.
+
+    Raises:
+        ConfigError: each would calibrate scales of its own.
+    """
+    if spec.model_config.has_fp8_kv and not spec.model_config.has_kv_scales:
+        raise ConfigError(
+            "kv_cache_dtype='fp8' in a cluster needs a checkpoint with scales of its KV, since each card would "
+            "calibrate its own; leave it out, or use enable_two_gpu_pd, where cards share them"
+        )
 
 
 def runner_spec(config: EngineConfig, folder: Path, hf_config: dict[str, Any], device: Device) -> RunnerSpec:

@@ -21,6 +21,7 @@ CARD_OPTIONS = (
     "num_kvcache_blocks",
     "dtype",
     "quantization",
+    "kv_cache_dtype",
     "load_format",
     "attention_backend",
     "seed",
