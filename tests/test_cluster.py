@@ -32,7 +32,7 @@ from nanovllm import (
     SamplingParams,
 )
 from nanovllm.engine.distributed import card_client
-from nanovllm.engine.distributed.card_messages import Push, encode
+from nanovllm.engine.distributed.card_messages import Push, decode_report, encode
 from nanovllm.engine.execution.tasks import StepTask
 from tests import tiny
 from tests.test_engine import drain, tokens_of
@@ -402,27 +402,19 @@ def test_a_pickled_message_executes_nothing(llm, expected, tmp_path):
 @pytest.mark.slow
 def test_a_card_that_is_not_understood_is_lost(llm, expected, monkeypatch, tmp_path):
     trap = tmp_path / "sprung"
-    runner, said = llm.decode_runner, [pickle.dumps(Trap(str(trap)))]
-    socket = runner._client._messages
-    real = socket.recv
-    monkeypatch.setattr(runner._client, "_messages", Spoken(socket, said, real))
+    client, said = llm.decode_runner._client, [pickle.dumps(Trap(str(trap)))]
+    receive = client.receive
+
+    def heard() -> list:
+        if said:
+            decode_report(said.pop())
+        return receive()
+
+    monkeypatch.setattr(client, "receive", heard)
     assert answers_of(llm, *mixed_load(12)) == expected[12, 24]
-    assert not said
+    assert "are no report of" in llm.decode_runner.reason
+    assert llm.decode_runner._client is not client
     assert not trap.exists()
-    assert not runner.is_up or runner.agent.endswith(str(runner._num_starts))
-
-
-class Spoken:
-    """A socket on which something is said that the card never said."""
-
-    def __init__(self, socket, said, real) -> None:
-        self._socket, self._said, self._real = socket, said, real
-
-    def __getattr__(self, name):
-        return getattr(self._socket, name)
-
-    def recv(self, flags: int = 0) -> bytes:
-        return self._said.pop() if self._said else self._real(flags)
 
 
 def test_whoever_has_no_key_can_neither_speak_nor_listen(llm, expected):
