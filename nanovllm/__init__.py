@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from nanovllm.engine.step_listeners import StepReport
 from nanovllm.errors import (
     BackendUnavailableError,
+    ClusterError,
     ConfigError,
     DeviceError,
     EngineBusyError,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LLM",
     "BackendUnavailableError",
+    "ClusterError",
     "ConfigError",
     "DeviceError",
     "EngineBusyError",

@@ -28,6 +28,9 @@ TWO_GPU_OPTIONS = (
     "handoff_timeout_s",
     "max_handoff_backlog",
 )
+CLUSTER_OPTIONS = ("prefill_cards", "decode_cards", "card_timeout_s")
+NOT_IN_A_CLUSTER = ("prefill_device_id", "decode_device_id", "kv_handoff", "card_roles")
+CLUSTERS = ("local",)
 CARD_ROLES = ("fixed", "elastic")
 DECODE_PIPELINES = ("static", "auto", "disabled")
 PIPELINE_OPTIONS = (
@@ -89,6 +92,12 @@ class EngineConfig:
             the prefill step.
         max_handoff_backlog: maximum number of requests between the beginning of their prefill and the arrival of their
             KV; others wait in the queue.
+        cluster: `local` gives each card a process of its own on this host, and KV crosses between them by NIXL; None
+            for cards of this process.
+        prefill_cards, decode_cards: cards of a cluster that prefill, and that decode. On GPUs they take torch's first
+            ones, with `device="cpu"` they are processes of the CPU.
+        card_timeout_s: seconds of silence after which a card's process is taken for hung: it is ended and started
+            again, and its requests are recomputed on other cards.
         itl_target_ms: what a decode step may be predicted to take: a request waits in the queue while a step with it
             would take longer, and a step with prompts takes no more of them than there is time for, but for 32 tokens
             of the oldest. None for no such limit, but for elastic cards: there a step with prompts takes at most 1.5
@@ -136,6 +145,10 @@ class EngineConfig:
     verify_kv_handoff: bool = False
     handoff_timeout_s: float = 30.0
     max_handoff_backlog: int = 256
+    cluster: str | None = None
+    prefill_cards: int = 1
+    decode_cards: int = 1
+    card_timeout_s: float = 10.0
     itl_target_ms: float | None = None
     enable_decode_pipeline: bool = False
     decode_pipeline: str | None = None
@@ -193,6 +206,7 @@ class EngineConfig:
                 f"revision={short_repr(self.revision)} is not a branch, tag or commit of a model on the hub"
             )
         self._check_two_gpu_options()
+        self._check_cluster_options()
         self._check_pipeline_options()
 
     @property
@@ -217,6 +231,25 @@ class EngineConfig:
         if self.enable_decode_pipeline and not self.enable_two_gpu_pd:
             raise ConfigError(
                 "enable_decode_pipeline=True needs enable_two_gpu_pd=True: it splits the SMs of a decode card"
+            )
+
+    def _check_cluster_options(self) -> None:
+        _check_positive("prefill_cards", self.prefill_cards)
+        _check_positive("decode_cards", self.decode_cards)
+        _check_seconds("card_timeout_s", self.card_timeout_s)
+        if self.cluster is None:
+            return
+        _check_choice("cluster", self.cluster, CLUSTERS)
+        if self.enable_two_gpu_pd or self.tensor_parallel_size > 1:
+            other = "enable_two_gpu_pd=True" if self.enable_two_gpu_pd else f"{self.tensor_parallel_size=}"[5:]
+            raise ConfigError(
+                f"cluster={self.cluster!r} and {other} exclude each other: a card of a cluster is one GPU with a "
+                "process of its own; leave one of them out"
+            )
+        if ":" in self.device:
+            raise ConfigError(
+                f"device={self.device!r} names one GPU, a cluster uses the first ones; pass device='cuda', and "
+                "CUDA_VISIBLE_DEVICES for others"
             )
 
     def _check_two_gpu_options(self) -> None:
@@ -268,10 +301,25 @@ class EngineConfig:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}"
                 raise ConfigError(f"unknown option {name!r}; {hint}")
-        for switch, switched in (("enable_two_gpu_pd", TWO_GPU_OPTIONS), ("enable_decode_pipeline", PIPELINE_OPTIONS)):
+        switches = (
+            ("enable_two_gpu_pd", TWO_GPU_OPTIONS),
+            ("enable_decode_pipeline", PIPELINE_OPTIONS),
+            ("cluster", CLUSTER_OPTIONS),
+        )
+        in_cluster = options.get("cluster") is not None
+        refused = [name for name in NOT_IN_A_CLUSTER if name in options]
+        if in_cluster and refused:
+            raise ConfigError(
+                f"{', '.join(refused)} given with cluster={short_repr(options['cluster'])}: its cards have fixed "
+                "roles, take the first GPUs, and hand over KV by NIXL; leave them out"
+            )
+        for switch, switched in switches:
             unused = [name for name in switched if name in options]
+            if in_cluster and switch == "enable_two_gpu_pd":
+                continue  # the others of these a cluster has, too
             if unused and not options.get(switch):
-                raise ConfigError(f"{', '.join(unused)} given without {switch}=True; add it or leave them out")
+                value = "'local'" if switch == "cluster" else "True"
+                raise ConfigError(f"{', '.join(unused)} given without {switch}={value}; add it or leave them out")
         return cls(model=model, **options)
 
 

@@ -14,6 +14,7 @@ NanoVLLMError
 ├── WorkerError(RuntimeError)              a tensor-parallel worker died
 ├── EngineProcessError(RuntimeError)       the process that an `AsyncLLM` has its engine in is gone, or failed
 │   └── EngineTimeoutError(TimeoutError)   it does not answer
+├── ClusterError(RuntimeError)             a card's process that cannot be started, or says what cannot be understood
 ├── GreenContextError(RuntimeError)        an SM partition that cannot be had
 └── HandoffError(RuntimeError)             a request's KV did not reach the decode device
     └── HandoffTimeout(TimeoutError)
@@ -27,6 +28,7 @@ from collections.abc import Iterator
 
 __all__ = [
     "BackendUnavailableError",
+    "ClusterError",
     "ConfigError",
     "DeviceError",
     "EngineBusyError",
@@ -112,6 +114,10 @@ class EngineProcessError(NanoVLLMError, RuntimeError):
 
 class EngineTimeoutError(EngineProcessError, TimeoutError):
     """The engine's process did not answer a question in time."""
+
+
+class ClusterError(NanoVLLMError, RuntimeError):
+    """The process of a card cannot be started, is of another version, or says what cannot be understood."""
 
 
 class GreenContextError(NanoVLLMError, RuntimeError):

@@ -290,6 +290,20 @@ def test_a_speed_without_a_trace_is_refused():
     assert "--speed is of a trace" in run.stderr
 
 
+@pytest.mark.slow
+def test_cards_in_processes_of_their_own_serve_the_same_load():
+    arguments = ("--mode", "processes", "--prefill-cards", "2", "--rate", "4", "--duration", "2")
+    run = run_on_cpu("online_load.py", *arguments, "--max-model-len", "128")
+    assert run.returncode == 0, run.stderr
+    (load,) = json.loads(run.stdout.splitlines()[-1])["loads"]
+    assert load["num_failed"] == 0
+    busy = load["busy_share"]
+    assert busy.keys() == {"card 0", "card 1", "card 2"}
+    assert busy["card 2"] > 0
+    assert busy["card 0"] > 0
+    assert load["handoff"]["bytes"] > 0
+
+
 @pytest.mark.parametrize("mode", ["single", "pd", pytest.param("dp2", marks=pytest.mark.slow)])
 def test_it_runs_on_a_cpu_and_ends_with_a_line_of_json(mode):
     command = [
@@ -619,7 +633,7 @@ def test_waiting_is_not_host_work(monkeypatch):
 def test_every_benchmark_says_what_it_takes(monkeypatch, capsys):
     """All but plots.py, which takes nothing; a parser with two options of a name would fail."""
     names = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != "plots")
-    assert len(names) == 22
+    assert len(names) == 23
     for name in names:
         monkeypatch.setattr(sys, "argv", [name, "--help"])
         with pytest.raises(SystemExit, match="0"):

@@ -169,6 +169,7 @@ def test_padded_steps_give_the_same_tokens(checkpoint, monkeypatch, most_request
     with LLM(path, device="cpu", max_num_batched_tokens=50, max_num_seqs=6) as llm:
         runner = llm.decode_runner
         runner.prefill.graphs = PaddedSteps(runner.prefill.run_core, prefill_buckets(50))
+        runner.packer = runner._make_packer()
         paths = runner.decode.paths
         paths.sizes = [2, 4, 6]
         paths.steps = {None: PaddedSteps(runner.run_decode_core, paths.sizes)}
@@ -380,7 +381,7 @@ def test_the_rows_on_the_device_are_those_of_the_host(checkpoint, num_blocks):
     prompts = tiny.random_prompts(8, seed=34, longest=40)
     with LLM(path, device="cpu", num_kvcache_blocks=num_blocks, max_num_seqs=5) as llm:
         rows = llm.decode_runner.decode.rows
-        changes, apply, num_pending, steps = rows.changes, rows.apply, 0, []
+        changes, apply, num_pending, steps = rows.table.changes, rows.apply, 0, []
 
         def noted(step):
             steps.append(step)
@@ -401,7 +402,7 @@ def test_the_rows_on_the_device_are_those_of_the_host(checkpoint, num_blocks):
                 else:
                     num_pending += 1
 
-        rows.changes, rows.apply = noted, checked
+        rows.table.changes, rows.apply = noted, checked
         ids = [llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=40)) for prompt in prompts]
         outputs = drain(llm, steps_overlap=True)
         assert num_pending > 0

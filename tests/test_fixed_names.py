@@ -161,7 +161,7 @@ def test_run_decode_core_is_one_decode_step(checkpoint):
             llm.step()
         runner = llm.decode_runner
         with torch.inference_mode():
-            runner.decode.rows.apply(runner.decode.rows.changes(step.decode))
+            runner.decode.rows.apply(runner.decode.rows.table.changes(step.decode))
             output = runner.run_decode_core(1)
         fed = step.seqs[0].num_output_tokens
         assert output.sampled.token_ids.tolist() == tiny.reference_tokens(reference, [1, 2, 3], 6)[fed : fed + 1]

@@ -187,6 +187,9 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     options = {**model_options(args), "device": args.device, "num_kvcache_blocks": args.num_kvcache_blocks}
     if args.mode == "elastic":
         return options | {"enable_two_gpu_pd": True, "card_roles": "elastic"}
+    if args.mode == "processes":
+        num_cards = {name: getattr(args, name, None) or 1 for name in ("prefill_cards", "decode_cards")}
+        return options | {"cluster": "local", **num_cards}
     if args.mode == "tp2":
         return options | {"tensor_parallel_size": 2}
     if args.mode != "pd":

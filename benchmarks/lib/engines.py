@@ -51,9 +51,12 @@ class Engine:
         self.has_prefix_cache = shares_beginnings(args)
         self.llm = LLM(**{**service_options(args), "device": device})
         self.vocab_size = vocab_size_of(self.llm)
-        runners = dict.fromkeys((self.llm.prefill_runner, self.llm.decode_runner))
-        self._meters = {str(runner.device): BusyMeter(runner) for runner in runners}
-        self._handoffs = HandoffMeter(self.llm)
+        self._meters: dict[str, BusyMeter] = {}
+        self._handoffs: HandoffMeter | None = None
+        if args.mode != "processes":  # whose streams nobody here can watch
+            runners = dict.fromkeys((self.llm.prefill_runner, self.llm.decode_runner))
+            self._meters = {str(runner.device): BusyMeter(runner) for runner in runners}
+            self._handoffs = HandoffMeter(self.llm)
         serve(self.llm, warm_up_load(args, self.vocab_size))
         freeze_garbage()
 
@@ -68,17 +71,25 @@ class Engine:
     def _measure(self, serve_load: Callable[[], list[Request]]) -> Served:
         for meter in self._meters.values():
             meter.take()
-        self._handoffs.take()
-        tokens_before, before = self._cache_tokens(), self._chunks()
+        if self._handoffs is not None:
+            self._handoffs.take()
+        tokens_before, before, at_start = self._cache_tokens(), self._chunks(), self.llm.metrics()
         requests = serve_load()
         ended_s = max((request.token_times_s[-1] for request in requests if request.token_times_s), default=math.inf)
         taken = {device: meter.take() for device, meter in self._meters.items()}
         busy = {device: busy_s / ended_s for device, (busy_s, _) in taken.items()}
+        if self._handoffs is None:
+            kinds_before = at_start["busy_s"]
+            for card, kinds in self.llm.metrics()["busy_s"].items():
+                busy[card] = (sum(kinds.values()) - sum(kinds_before[card].values())) / ended_s
+            handoffs = {"bytes": self.llm.metrics()["handoff_bytes"] - at_start["handoff_bytes"]}
+        else:
+            handoffs = self._handoffs.take()
         idle = {device: idle_s / max(busy_s + idle_s, 1e-9) for device, (busy_s, idle_s) in taken.items()}
         found = {name: number - tokens_before[name] for name, number in self._cache_tokens().items()}
         chunks = {name: number - before[name] for name, number in self._chunks().items()}
         chunks["wait_share"] = chunks.pop("wait_s") / max(chunks.pop("prompt_s"), 1e-9)
-        return Served(requests, busy, idle, self._handoffs.take(), found, self.llm.metrics()["step_time"], chunks)
+        return Served(requests, busy, idle, handoffs, found, self.llm.metrics()["step_time"], chunks)
 
     def _chunks(self) -> dict[str, float]:
         """Chunks of prompts so far, and the seconds of steps that had some, and in which these waited."""

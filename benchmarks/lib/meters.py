@@ -119,7 +119,7 @@ class HandoffMeter:
     def __init__(self, llm: LLM) -> None:
         self._block_bytes = llm.decode_runner.spec.block_bytes
         self._clear()
-        for card, transfer in llm._handoffs.transfers.items():
+        for (card, _), transfer in llm._handoffs.transfers.items():
             send = functools.partial(self._timed_send, transfer.send, llm._runners[card])
             transfer.send = send  # type: ignore[method-assign]
 

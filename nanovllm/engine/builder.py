@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import logging
 import math
 import threading
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.distributed.tensor_parallel import Workers
+from nanovllm.engine.execution.decode_paths import NoPaths
 from nanovllm.engine.execution.fingerprint import fingerprint
 from nanovllm.engine.execution.kv_transfer import KVTransfer, NoTransfer, PeerTransfer, resolve_handoff
 from nanovllm.engine.execution.load_model import weight_bytes
@@ -33,10 +35,11 @@ from nanovllm.engine.requests import RequestIntake
 from nanovllm.engine.runners import Runners
 from nanovllm.engine.scheduler import MAX_STREAMED_PREFILL_TOKENS, Scheduler, SchedulerLimits
 from nanovllm.engine.scheduling.card import Card
+from nanovllm.engine.scheduling.cluster_placement import ClusterPlacement
 from nanovllm.engine.scheduling.placement import ElasticPlacement, Placement
 from nanovllm.engine.scheduling.step_time import ModelCosts, StepTimeModel
 from nanovllm.engine.text.tokenizer import end_of_sequence_ids, load_tokenizer, warn_of_generation_settings
-from nanovllm.errors import ConfigError, ModelLoadError, NanoVLLMError, short_repr
+from nanovllm.errors import BackendUnavailableError, ConfigError, ModelLoadError, NanoVLLMError, short_repr
 from nanovllm.kernels import BackendRequirements, resolve_backend, torch_reference
 from nanovllm.layers.experts import ExpertsConfig
 from nanovllm.layers.ranks import Ranks
@@ -47,6 +50,10 @@ from nanovllm.models.quantization import QUANTIZATIONS
 from nanovllm.utils.checkpoint import checkpoint_folder, read_json
 from nanovllm.utils.device import Device, peer_access, resolve_device, resolve_device_pair
 from nanovllm.utils.loader import tensors_differ
+
+if TYPE_CHECKING:  # what they import may not be installed
+    from nanovllm.engine.distributed.cluster import Cluster
+    from nanovllm.engine.distributed.remote_card import RemoteRunner
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +73,18 @@ MAX_WAIT_S = 1e6
 class EngineParts:
     tokenizer: PreTrainedTokenizerBase | None
     runners: Runners
-    kv_transfers: dict[Card, KVTransfer]
-    """Each by the card whose blocks it sends."""
+    kv_transfers: dict[tuple[Card, Card], KVTransfer]
+    """Each by the card whose blocks it sends, and the one that it sends them to."""
     scheduler: Scheduler
     intake: RequestIntake
     observer: Observer
     kept_step_times: KeptStepTimes
+    remote_runners: dict[Card, RemoteRunner]
+    """The runners of a cluster."""
+    agents_with_mail: Callable[[int], set[str]] | None
+    """Gives the processes of the cluster that have said something; see `CardWatch`."""
+    close_cluster: Callable[[], None]
+    """Closes what the processes of a cluster were connected to, once they have ended."""
 
 
 def build_engine(config: EngineConfig) -> EngineParts:
@@ -83,16 +96,29 @@ def build_engine(config: EngineConfig) -> EngineParts:
         BackendUnavailableError: the attention backend that was asked for cannot serve.
         OutOfKVCacheError: a KV pool does not fit.
         WorkerError: one of several ranks did not start.
+        ClusterError: a card of a cluster did not start.
     """
     tracer = None if config.trace is None else Tracer(config.trace)
     folder = checkpoint_folder(config.model, config.revision)
     hf_config = read_json(folder, "config.json") or {}
     devices = resolve_devices(config)
     spec = runner_spec(config, folder, hf_config, devices[0])
-    check_fp8(spec.model_config, [*devices, *(_device_of(devices[0], rank) for rank in range(1, spec.num_ranks))])
+    if config.cluster is None:  # else each card does that itself
+        ranks = (_device_of(devices[0], rank) for rank in range(1, spec.num_ranks))
+        check_fp8(spec.model_config, [*devices, *ranks])
     tokenizer = load_tokenizer(folder)
     eos_ids = end_of_sequence_ids(folder, hf_config, tokenizer, spec.model_config.vocab_size)
     warn_of_generation_settings(folder, hf_config)
+    if config.cluster is not None:
+        check_kv_of_cluster(spec)
+        from nanovllm.engine.distributed.cluster import start_cluster
+
+        cluster = start_cluster(config, spec, devices[0].kind)
+        try:
+            return _cluster_parts(config, cluster, spec, tokenizer, eos_ids, tracer)
+        except BaseException:
+            cluster.close()
+            raise
     with BUILD_LOCK:
         prefill_runner, decode_runner, transfers = build_runners(config, spec, devices)
     try:
@@ -119,15 +145,7 @@ def _parts(
     kv_transfer, transfer_back = transfers
     options = resolved_options(config, prefill_runner, decode_runner, kv_transfer)
     logger.info("resolved options: %s", ", ".join(f"{name}={value}" for name, value in options.items()))
-    pools = [card.block_manager for card in scheduler.cards]
-    intake = RequestIntake(
-        tokenizer=tokenizer,
-        vocab_size=spec.model_config.vocab_size,
-        max_model_len=spec.max_model_len,
-        pool_tokens=min(pool.num_blocks * pool.block_size for pool in pools),
-        eos_ids=eos_ids,
-        seed=config.seed,
-    )
+    intake = build_intake(config, spec, scheduler.cards, tokenizer, eos_ids)
     if tracer is not None:
         paths = decode_runner.decode.paths
         paths.tracer, paths.clock = tracer, decode_runner.clock
@@ -143,8 +161,83 @@ def _parts(
         [(card.step_time, step_time_fingerprint(config, runners[card])) for card in placement.cards]
     )
     kept_step_times.restore()
-    kv_transfers = {placement.decode_card: transfer_back, placement.prefill_card: kv_transfer}
-    return EngineParts(tokenizer, runners, kv_transfers, scheduler, intake, observer, kept_step_times)
+    first, second = placement.prefill_card, placement.decode_card
+    kv_transfers = {(second, first): transfer_back, (first, second): kv_transfer}
+    return EngineParts(
+        tokenizer,
+        runners,
+        kv_transfers,
+        scheduler,
+        intake,
+        observer,
+        kept_step_times,
+        {},
+        None,
+        close_cluster=lambda: None,
+    )
+
+
+def _cluster_parts(
+    config: EngineConfig,
+    cluster: Cluster,
+    spec: RunnerSpec,
+    tokenizer: PreTrainedTokenizerBase | None,
+    eos_ids: frozenset[int],
+    tracer: Tracer | None,
+) -> EngineParts:
+    from nanovllm.engine.distributed.remote_card import RemoteTransfer
+
+    prefill, decode = (
+        {make_card(config, runner, role): runner for runner in runners}
+        for role, runners in (("prefill", cluster.prefill), ("decode", cluster.decode))
+    )
+    placement = ClusterPlacement(list(prefill), list(decode))
+    runner_of = prefill | decode
+    kv_transfers: dict[tuple[Card, Card], KVTransfer] = {
+        (one, other): RemoteTransfer(runner_of[one], runner_of[other], verify=config.verify_kv_handoff)
+        for one, other in itertools.permutations(placement.cards, 2)
+    }
+    scheduler = build_scheduler(config, placement)
+    observer = Observer(
+        scheduler,
+        NoPaths(),
+        spec.block_bytes,
+        RemoteTransfer.name,
+        tracer,
+        verifies_handoffs=config.verify_kv_handoff,
+    )
+    return EngineParts(
+        tokenizer,
+        # They have what the loop needs of a runner.
+        Runners({card: cast(ModelRunner, runner_of[card]) for card in placement.cards}),
+        kv_transfers,
+        scheduler,
+        build_intake(config, spec, placement.cards, tokenizer, eos_ids),
+        observer,
+        KeptStepTimes([]),
+        runner_of,
+        cluster.doorkeeper.agents_with_mail,
+        cluster.doorkeeper.close,
+    )
+
+
+def build_intake(
+    config: EngineConfig,
+    spec: RunnerSpec,
+    cards: Iterable[Card],
+    tokenizer: PreTrainedTokenizerBase | None,
+    eos_ids: frozenset[int],
+) -> RequestIntake:
+    """What checks and makes the requests of an engine with these cards."""
+    pools = [card.block_manager for card in cards]
+    return RequestIntake(
+        tokenizer=tokenizer,
+        vocab_size=spec.model_config.vocab_size,
+        max_model_len=spec.max_model_len,
+        pool_tokens=min(pool.num_blocks * pool.block_size for pool in pools),
+        eos_ids=eos_ids,
+        seed=config.seed,
+    )
 
 
 def resolved_options(
@@ -178,12 +271,49 @@ def resolve_devices(config: EngineConfig) -> tuple[Device, Device]:
     Raises:
         ConfigError: a device does not exist.
     """
+    if config.cluster is not None:
+        device = cluster_device(config)
+        return device, device
     if config.enable_two_gpu_pd:
         return resolve_device_pair(config.device, config.prefill_device_id, config.decode_device_id)
     device = resolve_device(config.device)
     if config.tensor_parallel_size > 1:
         device = Device(device.kind, 0)
     return device, device
+
+
+def cluster_device(config: EngineConfig) -> Device:
+    """The first device of a cluster on this host, without making a CUDA context on it.
+
+    Raises:
+        ConfigError: there are fewer devices than cards.
+        BackendUnavailableError: a package is missing.
+    """
+    missing = [name for name in ("zmq", "msgspec", "nixl_cu13") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BackendUnavailableError(f"a cluster needs {', '.join(missing)}; pip install nanovllm[cluster]")
+    num_gpus, num_cards = torch.cuda.device_count(), config.prefill_cards + config.decode_cards
+    if config.device == "cpu" or (config.device == "auto" and not num_gpus):
+        return Device("cpu", 0)
+    if num_cards > num_gpus:
+        raise ConfigError(
+            f"prefill_cards={config.prefill_cards} and decode_cards={config.decode_cards} are {num_cards} cards, torch "
+            f"sees {num_gpus} GPUs; pass fewer, or device='cpu' to try it on processes of the CPU"
+        )
+    return Device("cuda", 0)
+
+
+def check_kv_of_cluster(spec: RunnerSpec) -> None:
+    """Checks that the KV which one card of a cluster stores means the same on the others.
+
+    Raises:
+        ConfigError: each would calibrate scales of its own.
+    """
+    if spec.model_config.has_fp8_kv and not spec.model_config.has_kv_scales:
+        raise ConfigError(
+            "kv_cache_dtype='fp8' in a cluster needs a checkpoint with scales of its KV, since each card would "
+            "calibrate its own; leave it out, or use enable_two_gpu_pd, where cards share them"
+        )
 
 
 def runner_spec(config: EngineConfig, folder: Path, hf_config: dict[str, Any], device: Device) -> RunnerSpec:
@@ -510,25 +640,28 @@ def check_ranks(num_ranks: int, config: ModelDescription, device: Device) -> Non
 
 
 def build_placement(config: EngineConfig, prefill_runner: ModelRunner, decode_runner: ModelRunner) -> Placement:
-    """A card for each runner, with a block manager for its pool, and the roles of the cards."""
-
-    def make_card(runner: ModelRunner, label: str) -> Card:
-        block_manager = BlockManager(runner.num_kv_blocks, runner.block_size, config.enable_prefix_caching)
-        return Card(
-            str(runner.device),
-            f"{label} {runner.device}",
-            block_manager,
-            runner.max_prefill_tokens,
-            step_time=StepTimeModel(model_costs(runner.spec)),
-        )
-
+    """A card for each runner, and the roles of the cards."""
     if prefill_runner is decode_runner:
-        card = make_card(decode_runner, "device")
+        card = make_card(config, decode_runner, "device")
         return Placement(card, card)
     if config.card_roles == "elastic":
-        first, second = make_card(prefill_runner, "device"), make_card(decode_runner, "device")
+        first, second = make_card(config, prefill_runner, "device"), make_card(config, decode_runner, "device")
         return ElasticPlacement(first, second, can_share=decode_runner.arrivals is not None)
-    return Placement(make_card(prefill_runner, "prefill device"), make_card(decode_runner, "decode device"))
+    return Placement(
+        make_card(config, prefill_runner, "prefill device"), make_card(config, decode_runner, "decode device")
+    )
+
+
+def make_card(config: EngineConfig, runner: ModelRunner | RemoteRunner, label: str) -> Card:
+    """The card of a runner, with a block manager for its pool."""
+    block_manager = BlockManager(runner.num_kv_blocks, runner.block_size, config.enable_prefix_caching)
+    return Card(
+        str(runner.device),
+        f"{label} {runner.device}",
+        block_manager,
+        runner.max_prefill_tokens,
+        step_time=StepTimeModel(model_costs(runner.spec)),
+    )
 
 
 def model_costs(spec: RunnerSpec) -> ModelCosts:

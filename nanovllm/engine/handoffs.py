@@ -22,7 +22,7 @@ class Handoffs:
     """All handoffs of one engine.
 
     Args:
-        transfers: carry the blocks, from the card that each is listed by.
+        transfers: carry the blocks, each from one card to another.
         scheduler: is told of copies that touch a lease's blocks, and of blocks that have arrived.
         outputs: is told of requests that fail.
         observer: is told of handoffs.
@@ -33,7 +33,7 @@ class Handoffs:
 
     def __init__(
         self,
-        transfers: dict[Card, KVTransfer],
+        transfers: dict[tuple[Card, Card], KVTransfer],
         scheduler: Scheduler,
         outputs: OutputProcessor,
         observer: Observer,
@@ -68,7 +68,7 @@ class Handoffs:
                 continue
             self._scheduler.hold(chunk.lease)
             try:
-                handle = self.transfers[step.card].send(chunk.handoff, after)
+                handle = self.transfers[step.card, chunk.handoff_target].send(chunk.handoff, after)
             except Exception as error:  # noqa: BLE001 - a copy that cannot be launched fails its request alone
                 self._runners.raise_if_lost(error)
                 self._scheduler.release(chunk.lease)

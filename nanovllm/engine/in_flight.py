@@ -59,6 +59,12 @@ class StepsInFlight:
     def on(self, card: Card) -> list[InFlight]:
         return [work for work in self._steps if work.step.card is card]
 
+    def drop_on(self, card: Card) -> list[InFlight]:
+        """Forgets and returns the steps of a card: nobody will collect them."""
+        dropped = self.on(card)
+        self._steps = [work for work in self._steps if work.step.card is not card]
+        return dropped
+
     def is_any_done(self) -> bool:
         """Whether a step has ended, as of `ended`."""
         return bool(self.ended())

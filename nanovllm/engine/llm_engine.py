@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from nanovllm.config import EngineConfig
 from nanovllm.engine.builder import build_engine
 from nanovllm.engine.callers import Call, Inbox, Turns
+from nanovllm.engine.card_watch import CardWatch
 from nanovllm.engine.execution.kv_transfer import KVTransfer
 from nanovllm.engine.handoffs import Handoffs
 from nanovllm.engine.in_flight import StepsInFlight
@@ -58,6 +59,7 @@ class LLMEngine:
         BackendUnavailableError: the attention backend that was asked for cannot serve.
         OutOfKVCacheError: the KV pool does not fit.
         WorkerError: a tensor-parallel rank did not start.
+        ClusterError: a card's process did not start.
     """
 
     # Until `__init__` has ended there is nothing to close.
@@ -76,6 +78,7 @@ class LLMEngine:
         self._observer = parts.observer
         self._kept_step_times = parts.kept_step_times
         self._step_listeners = StepListeners()
+        self._close_cluster = parts.close_cluster
         self._intake = parts.intake
         self._request_ids = itertools.count()
         self._turns = Turns()
@@ -101,18 +104,24 @@ class LLMEngine:
             self.scheduler,
             self._steps,
             self._handoffs,
-            LaunchTimes(self._steps, self.counters, puts_off=self.config.tensor_parallel_size == 1),
+            LaunchTimes(self._steps, self.counters, puts_off=not self._has_processes),
             self._outputs,
             self._mailbox,
             self._observer,
             self._step_listeners,
+            CardWatch(parts.remote_runners, self.scheduler, self._steps, self._outputs, parts.agents_with_mail),
             handoff_timeout_s=self.config.handoff_timeout_s,
             step_timeout_s=self.config.step_timeout_s,
         )
         self._is_torn_down = False
         self._closed = False
-        if self.config.tensor_parallel_size > 1:
+        if self._has_processes:
             atexit.register(_close, weakref.ref(self))  # while graphs and collectives can still be given back in order
+
+    @property
+    def _has_processes(self) -> bool:
+        """Whether ranks or cards run in processes of their own."""
+        return self.config.tensor_parallel_size > 1 or self.config.cluster is not None
 
     @property
     def kv_transfer(self) -> KVTransfer:
@@ -120,17 +129,21 @@ class LLMEngine:
 
         With `card_roles="elastic"` it tells of blocks that steps push themselves, and is not replaced.
         """
-        return self._handoffs.transfers[self.scheduler.placement.prefill_card]
+        placement = self.scheduler.placement
+        return self._handoffs.transfers[placement.prefill_card, placement.decode_card]
 
     @kv_transfer.setter
     def kv_transfer(self, transfer: KVTransfer) -> None:
         if self.config.card_roles == "elastic":
             raise ConfigError("kv_transfer cannot be replaced with card_roles='elastic': steps push KV themselves")
-        self._handoffs.transfers[self.scheduler.placement.prefill_card] = transfer
+        if self.config.cluster is not None:
+            raise ConfigError("kv_transfer cannot be replaced in a cluster: its processes push KV themselves")
+        placement = self.scheduler.placement
+        self._handoffs.transfers[placement.prefill_card, placement.decode_card] = transfer
 
     def __del__(self) -> None:
-        # It was never closed, and other ranks would be left running; or an interrupt broke off `close`.
-        if not self._is_torn_down and (self._closed or self.config.tensor_parallel_size > 1):
+        # It was never closed, and other processes would be left running; or an interrupt broke off `close`.
+        if not self._is_torn_down and (self._closed or self._has_processes):
             self.close()
 
     # Requests
@@ -292,11 +305,13 @@ class LLMEngine:
 
     def _close_parts(self) -> None:
         try:
-            if self._recovery.device_error is None:
+            # What runs on cards in processes of their own ends with these.
+            if self._recovery.device_error is None and self.config.cluster is None:
                 self._recovery.settle()
         finally:
             for runner in self._runners:
                 runner.close_workers()
+            self._close_cluster()
         self._observer.dropped(self._steps.drop(), self._handoffs.drop())
         self.scheduler.start_over(self._outputs.unfinished(), ())  # whatever state an interrupt left
         for seq in self._outputs.unfinished():

@@ -6,6 +6,8 @@ import math
 import time
 import traceback
 
+from nanovllm.engine.card_watch import CardWatch
+from nanovllm.engine.execution.step_handle import StepFailedError
 from nanovllm.engine.handoffs import Handoffs
 from nanovllm.engine.in_flight import InFlight, StepsInFlight
 from nanovllm.engine.launch_times import LaunchTimes
@@ -38,6 +40,7 @@ class Loop:
         mailbox: what calls have posted.
         observer: is told of steps.
         listeners: are told of steps that have ended.
+        card_watch: looks after cards in processes of their own.
         handoff_timeout_s: seconds without progress after which a request that waits for blocks of a stuck copy ends.
         step_timeout_s: seconds after which a step that has not ended means that its device is lost.
     """
@@ -53,6 +56,7 @@ class Loop:
         mailbox: Mailbox,
         observer: Observer,
         listeners: StepListeners,
+        card_watch: CardWatch,
         *,
         handoff_timeout_s: float,
         step_timeout_s: float,
@@ -70,6 +74,7 @@ class Loop:
         self._mailbox = mailbox
         self._observer = observer
         self._listeners = listeners
+        self._card_watch = card_watch
         self._handoff_timeout_s = handoff_timeout_s
         self._step_timeout_s = step_timeout_s
         self._is_stopped = False
@@ -81,6 +86,7 @@ class Loop:
     def run_turn(self) -> None:
         """One turn: launch what can be launched, else wait until something can be or has ended; collect what has."""
         self.take_in_mail()
+        self._card_watch.look()
         launched = self.launch_steps()
         self._tell_step_times()
         if not launched:
@@ -218,17 +224,24 @@ class Loop:
             for card in cards - {step.card}:
                 self._runners[card].synchronize(copies=not self._handoffs.is_stuck)
             for work in [work for work in self._steps if work.step.card in cards]:
-                self._collect(work)
+                if work in self._steps:
+                    self._collect(work)
             runner.forget_device_batch()
 
     def collect_steps(self) -> None:
         """Takes in the tokens of the steps that have ended."""
         for work in self._steps.ended():
-            self._collect(work)
+            if work in self._steps:  # else it was given up with one before it
+                self._collect(work)
 
     def _collect(self, work: InFlight) -> None:
         step, counters = work.step, self._observer.counters
-        tokens = work.handle.collect()
+        try:
+            tokens = work.handle.collect()
+        except StepFailedError as error:
+            self._card_watch.step_failed(work, error.failure)
+            self._progressed()
+            return
         self._runners[
             step.card
         ].check_workers()  # collectives with a rank that is gone were ended, and their results mean nothing
@@ -265,7 +278,7 @@ class Loop:
         """Takes in a chunk that has run. Returns whether it is live: what it computed is of use."""
         if missed_layer is None or not chunk.waits_for:
             return self._scheduler.prefill_done(chunk)
-        self._scheduler.release(chunk.lease)
+        self._scheduler.chunk_missed(chunk)
         if chunk.seq.lease is chunk.lease:
             self._outputs.fail(chunk.seq, self._handoffs.missed(chunk, missed_layer))
         return False
@@ -281,16 +294,19 @@ class Loop:
         while not (
             self._is_stopped
             or self._mailbox.arrived
+            or self._card_watch.has_news
             or self._steps.is_any_done()
             or time.perf_counter() >= self._launch_at_s
             or any(handoff.handle.is_done() or time.perf_counter() > handoff.deadline_s for handoff in handoffs)
         ):
             self._check_steps_end()
-            time.sleep(0)
+            self._card_watch.rest()
 
     def _give_up_on_stuck_blocks(self) -> None:
         """Ends the oldest request if nothing has run for `handoff_timeout_s`: it waits for blocks of a stuck copy."""
         time.sleep(1e-3)
+        if self._card_watch.is_starting:
+            self._progressed()  # what waits for nothing else waits for the card
         waiting = self._scheduler.unfinished()
         if waiting and time.perf_counter() - self._last_progress_s >= self._handoff_timeout_s:
             self._handoffs.fail_waiting(waiting[0])
@@ -300,7 +316,7 @@ class Loop:
         """Raises DeviceError if a step is late, WorkerError if a rank is gone."""
         self._runners.check_workers()
         late = self._steps.late(self._step_timeout_s)
-        if late is not None:
+        if late is not None and not self._card_watch.gave_up(late, self._step_timeout_s):
             step = late.step
             error = DeviceError(
                 f"{step.card} is lost: a {step.kind} step of {step.num_requests} requests has not ended "

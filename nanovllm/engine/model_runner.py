@@ -28,6 +28,7 @@ from nanovllm.engine.execution.prefill_executor import PrefillExecutor
 from nanovllm.engine.execution.prompt_logprobs import PromptRows, prompt_logprobs
 from nanovllm.engine.execution.runner_spec import PipelineOptions, RunnerSpec
 from nanovllm.engine.execution.step_handle import StepHandle
+from nanovllm.engine.execution.task_packer import TaskPacker
 from nanovllm.engine.execution.tasks import StepTask
 from nanovllm.engine.execution.worker_group import NoWorkers, WorkerGroup
 from nanovllm.engine.observability.pipeline_statistics import lines
@@ -63,6 +64,7 @@ class ModelRunner:
         model: the weights.
         kv_pool: [num_kv_blocks + 1, num_layers, 2, num_kv_heads, block_size, head_dim]; the last block pads steps.
         prefill, decode, mixed: what runs steps of prompts alone, of decode rows alone, and of both.
+        packer: packs steps into tasks.
         arrivals: what has arrived in the pool of another runner's chunks; None if prompts are not shared.
         clock: times steps and copies, for a trace; None if there is none.
 
@@ -139,6 +141,7 @@ class ModelRunner:
             )
             self._graph_pool: Any = None
             self._capture()
+            self.packer = self._make_packer()
         self.synchronize()  # other streams are about to read the weights and write to the pool
 
     @property
@@ -151,21 +154,19 @@ class ModelRunner:
         """Launches a step, here and on the other ranks; does not wait for the device."""
         with self.on(self.stream):
             began = self.clock.record_moment()
-            task = self._make_task(step)
+            task = self.packer.pack(step)
             with self._workers.dispatch(task):
                 report = None
                 if self.arrivals is not None and task.prefill is not None and task.prefill.report is not None:
                     report = functools.partial(self.arrivals.report, task.prefill.report)
                 handle = StepHandle(self.device, self.stream, self._run(task), began, report)
-            self.decode.expect_tokens(chunk.lease for chunk in step.sampling_chunks)
+            self.packer.launched(step)
             return handle
 
-    def _make_task(self, step: Step) -> StepTask:
-        if step.kind == "mixed":
-            return self.mixed.make_task(step)
-        if step.kind == "decode":
-            return StepTask(None, self.decode.make_task(step.decode))
-        return StepTask(self.prefill.make_task(step.chunks, samples_in_graph=step.chunks_sample_in_graph), None)
+    def launch_task(self, task: StepTask) -> StepHandle:
+        """Launches a step that another process has packed; does not wait for the device."""
+        with self.on(self.stream):
+            return StepHandle(self.device, self.stream, self._run(task), self.clock.record_moment())
 
     def run(self, task: StepTask) -> None:
         """Runs this rank's share of a step, made by rank 0. All ranks sample the same tokens; rank 0 returns them."""
@@ -197,7 +198,7 @@ class ModelRunner:
 
     def forget_device_batch(self) -> None:
         """Discards the batch on the device, which a step that failed to launch may have left in any state."""
-        self.decode.forget()
+        self.packer.forget()
 
     def take_lane_times(self) -> None:
         """Reads the lane times of timed decode steps that have ended, for metrics and the trace."""
@@ -361,6 +362,16 @@ class ModelRunner:
     def _make_decode_paths(self, pipeline: PipelineOptions | None) -> DecodePaths:
         wait_for_steps = functools.partial(self.synchronize, copies=False)
         return DecodePaths(self.device, self.spec, self.model, wait_for_steps, pipeline)
+
+    def _make_packer(self) -> TaskPacker:
+        return TaskPacker(
+            self.prefill.layout,
+            self.decode.rows.table if self.is_decode_runner else None,
+            self.spec.model_config.vocab_size,
+            prefill_sizes=self.prefill.sizes,
+            mixed_sizes=self.mixed.sizes,
+            new_report=None if self.arrivals is None else self.arrivals.new_report,
+        )
 
     def _num_kv_blocks(self, forward: ForwardPass) -> int:
         spec = self.spec

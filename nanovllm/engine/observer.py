@@ -8,7 +8,7 @@ from collections import Counter, OrderedDict, abc
 from dataclasses import dataclass
 from typing import Any
 
-from nanovllm.engine.execution.decode_paths import DecodePaths
+from nanovllm.engine.execution.decode_paths import DecodePaths, NoPaths
 from nanovllm.engine.execution.layer_exchange import NOTHING_WAITED_FOR, WaitReport
 from nanovllm.engine.in_flight import Handoff, InFlight
 from nanovllm.engine.observability.metrics import Metrics
@@ -56,7 +56,7 @@ class Observer:
     def __init__(
         self,
         scheduler: Scheduler,
-        decode_paths: DecodePaths,
+        decode_paths: DecodePaths | NoPaths,
         block_bytes: int,
         handoff_name: str,
         tracer: Tracer | None,
@@ -181,10 +181,7 @@ class Observer:
         """See `LLMEngine.metrics`."""
         scheduler, counters, times = self._scheduler, self.counters, self.times
         states = scheduler.num_by_status()
-        pools = {
-            "prefill": self._placement.prefill_card.block_manager,
-            "decode": self._placement.decode_card.block_manager,
-        }
+        pools = {name: card.block_manager for name, card in self._placement.pools.items()}
         paths = self._decode_paths
         stages, arrangement = paths.lane_times, paths.current
         sent_bytes = dict(self._sent_bytes)  # the loop may add a link meanwhile

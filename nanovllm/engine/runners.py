@@ -1,4 +1,4 @@
-"""The runner of each card, and whether an error means that a device is lost."""
+"""The runner of each card, in this process or another, and whether an error means that a device is lost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ class Runners:
     """One runner for each card.
 
     Args:
-        by_card: runners, in the order in which cards are given work.
+        by_card: runners, in the order in which cards are given work; those of a cluster are `RemoteRunner`, which have
+            what the loop needs of one.
     """
 
     def __init__(self, by_card: abc.Mapping[Card, ModelRunner]) -> None:

@@ -22,7 +22,7 @@ from nanovllm.engine.scheduling.shared_prompt import SharedPrompt
 from nanovllm.engine.scheduling.step import MAX_CHUNKS, BlockPair, PrefillChunk, Step
 from nanovllm.engine.scheduling.step_time import TOKEN_MULTIPLE, StepSize
 from nanovllm.engine.sequence import Sequence, SequenceStatus
-from nanovllm.errors import OutOfKVCacheError
+from nanovllm.errors import ClusterError, OutOfKVCacheError
 from nanovllm.outputs import FinishReason
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,9 @@ FreeInSeconds = abc.Callable[[Card], float]
 
 STEPS_AHEAD = 2
 """Steps in flight on a card: one that runs, and one queued behind it before the first one's tokens are seen."""
+
+MOST_LOST_CARDS = 4
+"""A request ends with an error once so many cards were lost while they ran it: it may be what ends them."""
 
 STRETCH = 1.5
 """Where cards share prompts and no target is given, a step takes at most so many times what it would take without
@@ -95,6 +98,10 @@ class Scheduler:
         self._joined_early: dict[Sequence, None] = {}
         """Requests that decode while work of their shared prompt is in flight: chunks, and blocks that are pushed."""
         self._decoding = {card: DecodeSet(card) for card in self.cards}
+        self._leases_on: Counter[Card] = Counter()
+        """Running requests by the card where they decode, or will."""
+        self._tokens_in_flight: Counter[Card] = Counter()
+        """Prompt tokens of the steps in flight on each card."""
         self._draining_leases: list[Lease] = []
         """Leases that have ended while work in flight still touches their blocks."""
         self._prefilled: dict[Sequence, None] = {}
@@ -130,12 +137,44 @@ class Scheduler:
 
     def preempt(self, seq: Sequence) -> None:
         """Takes all blocks from a running request and puts it back in its place in the queue, to be recomputed."""
+        self._requeue(seq, "preempted")
+        self.num_preemptions += 1
+
+    def _requeue(self, seq: Sequence, why: str) -> None:
         self._running.remove(seq)
         self._end_lease(seq)
         seq.status = SequenceStatus.WAITING
-        seq.timeline.mark("preempted")
+        seq.timeline.mark(why)
         self.add(seq)
-        self.num_preemptions += 1
+
+    def card_lost(self, card: Card, in_flight: abc.Sequence[Step]) -> None:
+        """A card and what its pool held are gone: requests with blocks there are recomputed elsewhere.
+
+        Args:
+            card: gets no work until its `is_up` is set again.
+            in_flight: its steps that were launched and will not end.
+        """
+        card.is_up = False
+        card.block_manager.forget(range(card.block_manager.num_blocks))
+        pairs = [pair for step in in_flight for pair in zip(step.seqs, step.leases, strict=True)]
+        for seq in dict.fromkeys(seq for seq, lease in pairs if seq.lease is lease):
+            seq.num_lost_cards += 1
+            if seq.num_lost_cards >= MOST_LOST_CARDS:
+                message = f"{seq.num_lost_cards} cards were lost while they ran request {seq.request_id}"
+                self.finish(seq, "error", ClusterError(f"{message}, the last one was {card}; it is not tried again"))
+                self._outgrown.append(seq)
+        self.steps_lost(in_flight)
+        for seq in [seq for seq in self._running if seq.lease is not None and seq.lease.holds_on(card)]:
+            self._requeue(seq, f"recomputed: {card} is lost")
+
+    def steps_lost(self, steps: abc.Sequence[Step]) -> None:
+        """Steps that were launched have not run, and will not: their requests are recomputed."""
+        for step in steps:
+            self.cancel(step)
+        for step in steps:
+            for seq, lease in zip(step.seqs, step.leases, strict=True):
+                if seq.lease is lease:
+                    self._requeue(seq, f"recomputed: a step on {step.card} has not run")
 
     def fail(self, seq: Sequence, error: Exception) -> bool:
         """Handles an error of one request: preempts it, to be retried, the first time, and ends it the second time.
@@ -152,7 +191,8 @@ class Scheduler:
         return True
 
     def get_outgrown_sequences(self) -> list[Sequence]:
-        """Requests that have ended since the last call, with an error, because no pool can hold them."""
+        """Requests that have ended since the last call, with an error, because no pool can hold them, or too many cards
+        were lost that ran them."""
         outgrown, self._outgrown = self._outgrown, []
         return outgrown
 
@@ -192,7 +232,7 @@ class Scheduler:
             free_in_s: gives the predicted seconds until a card has ended what was launched there. By these, a step with
                 a target waits for no chunk of the other card that would make it too long; None for no such care.
         """
-        if len(in_flight) >= STEPS_AHEAD:
+        if len(in_flight) >= STEPS_AHEAD or not card.is_up:
             return None
         if not self.placement.decodes(card):
             return self.schedule_prefill(card)
@@ -272,6 +312,7 @@ class Scheduler:
         """
         seq, lease = chunk.seq, chunk.lease
         is_live = seq.lease is lease
+        self._chunk_ended(chunk)
         if lease.shared is not None:
             lease.shared.ended_numbers[chunk.allocation.card] = chunk.number
         if is_live:
@@ -288,6 +329,14 @@ class Scheduler:
                 seq.timeline.mark("prefill queue")
         self.release(lease)
         return is_live
+
+    def chunk_missed(self, chunk: PrefillChunk) -> None:
+        """A chunk has run without the KV that it waits for: what it computed means nothing."""
+        self._chunk_ended(chunk)
+        self.release(chunk.lease)
+
+    def _chunk_ended(self, chunk: PrefillChunk) -> None:
+        self._tokens_in_flight[chunk.allocation.card] -= chunk.num_tokens
 
     def _cache_computed(self, chunk: PrefillChunk) -> None:
         lease, block_manager = chunk.lease, chunk.allocation.card.block_manager
@@ -343,6 +392,7 @@ class Scheduler:
     def cancel(self, step: Step) -> None:
         """Gives up a step that failed to launch."""
         for chunk in step.chunks:
+            self._chunk_ended(chunk)
             self.release(chunk.lease)
         if step.decode:
             self.decode_done(step)
@@ -386,6 +436,8 @@ class Scheduler:
             card.block_manager.check_integrity(_blocks_on(card, leases))
         for seq in self._running:
             assert seq.lease is not None, f"request {seq.request_id} is {seq.status} without a lease"
+        num_leases = Counter(seq.lease.decode.card for seq in self._running if seq.lease is not None)
+        assert +self._leases_on == num_leases, f"{self._leases_on} leases are counted, there are {num_leases}"
         under_way = {seq for seq in self._running if seq.status is not SequenceStatus.DECODING}
         assert self._prefill_backlog == under_way, (
             "the backlog is not the set of requests that are prefilled or handed off"
@@ -512,9 +564,12 @@ class Scheduler:
                 for card in cards:
                     tokens_left[card] += other.num_tokens_to_prefill / len(cards)
         has_time = functools.partial(self._has_time, seq, sizes)
-        return OtherPrompts(number, tokens_left, has_time, functools.partial(self._room, sizes))
+        return OtherPrompts(number, tokens_left, has_time, functools.partial(self._room, sizes), self._tokens_in_flight)
 
     def _may_admit(self, seq: Sequence, places: Places, sizes: abc.Mapping[Card, StepSize]) -> bool:
+        if not places.decode.is_up:
+            seq.timeline.mark("waits for a lease (no card is up)")
+            return False
         num_leases = len(self._running) + sum(not lease.stuck for lease in self._draining_leases)
         if num_leases >= self.limits.max_num_seqs:
             seq.timeline.mark(f"waits for a lease (max_num_seqs={self.limits.max_num_seqs} are held)")
@@ -552,8 +607,7 @@ class Scheduler:
         for seq in list(self._prefill_backlog):
             if (lease := seq.lease) is not None:
                 contexts[lease.decode.card] += seq.num_tokens_ahead(LOOK_AHEAD_STEPS)
-        num_rows = Counter(lease.decode.card for seq in list(self._running) if (lease := seq.lease) is not None)
-        return {card: StepSize(num_rows[card], contexts[card]) for card in self.cards}
+        return {card: StepSize(self._leases_on[card], contexts[card]) for card in self.cards}
 
     def _admit(self, seq: Sequence, places: Places) -> bool:
         """Grants a lease, with blocks on both cards, if both pools have enough. Returns whether it did.
@@ -587,6 +641,7 @@ class Scheduler:
             decode if is_one_card else Allocation(prefill_card, prefill_card.block_manager.allocate(hit, num_prefilled))
         )
         seq.lease = Lease(prefill, decode, num_handed_off_tokens=len(cached) * block_size)
+        self._leases_on[decode_card] += 1
         num_hit_blocks = len(hit)
         if places.is_shared:
             # The card that has more of the prompt begins, and pushes what the other lacks.
@@ -628,6 +683,7 @@ class Scheduler:
         cut = "" if reason is None else f" ({reason})"
         seq.timeline.mark(f"prefill of tokens {start} to {end} of {seq.num_tokens}{where}{cut}")
         self.hold(lease)
+        self._tokens_in_flight[card] += num_tokens
         is_last = end == seq.num_tokens
         if is_last and lease.shared is not None and lease.decode.card is not card:
             self._decode_here(seq, lease, card)
@@ -659,6 +715,8 @@ class Scheduler:
         if block_manager.can_allocate((), num_missing):
             here.blocks += block_manager.allocate((), num_missing)
             lease.prefill, lease.decode = lease.decode, lease.prefill
+            self._leases_on[card] += 1
+            self._leases_on[lease.prefill.card] -= 1
 
     def _handoff(
         self, seq: Sequence, lease: Lease, card: Card, end: int, is_last: bool
@@ -793,6 +851,7 @@ class Scheduler:
         if lease is None:
             return
         lease.ended = True
+        self._leases_on[lease.decode.card] -= 1
         logger.debug("request %d: gives up its lease of %d blocks", seq.request_id, len(lease.decode.blocks))
         self.hold(lease, self._decoding[lease.decode.card].lease_ended(lease))
         if lease.in_flight:

@@ -54,6 +54,8 @@ class Sequence:
     num_prefilled_tokens: int = 0
     """Tokens whose KV is in the prefill pool, or will be once the steps in flight have ended."""
     failures: int = 0
+    num_lost_cards: int = 0
+    """Cards that were lost while a step with this request was in flight there."""
 
     num_emitted_tokens: int = field(init=False)
     """Tokens that callers know: the prompt and what was emitted."""

@@ -28,10 +28,11 @@ class Failure(msgspec.Struct, array_like=True, frozen=True):
 
     def as_error(self) -> Exception:
         """The same exception if it is one of this package's, else an EngineProcessError that names it."""
-        if self.kind in errors.__all__:
-            error: Exception = getattr(errors, self.kind)(self.message)
-            return error
-        return EngineProcessError(f"{self.kind} in the engine's process: {self.message}")
+        return self.as_own_error() or EngineProcessError(f"{self.kind} in the engine's process: {self.message}")
+
+    def as_own_error(self) -> Exception | None:
+        """The same exception, None if it is none of this package's."""
+        return getattr(errors, self.kind)(self.message) if self.kind in errors.__all__ else None
 
 
 # From the client to the engine

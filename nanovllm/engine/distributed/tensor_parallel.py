@@ -22,7 +22,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.errors import BackendUnavailableError, WorkerError
 from nanovllm.kernels.cuda_all_reduce import PeerAllReduce
 from nanovllm.utils.device import Device, leak_until_exit
+from nanovllm.utils.process import without_interrupts
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +220,7 @@ class Workers:
     def dispatch(self, task: StepTask) -> Iterator[None]:
         """Sends a task to the workers; the caller runs it within the `with` block."""
         self.check()
-        with _without_interrupts():
+        with without_interrupts():
             try:
                 for pipe in self._pipes:
                     pipe.send(task)
@@ -408,20 +408,3 @@ def _bound_sends(pipe: Any, timeout_s: float) -> None:
     """Bounds how long a send may block: a worker that no longer reads is an error."""
     with socket.socket(fileno=os.dup(pipe.fileno())) as end:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", max(int(timeout_s), 1), 0))
-
-
-@contextlib.contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Defers Ctrl-C to the end of the block: otherwise one rank might have run what the others have not."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield  # no interrupt is raised in this thread
-        return
-    heard: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: heard.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if heard:
-            before(*heard[0])

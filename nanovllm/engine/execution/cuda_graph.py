@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -48,7 +48,7 @@ def mixed_buckets(max_num_tokens: int) -> list[int]:
     return [size for size in sizes if size < most] + [most]
 
 
-def bucket_for(sizes: list[int], size: int) -> int:
+def bucket_for(sizes: Sequence[int], size: int) -> int:
     """The smallest of the buckets, ascending, that holds `size`; `size` itself if none does."""
     return sizes[bisect.bisect_left(sizes, size)] if size <= sizes[-1] else size
 

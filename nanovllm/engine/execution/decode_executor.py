@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -11,11 +10,8 @@ from nanovllm.engine.execution.cuda_graph import StepOutput
 from nanovllm.engine.execution.decode_paths import DecodePaths
 from nanovllm.engine.execution.device_decode_batch import DeviceDecodeBatch
 from nanovllm.engine.execution.forward_pass import ForwardPass
-from nanovllm.engine.execution.model_inputs import sampling_arrays
 from nanovllm.engine.execution.tasks import DecodeTask
 from nanovllm.engine.execution.token_counts import TokenCounts
-from nanovllm.engine.scheduling.decode_batch import DecodeRows
-from nanovllm.engine.scheduling.lease import Lease
 from nanovllm.engine.scheduling.pipeline_plan import Arrangement
 from nanovllm.layers.sampler import SampledTokens
 from nanovllm.utils.device import Device
@@ -54,14 +50,6 @@ class DecodeExecutor:
         """Calibrates the pipeline, if there is one, and makes the steps that will be needed."""
         self.paths.prepare(self.rows, self.run_core, graph_pool)
 
-    def make_task(self, rows: DecodeRows) -> DecodeTask:
-        """The task that has every rank decode these rows."""
-        sampling = None
-        if not rows.samples_in_graph:
-            indices = [(row.seq, row.output_index) for row in rows]
-            sampling = sampling_arrays(indices, self._forward.spec.model_config.vocab_size)
-        return DecodeTask(self.rows.changes(rows), len(rows), rows.num_tokens / len(rows), sampling)
-
     def run(self, task: DecodeTask) -> SampledTokens:
         """Runs a task; [num_rows] sampled tokens."""
         self.apply(task)
@@ -86,10 +74,6 @@ class DecodeExecutor:
         self.rows.correct(sampled.token_ids)
         return sampled
 
-    def expect_tokens(self, leases: Iterable[Lease]) -> None:
-        """Notes the requests that a step of this device samples a first token for."""
-        self.rows.expect_tokens(leases)
-
     def keep_tokens(self, token_ids: torch.Tensor) -> None:
         """Keeps the first tokens of these requests for the next step."""
         self.rows.keep_tokens(token_ids)
@@ -113,10 +97,6 @@ class DecodeExecutor:
         self.rows.advance(inputs, output.sampled.token_ids)
         return StepOutput(output.logits, output.sampled, lane_moments)
 
-    def forget(self) -> None:
-        """Discards the batch on the device, which a step that failed to launch may have left in any state."""
-        self.rows.forget()
-
     def take_lane_times(self) -> None:
         """Reads the lane times of timed steps that have ended."""
         self.paths.take_times()
@@ -129,7 +109,7 @@ class DecodeExecutor:
 
 
 class NoDecode:
-    """Stands in where a runner only prefills: there is nothing to prepare, forget or close, and no step to run."""
+    """Stands in where a runner only prefills: there is nothing to prepare or close, and no step to run."""
 
     max_num_rows = 0
 
@@ -146,20 +126,13 @@ class NoDecode:
 
     def prepare(self, graph_pool: Any) -> None: ...
 
-    def make_task(self, rows: DecodeRows) -> DecodeTask:
-        self._refuse()
-
     def run(self, task: DecodeTask) -> SampledTokens:
         self._refuse()
 
     def run_core(self, size: int, arrangement: Arrangement | None = None) -> StepOutput:
         self._refuse()
 
-    def expect_tokens(self, leases: Iterable[Lease]) -> None: ...
-
     def keep_tokens(self, token_ids: torch.Tensor) -> None: ...
-
-    def forget(self) -> None: ...
 
     def take_lane_times(self) -> None: ...
 

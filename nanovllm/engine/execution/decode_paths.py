@@ -59,6 +59,17 @@ class _TimedStep:
     anchor: Anchor | None
 
 
+class NoPaths:
+    """Stands in where decode steps run in another process: nothing is known here of how."""
+
+    num_rebalances = 0
+    lane_times: LaneTimes | None = None
+    current: Arrangement | None = None
+
+    def __init__(self) -> None:
+        self.counters = PipelineCounters()
+
+
 class RunStep(Protocol):
     """One decode step over the first rows of the batch, on the device alone; see `DecodeExecutor.run_core`."""
 

@@ -18,8 +18,7 @@ from nanovllm.engine.execution.cuda_graph import StepGraphs, StepOutput, batch_b
 from nanovllm.engine.execution.decode_executor import DecodeExecutor
 from nanovllm.engine.execution.forward_pass import ForwardPass
 from nanovllm.engine.execution.prefill_executor import PrefillExecutor
-from nanovllm.engine.execution.tasks import DecodeTask, PrefillTask, StepTask
-from nanovllm.engine.scheduling.step import Step
+from nanovllm.engine.execution.tasks import DecodeTask, PrefillTask
 from nanovllm.kernels import RowField
 from nanovllm.layers.sampler import SampledTokens, SamplingInputs
 from nanovllm.utils.device import Device
@@ -41,7 +40,7 @@ class MixedExecutor:
         self._kv_pool = kv_pool
         self._prefill = prefill
         self._decode = decode
-        self.max_num_sampled = decode.max_num_rows + prefill.buffers.max_num_requests
+        self.max_num_sampled = decode.max_num_rows + prefill.layout.max_num_requests
         spec, where = forward.spec, forward.device.torch_device
         # At a fixed address: what one graph leaves in the memory that it shares with others, another may overwrite.
         shape = (self.max_num_sampled, spec.model_config.hidden_size)
@@ -60,7 +59,7 @@ class MixedExecutor:
 
     def capture(self, graph_pool: Any) -> None:
         """Captures the graphs of passes and of sampling, over a step of one row, the padding row."""
-        pass_sizes = mixed_buckets(self._prefill.buffers.max_num_tokens)
+        pass_sizes = mixed_buckets(self._prefill.layout.max_num_tokens)
         self._pass_graphs = StepGraphs("mixed", self.run_core, pass_sizes, graph_pool, prepare=self._send_padding_row)
         sizes = batch_buckets(self.max_num_sampled)
         self._sampling_graphs = StepGraphs("sampling", self.run_sampling_core, sizes, graph_pool)
@@ -76,20 +75,10 @@ class MixedExecutor:
         self._decode.rows.pad(self._decode.max_num_rows)
         self._prefill.buffers.send_padding(size, num_rows=1)
 
-    def make_task(self, step: Step) -> StepTask:
-        """The task that has every rank run a step with both parts."""
-        assert step.decode, (
-            "the attention of chunks waits for that of rows, which waits for what is stored: one at least"
-        )
-        decode = self._decode.make_task(step.decode)
-        num_tokens = len(step.decode) + step.num_prefill_tokens
-        prefill = self._prefill.make_task(
-            step.chunks,
-            samples_in_graph=step.chunks_sample_in_graph,
-            num_rows=len(step.decode),
-            size=num_tokens if self._pass_graphs is None else self._pass_graphs.size_for(num_tokens),
-        )
-        return StepTask(prefill, decode)
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens of the passes that have graphs, ascending; none without graphs."""
+        return () if self._pass_graphs is None else tuple(self._pass_graphs.sizes)
 
     def run(self, prefill: PrefillTask, decode: DecodeTask) -> abc.Iterator[SampledTokens | None]:
         """The prompt tokens to report, what is sampled after the chunks, and [num_rows] tokens for the rows.
@@ -175,7 +164,7 @@ class MixedExecutor:
         """For each of `size` sampled tokens: whether it is a row's, and its index among rows and among last chunks."""
         places = self._places[:size]
         num_rows = self._prefill.buffers.num_rows()
-        at_chunk = (places - num_rows).clamp(0, self._prefill.buffers.max_num_requests - 1)
+        at_chunk = (places - num_rows).clamp(0, self._prefill.layout.max_num_requests - 1)
         return places < num_rows, places.clamp(max=most_rows - 1), at_chunk
 
 
@@ -183,6 +172,7 @@ class NoMixedSteps:
     """Stands in where a runner only prefills."""
 
     max_num_sampled = 0
+    sizes: tuple[int, ...] = ()
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -190,9 +180,6 @@ class NoMixedSteps:
     def capture(self, graph_pool: Any) -> None: ...
 
     def capture_shared(self, graph_pool: Any) -> None:
-        self._refuse()
-
-    def make_task(self, step: Step) -> StepTask:
         self._refuse()
 
     def run(self, prefill: PrefillTask, decode: DecodeTask) -> abc.Iterator[SampledTokens | None]:

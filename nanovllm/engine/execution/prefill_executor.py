@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import abc
 from typing import Any
 
 import torch
@@ -12,12 +11,12 @@ from nanovllm.engine.execution.cuda_graph import StepGraphs, StepOutput, prefill
 from nanovllm.engine.execution.forward_pass import ForwardPass
 from nanovllm.engine.execution.layer_exchange import LayerExchange
 from nanovllm.engine.execution.layer_push import LayerPush
-from nanovllm.engine.execution.model_inputs import sampling_arrays
 from nanovllm.engine.execution.prefill_buffers import PrefillBuffers
-from nanovllm.engine.execution.prompt_logprobs import prompt_logprobs, prompt_rows
+from nanovllm.engine.execution.prefill_layout import PrefillLayout
+from nanovllm.engine.execution.prompt_logprobs import prompt_logprobs
 from nanovllm.engine.execution.tasks import PrefillTask
-from nanovllm.engine.execution.token_counts import TokenCounts, count_tokens
-from nanovllm.engine.scheduling.step import MAX_CHUNKS, PrefillChunk
+from nanovllm.engine.execution.token_counts import TokenCounts
+from nanovllm.engine.scheduling.step import MAX_CHUNKS
 from nanovllm.kernels import NO_HOOKS, LayerHooks
 from nanovllm.layers.sampler import SampledTokens
 
@@ -50,8 +49,7 @@ class PrefillExecutor:
         self._max_prefill_tokens = max_prefill_tokens
         spec, num_blocks = forward.spec, len(kv_pool) - 1
         block_size = spec.attention.block_size
-        self.buffers = PrefillBuffers(
-            forward.device,
+        self.layout = PrefillLayout(
             # The KV of a step's tokens is in the pool; in a mixed step there are those of decode rows, too.
             min(max_prefill_tokens + max_num_rows, num_blocks * block_size),
             min(MAX_CHUNKS, spec.max_num_seqs),
@@ -60,6 +58,7 @@ class PrefillExecutor:
             num_blocks,
             pushes=push.is_on or shares_prompts,
         )
+        self.buffers = PrefillBuffers(forward.device, self.layout)
         self.graphs: StepGraphs[StepOutput] | None = None
         self._shared_graphs: StepGraphs[StepOutput] | None = None
         """Those of steps with a chunk of a prompt that two runners compute."""
@@ -67,7 +66,7 @@ class PrefillExecutor:
 
     def capture(self, graph_pool: Any) -> None:
         """Captures a graph for each bucket."""
-        sizes = prefill_buckets(min(self._max_prefill_tokens, self.buffers.max_num_tokens))
+        sizes = prefill_buckets(min(self._max_prefill_tokens, self.layout.max_num_tokens))
         self.graphs = StepGraphs("prefill", self.run_core, sizes, graph_pool, prepare=self.buffers.send_padding)
 
     def share(self, exchange: LayerExchange, graph_pool: Any) -> None:
@@ -78,36 +77,10 @@ class PrefillExecutor:
             prepare = self.buffers.send_padding
             self._shared_graphs = StepGraphs("shared prefill", run, sizes, graph_pool, prepare=prepare)
 
-    def make_task(
-        self,
-        chunks: abc.Sequence[PrefillChunk],
-        *,
-        samples_in_graph: bool,
-        num_rows: int = 0,
-        size: int | None = None,
-    ) -> PrefillTask:
-        """The task that has every rank run these chunks.
-
-        Args:
-            chunks: what to run.
-            samples_in_graph: whether sampling needs no more than temperature, seed and output index.
-            num_rows: decode rows whose tokens come before the chunks' in the pass.
-            size: number of tokens to pad the pass to, None for that of the graphs of prefill steps.
-        """
-        num_tokens = sum(chunk.num_tokens for chunk in chunks)
-        last = [(chunk.seq, chunk.end - chunk.seq.num_prompt_tokens) for chunk in chunks if chunk.is_last]
-        if size is None:
-            size = num_tokens if self.graphs is None else self.graphs.size_for(num_tokens)
-        vocab_size = self._forward.spec.model_config.vocab_size
-        sampling = None if samples_in_graph or not last else sampling_arrays(last, vocab_size)
-        counted = None if sampling is None else count_tokens((index, seq) for index, (seq, _) in enumerate(last))
-        number, report = max(chunk.number for chunk in chunks), None
-        if number:
-            assert self._exchange is not None, "prompts are shared by runners that are connected"
-            report = self._exchange.arrivals.new_report()
-        step_numbers = (number, max(chunk.waits_for for chunk in chunks), report or 0)
-        packed = self.buffers.pack(chunks, size, num_rows=num_rows, step_numbers=step_numbers)
-        return PrefillTask(packed, size, len(last), sampling, counted, prompt_rows(chunks, num_rows), report)
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens of the passes that have graphs, ascending; none without graphs."""
+        return () if self.graphs is None else tuple(self.graphs.sizes)
 
     def run(self, task: PrefillTask) -> tuple[SampledTokens | None, SampledTokens | None]:
         """Runs a task: the prompt tokens to report, and a token for each prompt that its chunks complete, or None."""
@@ -143,7 +116,7 @@ class PrefillExecutor:
 
         `shared` if it has a chunk of a prompt that another runner computes, too.
         """
-        _, output = self._run(size, self.buffers.max_num_requests, shared=shared)
+        _, output = self._run(size, self.layout.max_num_requests, shared=shared)
         assert output is not None, "a step that is padded to at least one request samples a token"
         return output
 

@@ -43,6 +43,18 @@ class StepTokens:
     waits: WaitReport = NOTHING_WAITED_FOR
 
 
+class StepFailedError(Exception):
+    """A step that was launched in another process could not be run there; raised by `collect`.
+
+    Attributes:
+        failure: why.
+    """
+
+    def __init__(self, failure: Exception) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
+
+
 class StepHandle:
     """A launched step. `collect` waits for it and gives what it sampled.
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanovllm.engine.execution.device_decode_batch import RowChanges
 from nanovllm.engine.execution.model_inputs import SamplingArrays
 from nanovllm.engine.execution.prompt_logprobs import PromptRows
+from nanovllm.engine.execution.row_table import RowChanges
 from nanovllm.engine.execution.token_counts import CountedTokens
 
 
@@ -17,7 +17,7 @@ class PrefillTask:
     """Chunks of prompts.
 
     Attributes:
-        packed: [N] int64, the upload for `PrefillBuffers`.
+        packed: [N] int64, the upload, as of `PrefillLayout.pack`.
         size: number of tokens, padded to a bucket if there are graphs.
         num_sampled: requests for which a token is sampled.
         sampling: all sampling parameters, if some request needs more than temperature, seed and output index.

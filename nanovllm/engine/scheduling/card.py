@@ -26,6 +26,7 @@ class Card:
         max_prefill_tokens: maximum number of prompt tokens in a step, beside decode rows; for more is no workspace.
         breaker: whether the card is used for work that another card can do instead.
         step_time: predicts how long steps take there.
+        is_up: whether its process is there and ready; always so for a card of this process.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Card:
     max_prefill_tokens: int
     breaker: CircuitBreaker = field(default_factory=lambda: CircuitBreaker(MAX_FAILURES_IN_A_ROW))
     step_time: StepTimeModel = field(default_factory=StepTimeModel)
+    is_up: bool = True
 
     def __str__(self) -> str:
         return self.name

@@ -37,12 +37,14 @@ class OtherPrompts:
         has_time: whether a card's decode steps have time for the request.
         room: share of a step's time that a card has for prompts beside its decode rows: 1 without rows, or if steps
             have no limit.
+        tokens_in_flight: prompt tokens of the steps that were launched on each card and have not ended.
     """
 
     number: int = 0
     tokens_left: Mapping[Card, float] = field(default_factory=dict)
     has_time: Callable[[Card], bool] = lambda card: True
     room: Callable[[Card], float] = lambda card: 1.0
+    tokens_in_flight: Mapping[Card, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Placement:
         """
         card, now = self.prefill_card, time.monotonic()
         is_left_out = card.breaker.is_open and not card.breaker.allows_trial(now)
-        leaves_out = seq.failures or is_left_out or not _may_hold(card, seq)
+        leaves_out = seq.failures or is_left_out or not may_hold(card, seq)
         return Places(self.decode_card if leaves_out else card, self.decode_card)
 
     def prefill_began(self, lease: Lease) -> None:
@@ -114,6 +116,11 @@ class Placement:
         """The prefill of a request, or the handoff of its KV, failed."""
         if lease.crosses:
             self.prefill_card.breaker.failed(time.monotonic())
+
+    @property
+    def pools(self) -> dict[str, Card]:
+        """The cards by what metrics call their pools."""
+        return {"prefill": self.prefill_card, "decode": self.decode_card}
 
     @property
     def is_degraded(self) -> bool:
@@ -162,7 +169,7 @@ class ElasticPlacement(Placement):
         return True
 
     def places_of(self, seq: Sequence, sizes: Mapping[Card, StepSize], others: OtherPrompts) -> Places:
-        holding = [card for card in self.cards if _may_hold(card, seq)] or self.cards
+        holding = [card for card in self.cards if may_hold(card, seq)] or self.cards
         decode, *rest = sorted(holding, key=lambda card: sizes[card].context)
         are_few = others.number <= self.most_other_prompts
         is_long = self._num_to_compute(seq, decode) >= self.least_shared_tokens
@@ -213,6 +220,6 @@ class ElasticPlacement(Placement):
         return "prompts are shared again"
 
 
-def _may_hold(card: Card, seq: Sequence) -> bool:
+def may_hold(card: Card, seq: Sequence) -> bool:
     """Whether the card's pool has as many blocks, held or not, as the request needs."""
     return card.block_manager.blocks_for(seq.num_tokens) <= card.block_manager.num_blocks

@@ -1,0 +1,229 @@
+"""The controller's end of a card's process: starts it, sends and receives, notices that it is gone or silent.
+
+Everything between the two is encrypted and authenticated by ZMQ's CURVE. The keys of a card are made when its process
+is started, and reach it through its standard input, which also tells each of the two at once when the other is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from nanovllm.engine.distributed.card_messages import VERSION, Command, Contact, Hello, Report, decode_report, encode
+from nanovllm.errors import ClusterError
+
+LEAST_LOOK_S = 0.005
+"""Seconds from one look whether the process is there to the next."""
+MOST_SILENCE_PER_LOOK_S = 0.1
+"""Silence is counted only while somebody listens: of a longer time between two looks no more than this counts."""
+CLOSE_TIMEOUT_S = 5.0
+
+
+class Doorkeeper:
+    """Lets a card's keys, and no others, into the sockets that are made here. A context of ZMQ and its thread."""
+
+    def __init__(self) -> None:
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._allowed: dict[str, bytes] = {}
+        self._mail = zmq.Poller()
+        self._agents: dict[zmq.Socket[bytes], str] = {}
+        self._authenticator = ThreadAuthenticator(self.context)
+        self._authenticator.start()
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Whether a client with this public key may connect to the sockets of a domain; called by ZMQ."""
+        return self._allowed.get(domain) == key
+
+    def admit(self, domain: str, key: bytes) -> None:
+        """Lets clients with this public key into the sockets of a domain."""
+        self._allowed[domain] = key
+        self._authenticator.configure_curve_callback(domain, credentials_provider=self)
+
+    def dismiss(self, domain: str) -> None:
+        """Lets nobody in any more."""
+        self._allowed.pop(domain, None)
+
+    def watch(self, messages: zmq.Socket[bytes], agent: str) -> None:
+        """Counts a socket among those of `agents_with_mail`."""
+        self._mail.register(messages, zmq.POLLIN)
+        self._agents[messages] = agent
+
+    def unwatch(self, messages: zmq.Socket[bytes]) -> None:
+        """Counts it no more."""
+        if self._agents.pop(messages, None) is not None:
+            self._mail.unregister(messages)
+
+    def agents_with_mail(self, timeout_ms: int) -> set[str]:
+        """The agents that have said something; waits so long for the first."""
+        return {self._agents[messages] for messages, _ in self._mail.poll(timeout_ms)}
+
+    def socket(self, kind: int, domain: str, secret_key: bytes, address: str) -> tuple[zmq.Socket[bytes], str]:
+        """A socket on a free port of an address that only the key of the domain gets into, and its endpoint."""
+        made = self.context.socket(kind)
+        made.linger = 0
+        made.sndhwm = 0  # the loop never waits for a card
+        made.curve_server = True
+        made.curve_secretkey = secret_key
+        made.zap_domain = domain.encode()
+        made.bind(f"tcp://{address}:*")
+        return made, made.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def close(self) -> None:
+        if self._authenticator.is_alive():
+            self._authenticator.stop()
+        self.context.destroy(linger=0)
+
+
+class CardClient:
+    """A card's process, made by running Python anew, in a session of its own.
+
+    Args:
+        card: the card's name.
+        agent: the name of this process of the card, which no other has.
+        start: what the process is told once it has greeted.
+        doorkeeper: makes the sockets.
+
+    Attributes:
+        pid: of the process.
+        controller_key: the public key of this end.
+        silence_s: seconds for which nothing has come while somebody listened.
+    """
+
+    def __init__(self, card: str, agent: str, start: Command, doorkeeper: Doorkeeper) -> None:
+        self.card = card
+        self.silence_s = 0.0
+        self._agent, self._start = agent, start
+        self._doorkeeper = doorkeeper
+        self._looked_s = time.monotonic()
+        self._is_gone = self._has_greeted = False
+        self.controller_key, controller_secret = zmq.curve_keypair()
+        public_key, secret_key = zmq.curve_keypair()
+        doorkeeper.admit(agent, public_key)
+        self._messages, messages = doorkeeper.socket(zmq.DEALER, agent, controller_secret, "127.0.0.1")
+        self._beats, beats = doorkeeper.socket(zmq.PULL, agent, controller_secret, "127.0.0.1")
+        log_level = logging.getLogger("nanovllm").getEffectiveLevel()
+        contact = encode(Contact(card, messages, beats, self.controller_key, public_key, secret_key, log_level))
+        self._link, self._process = self._start_process(contact)
+        doorkeeper.watch(self._messages, agent)
+        self.pid = self._process.pid
+
+    def _start_process(self, contact: bytes) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+        """Starts the process, and gives it the contact through the link to it, which is returned."""
+        link, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen(
+                _command_line(), stdin=theirs.fileno(), start_new_session=True, env=_environment()
+            )
+        with contextlib.suppress(BrokenPipeError):  # it is gone already, as the next look says
+            link.sendall(len(contact).to_bytes(4, "little") + contact)
+        return link, process
+
+    def send(self, command: Command) -> None:
+        """Sends without waiting. What a process that is gone does not get, nobody misses."""
+        if not self._messages.closed:
+            with contextlib.suppress(zmq.Again):
+                self._messages.send(encode(command), zmq.NOBLOCK)
+
+    def has_mail(self) -> bool:
+        """Whether `receive` would find something."""
+        return not self._messages.closed and bool(self._messages.poll(0))
+
+    def receive(self) -> list[Report]:
+        """All that has come.
+
+        Raises:
+            ClusterError: the process is of another version, or says what cannot be understood.
+        """
+        reports: list[Report] = []
+        if self._messages.closed:
+            return reports
+        with contextlib.suppress(zmq.Again):
+            while True:
+                report = decode_report(self._messages.recv(zmq.NOBLOCK))
+                self.silence_s = 0.0
+                if not self._has_greeted:
+                    self._check_greeting(report)
+                else:
+                    reports.append(report)
+        return reports
+
+    def is_gone(self) -> bool:
+        """Whether the process has ended. Also counts `silence_s`."""
+        now_s = time.monotonic()
+        if self._is_gone or now_s - self._looked_s < LEAST_LOOK_S:
+            return self._is_gone
+        self.silence_s += min(now_s - self._looked_s, MOST_SILENCE_PER_LOOK_S)
+        self._looked_s = now_s
+        with contextlib.suppress(zmq.Again):
+            while True:
+                self._beats.recv(zmq.NOBLOCK)
+                self.silence_s = 0.0
+        readable, _, _ = select.select([self._link], [], [], 0)
+        self._is_gone = bool(readable)  # nothing is ever sent, so that this is its end
+        return self._is_gone
+
+    def is_reaped(self) -> bool:
+        """Whether the process, which is gone or was killed, has left nothing behind on its device."""
+        return self._process.poll() is not None
+
+    def how_it_ended(self) -> str:
+        """How the process has ended, in words."""
+        try:
+            status = self._process.wait(0.5)
+        except subprocess.TimeoutExpired:
+            return "its process has closed its end and does not end; see its log"
+        how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
+        return f"its process has ended {how}; its log, on standard error, may say why"
+
+    def kill(self) -> None:
+        """Ends the process, also one that is stopped or hangs; waits for nothing. Its sockets are closed."""
+        self._is_gone = True
+        self._process.kill()
+        self._close_sockets()
+
+    def close(self) -> None:
+        """Ends the process and waits for it. A second call does nothing."""
+        self._link.close()
+        last_resort = threading.Timer(CLOSE_TIMEOUT_S, self._process.kill)
+        last_resort.daemon = True
+        last_resort.start()
+        self._process.wait()
+        last_resort.cancel()
+        self._close_sockets()
+
+    def _close_sockets(self) -> None:
+        self._doorkeeper.dismiss(self._agent)
+        self._doorkeeper.unwatch(self._messages)
+        self._messages.close()
+        self._beats.close()
+
+    def _check_greeting(self, report: Report) -> None:
+        if not isinstance(report, Hello):
+            raise ClusterError(f"{self.card} does not greet first; it is of another version than {VERSION!r}")
+        if report.version != VERSION:
+            raise ClusterError(
+                f"{self.card} runs {report.version!r}, the controller {VERSION!r}; install the same version for both"
+            )
+        self._has_greeted = True
+        self.send(self._start)
+
+
+def _environment() -> dict[str, str]:
+    """NIXL's transport, UCX, listens on this host alone, and what it sends is not encrypted."""
+    return {"UCX_NET_DEVICES": "lo", **os.environ}
+
+
+def _command_line() -> list[str]:
+    code = f"import sys; sys.path[:] = {sys.path!r}; from nanovllm.engine.distributed import card_process"
+    return [sys.executable, "-c", f"{code}; card_process.main()"]

@@ -1,0 +1,351 @@
+"""One card in a process of its own: loads the model, runs the steps that a controller sends, pushes KV to other cards.
+
+Decides nothing. `card_client.py` starts this process; it ends when the controller does, however that ends.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import socket
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import zmq
+
+from nanovllm.config import EngineConfig
+from nanovllm.engine.builder import check_fp8, runner_spec
+from nanovllm.engine.distributed.card_messages import (
+    VERSION,
+    Arrived,
+    Command,
+    Contact,
+    Expect,
+    Forget,
+    Geometry,
+    Hello,
+    LastWords,
+    Launch,
+    Meet,
+    NotArrived,
+    NotSent,
+    Push,
+    Ready,
+    Refused,
+    Report,
+    Sent,
+    Start,
+    StepEnded,
+    StepFailed,
+    Unexpect,
+    decode_command,
+    decode_contact,
+    encode,
+)
+from nanovllm.engine.distributed.kv_nixl import KVAgent, NixlPush
+from nanovllm.engine.distributed.messages import Failure
+from nanovllm.engine.execution.step_handle import StepHandle
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.errors import ClusterError, HandoffError
+from nanovllm.utils.checkpoint import checkpoint_folder, read_json
+from nanovllm.utils.device import Device, DoneEvent
+from nanovllm.utils.process import end_process
+
+logger = logging.getLogger(__name__)
+
+BEAT_S = 0.25
+"""Seconds from one sign of life to the next."""
+IDLE_WAIT_MS = 1000
+CPU_REST_S = 200e-6
+"""Seconds between two looks at work in flight on a CPU, where the other cards compute on the same cores."""
+PEER_GONE_S = 1.0
+"""Seconds from the news that a card is gone to the moment when nothing of what it pushed is still being written here:
+what had left it may lie in this host's sockets, from where NIXL's own thread writes it into the pool."""
+LAST_WORDS_MS = 1000
+
+
+@dataclass(frozen=True)
+class WaitingPush:
+    """A push whose step has not ended, or which is under way."""
+
+    ask: Push
+    under_way: NixlPush | None = None
+
+
+class CardServer:
+    """Does what a controller says, on one runner.
+
+    Args:
+        runner: runs steps.
+        agent: pushes blocks, and is notified of those that arrive.
+        socket: to the controller.
+    """
+
+    def __init__(self, runner: ModelRunner, agent: KVAgent, socket: zmq.Socket[bytes]) -> None:
+        self._runner = runner
+        self._agent = agent
+        self._socket = socket
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        self._steps: deque[tuple[int, StepHandle]] = deque()
+        self._last_ended = 0
+        self._failed_batch = -1
+        self._not_run: set[int] = set()
+        """Steps that failed, or came behind one of their batch that did."""
+        self._pushes: list[WaitingPush] = []
+        self._expected: dict[int, Expect] = {}
+        self._came_early: dict[int, str] = {}
+        """Pushes that have arrived before they were announced, and their agents."""
+        self._leaving: list[tuple[float, int]] = []
+        """Expected pushes of cards that are gone: from when on nothing is written any more, and their numbers."""
+
+    def run(self) -> None:
+        """Serves for ever."""
+        while True:
+            is_busy = bool(self._steps or self._pushes or self._expected or self._leaving)
+            if self._poller.poll(0 if is_busy else IDLE_WAIT_MS):
+                self._take_in_all()
+            elif is_busy:
+                time.sleep(0 if self._runner.device.is_cuda else CPU_REST_S)
+            self._report_steps()
+            self._look_after_pushes()
+            self._look_for_arrivals()
+
+    def send(self, report: Report) -> None:
+        self._socket.send(encode(report), zmq.NOBLOCK)
+
+    def _take_in_all(self) -> None:
+        while self._poller.poll(0):
+            data = self._socket.recv(zmq.NOBLOCK)
+            try:
+                command = decode_command(data)
+            except ClusterError as error:
+                logger.error("%s", error)
+                self.send(Refused(str(error)))
+                continue
+            self._take_in(command)
+            self._report_steps()
+
+    def _take_in(self, command: Command) -> None:
+        if isinstance(command, Launch):
+            self._launch(command)
+        elif isinstance(command, Push):
+            self._pushes.append(WaitingPush(command))
+        elif isinstance(command, Expect):
+            self._expected[command.number] = command
+        elif isinstance(command, Unexpect):
+            self._expect_no_more([command.number])
+        elif isinstance(command, Meet):
+            self._meet(command)
+        elif isinstance(command, Forget):
+            self._forget(command.agent)
+        else:
+            self.send(Refused("a card is started once"))
+
+    # Steps
+
+    def _launch(self, launch: Launch) -> None:
+        if launch.batch == self._failed_batch:
+            self._not_run.add(launch.number)
+            return
+        try:
+            handle = self._runner.launch_task(launch.task)
+        except Exception as error:
+            if self._runner.device.lost_reason() is not None:
+                raise
+            logger.warning("step %d failed", launch.number, exc_info=True)
+            self._runner.synchronize(copies=False)  # what was launched of it may write to its blocks
+            self._failed_batch = launch.batch
+            self._not_run.add(launch.number)
+            self.send(StepFailed(launch.number, Failure.of(error)))
+            return
+        self._steps.append((launch.number, handle))
+
+    def _report_steps(self) -> None:
+        while self._steps and self._steps[0][1].is_done():
+            number, handle = self._steps.popleft()
+            tokens, (began_s, ended_s) = handle.collect(), handle.moments()
+            self._last_ended = number
+            self.send(StepEnded(number, began_s, ended_s, tokens.after_chunks, tokens.after_decode, tokens.in_prompts))
+
+    # Pushes
+
+    def _meet(self, peer: Meet) -> None:
+        try:
+            self._agent.meet(peer.agent, peer.metadata, peer.pool_address, peer.pool_device)
+        except HandoffError as error:  # pushes there fail, and say so
+            logger.error("%s", error)
+
+    def _forget(self, name: str) -> None:
+        for push in [push for push in self._pushes if push.ask.agent == name]:
+            if push.under_way is not None:
+                push.under_way.end()
+            self._pushes.remove(push)
+            self.send(NotSent(push.ask.number, f"{name} is gone"))
+        self._agent.forget(name)
+        self._expect_no_more([number for number, expected in self._expected.items() if expected.agent == name])
+
+    def _look_after_pushes(self) -> None:
+        for push in list(self._pushes):
+            step = push.ask.after_step
+            try:
+                if step in self._not_run:
+                    raise HandoffError("the step that computes the blocks has failed")
+                if step > self._last_ended:
+                    continue
+                if push.under_way is None:
+                    under_way = self._agent.push(push.ask.number, push.ask.agent, push.ask.blocks)
+                    self._pushes[self._pushes.index(push)] = WaitingPush(push.ask, under_way)
+                elif push.under_way.is_done():
+                    self._pushes.remove(push)
+                    checksums = self._checksums(push.ask.blocks[0]) if push.ask.verifies else None
+                    self.send(Sent(push.ask.number, push.under_way.began_s, time.perf_counter(), checksums))
+            except HandoffError as error:
+                self._pushes.remove(push)
+                self.send(NotSent(push.ask.number, str(error)))
+
+    def _look_for_arrivals(self) -> None:
+        if not (self._expected or self._leaving):
+            return
+        for agent, number in self._agent.arrived():
+            self._came_early[number] = agent
+        for number in self._expected.keys() & self._came_early.keys():
+            expected = self._expected.pop(number)
+            del self._came_early[number]
+            checksums = self._checksums(expected.blocks) if expected.verifies else None
+            self.send(Arrived(number, checksums))
+        now_s = time.monotonic()
+        for until_s, number in list(self._leaving):
+            if now_s >= until_s:
+                self._leaving.remove((until_s, number))
+                self._came_early.pop(number, None)
+                self.send(NotArrived(number, "the card that pushed is gone, or has failed to"))
+
+    def _expect_no_more(self, numbers: list[int]) -> None:
+        until_s = time.monotonic() + PEER_GONE_S
+        for number in numbers:
+            if self._expected.pop(number, None) is not None:
+                self._leaving.append((until_s, number))
+
+    def _checksums(self, blocks: np.ndarray) -> np.ndarray:
+        return np.asarray(self._runner.checksum_blocks(blocks.tolist(), DoneEvent()).numpy())
+
+
+def main() -> None:
+    """The whole life of the process; its standard input is the controller's end."""
+    link = _take_link()
+    contact = _read_contact(link)
+    logging.basicConfig(
+        level=contact.log_level, format=f"%(asctime)s %(levelname)s {contact.card} %(name)s: %(message)s"
+    )
+    threading.Thread(target=_end_with, args=(link,), name="watch", daemon=True).start()
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    # No limit to what waits: steps go on, whether the controller reads or not.
+    messages = _connected(context, zmq.DEALER, contact, contact.messages, most_waiting=0)
+    beats = _connected(context, zmq.PUSH, contact, contact.beats, most_waiting=1)
+    threading.Thread(target=_beat, args=(beats,), name="beat", daemon=True).start()
+    messages.send(encode(Hello(VERSION)))
+    try:
+        _serve(messages)
+    except BaseException as error:
+        logger.exception("the process of %s ends", contact.card)
+        messages.linger = LAST_WORDS_MS
+        messages.send(encode(LastWords(Failure.of(error))))
+        messages.close()
+        context.term()
+        end_process(1)
+
+
+def _serve(messages: zmq.Socket[bytes]) -> None:
+    start = decode_command(messages.recv())
+    if not isinstance(start, Start):
+        raise ClusterError(f"the first message starts a card, this one is a {type(start).__name__}")
+    device = Device(start.device_kind, start.device_index)
+    if device.is_cuda:
+        torch.cuda.set_device(device.index)  # NIXL registers memory in the current device's context
+    config = EngineConfig.from_options(start.model, start.options)
+    folder = checkpoint_folder(config.model, config.revision)
+    spec = runner_spec(config, folder, read_json(folder, "config.json") or {}, device)
+    check_fp8(spec.model_config, [device])
+    max_prefill_tokens = config.max_num_batched_tokens
+    runner = ModelRunner(spec, device, is_decode_runner=True, max_prefill_tokens=max_prefill_tokens)
+    agent = KVAgent(start.agent, runner.kv_pool, device)
+    gc.freeze()  # what is loaded stays, and need not be looked through
+    server = CardServer(runner, agent, messages)
+    server.send(Ready(_geometry(runner), agent.metadata, agent.pool_address, agent.pool_device))
+    with torch.inference_mode():
+        server.run()
+
+
+def _geometry(runner: ModelRunner) -> Geometry:
+    layout = runner.prefill.layout
+    return Geometry(
+        runner.num_kv_blocks,
+        runner.block_size,
+        runner.spec.block_bytes,
+        runner.max_prefill_tokens,
+        layout.max_num_tokens,
+        layout.max_num_requests,
+        runner.decode.max_num_rows,
+        list(runner.prefill.sizes),
+        list(runner.mixed.sizes),
+    )
+
+
+def _connected(
+    context: zmq.Context[zmq.Socket[bytes]], kind: int, contact: Contact, endpoint: str, most_waiting: int
+) -> zmq.Socket[bytes]:
+    made = context.socket(kind)
+    made.linger = 0
+    made.sndhwm = most_waiting
+    made.curve_serverkey = contact.controller_key
+    made.curve_publickey, made.curve_secretkey = contact.public_key, contact.secret_key
+    made.connect(endpoint)
+    return made
+
+
+def _beat(beats: zmq.Socket[bytes]) -> None:
+    """Says again and again that the process runs, whatever its other threads wait for."""
+    while True:
+        try:
+            beats.send(b"", zmq.NOBLOCK)
+        except zmq.Again:  # nobody has read those before
+            pass
+        except zmq.ZMQError:  # the context is closed: the process ends
+            return
+        time.sleep(BEAT_S)
+
+
+def _end_with(link: socket.socket) -> None:
+    """Ends the process when the controller is gone: there is nothing to save."""
+    link.recv(1)  # nothing more is ever sent, so that this is its end
+    os._exit(0)
+
+
+def _read_contact(link: socket.socket) -> Contact:
+    with link.makefile("rb", buffering=0) as incoming:
+        length = int.from_bytes(_read(incoming, 4), "little")
+        return decode_contact(_read(incoming, length))
+
+
+def _read(incoming: socket.SocketIO, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = incoming.read(size - len(data))
+        if not part:
+            os._exit(0)  # the controller is gone
+        data += part
+    return data
+
+
+def _take_link() -> socket.socket:
+    """The socket that is standard input, moved where processes that this one starts do not inherit it."""
+    link = socket.socket(fileno=os.dup(0))
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    return link

@@ -1,0 +1,111 @@
+"""Decides which of many cards prefills a request and which decodes it. No torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from nanovllm.engine.scheduling.card import Card
+from nanovllm.engine.scheduling.lease import Lease
+from nanovllm.engine.scheduling.placement import OtherPrompts, Placement, Places, may_hold
+from nanovllm.engine.scheduling.step_time import StepSize
+from nanovllm.engine.sequence import Sequence
+
+
+class ClusterPlacement(Placement):
+    """Fixed roles over many cards: some prefill, the others decode. Any card can do both.
+
+    A request is prefilled where the fewest prompt tokens are to be computed before it and for it: what a card has in
+    its prefix cache counts for nothing, so that equal beginnings go to one card until others have less to do. It
+    decodes on the card with the least context, its own counted where that card lacks it.
+
+    A request that has failed once is prefilled where it decodes. So is every one while no card that prefills is there;
+    while none that decodes is there, those that prefill do that, too.
+
+    Args:
+        prefill_cards, decode_cards: at least one of each.
+    """
+
+    def __init__(self, prefill_cards: list[Card], decode_cards: list[Card]) -> None:
+        super().__init__(prefill_cards[0], decode_cards[0])
+        self.prefill_cards = prefill_cards
+        self.decode_cards = decode_cards
+        self.cards = [*decode_cards, *prefill_cards]
+        self._looked_up: tuple[Sequence, int, dict[Card, int]] | None = None
+        """The request last looked up in the prefix caches, its length, and how many of its tokens each card lacks."""
+
+    def decodes(self, card: Card) -> bool:
+        return True
+
+    def places_of(self, seq: Sequence, sizes: Mapping[Card, StepSize], others: OtherPrompts) -> Places:
+        decode_cards = _able(self.decode_cards, seq) or _able(self.prefill_cards, seq) or self.decode_cards
+
+        def decode_cost(card: Card) -> tuple[bool, int]:
+            return self._is_full(seq, card), sizes[card].context + self._num_lacking(seq, card)
+
+        decode, now_s = min(decode_cards, key=decode_cost), time.monotonic()
+        prefill_cards = [
+            card
+            for card in _able(self.prefill_cards, seq)
+            if not card.breaker.is_open or card.breaker.allows_trial(now_s)
+        ]
+        if seq.failures or not prefill_cards:
+            return Places(decode, decode)
+
+        def prefill_cost(card: Card) -> tuple[bool, float]:
+            before = others.tokens_left.get(card, 0.0) + others.tokens_in_flight.get(card, 0.0)
+            return self._is_full(seq, card), before + self._num_lacking(seq, card)
+
+        return Places(min(prefill_cards, key=prefill_cost), decode)
+
+    def prefill_began(self, lease: Lease) -> None:
+        breaker = lease.prefill.card.breaker
+        if lease.crosses and breaker.is_open:
+            breaker.begin_trial(time.monotonic())
+
+    def prefill_worked(self, lease: Lease) -> None:
+        if lease.crosses:
+            lease.prefill.card.breaker.worked()
+
+    def prefill_failed(self, lease: Lease) -> None:
+        if lease.crosses:
+            lease.prefill.card.breaker.failed(time.monotonic())
+
+    @property
+    def pools(self) -> dict[str, Card]:
+        return {card.name: card for card in self.cards}
+
+    @property
+    def is_degraded(self) -> bool:
+        return any(card.breaker.is_open or not card.is_up for card in self.cards)
+
+    @property
+    def words_for_degraded(self) -> tuple[str, str]:
+        left_out = [str(card) for card in self.cards if card.breaker.is_open or not card.is_up]
+        return "card left out", f"{', '.join(left_out)} left out for a while, the other cards do the work"
+
+    @property
+    def words_for_recovered(self) -> str:
+        return "all cards work again"
+
+    def _num_lacking(self, seq: Sequence, card: Card) -> int:
+        """Tokens of the request that the card's prefix cache lacks.
+
+        Looked up once for the request that waits first: for each step anew it would take too long.
+        """
+        if self._looked_up is None or self._looked_up[:2] != (seq, seq.num_tokens):
+            most, block_size = min(seq.num_tokens - 1, seq.num_reported_tokens), card.block_manager.block_size
+            lacking = {
+                each: seq.num_tokens - len(each.block_manager.match_prefix(seq, most)) * block_size
+                for each in self.cards
+            }
+            self._looked_up = seq, seq.num_tokens, lacking
+        return self._looked_up[2][card]
+
+    def _is_full(self, seq: Sequence, card: Card) -> bool:
+        pool = card.block_manager
+        return pool.blocks_for(self._num_lacking(seq, card)) > pool.num_free_blocks
+
+
+def _able(cards: list[Card], seq: Sequence) -> list[Card]:
+    return [card for card in cards if card.is_up and may_hold(card, seq)]

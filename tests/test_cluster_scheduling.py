@@ -1,0 +1,230 @@
+"""Many cards without a model: placement, and any order of events, lost cards among them, leaves every block whole."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from nanovllm import SamplingParams
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.scheduler import MOST_LOST_CARDS, STEPS_AHEAD, Scheduler, SchedulerLimits
+from nanovllm.engine.scheduling.card import Card
+from nanovllm.engine.scheduling.cluster_placement import ClusterPlacement
+from nanovllm.engine.scheduling.placement import OtherPrompts
+from nanovllm.engine.scheduling.step import PrefillChunk, Step
+from nanovllm.engine.scheduling.step_time import StepSize
+from nanovllm.engine.sequence import Sequence
+
+BLOCK_SIZE = 4
+MAX_MODEL_LEN = 48
+
+
+def make_cards(num_prefill: int, num_decode: int, num_blocks: int = 24) -> ClusterPlacement:
+    cards = [
+        Card(f"card {index}", f"card {index}", BlockManager(num_blocks, BLOCK_SIZE), 16)
+        for index in range(num_prefill + num_decode)
+    ]
+    return ClusterPlacement(cards[:num_prefill], cards[num_prefill:])
+
+
+def make_sequence(request_id: int, tokens: list[int], max_tokens: int = 8) -> Sequence:
+    longest = min(len(tokens) + max_tokens, MAX_MODEL_LEN)
+    return Sequence(
+        request_id, tokens, SamplingParams(max_tokens=max_tokens), request_id, arrival_s=0.0, max_num_tokens=longest
+    )
+
+
+class World:
+    """Plays the engine and its cards: steps of a card end in order, everything else in any order."""
+
+    def __init__(self, num_prefill: int, num_decode: int, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.placement = make_cards(num_prefill, num_decode)
+        limits = SchedulerLimits(prefill_chunk_tokens=7, max_num_seqs=12, max_handoff_backlog=6)
+        self.scheduler = Scheduler(limits, self.placement)
+        self.seqs: list[Sequence] = []
+        self.steps: dict[Card, list[Step]] = {card: [] for card in self.placement.cards}
+        self.handoffs: list[PrefillChunk] = []
+
+    def add(self) -> None:
+        start, length = self.rng.randrange(3) * 100, self.rng.randrange(1, 30)
+        seq = make_sequence(len(self.seqs), list(range(start, start + length)), self.rng.randrange(1, 16))
+        self.seqs.append(seq)
+        self.scheduler.add(seq)
+
+    def launch(self, card: Card) -> None:
+        step = self.scheduler.schedule(card, self.steps[card])
+        if step is None:
+            return
+        assert card.is_up, "a card that is gone gets no work"
+        self.steps[card].append(step)
+        assert len(self.steps[card]) <= STEPS_AHEAD
+        touched = [row.lease for row in step.decode]
+        assert not {chunk.lease for chunk in self.handoffs} & set(touched), "decodes before its KV has arrived"
+        for chunk in step.chunks:
+            assert chunk.allocation.card is card
+            if chunk.handoff:
+                for _, target in chunk.handoff:
+                    assert chunk.handoff_target.block_manager._ref_counts[target] == 1, "writes to a shared block"
+                self.scheduler.hold(chunk.lease)
+                self.handoffs.append(chunk)
+
+    def end(self, card: Card) -> None:
+        if not self.steps[card]:
+            return
+        step = self.steps[card].pop(0)
+        for chunk in step.chunks:
+            if self.scheduler.prefill_done(chunk) and chunk.is_last:
+                self.append(chunk.seq)
+        if step.decode:
+            self.scheduler.decode_done(step)
+            for row in step.decode:
+                if row.seq.lease is row.lease:
+                    self.append(row.seq)
+
+    def append(self, seq: Sequence) -> None:
+        seq.token_ids.append(len(seq.token_ids))
+        if seq.num_tokens == seq.max_num_tokens:
+            self.scheduler.finish(seq, "length")
+        else:
+            self.scheduler.token_appended(seq)
+
+    def end_handoff(self) -> None:
+        """Of cards that are there a push arrives; one of a card that is gone ends some time, and has failed."""
+        if not self.handoffs:
+            return
+        chunk = self.handoffs.pop(self.rng.randrange(len(self.handoffs)))
+        if chunk.seq.lease is chunk.lease:
+            self.scheduler.blocks_arrived(chunk.lease)
+        else:
+            self.scheduler.release(chunk.lease)
+
+    def lose(self, card: Card) -> None:
+        if card.is_up:
+            steps, self.steps[card] = self.steps[card], []
+            self.scheduler.card_lost(card, steps)
+            for seq in self.scheduler.unfinished():
+                assert seq.lease is None or not seq.lease.holds_on(card), "its KV there is gone"
+            self.scheduler.get_outgrown_sequences()
+
+    def fail_step(self, card: Card) -> None:
+        """All steps in flight on a card are lost, but not the card."""
+        steps, self.steps[card] = self.steps[card], []
+        self.scheduler.steps_lost(steps)
+
+    def abort(self) -> None:
+        unfinished = self.scheduler.unfinished()
+        if unfinished:
+            self.scheduler.finish(self.rng.choice(unfinished), "abort")
+
+    def act(self) -> None:
+        card = self.rng.choice(self.placement.cards)
+        actions = [
+            (self.add, 4),
+            (lambda: self.launch(card), 12),
+            (lambda: self.end(card), 10),
+            (self.end_handoff, 8),
+            (lambda: self.lose(card), 0.3),
+            (lambda: setattr(card, "is_up", True), 2),
+            (lambda: self.fail_step(card), 0.2),
+            (self.abort, 0.3),
+        ]
+        self.rng.choices([action for action, _ in actions], [weight for _, weight in actions])[0]()
+        self.scheduler.check_integrity()
+
+    def drain(self) -> None:
+        for card in self.placement.cards:
+            card.is_up = True
+        for _ in range(3000):
+            for card in self.placement.cards:
+                self.launch(card)
+                self.end(card)
+            self.end_handoff()
+            if not (self.scheduler.unfinished() or self.handoffs or any(self.steps.values())):
+                return
+        raise AssertionError("requests are left that nobody serves")
+
+
+@pytest.mark.parametrize(("num_prefill", "num_decode"), [(1, 1), (2, 1), (1, 3), (3, 2)])
+@pytest.mark.parametrize("seed", range(12))
+def test_any_order_of_events_leaves_every_block_whole(num_prefill, num_decode, seed):
+    world = World(num_prefill, num_decode, seed)
+    for _ in range(400):
+        world.act()
+    world.drain()
+    world.scheduler.check_integrity()
+    for card in world.placement.cards:
+        assert card.block_manager.num_held_blocks == 0
+    for seq in world.seqs:
+        assert seq.finish_reason is not None
+        if seq.finish_reason == "length":
+            assert seq.num_tokens == seq.max_num_tokens
+        elif seq.finish_reason == "error":
+            assert seq.num_lost_cards == MOST_LOST_CARDS
+
+
+def sizes_of(placement: ClusterPlacement, **contexts: int) -> dict[Card, StepSize]:
+    return {card: StepSize(1, contexts.get(card.name.replace(" ", "_"), 0)) for card in placement.cards}
+
+
+def test_a_prompt_is_prefilled_where_least_is_to_be_computed():
+    placement = make_cards(3, 1)
+    first, second, third = placement.prefill_cards
+    seq, sizes = make_sequence(0, list(range(16))), sizes_of(placement)
+    assert placement.places_of(seq, sizes, OtherPrompts(0, {first: 5, second: 3, third: 4})).prefill is second
+    in_flight = OtherPrompts(0, {first: 5, second: 3, third: 4}, tokens_in_flight={second: 9})
+    assert placement.places_of(seq, sizes, in_flight).prefill is third, "what was launched is to be computed, too"
+
+
+def test_a_card_that_has_the_beginning_comes_first_until_others_have_less_to_do():
+    placement = make_cards(2, 1)
+    first, second = placement.prefill_cards
+    cached = make_sequence(0, list(range(12)))
+    blocks = second.block_manager.allocate((), 3)
+    second.block_manager.cache(cached, blocks, 0, 12)
+    second.block_manager.free(blocks)
+    for waiting, expected in ((0, second), (11, second), (13, first)):
+        seq = make_sequence(1, [*range(12), 50, 51])
+        places = placement.places_of(seq, sizes_of(placement), OtherPrompts(0, {second: waiting}))
+        assert places.prefill is expected, waiting
+
+
+def test_a_request_decodes_where_the_context_is_least():
+    placement = make_cards(1, 3)
+    sizes = sizes_of(placement, card_1=90, card_2=40, card_3=70)
+    assert placement.places_of(make_sequence(0, [1, 2, 3]), sizes, OtherPrompts()).decode is placement.decode_cards[1]
+
+
+def test_cards_that_are_gone_get_nothing_and_any_card_can_do_all():
+    placement = make_cards(2, 2)
+    sizes, numbers = sizes_of(placement), itertools.count()
+
+    def names() -> tuple[str, str]:
+        places = placement.places_of(make_sequence(next(numbers), [1, 2, 3]), sizes, OtherPrompts())
+        return places.prefill.name, places.decode.name
+
+    first, second = placement.prefill_cards
+    third, fourth = placement.decode_cards
+    assert names() == ("card 0", "card 2")
+    first.is_up = third.is_up = False
+    assert names() == ("card 1", "card 3")
+    second.is_up = False
+    assert names() == ("card 3", "card 3"), "it prefills, too"
+    second.is_up, fourth.is_up = True, False
+    assert names() == ("card 1", "card 1"), "it decodes, too"
+    assert placement.is_degraded
+    assert "card 2, card 3, card 0 left out" in placement.words_for_degraded[1]
+
+
+def test_nothing_is_admitted_while_no_card_is_there():
+    world = World(2, 1, seed=0)
+    for card in world.placement.cards:
+        world.lose(card)
+    world.add()
+    for card in world.placement.cards:
+        world.launch(card)
+    assert not any(world.steps.values())
+    world.drain()
+    assert world.seqs[0].finish_reason == "length"
