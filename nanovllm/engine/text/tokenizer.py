@@ -19,7 +19,7 @@ UNREAD_FILES = ("tokenizer.model", "tekken.json")
 """Vocabularies that only other packages read: sentencepiece, mistral-common."""
 LLAMA_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer")
 """Classes of transformers that take the vocabulary of a tokenizer.json, but split texts in a way of their own."""
-NOT_BY_CLASS = ("mistral", "qwen2")
+NOT_BY_CLASS = ("mistral", "mixtral", "qwen2")
 """Model types of which AutoTokenizer overrules the class that a checkpoint names."""
 NEUTRAL_SETTINGS: dict[str, Any] = {
     "repetition_penalty": 1.0,
