@@ -43,8 +43,7 @@ def make_experts(
             return wide.to(dtype)
         weight = quantization.empty_weight(rows, columns, torch.device(device))
         first = 0
-        for size, scale_rows in zip(rows, quantization.scale_rows(rows), strict=True):
-            del scale_rows  # blocks are whole where there are some
+        for size in rows:
             weight.rows(slice(first, first + size)).quantize(wide[first : first + size])
             first += size
         return weight

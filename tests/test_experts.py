@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, BackendUnavailableError, ModelLoadError, SamplingParams
 from nanovllm.engine.builder import model_costs
+from nanovllm.engine.execution import cuda_graph
 from nanovllm.engine.execution.load_model import weight_bytes
 from nanovllm.engine.scheduling.step_time import ModelCosts
-from nanovllm.kernels import BackendRequirements, torch_reference, unsupported_reasons
+from nanovllm.kernels import BackendRequirements, torch_reference, triton_experts, unsupported_reasons
 from nanovllm.layers.experts import ExpertsConfig
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.ranks import OneRank
@@ -38,6 +39,11 @@ MOE = {
 SIZES = {**fp8_checkpoints.SIZES, **MOE}
 CONFIG = {**tiny.BASE, **MOE, "architectures": ["Qwen3MoeForCausalLM"]}
 REFERENCE = torch_reference.Backend()
+EXPERT_GEMMS = [
+    {"is_gated": is_gated, "itemsize": itemsize, "block": block}
+    for is_gated in (True, False)
+    for itemsize, block in ((1, None), (1, 128), (2, None), (4, None))
+]
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +205,28 @@ def test_blocks_that_ranks_would_cut_are_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "moe_intermediate_size": 96}))
     with pytest.raises(ModelLoadError, match=r"mlp.experts.0.gate_proj.weight has 96 outputs, .*quantization='fp8'"):
         LLM(str(tmp_path), device="cpu", load_format="dummy")
+
+
+def test_more_experts_than_the_router_has_room_for_are_refused():
+    _, description = resolve_model({**CONFIG, "num_experts": 512})
+    assert description.ffn.num_experts == 512
+    with pytest.raises(ModelLoadError, match="num_experts=513 is not supported; a layer has at most 512 experts"):
+        resolve_model({**CONFIG, "num_experts": 513})
+
+
+@pytest.mark.parametrize("most", [256, 640, 1000, 2048, 16_384])
+def test_no_kernel_is_loaded_while_a_graph_is_captured(most):
+    """All sizes use kernels that a larger size has run: those of powers of two, up to 256 all."""
+    for buckets in (cuda_graph.prefill_buckets(most), cuda_graph.mixed_buckets(most)):
+        warm = cuda_graph._to_warm_up(buckets)
+        for top_k in (1, 2, 4, 6, 8, 10):
+            for count in (10, 13, 60, 64, 96, 103, 128, 160, 299):
+                for options in EXPERT_GEMMS:
+                    plans = {size: triton_experts.plan(size, top_k, count, **options) for size in buckets}
+                    seen = set()
+                    for size in reversed(buckets):
+                        seen |= {plans[size]} if size in warm else set()
+                        assert plans[size] in seen, f"{size} tokens, {top_k} of {count} experts"
 
 
 def test_the_router_may_be_left_as_it_is_and_no_expert_may():

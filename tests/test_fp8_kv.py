@@ -389,6 +389,17 @@ def test_other_schemes_are_refused_by_name(changes, message):
         assert (stored_format(config, 2, LINEAR_LAYERS) is None) == (not groups)
 
 
+@pytest.mark.parametrize(
+    "others",
+    [{"transform_config": {"config_groups": {"R3": {}}}}, {"sparsity_config": {"format": "sparse-24-bitmask"}}],
+)
+def test_what_else_is_done_to_weights_is_refused_where_only_kv_is_quantized_too(others):
+    for groups in (fp8_checkpoints.CONFIGS["channel"]["config_groups"], {}):
+        quantization = {**fp8_checkpoints.CONFIGS["channel"], "config_groups": groups, "kv_cache_scheme": KV_SCHEME}
+        with pytest.raises(ModelLoadError, match=f"{next(iter(others))}=.*, which is not supported"):
+            stored_format({"quantization_config": {**quantization, **others}}, 2, LINEAR_LAYERS)
+
+
 # Refusals
 
 

@@ -232,7 +232,9 @@ def gather_context(
     """Keys and values of one request, each [num_kv_heads, context_len, head_dim]; float32 where they are scaled."""
     block_size = kv_cache.shape[3]
     blocks = block_table[: -(-context_len // block_size)].long()
-    context = kv_cache[blocks].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :context_len]
+    is_scaled, dtype = kv_scales is not None, kv_cache.dtype
+    context = (kv_cache.view(torch.uint8) if is_scaled else kv_cache)[blocks].view(dtype)
+    context = context.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :context_len]
     if kv_scales is not None:
         context = context.float() * kv_scales[:, :, None, None]
     return context[0], context[1]

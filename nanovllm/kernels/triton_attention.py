@@ -353,9 +353,8 @@ def _padded(num_requests: int) -> int:
 def _rows_descriptor(kv_cache: torch.Tensor, tile: int) -> TensorDescriptor:
     """One layer's view of the pool as rows of one token and head each, to be loaded `tile` rows at a time.
 
-    `head_dim` is in elements of the view.
-
-    The rows run on through the other layers: a block's next block is `block stride / head_dim` rows further.
+    The rows run on through the other layers: a block's next block is `block stride / head_dim` rows further, both in
+    elements of the view.
     """
     head_dim = kv_cache.shape[-1]
     return TensorDescriptor(kv_cache, [_num_rows(kv_cache), head_dim], [head_dim, 1], [tile, head_dim])

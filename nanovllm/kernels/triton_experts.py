@@ -95,14 +95,19 @@ def norm_experts(
     return _weighted_sum(results, routing), total
 
 
-def plan(num_assignments: int, num_experts: int, *, is_gated: bool, itemsize: int, block: int | None) -> ExpertPlan:
+def plan(
+    num_tokens: int, top_k: int, num_experts: int, *, is_gated: bool, itemsize: int, block: int | None
+) -> ExpertPlan:
     """The division of a grouped GEMM; `itemsize` is the bytes of a weight.
 
     Few assignments are bound by the weights' bytes: tiles are as wide as leaves enough programs in flight. Many are
     bound by the tensor cores: tiles are square.
     """
-    # Twice the mean, since experts do not get equally many.
-    tile_t = min(max(16, triton.next_power_of_2(triton.cdiv(2 * num_assignments, num_experts))), 128)
+    num_assignments = num_tokens * top_k
+    # Twice the mean, since experts do not get equally many. Of the next power of two of tokens: large graphs are
+    # captured with kernels that have run for powers of two alone, and another one could not be loaded then.
+    mean = triton.cdiv(top_k * triton.next_power_of_2(num_tokens), num_experts)
+    tile_t = min(max(16, triton.next_power_of_2(2 * mean)), 128)
     if itemsize == 4:  # on no tensor cores
         return ExpertPlan(32, min(tile_t, 32), 32, 2, 4)
     if tile_t >= 64:
@@ -234,7 +239,8 @@ def expert_linear(
     num_assignments, num_experts = routing.chosen.numel(), experts.num_experts
     num_inputs = inputs.shape[1]
     num_outputs = len(values) // num_experts // (2 if is_gated else 1)
-    division = plan(num_assignments, num_experts, is_gated=is_gated, itemsize=values.itemsize, block=block)
+    num_tokens, top_k = routing.chosen.shape
+    division = plan(num_tokens, top_k, num_experts, is_gated=is_gated, itemsize=values.itemsize, block=block)
     output = torch.empty(num_assignments, num_outputs, dtype=x.dtype, device=inputs.device)
     grid = (triton.cdiv(num_outputs, division.tile_n), most_tiles(num_assignments, num_experts, division.tile_t))
     _expert_linear_kernel[grid](

@@ -112,7 +112,7 @@ def plan(num_tokens: int, num_outputs: int, num_inputs: int, num_sms: int, block
 
     All programs of few tokens should run at once, since an SM that ends early does not help the others, and there
     should be as many as fit into its registers and shared memory: what they have in flight is what the memory's rate
-    hangs on. Writing and reading partial sums bounds the splits.
+    depends on. Writing and reading partial sums bounds the splits.
     """
     tile_t = min(max(16, triton.next_power_of_2(num_tokens)), 128)
     tile_n, per_sm, num_warps = (64, 3, 4) if tile_t < 64 else (128, 2, 4) if tile_t == 64 else (128, 1, 8)

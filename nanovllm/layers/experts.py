@@ -1,6 +1,6 @@
-"""The feed-forward part of a layer as experts, of which each token passes a few (mixture of experts).
+"""The feed-forward part of a layer as experts, a few of which each token is routed to (mixture of experts).
 
-Knows nothing of attention, and not how a step's tokens are sorted by expert: that is the kernels'.
+Knows nothing of attention, nor how a step's tokens are sorted by expert, which is up to the kernels.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Experts(nn.Module):
         self.ranks = ranks
         rows, count = config.intermediate_size // ranks.size, config.num_experts
         make = partial(Linear, backend=backend, bias=False, dtype=dtype, device=device)
-        # Small, and which experts a token passes must not hang on how it is rounded: never quantized.
+        # Small, and where a token is routed to must not depend on how it is rounded: never quantized.
         self.router = make(hidden_size, [count])
         # Stacked by rows, these are what the kernels take; nothing calls them as layers.
         self.gate_up_proj = make(hidden_size, [rows, rows] * count, quantization=quantization)

@@ -110,7 +110,7 @@ class Linear(nn.Module):
         if part is not None and part.dim == 1 and weight.values.shape[1] % weight.block:
             uneven.append((names[0], weight.values.shape[1], "inputs"))
         for name, size, what in uneven:
-            if part is not None:
+            if part is not None and part.dim == (0 if what == "outputs" else 1):
                 raise ModelLoadError(
                     f"tensor_parallel_size={part.size} leaves {size} {what} of {name}.weight to each rank, which are "
                     f"no whole blocks of {weight.block} with one scale; pass a tensor_parallel_size that cuts none, or "

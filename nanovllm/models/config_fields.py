@@ -117,16 +117,24 @@ def head_dim_or_share(config: dict[str, Any], *, may_be_null: bool = False) -> i
     return positive(config, "head_dim")
 
 
+MOST_EXPERTS = 512
+"""The most that a layer may have: the router's kernel has no shared memory for more."""
+
+
 def number_of_experts(config: dict[str, Any], name: str, other_name: str, default: int) -> int:
     """How many experts a layer has: a field that goes by either of two names, the default if both are left out.
 
     Raises:
-        ModelLoadError: it is no positive integer, or both fields are there and differ.
+        ModelLoadError: it is no positive integer, above MOST_EXPERTS, or both fields are there and differ.
     """
     count = positive(config, name, positive(config, other_name, default))
     if other_name in config and positive(config, other_name) != count:
         raise ModelLoadError(
             f"config.json: {name}={count} and {other_name}={short_repr(config[other_name])} differ; leave one out"
+        )
+    if count > MOST_EXPERTS:
+        raise ModelLoadError(
+            f"config.json: {name}={count} is not supported; a layer has at most {MOST_EXPERTS} experts"
         )
     return count
 

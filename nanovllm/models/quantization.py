@@ -92,6 +92,12 @@ def has_kv_scales(config: dict[str, Any]) -> bool:
 
 
 def _compressed_tensors(quantization: dict[str, Any], layers: _LinearLayers) -> Fp8Format | None:
+    sparsity = quantization.get("sparsity_config")
+    if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
+        raise _refused(f"has sparsity_config={short_repr(sparsity)}, which is not supported", quantization)
+    if quantization.get("transform_config"):
+        transform = short_repr(quantization["transform_config"])
+        raise _refused(f"has transform_config={transform}, which is not supported", quantization)
     groups = quantization.get("config_groups")
     if groups in (None, {}) and has_kv_scales({"quantization_config": quantization}):
         return None  # nothing but KV is quantized
@@ -108,12 +114,6 @@ def _compressed_tensors(quantization: dict[str, Any], layers: _LinearLayers) -> 
     if quantization.get("quantization_status", "compressed") != "compressed":
         status = short_repr(quantization["quantization_status"])
         raise _refused(f"has quantization_status={status}, which is not supported", quantization)
-    sparsity = quantization.get("sparsity_config")
-    if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
-        raise _refused(f"has sparsity_config={short_repr(sparsity)}, which is not supported", quantization)
-    if quantization.get("transform_config"):
-        transform = short_repr(quantization["transform_config"])
-        raise _refused(f"has transform_config={transform}, which is not supported", quantization)
     _check_all_quantized(quantization, "ignore", layers)
     return Fp8Format(scale_name="weight_scale")
 

@@ -179,8 +179,8 @@ def _read(path: Path, name: str, tensors: Any, target: Weight) -> torch.Tensor:
                 "download both again"
             )
         raise ModelLoadError(
-            f"{path}: tensor {name!r} is {tensor.dtype}; weights are served in a float type of 16 bits or more; "
-            "convert them"
+            f"{path}: tensor {name!r} is {tensor.dtype}; this weight is served in a float type of 16 bits or "
+            "more; convert it, or leave it out of the quantization"
         )
     return tensor
 

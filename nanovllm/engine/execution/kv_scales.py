@@ -27,7 +27,8 @@ MARGIN = 4.0
 """How much larger than in this prompt keys and values may be before they are stored as the largest number there is.
 
 Text has up to twice the largest of random tokens (SmolLM2-135M). A margin costs no accuracy, since FP8 has exponents:
-with this one a head's largest number is 28,000 times the smallest that has all three bits of its fraction.
+with this one, and a power of two, the prompt's largest number is still 3,600 times the smallest that has all three bits
+of its fraction.
 """
 
 
