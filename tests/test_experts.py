@@ -260,7 +260,7 @@ def test_an_expert_that_a_checkpoint_lacks_is_named(stored, tmp_path):
         LLM(str(tmp_path), device="cpu")
     router = "model.layers.0.mlp.gate.weight"
     save_file({**tensors, router: tensors[router].to(E4M3)}, tmp_path / "model.safetensors")
-    with pytest.raises(ModelLoadError, match=f"'{router}' is torch.float8_e4m3fn; weights"):
+    with pytest.raises(ModelLoadError, match=f"'{router}' is torch.float8_e4m3fn; this weight"):
         LLM(str(tmp_path), device="cpu")
 
 
