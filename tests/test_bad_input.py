@@ -254,10 +254,10 @@ def _set(name, change):
         (lambda tensors: tensors.pop(QUERY), f"lacks tensor {QUERY}, which config.json implies"),
         (_set(QUERY, lambda x: x[:5]), rf"'{QUERY}' has shape \[5, 64\], config.json implies \[128, 64\]"),
         (_set(QUERY, lambda x: x.flatten()), rf"'{QUERY}' has shape \[8192\], config.json implies \[128, 64\]"),
-        (_set(QUERY, lambda x: x.to(torch.int8)), f"'{QUERY}' is torch.int8; weights are served in a float type"),
+        (_set(QUERY, lambda x: x.to(torch.int8)), f"'{QUERY}' is torch.int8; this weight is served in a float type"),
         (
             _set(QUERY, lambda x: x.to(torch.float8_e4m3fn)),
-            f"'{QUERY}' is torch.float8.*weights are served in a float type",
+            f"'{QUERY}' is torch.float8.*this weight is served in a float type",
         ),
         (
             lambda tensors: tensors.update({"layers.0.q": tensors.pop(QUERY)}),
