@@ -285,8 +285,8 @@ class RemoteRunner:
         self._steps: dict[int, RemoteStep] = {}
         self._step_numbers = itertools.count(1)
         self._batch = 0
-        self._num_starts = self._num_failed_starts = self._num_losses = 0
-        self._ready_s = self._restart_at_s = 0.0
+        self._num_starts = self._num_failed_starts = 0
+        self._ready_s = self._restart_at_s = self._pause_s = 0.0
         self._failure: Exception | None = None
         self._start()
 
@@ -501,10 +501,9 @@ class RemoteRunner:
         if self.state is CardState.STARTING:
             self._num_failed_starts += 1
         elif now_s - self._ready_s >= PROVEN_S:
-            self._num_failed_starts = self._num_losses = 0
-        pause_s = min(FIRST_PAUSE_S * 2.0 ** (self._num_losses - 1), LONGEST_PAUSE_S) if self._num_losses else 0.0
-        self._restart_at_s = now_s + pause_s
-        self._num_losses += 1
+            self._num_failed_starts, self._pause_s = 0, 0.0
+        self._restart_at_s = now_s + self._pause_s
+        self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LONGEST_PAUSE_S)
         self.state = CardState.OUT if self._num_failed_starts >= MAX_FAILED_STARTS else CardState.LOST
         self.reason = reason
         self._client.kill()
