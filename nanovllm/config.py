@@ -241,7 +241,8 @@ class EngineConfig:
             return
         _check_choice("cluster", self.cluster, CLUSTERS)
         if self.enable_two_gpu_pd or self.tensor_parallel_size > 1:
-            other = "enable_two_gpu_pd=True" if self.enable_two_gpu_pd else f"{self.tensor_parallel_size=}"[5:]
+            tensor_parallel = f"tensor_parallel_size={self.tensor_parallel_size}"
+            other = "enable_two_gpu_pd=True" if self.enable_two_gpu_pd else tensor_parallel
             raise ConfigError(
                 f"cluster={self.cluster!r} and {other} exclude each other: a card of a cluster is one GPU with a "
                 "process of its own; leave one of them out"

@@ -31,7 +31,7 @@ from nanovllm import (
     OutOfKVCacheError,
     SamplingParams,
 )
-from nanovllm.engine.distributed import card_client
+from nanovllm.engine.distributed import card_client, remote_card
 from nanovllm.engine.distributed.card_messages import Push, decode_report, encode
 from nanovllm.engine.execution.tasks import StepTask
 from tests import tiny
@@ -49,6 +49,7 @@ def over_tcp() -> Iterator[None]:
     """KV crosses by TCP, as it would from host to host, not through memory that processes share."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UCX_TLS", "tcp")
+        patch.setattr(remote_card, "FIRST_PAUSE_S", 0.01)  # cards are ended here time and again
         yield
 
 
@@ -198,6 +199,27 @@ def test_a_killed_card_takes_no_request_with_it(llm, expected, card):
     settle(llm)
     assert len(pids & {runner.pid for runner in llm._runners}) == 2
     assert answers_of(llm, *mixed_load(12)) == expected[12, 24], "the new one works, too"
+
+
+def test_a_card_is_gone_when_a_launch_fails(llm, expected, monkeypatch):
+    """Its steps in flight have no end; they are taken back, and no request has failed."""
+    runner, failed = llm.decode_runner, []
+    pack, fail = runner._packer.pack, llm._outputs.fail
+    monkeypatch.setattr(
+        llm._outputs, "fail", lambda *arguments, **options: (failed.append(arguments), fail(*arguments))
+    )
+
+    def packed(step) -> StepTask:
+        if step.decode and runner._steps:
+            os.kill(runner.pid, signal.SIGSTOP)
+            runner.give_up("the test says so")
+            raise RuntimeError("injected")
+        return pack(step)
+
+    monkeypatch.setattr(runner._packer, "pack", packed)
+    assert answers_of(llm, *mixed_load(12)) == expected[12, 24]
+    assert runner.reason == "the test says so"
+    assert not failed
 
 
 @pytest.mark.slow

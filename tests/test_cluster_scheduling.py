@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 
 from nanovllm import SamplingParams
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.card_watch import CardWatch
+from nanovllm.engine.in_flight import StepsInFlight
 from nanovllm.engine.scheduler import MOST_LOST_CARDS, STEPS_AHEAD, Scheduler, SchedulerLimits
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.cluster_placement import ClusterPlacement
@@ -216,6 +219,27 @@ def test_cards_that_are_gone_get_nothing_and_any_card_can_do_all():
     assert names() == ("card 1", "card 1"), "it decodes, too"
     assert placement.is_degraded
     assert "card 2, card 3, card 0 left out" in placement.words_for_degraded[1]
+
+
+def test_a_step_that_fails_counts_once_against_its_card():
+    """However many prompts it had: the breaker opens after failures in a row."""
+    world = World(1, 1, seed=0)
+    (card,) = world.placement.prefill_cards
+    for request_id in range(5):
+        seq = make_sequence(request_id, [request_id])
+        world.seqs.append(seq)
+        world.scheduler.add(seq)
+    step = world.scheduler.schedule(card, [])
+    assert len(step.chunks) == 5
+    steps, runner = StepsInFlight(), SimpleNamespace(forget_device_batch=lambda: None)
+    steps.add(step, SimpleNamespace(stream=None), 0.0)
+    outputs = SimpleNamespace(fail=world.scheduler.fail)
+    watch = CardWatch({card: runner}, world.scheduler, steps, outputs, None)
+    watch.step_failed(next(iter(steps)), RuntimeError("injected"))
+    assert [seq.failures for seq in world.seqs] == [1] * 5
+    assert not card.breaker.is_open, "one failure"
+    assert card.breaker._num_failures == 1
+    world.drain()
 
 
 def test_nothing_is_admitted_while_no_card_is_there():

@@ -197,7 +197,10 @@ def test_a_part_of_a_checkpoint_that_is_missing_or_of_another_type_is_named(stor
         ({f"{QUERY}.weight_scale": None}, f"lacks tensor {QUERY}.weight_scale"),
         ({f"{QUERY}.weight": tensors[f"{QUERY}.weight"].bfloat16()}, f"'{QUERY}.weight' is torch.bfloat16, quantiz"),
         ({f"{QUERY}.weight_scale": torch.ones(1)}, f"'{QUERY}.weight_scale' has shape"),
-        ({"lm_head.weight": tensors["lm_head.weight"].to(E4M3)}, "'lm_head.weight' is torch.float8_e4m3fn; this weight"),
+        (
+            {"lm_head.weight": tensors["lm_head.weight"].to(E4M3)},
+            "'lm_head.weight' is torch.float8_e4m3fn; this weight",
+        ),
     ):
         changed = {name: value for name, value in {**tensors, **change}.items() if value is not None}
         save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})

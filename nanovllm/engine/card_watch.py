@@ -33,7 +33,7 @@ class CardWatch:
         scheduler: is told of lost cards and lost steps.
         steps: the steps in flight.
         outputs: is told of requests whose step has failed.
-        agents_with_mail: gives the names of the cards' processes that have said something, and waits so many
+        agents_with_mail: gives the names of the cards' processes that have said something; waits up to `timeout_ms`
             milliseconds for the first; None without remote cards.
     """
 
@@ -84,8 +84,12 @@ class CardWatch:
         else:
             self._poll(REST_MS)
 
+    def is_lost(self, card: Card) -> bool:
+        """Whether a card is remote and not up, of which the loop may not have taken note."""
+        return card in self._runners and not self._runners[card].is_up
+
     def gave_up(self, work: InFlight, timeout_s: float) -> bool:
-        """Takes the card for lost whose step has not ended in time, if it is a remote one. Returns whether it is."""
+        """Gives up the card if it is remote; returns whether it is."""
         runner = self._runners.get(work.step.card)
         if runner is not None:
             size = f"a {work.step.kind} step of {work.step.num_requests} requests"
@@ -95,16 +99,19 @@ class CardWatch:
     def step_failed(self, work: InFlight, error: Exception) -> None:
         """A step could not be run; those that were launched behind it on its card have not been, either.
 
-        Its requests are recomputed, and end with the error the second time; the others are recomputed.
+        Its requests are recomputed, and end with the error the second time; the others are recomputed. The card's
+        breaker counts the step once.
         """
         runner, card = self._runners[work.step.card], work.step.card
         failed, *later = self._steps.drop_on(card)
         assert failed is work, "steps of a card end in the order of their launch"
         runner.forget_device_batch()
         self._scheduler.cancel(work.step)
+        crossing = (chunk for chunk in work.step.chunks if chunk.seq.lease is chunk.lease and chunk.lease.crosses)
+        first = next(crossing, None)
         for seq, lease in zip(work.step.seqs, work.step.leases, strict=True):
             if seq.lease is lease:
-                self._outputs.fail(seq, error)
+                self._outputs.fail(seq, error, blames_card=first is not None and seq is first.seq)
         self._scheduler.steps_lost([other.step for other in later])
 
     def _poll(self, timeout_ms: int) -> None:

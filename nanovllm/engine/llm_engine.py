@@ -309,9 +309,9 @@ class LLMEngine:
             if self._recovery.device_error is None and self.config.cluster is None:
                 self._recovery.settle()
         finally:
+            self._close_cluster()  # all its cards at once
             for runner in self._runners:
                 runner.close_workers()
-            self._close_cluster()
         self._observer.dropped(self._steps.drop(), self._handoffs.drop())
         self.scheduler.start_over(self._outputs.unfinished(), ())  # whatever state an interrupt left
         for seq in self._outputs.unfinished():

@@ -200,6 +200,9 @@ class Loop:
                 self._handoffs.send(step, handle.event)
             return True
         self._undo_launch(step)
+        if self._card_watch.is_lost(step.card):
+            self._scheduler.steps_lost([step])
+            return False
         halves = self._scheduler.halve(step)
         if halves is not None:
             launched = [self._launch(half) for half in halves]
@@ -215,7 +218,7 @@ class Loop:
         """Waits for the work that a step had launched before it failed: it may write to KV blocks and decode rows.
 
         The rows are sent again, once the host has the tokens of earlier steps. These are taken in after the steps of
-        another card whose chunks they have read.
+        another card whose chunks they have read. What a lost card has not ended stays for whoever takes note.
         """
         runner = self._runners[step.card]
         runner.synchronize(copies=not self._handoffs.is_stuck)
@@ -224,7 +227,9 @@ class Loop:
             for card in cards - {step.card}:
                 self._runners[card].synchronize(copies=not self._handoffs.is_stuck)
             for work in [work for work in self._steps if work.step.card in cards]:
-                if work in self._steps:
+                if self._card_watch.is_lost(work.step.card) and not work.handle.is_done():
+                    cards.discard(work.step.card)
+                if work in self._steps and work.step.card in cards:
                     self._collect(work)
             runner.forget_device_batch()
 

@@ -154,8 +154,8 @@ class Observer:
     def log_prefill_health(self) -> None:
         """Logs, once each time, that prompts run where they should not, or again where they should."""
         was_out, self._prefill_is_out = self._prefill_is_out, self._placement.is_degraded
-        cause, words = self._placement.words_for_degraded
         if self._prefill_is_out and not was_out:
+            cause, words = self._placement.words_for_degraded
             self._fallbacks[cause] += 1
             logger.warning("%s", words)
         elif was_out and not self._prefill_is_out:

@@ -17,7 +17,8 @@ from nanovllm.engine.execution.step_handle import SampledOnHost
 from nanovllm.engine.mailbox import NewRequest
 from nanovllm.engine.observer import Observer
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.scheduling.decode_batch import NO_DECODE_ROWS, HostDecodeBatch
+from nanovllm.engine.scheduling.card import Card
+from nanovllm.engine.scheduling.decode_batch import HostDecodeBatch
 from nanovllm.engine.scheduling.step import Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.streamed_rows import StreamedRows
@@ -45,8 +46,8 @@ class OutputProcessor:
         self._observer = observer
         self._texts: dict[int, RequestText] = {}
         self._inboxes: dict[int, Inbox] = {}
-        self._streamed = StreamedRows(NO_DECODE_ROWS.batch, {}, {})
-        """The streamed requests of the batch whose step was the last to end."""
+        self._streamed: dict[Card, StreamedRows] = {}
+        """The streamed requests of each card's batch, as of its last step that ended."""
 
     def add(self, new: NewRequest) -> None:
         """Takes in a request; adding it again changes nothing."""
@@ -60,9 +61,8 @@ class OutputProcessor:
 
     def clear(self) -> None:
         """Forgets all requests: the engine is closed."""
-        for kept in (self.sequences, self._texts, self._inboxes):
+        for kept in (self.sequences, self._texts, self._inboxes, self._streamed):
             kept.clear()
-        self._streamed = StreamedRows(NO_DECODE_ROWS.batch, {}, {})
 
     # Tokens
 
@@ -119,7 +119,7 @@ class OutputProcessor:
         deque(appended, maxlen=0)
         one_by_one = live & needs_more
         if batch.checks_every_token.any():
-            streamed = self._streamed_rows(batch)
+            streamed = self._streamed_rows(step.card, batch)
             at_once = live & streamed.are_simple & ~are_last
             left = streamed.emit(at_once.nonzero()[0].tolist(), token_ids)
             one_by_one &= ~at_once
@@ -130,10 +130,12 @@ class OutputProcessor:
         for index in one_by_one.nonzero()[0].tolist():
             self.append(batch.seqs[index], token_ids[index], sampled.logprobs_of(index))
 
-    def _streamed_rows(self, batch: HostDecodeBatch) -> StreamedRows:
-        if self._streamed.batch is not batch:
-            self._streamed = StreamedRows(batch, self._texts, self._inboxes)
-        return self._streamed
+    def _streamed_rows(self, card: Card, batch: HostDecodeBatch) -> StreamedRows:
+        """The same as in the card's last step, as long as its batch is."""
+        streamed = self._streamed.get(card)
+        if streamed is None or streamed.batch is not batch:
+            streamed = self._streamed[card] = StreamedRows(batch, self._texts, self._inboxes)
+        return streamed
 
     def append(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """Appends a token to a request, and ends the request if that was its last token.
@@ -172,9 +174,12 @@ class OutputProcessor:
         self._scheduler.finish(seq, reason, error)
         self.emit(seq, text_delta)
 
-    def fail(self, seq: Sequence, error: Exception) -> None:
-        """Handles an error of one request: the first is answered by a retry, the second ends it."""
-        has_ended = self._scheduler.fail(seq, error)
+    def fail(self, seq: Sequence, error: Exception, *, blames_card: bool = True) -> None:
+        """Handles an error of one request: the first is answered by a retry, the second ends it.
+
+        Its card's breaker counts it if `blames_card`.
+        """
+        has_ended = self._scheduler.fail(seq, error, blames_card=blames_card)
         logger.warning("request %d failed (%s); %s", seq.request_id, error, "giving up" if has_ended else "retrying")
         self._observer.log_prefill_health()
         if has_ended:

@@ -176,12 +176,12 @@ class Scheduler:
                 if seq.lease is lease:
                     self._requeue(seq, f"recomputed: a step on {step.card} has not run")
 
-    def fail(self, seq: Sequence, error: Exception) -> bool:
+    def fail(self, seq: Sequence, error: Exception, *, blames_card: bool = True) -> bool:
         """Handles an error of one request: preempts it, to be retried, the first time, and ends it the second time.
 
-        Returns whether the request has ended.
+        Its card's breaker counts it if `blames_card`. Returns whether the request has ended.
         """
-        if (seq in self._prefill_backlog or seq in self._joined_early) and seq.lease is not None:
+        if blames_card and (seq in self._prefill_backlog or seq in self._joined_early) and seq.lease is not None:
             self.placement.prefill_failed(seq.lease)
         seq.failures += 1
         if seq.failures == 1:

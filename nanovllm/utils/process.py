@@ -6,11 +6,17 @@ import contextlib
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
+
+logger = logging.getLogger(__name__)
+
+KILLED_TIMEOUT_S = 5.0
+"""Seconds for a process to end that was killed: one that a driver holds up may take for ever."""
 
 
 def end_process(status: int) -> NoReturn:
@@ -23,6 +29,23 @@ def end_process(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def await_end(process: subprocess.Popen[bytes], what: str, timeout_s: float) -> None:
+    """Waits for a process that was told to end, kills it if it has not in time, and logs if it is there even then.
+
+    Needs no thread: none can be started when the interpreter ends.
+    """
+    try:
+        process.wait(timeout_s)
+        return
+    except subprocess.TimeoutExpired:
+        logger.warning("%s has not ended within %.0f s, and is killed", what, timeout_s)
+        process.kill()
+    try:
+        process.wait(KILLED_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        logger.error("%s (process %d) was killed and does not end; end it by hand", what, process.pid)
 
 
 @contextlib.contextmanager

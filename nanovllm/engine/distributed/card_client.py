@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import zmq
@@ -22,11 +21,14 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from nanovllm.engine.distributed.card_messages import VERSION, Command, Contact, Hello, Report, decode_report, encode
 from nanovllm.errors import ClusterError
+from nanovllm.utils.process import await_end
 
 LEAST_LOOK_S = 0.005
 """Seconds from one look whether the process is there to the next."""
 MOST_SILENCE_PER_LOOK_S = 0.1
 """Silence is counted only while somebody listens: of a longer time between two looks no more than this counts."""
+LAST_WORDS_S = 0.1
+"""Seconds for which what a process has said before its end may be on the way."""
 CLOSE_TIMEOUT_S = 5.0
 
 
@@ -60,12 +62,12 @@ class Doorkeeper:
         self._agents[messages] = agent
 
     def unwatch(self, messages: zmq.Socket[bytes]) -> None:
-        """Counts it no more."""
+        """Stops watching a socket."""
         if self._agents.pop(messages, None) is not None:
             self._mail.unregister(messages)
 
     def agents_with_mail(self, timeout_ms: int) -> set[str]:
-        """The agents that have said something; waits so long for the first."""
+        """The agents that have said something; waits up to `timeout_ms` milliseconds for the first."""
         return {self._agents[messages] for messages, _ in self._mail.poll(timeout_ms)}
 
     def socket(self, kind: int, domain: str, secret_key: bytes, address: str) -> tuple[zmq.Socket[bytes], str]:
@@ -98,6 +100,9 @@ class CardClient:
         pid: of the process.
         controller_key: the public key of this end.
         silence_s: seconds for which nothing has come while somebody listened.
+
+    Raises:
+        ClusterError: the process cannot be started.
     """
 
     def __init__(self, card: str, agent: str, start: Command, doorkeeper: Doorkeeper) -> None:
@@ -107,30 +112,41 @@ class CardClient:
         self._doorkeeper = doorkeeper
         self._looked_s = time.monotonic()
         self._is_gone = self._has_greeted = False
+        self._gone_s = 0.0
         self.controller_key, controller_secret = zmq.curve_keypair()
         public_key, secret_key = zmq.curve_keypair()
         doorkeeper.admit(agent, public_key)
         self._messages, messages = doorkeeper.socket(zmq.DEALER, agent, controller_secret, "127.0.0.1")
         self._beats, beats = doorkeeper.socket(zmq.PULL, agent, controller_secret, "127.0.0.1")
+        doorkeeper.watch(self._messages, agent)
         log_level = logging.getLogger("nanovllm").getEffectiveLevel()
         contact = encode(Contact(card, messages, beats, self.controller_key, public_key, secret_key, log_level))
-        self._link, self._process = self._start_process(contact)
-        doorkeeper.watch(self._messages, agent)
+        try:
+            self._link, self._process = self._start_process(contact)
+        except OSError as error:
+            self._close_sockets()
+            raise ClusterError(f"a process for {card} cannot be started: {error}") from error
+        self._end_of_link = select.poll()  # unlike `select.select`, it takes descriptors above 1023
+        self._end_of_link.register(self._link, select.POLLIN)
         self.pid = self._process.pid
 
     def _start_process(self, contact: bytes) -> tuple[socket.socket, subprocess.Popen[bytes]]:
         """Starts the process, and gives it the contact through the link to it, which is returned."""
         link, theirs = socket.socketpair()
         with theirs:
-            process = subprocess.Popen(
-                _command_line(), stdin=theirs.fileno(), start_new_session=True, env=_environment()
-            )
+            try:
+                process = subprocess.Popen(
+                    _command_line(), stdin=theirs.fileno(), start_new_session=True, env=_environment()
+                )
+            except OSError:
+                link.close()
+                raise
         with contextlib.suppress(BrokenPipeError):  # it is gone already, as the next look says
             link.sendall(len(contact).to_bytes(4, "little") + contact)
         return link, process
 
     def send(self, command: Command) -> None:
-        """Sends without waiting. What a process that is gone does not get, nobody misses."""
+        """Sends without waiting. A message to a process that is gone is dropped."""
         if not self._messages.closed:
             with contextlib.suppress(zmq.Again):
                 self._messages.send(encode(command), zmq.NOBLOCK)
@@ -169,20 +185,25 @@ class CardClient:
             while True:
                 self._beats.recv(zmq.NOBLOCK)
                 self.silence_s = 0.0
-        readable, _, _ = select.select([self._link], [], [], 0)
-        self._is_gone = bool(readable)  # nothing is ever sent, so that this is its end
+        self._is_gone = bool(self._end_of_link.poll(0))  # nothing is ever sent, so that this is its end
+        self._gone_s = now_s
         return self._is_gone
+
+    def may_have_said_more(self) -> bool:
+        """Whether what the process, which is gone, has said before its end may still be on the way."""
+        status = self._process.poll()
+        was_killed = status is not None and status < 0  # and has said nothing of it
+        return not was_killed and time.monotonic() - self._gone_s < LAST_WORDS_S
 
     def is_reaped(self) -> bool:
         """Whether the process, which is gone or was killed, has left nothing behind on its device."""
         return self._process.poll() is not None
 
     def how_it_ended(self) -> str:
-        """How the process has ended, in words."""
-        try:
-            status = self._process.wait(0.5)
-        except subprocess.TimeoutExpired:
-            return "its process has closed its end and does not end; see its log"
+        """How the process has ended, in words; does not wait for it."""
+        status = self._process.poll()
+        if status is None:
+            return "its process has closed its end and has not ended; see its log"
         how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
         return f"its process has ended {how}; its log, on standard error, may say why"
 
@@ -192,14 +213,15 @@ class CardClient:
         self._process.kill()
         self._close_sockets()
 
-    def close(self) -> None:
-        """Ends the process and waits for it. A second call does nothing."""
+    def hang_up(self) -> None:
+        """Tells the process to end; waits for nothing."""
+        self._is_gone = True
         self._link.close()
-        last_resort = threading.Timer(CLOSE_TIMEOUT_S, self._process.kill)
-        last_resort.daemon = True
-        last_resort.start()
-        self._process.wait()
-        last_resort.cancel()
+
+    def close(self) -> None:
+        """Ends the process and waits for it, but not for ever. A second call does nothing."""
+        self.hang_up()
+        await_end(self._process, f"the process of {self.card}", CLOSE_TIMEOUT_S)
         self._close_sockets()
 
     def _close_sockets(self) -> None:

@@ -5,6 +5,7 @@ Decides nothing. `card_client.py` starts this process; it ends when the controll
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -99,8 +100,8 @@ class CardServer:
         """Steps that failed, or came behind one of their batch that did."""
         self._pushes: list[WaitingPush] = []
         self._expected: dict[int, Expect] = {}
-        self._came_early: dict[int, str] = {}
-        """Pushes that have arrived before they were announced, and their agents."""
+        self._came_early: set[int] = set()
+        """Pushes that have arrived before they were announced."""
         self._leaving: list[tuple[float, int]] = []
         """Expected pushes of cards that are gone: from when on nothing is written any more, and their numbers."""
 
@@ -212,18 +213,17 @@ class CardServer:
     def _look_for_arrivals(self) -> None:
         if not (self._expected or self._leaving):
             return
-        for agent, number in self._agent.arrived():
-            self._came_early[number] = agent
-        for number in self._expected.keys() & self._came_early.keys():
+        self._came_early.update(self._agent.arrived())
+        for number in self._expected.keys() & self._came_early:
             expected = self._expected.pop(number)
-            del self._came_early[number]
+            self._came_early.remove(number)
             checksums = self._checksums(expected.blocks) if expected.verifies else None
             self.send(Arrived(number, checksums))
         now_s = time.monotonic()
         for until_s, number in list(self._leaving):
             if now_s >= until_s:
                 self._leaving.remove((until_s, number))
-                self._came_early.pop(number, None)
+                self._came_early.discard(number)
                 self.send(NotArrived(number, "the card that pushed is gone, or has failed to"))
 
     def _expect_no_more(self, numbers: list[int]) -> None:
@@ -311,20 +311,23 @@ def _connected(
 
 def _beat(beats: zmq.Socket[bytes]) -> None:
     """Says again and again that the process runs, whatever its other threads wait for."""
-    while True:
-        try:
-            beats.send(b"", zmq.NOBLOCK)
-        except zmq.Again:  # nobody has read those before
-            pass
-        except zmq.ZMQError:  # the context is closed: the process ends
-            return
-        time.sleep(BEAT_S)
+    try:
+        while True:
+            with contextlib.suppress(zmq.Again):  # nobody has read those before
+                beats.send(b"", zmq.NOBLOCK)
+            time.sleep(BEAT_S)
+    except zmq.ContextTerminated:  # the process ends
+        pass
+    finally:
+        beats.close()  # the end of the context waits for it
 
 
 def _end_with(link: socket.socket) -> None:
     """Ends the process when the controller is gone: there is nothing to save."""
-    link.recv(1)  # nothing more is ever sent, so that this is its end
-    os._exit(0)
+    try:
+        link.recv(1)  # nothing more is ever sent, so that this is its end
+    finally:  # a link that is reset is at its end, too
+        os._exit(0)
 
 
 def _read_contact(link: socket.socket) -> Contact:

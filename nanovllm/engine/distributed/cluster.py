@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import time
+from collections import abc
 from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.distributed.card_client import Doorkeeper
-from nanovllm.engine.distributed.remote_card import RemoteDevice, RemoteRunner
+from nanovllm.engine.distributed.remote_card import START_TIMEOUT_S, RemoteDevice, RemoteRunner, blocks_of
 from nanovllm.engine.execution.runner_spec import RunnerSpec
+from nanovllm.errors import ClusterError
 
 CARD_OPTIONS = (
     "max_num_batched_tokens",
@@ -48,7 +51,9 @@ class Cluster:
         return [*self.prefill, *self.decode]
 
     def close(self) -> None:
-        """Ends all processes."""
+        """Ends all processes, and waits for them."""
+        for runner in self.runners:
+            runner.hang_up()
         for runner in self.runners:
             runner.close_workers()
         self.doorkeeper.close()
@@ -59,7 +64,7 @@ def start_cluster(config: EngineConfig, spec: RunnerSpec, kind: str) -> Cluster:
 
     Raises:
         ConfigError, ModelLoadError, OutOfKVCacheError, ...: what a card could not be made for.
-        ClusterError: a process ended without a reason.
+        ClusterError: a process ended without a reason, or cards have unlike blocks.
     """
     options: dict[str, Any] = {name: getattr(config, name) for name in CARD_OPTIONS}
     options["device"] = kind
@@ -72,11 +77,36 @@ def start_cluster(config: EngineConfig, spec: RunnerSpec, kind: str) -> Cluster:
                 device, spec, str(spec.folder), options, doorkeeper, push_numbers, config.card_timeout_s
             )
             (cluster.prefill if index < config.prefill_cards else cluster.decode).append(runner)
-        for runner in cluster.runners:
-            runner.await_ready()
+        _await_ready(cluster.runners)
+        check_blocks(cluster.runners)
         for one, other in itertools.permutations(cluster.runners, 2):
             one.meet(other)
     except BaseException:
         cluster.close()
         raise
     return cluster
+
+
+def _await_ready(runners: list[RemoteRunner]) -> None:
+    """Waits for all at once: the error of one is raised when it comes, however long the others take."""
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while sum(runner.check_start() for runner in runners) < len(runners):
+        if time.monotonic() > deadline_s:
+            for runner in [runner for runner in runners if not runner.is_up]:
+                runner.give_up(f"it was not ready within {START_TIMEOUT_S:.0f} s")
+        time.sleep(1e-3)
+
+
+def check_blocks(runners: abc.Sequence[RemoteRunner]) -> None:
+    """Checks that KV of each card is KV of every other.
+
+    Raises:
+        ClusterError: the blocks of two cards differ.
+    """
+    first = runners[0]
+    for other in runners[1:]:
+        if blocks_of(other.geometry) != blocks_of(first.geometry):
+            raise ClusterError(
+                f"{first.device} has {blocks_of(first.geometry)}, {other.device} has {blocks_of(other.geometry)}, so "
+                "that KV of one means nothing to the other; use GPUs of one kind, or pass dtype and kvcache_block_size"
+            )

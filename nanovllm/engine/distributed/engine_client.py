@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from typing import Any
 
 import zmq
@@ -22,6 +21,7 @@ import zmq
 from nanovllm.engine.distributed.engine_process import CLOSE_TIMEOUT_S
 from nanovllm.engine.distributed.messages import Command, NotReady, Ready, Report, Start, decode_report, encode
 from nanovllm.errors import EngineProcessError
+from nanovllm.utils.process import await_end
 
 LAST_WORDS_S = 0.5
 """How long what the process has said before its end may be on the way."""
@@ -107,15 +107,10 @@ class EngineClient:
         return EngineProcessError(f"the engine's process has ended {how}; its log, on standard error, may say why")
 
     def close(self) -> None:
-        """Ends the process and waits for it. A second call does nothing."""
+        """Ends the process and waits for it, but not for ever. A second call does nothing."""
         self._link.close()
         if self._process is not None:
-            # A wait with a timeout would look for the end at intervals, of 50 ms at last.
-            last_resort = threading.Timer(CLOSE_TIMEOUT_S + 5, self._process.kill)
-            last_resort.daemon = True
-            last_resort.start()
-            self._process.wait()
-            last_resort.cancel()
+            await_end(self._process, "the engine's process", CLOSE_TIMEOUT_S + 5)
         self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
 

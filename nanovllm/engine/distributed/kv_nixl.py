@@ -91,7 +91,7 @@ class KVAgent:
     def __init__(self, name: str, kv_pool: torch.Tensor, device: Device) -> None:
         api = import_nixl()
         self._agent = api.nixl_agent(name, api.nixl_agent_config(backends=["UCX"], enable_prog_thread=True))
-        self._registered = self._agent.register_memory(kv_pool)
+        self._agent.register_memory(kv_pool)
         self._memory = "VRAM" if device.is_cuda else "DRAM"
         self._block_bytes = kv_pool[0].numel() * kv_pool.element_size()
         self.pool_address = kv_pool.data_ptr()
@@ -137,21 +137,25 @@ class KVAgent:
             notification = str(number).encode()
             handle = self._agent.initialize_xfer("WRITE", here, there, name, notification)
             push = NixlPush(self._agent, handle)
-            self._agent.transfer(handle)
+            try:
+                self._agent.transfer(handle)
+            except BaseException:
+                push.end()
+                raise
         except Exception as error:
             raise HandoffError(f"NIXL cannot push to {name}: {type(error).__name__}: {error}") from error
         return push
 
-    def arrived(self) -> abc.Iterator[tuple[str, int]]:
-        """The pushes of others that have arrived whole since the last call: the agent and the number of each."""
+    def arrived(self) -> abc.Iterator[int]:
+        """The numbers of the pushes of others that have arrived whole since the last call."""
         for name, notifications in self._agent.get_new_notifs().items():
-            for number in notifications:
-                yield name, int(number)
-
-    def close(self) -> None:
-        for name in list(self._peers):
-            self.forget(name)
-        self._agent.deregister_memory(self._registered)
+            for text in notifications:
+                try:
+                    number = int(text)
+                except ValueError:
+                    logger.warning("%s notifies of %r, which is no number of a push, and is ignored", name, text[:40])
+                    continue
+                yield number
 
     def _descriptors(self, address: int, device: int, blocks: np.ndarray) -> Any:
         rows = np.empty((len(blocks), 3), dtype=np.uint64)

@@ -54,7 +54,12 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 600.0
 """Seconds for a card to load its weights and capture its graphs."""
 MAX_FAILED_STARTS = 3
-"""Times in a row that a card's process may end before it is ready; then the card stays out."""
+"""Times that a card's process may end before it is ready, without a minute of work between; then the card stays out."""
+PROVEN_S = 60.0
+"""Seconds of work after which what happened before no longer counts against a card."""
+FIRST_PAUSE_S = 1.0
+"""Seconds to the second new start of a card that is not proven, doubled each time. The first new start is at once."""
+LONGEST_PAUSE_S = 60.0
 CLOCK_REST_S = 200e-6
 
 
@@ -77,6 +82,11 @@ class CardState(Enum):
     """Its process is gone, and the loop has not yet taken note."""
     OUT = auto()
     """It cannot be started, and is not started again."""
+
+
+def blocks_of(geometry: Geometry) -> str:
+    """What two cards must have in common for KV to cross, in words."""
+    return f"blocks of {geometry.block_size} tokens in {geometry.block_bytes} bytes"
 
 
 def error_of(failure: Failure, device: Device) -> Exception:
@@ -276,6 +286,7 @@ class RemoteRunner:
         self._step_numbers = itertools.count(1)
         self._batch = 0
         self._num_starts = self._num_failed_starts = 0
+        self._ready_s = self._restart_at_s = self._pause_s = 0.0
         self._failure: Exception | None = None
         self._start()
 
@@ -395,8 +406,9 @@ class RemoteRunner:
 
     @property
     def may_restart(self) -> bool:
-        """Whether it is lost, and its old process has left its device."""
-        return self.state is CardState.LOST and self._is_noted and self._client.is_reaped()
+        """Whether it is lost, its old process has left its device, and the pause before the next is over."""
+        is_free = self.state is CardState.LOST and self._is_noted and self._client.is_reaped()
+        return is_free and time.monotonic() >= self._restart_at_s
 
     def poll(self) -> None:
         """Takes in what the card has said; notices that it is gone or silent."""
@@ -410,7 +422,8 @@ class RemoteRunner:
             if self.state not in (CardState.STARTING, CardState.UP):
                 return
             if self._client.is_gone():
-                self._lose(self._client.how_it_ended())
+                if not self._client.may_have_said_more():  # its last words, which say more than its exit status
+                    self._lose(self._client.how_it_ended())
             elif self._client.silence_s > self._silence_timeout():
                 self._lose(f"its process has said nothing for {self._client.silence_s:.1f} s")
         except ClusterError as error:
@@ -423,26 +436,25 @@ class RemoteRunner:
             self._lose(reason)
 
     def restart(self) -> None:
-        """Starts a new process for a lost card."""
+        """Starts a new process for a lost card. If the system starts none, that counts as a start that failed."""
         assert self.may_restart, "two processes do not share a device"
         self._client.close()
-        self._start()
+        try:
+            self._start()
+        except ClusterError as error:
+            self._lose(str(error))
 
-    def await_ready(self) -> None:
-        """Waits until the card is up for the first time.
+    def check_start(self) -> bool:
+        """Takes in what the card has said. Returns whether it is up, for the first time.
 
         Raises:
             ConfigError, ModelLoadError, ...: what the process could not be made for.
             ClusterError: it ended without a reason.
         """
-        deadline_s = time.monotonic() + START_TIMEOUT_S
-        while self.state is CardState.STARTING:
-            self.poll()
-            if time.monotonic() > deadline_s:
-                self._lose(f"it was not ready within {START_TIMEOUT_S:.0f} s")
-            time.sleep(1e-3)
-        if self.state is not CardState.UP:
+        self.poll()
+        if self.is_lost:
             raise self._failure or ClusterError(f"{self.device} cannot be started: {self.reason}")
+        return self.is_up
 
     # The rest of a runner's interface
 
@@ -457,6 +469,10 @@ class RemoteRunner:
 
     def get_pipeline_statistics(self) -> dict[str, Any]:
         raise ClusterError(f"{self.device} is in a process of its own, and has no decode pipeline")
+
+    def hang_up(self) -> None:
+        """Tells the process to end; waits for nothing."""
+        self._client.hang_up()
 
     def close_workers(self) -> None:
         """Ends the process."""
@@ -481,8 +497,13 @@ class RemoteRunner:
 
     def _lose(self, reason: str) -> None:
         logger.error("%s is lost: %s", self.device, reason)
-        was_starting = self.state is CardState.STARTING
-        self._num_failed_starts = self._num_failed_starts + 1 if was_starting else 0
+        now_s = time.monotonic()
+        if self.state is CardState.STARTING:
+            self._num_failed_starts += 1
+        elif now_s - self._ready_s >= PROVEN_S:
+            self._num_failed_starts, self._pause_s = 0, 0.0
+        self._restart_at_s = now_s + self._pause_s
+        self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LONGEST_PAUSE_S)
         self.state = CardState.OUT if self._num_failed_starts >= MAX_FAILED_STARTS else CardState.LOST
         self.reason = reason
         self._client.kill()
@@ -512,7 +533,11 @@ class RemoteRunner:
             raise ClusterError(f"{self.device} greets twice")
 
     def _came_up(self, ready: Ready) -> None:
-        geometry, spec = ready.geometry, self.spec
+        geometry, spec, before = ready.geometry, self.spec, self._geometry
+        if before is not None:
+            was, now = (f"{each.num_kv_blocks} {blocks_of(each)}" for each in (before, geometry))
+            if was != now:
+                raise ClusterError(f"{self.device} had {was}, and has {now} since it was started again")
         self._ready, self._geometry = ready, geometry
         self._options["num_kvcache_blocks"] = geometry.num_kv_blocks  # the next process makes a pool of the same size
         layout = PrefillLayout(
@@ -530,5 +555,5 @@ class RemoteRunner:
             prefill_sizes=geometry.prefill_sizes,
             mixed_sizes=geometry.mixed_sizes,
         )
-        self._num_failed_starts = 0
+        self._ready_s = time.monotonic()
         self.state = CardState.UP

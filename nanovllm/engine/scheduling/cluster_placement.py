@@ -15,9 +15,9 @@ from nanovllm.engine.sequence import Sequence
 class ClusterPlacement(Placement):
     """Fixed roles over many cards: some prefill, the others decode. Any card can do both.
 
-    A request is prefilled where the fewest prompt tokens are to be computed before it and for it: what a card has in
-    its prefix cache counts for nothing, so that equal beginnings go to one card until others have less to do. It
-    decodes on the card with the least context, its own counted where that card lacks it.
+    A request is prefilled where the fewest prompt tokens are to be computed before it and for it: tokens already in a
+    card's prefix cache cost nothing, so that equal beginnings go to one card until others have less to do. It decodes
+    on the card with the least context, its own counted where that card lacks it.
 
     A request that has failed once is prefilled where it decodes. So is every one while no card that prefills is there;
     while none that decodes is there, those that prefill do that, too.
