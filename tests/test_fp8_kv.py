@@ -261,6 +261,19 @@ def test_greedy_tokens_in_every_mode(wide, plain, mode):
     assert bool(metrics["preemptions"]) == (mode == "preempted")
 
 
+def test_with_experts_too(tmp_path):
+    """Tokens that are routed otherwise, or read other KV, would differ soon."""
+    experts = {"model_type": "qwen3_moe", "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+    folder = tiny.save(tiny.make_reference(7, **{**fp8_checkpoints.SIZES, **experts}), tmp_path)
+    prompts = prompts_for(6, seed=9)
+    expected, again, _ = answers_of(folder, prompts)
+    assert expected == again
+    assert len(set(map(tuple, expected))) == len(prompts)
+    for mode in ("direct", "chunked", "elastic"):
+        first, again, _ = answers_of(folder, prompts, **MODES[mode])
+        assert first == again == expected, mode
+
+
 @pytest.mark.parametrize("steps_ahead", [1, 2])
 @pytest.mark.parametrize("options", [{}, {"verify_kv_handoff": True, "prefill_chunk_tokens": 48}], ids=["", "verified"])
 def test_prompts_that_two_devices_compute_together(wide, monkeypatch, options, steps_ahead):
