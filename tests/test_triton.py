@@ -165,7 +165,7 @@ def expert_cases(capability: int):
     for (dtype, itemsize, block), num_tokens, is_gated in itertools.product(
         formats, (1, 64, 256, 512, 4096), (True, False)
     ):
-        planned = triton_experts.plan(8 * num_tokens, 128, is_gated=is_gated, itemsize=itemsize, block=block)
+        planned = triton_experts.plan(num_tokens, 8, 128, is_gated=is_gated, itemsize=itemsize, block=block)
         tiles = {"TILE_N": planned.tile_n, "TILE_T": planned.tile_t, "TILE_K": planned.tile_k, "STAGES": planned.stages}
         constants = {"IS_GATED": is_gated, "TOP_K": 8, "BLOCK": block, "PADDED_EXPERTS": 128, "IS_EVEN": True, **tiles}
         unscaled = {} if itemsize == 1 else {"x_scales": None, "w_scales": None}
