@@ -59,7 +59,7 @@ def make_experts(
 
 
 def make_metadata(num_tokens: int, padding: list[int], device: str) -> AttentionMetadata:
-    """Of a step whose tokens of these numbers are padding."""
+    """The metadata of a step in which the tokens of these numbers are padding."""
     slots = torch.arange(num_tokens, device=device)
     slots[padding] = 1000 * num_tokens + 3
     empty = torch.zeros(1, dtype=torch.int32, device=device)
@@ -147,7 +147,7 @@ def _gaps(normed: torch.Tensor, experts: ExpertWeights) -> torch.Tensor:
 
 
 def check_ties(backend: Kernels, *, device: str, dtype: torch.dtype) -> None:
-    """Of experts with equal probabilities the first are chosen: exactly what the reference gives."""
+    """The first of several experts with equal probabilities is chosen: exactly what the reference gives."""
     sizes = Sizes(6, 2, 64, 32)
     experts = make_experts(sizes, device=device, dtype=dtype, quantization=None)
     # Each picks one of three inputs: no sum rounds.

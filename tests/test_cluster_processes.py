@@ -77,7 +77,7 @@ def wait_until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:
 
 
 def test_the_end_of_a_process_is_seen_through_any_descriptor(doorkeeper, runs):
-    """Also through one that `select` cannot take."""
+    """Through one that `select` cannot take, too."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], 2048), limits[1]))
     with contextlib.ExitStack() as opened:
@@ -138,7 +138,7 @@ def test_a_process_that_cannot_be_killed_is_not_waited_for(caplog):
 
 
 def test_starts_that_fail_are_counted_and_put_off(doorkeeper, runs, monkeypatch):
-    """Of a process that ends at once, and of one that the system does not start. The pauses double."""
+    """A process may end at once, or the system not start it. The pauses double."""
     monkeypatch.setattr(remote_card, "FIRST_PAUSE_S", 0.2)
     runs("raise SystemExit(3)")
     runner, pauses_s = make_runner(doorkeeper), []

@@ -95,7 +95,7 @@ class World:
             self.scheduler.token_appended(seq)
 
     def end_handoff(self) -> None:
-        """Of cards that are there a push arrives; one of a card that is gone ends some time, and has failed."""
+        """A push arrives if both cards are there; if one is gone, it ends some time, and has failed."""
         if not self.handoffs:
             return
         chunk = self.handoffs.pop(self.rng.randrange(len(self.handoffs)))

@@ -299,7 +299,7 @@ def test_many_experts_are_loaded_and_drawn_in_little_time(tmp_path):
 
 
 def test_random_routers_choose_all_experts_about_evenly():
-    """As the floor of the benchmarks takes it: with drawn weights, of normed hidden states."""
+    """The benchmarks' floor counts on it: drawn weights, normed hidden states."""
     config = ExpertsConfig(32, 4, 16, renormalizes=True)
     layer = config.make(512, REFERENCE, OneRank(), dtype=torch.float32, device=CPU)
     with torch.inference_mode():

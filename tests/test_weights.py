@@ -159,7 +159,7 @@ def test_perplexity_with_fp8_weights_and_kv(smollm2_path, reference):
 
 
 def check_perplexity(llm, reference, most):
-    """Of the text by one chunk, and by chunks and single tokens that read the pool: at most so many times float32's."""
+    """The text's, by one chunk, and by chunks and single tokens that read the pool: at most so many times float32's."""
     ids = reference.text_ids
     for step_sizes in ([len(ids)], [100, 37, len(ids) - 145, *[1] * 8]):
         found = logprobs_through_the_pool(llm, ids, step_sizes)
