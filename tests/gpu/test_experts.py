@@ -18,6 +18,8 @@ from tests.expert_cases import (
     make_metadata,
 )
 from tests.fp8_cases import relative_difference
+from tests.gpu.test_fp8 import ONE_CARD as ONE_CARD_OF_FP8
+from tests.gpu.test_fp8 import OPTIONS, TWO_CARDS
 from tests.test_experts import MOE, share_of_best
 from tests.test_fp8 import prompts_for
 
@@ -141,20 +143,7 @@ def test_results_do_not_hang_on_the_batch():
 
 # Engines; those in float32 against transformers are in test_families.py
 
-OPTIONS = {"device": "cuda", "dtype": "float32", "kvcache_block_size": 16, "num_kvcache_blocks": 500}
-ONE_CARD = {
-    "plain": {},
-    "eager": {"enforce_eager": True},
-    "chunked": {"max_num_batched_tokens": 24, "prefill_chunk_tokens": 7},
-    "torch": {"attention_backend": "torch"},
-    "bfloat16": {"dtype": "bfloat16"},
-}
-TWO_CARDS = {
-    "direct": {"enable_two_gpu_pd": True, "kv_handoff": "direct", "verify_kv_handoff": True},
-    "pipeline": {"enable_two_gpu_pd": True, "enable_decode_pipeline": True, "decode_pipeline": "static"},
-    "elastic": {"enable_two_gpu_pd": True, "card_roles": "elastic"},
-    "ranks": {"tensor_parallel_size": 2},
-}
+ONE_CARD = {name: options for name, options in ONE_CARD_OF_FP8.items() if name != "preempted"}
 
 
 @pytest.fixture(scope="module")

@@ -265,6 +265,7 @@ class StepTimeModel:
         counts = np.arange(first, most, TOKEN_MULTIPLE, dtype=np.float64)
         begin = (size.num_tokens + first) // TOKEN_MULTIPLE - 1
         aboves, shares = (column[begin : begin + len(counts)] for column in (_ABOVE, _SHARE))
+        counts = counts[: len(aboves)]  # 131,056 tokens at most are looked at
         pairs = size.num_pairs + counts * (start + counts / 2)
         fitting = (self._bounds(aboves, shares, size.context, pairs) * self._unit_s <= limit_s).nonzero()[0]
         return int(counts[fitting[-1]]) if len(fitting) else 0
