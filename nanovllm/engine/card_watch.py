@@ -104,7 +104,7 @@ class CardWatch:
         """
         runner, card = self._runners[work.step.card], work.step.card
         failed, *later = self._steps.drop_on(card)
-        assert failed is work, "steps of a card end in the order of their launch"
+        assert failed is work.step, "steps of a card end in the order of their launch"
         runner.forget_device_batch()
         self._scheduler.cancel(work.step)
         crossing = (chunk for chunk in work.step.chunks if chunk.seq.lease is chunk.lease and chunk.lease.crosses)
@@ -112,7 +112,7 @@ class CardWatch:
         for seq, lease in zip(work.step.seqs, work.step.leases, strict=True):
             if seq.lease is lease:
                 self._outputs.fail(seq, error, blames_card=first is not None and seq is first.seq)
-        self._scheduler.steps_lost([other.step for other in later])
+        self._scheduler.steps_lost(later)
 
     def _poll(self, timeout_ms: int) -> None:
         """Takes in what cards have said, and notices now and then which are gone or silent."""
@@ -137,7 +137,7 @@ class CardWatch:
 
     def _lost(self, card: Card, runner: RemoteRunner) -> None:
         logger.warning("%s is lost: its requests are recomputed on other cards", card)
-        self._scheduler.card_lost(card, [work.step for work in self._steps.drop_on(card)])
+        self._scheduler.card_lost(card, self._steps.drop_on(card))
         runner.note_loss()
         for other in self._runners.values():
             if other is not runner:
