@@ -17,9 +17,11 @@ from nanovllm.kernels import (
     cuda_all_reduce,
     cuda_gemm,
     cuda_layer_flags,
+    cuda_prefill_attention,
     resolve_backend,
     unsupported_reasons,
 )
+from nanovllm.utils import nvrtc
 
 triton = pytest.importorskip("triton")
 SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -357,6 +359,30 @@ def test_gemms_of_lanes_compile_without_a_gpu(width, cluster, gated, dtype):
     compile_or_skip(cuda_gemm._compiled, width, cluster, stages, gated, dtype)
     # Barriers take two words a stage.
     assert cuda_gemm.OTHER_BYTES + stages * (cuda_gemm._stage_bytes(width) + 16) <= SHARED_MEMORY_BYTES[90]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("head_dim", "block_size"), [(128, 64), (64, 16), (128, 96)])
+def test_prefill_attention_compiles_without_a_gpu(head_dim, block_size, dtype):
+    compile_or_skip(cuda_prefill_attention._compiled, dtype, head_dim, block_size)
+    assert cuda_prefill_attention.shared_bytes(head_dim) + 256 <= SHARED_MEMORY_BYTES[90]  # barriers take up to 256
+
+
+def test_what_is_compiled_is_kept_on_disk(monkeypatch, tmp_path, caplog):
+    pytest.importorskip("cuda.bindings.nvrtc")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = 'extern "C" __global__ void nothing() {}'
+    compile_or_skip(nvrtc.compile_source, source, "nothing.cu", "sm_90")
+    (kept,) = (tmp_path / "nanovllm" / "kernels").iterdir()
+    kept.write_bytes(b"as it was kept")
+    assert nvrtc.compile_source(source, "nothing.cu", "sm_90") == b"as it was kept"
+    compile_or_skip(nvrtc.compile_source, source, "nothing.cu", "sm_80")
+    compile_or_skip(nvrtc.compile_source, source + "\n", "nothing.cu", "sm_90")
+    assert not caplog.records
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    compile_or_skip(nvrtc.compile_source, source, "nothing.cu", "sm_90")
+    assert "compiled kernels cannot be kept" in caplog.text
 
 
 def test_tiles_are_as_wide_as_makes_whole_turns():
