@@ -1,7 +1,7 @@
 """Attention of prompts to the paged pool, in CUDA C++ for Hopper (sm_90a): float16 and bfloat16, head dims 64 and 128.
 
-The kernel is `cuda_prefill_attention.cu`. It is for steps with work for all SMs: its tiles of queries are large, and it
-never divides their contexts, as the Triton kernel does.
+The kernel is `cuda_prefill_attention.cu`. It is for steps with work for all SMs: its tiles of queries are large, and
+their contexts are not divided among thread blocks, as the Triton kernel's are.
 
 The caller makes the tensors' device the current one.
 """
@@ -38,11 +38,11 @@ PLAN_BYTES = 64 * 1024
 HEADER_ROWS = 1
 FIELDS = 4
 CACHED_BYTES = 32 * 2**20
-"""Keys and values of the heads that are computed at a time, in bytes: they stay in the L2 cache, of 50 MB."""
+"""Keys and values, in bytes, of the heads that are computed at a time: they stay in the L2 cache of 50 MB."""
 LEAST_TILES_PER_SM = 1
 """Full tiles of queries, of a head each, for each SM: in steps with fewer, the Triton kernel divides contexts."""
 LEAST_ROUNDS = 4
-"""As many tiles for each SM are computed at a time, at least, so that all SMs have work to the end."""
+"""Fewest tiles for each SM that are computed at a time, so that all SMs have work to the end."""
 LOG2_E = math.log2(math.e)
 
 
@@ -53,7 +53,10 @@ def can_serve(metadata: AttentionMetadata, num_heads: int, kv_cache: torch.Tenso
         return False
     words_of_plan = _most_tiles(metadata) + len(metadata.context_lens) + 1
     has_room = words_of_plan * 4 <= PLAN_BYTES and _num_rows(kv_cache) < 2**31
-    is_large = len(metadata.slot_mapping) * num_heads >= LEAST_TILES_PER_SM * TILE_M * num_sms
+    # A mixed step may have as many decode rows as there is room for: what is left are tokens of prompts.
+    num_rows = 0 if metadata.decode is None else len(metadata.decode.context_lens)
+    num_tokens = len(metadata.slot_mapping) - num_rows
+    is_large = num_tokens * num_heads >= LEAST_TILES_PER_SM * TILE_M * num_sms
     return is_large and has_room and _can_load(*_variant(kv_cache))
 
 

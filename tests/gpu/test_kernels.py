@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -256,25 +255,6 @@ def test_prefill_in_large_tiles_of_a_graph_follows_its_inputs():
         got = output[: len(heads)].double()
         assert (got - expected).norm() / expected.norm() < TOLERANCE[torch.bfloat16]
         assert (output[len(heads) :] == 7.0).all()
-
-
-@on_hopper
-def test_which_kernel_computes_prompts():
-    """Large tiles where they are many and of a type that they are for; else Triton's."""
-    from nanovllm.kernels.triton_attention import Backend
-
-    def is_large(num_tokens: int, num_heads: int = 32, dtype: torch.dtype = torch.bfloat16, **options: Any) -> bool:
-        shape = {"num_heads": num_heads, "num_kv_heads": num_heads // 4, "head_dim": 128, "block_size": 64}
-        case = make_case([(num_tokens, num_tokens)], device="cuda", dtype=dtype, **(shape | options))
-        return cuda_prefill_attention.is_plan(Backend().split_work(case.metadata, num_heads, case.kv_cache))
-
-    assert is_large(4096)
-    assert is_large(4096, dtype=torch.float16)
-    assert is_large(4096, head_dim=64)
-    assert not is_large(4096, dtype=torch.float32)
-    assert not is_large(4096, has_fp8_kv=True)
-    assert not is_large(128)
-    assert not is_large(1024, num_heads=4)
 
 
 def test_block_offsets_beyond_two_to_the_31_elements():
