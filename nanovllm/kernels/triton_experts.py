@@ -6,8 +6,8 @@ kernel writes each expert's assignments to a row of a table and counts them, and
 counts which tile of which expert is theirs. There are programs for the most tiles that there may be; the others end at
 once. In which order an expert's assignments come is left to chance, but each is computed by itself: results are not.
 
-Kernels: norm (and quantization), router, gate and up, (quantization,) down, sum. The caller makes the tensors' device
-the current one: Triton launches on the current device.
+Kernels: norm (and quantization), router, gate and up, (quantization,) down, sum; for a single token those of
+`triton_one_token`. The caller makes the tensors' device the current one: Triton launches on the current device.
 """
 
 from __future__ import annotations

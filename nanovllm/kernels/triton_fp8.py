@@ -2,6 +2,7 @@
 
 Inputs are quantized by the kernel that makes them, with the norm or the gate where there is one. A GEMM of few tokens
 must read the weights at the rate of the memory: its programs all run at once and read disjoint parts of the weights.
+A single token whose inputs are not quantized yet is for `triton_one_token`.
 
 The caller makes the tensors' device the current one: Triton launches on the current device.
 """
