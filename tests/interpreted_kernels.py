@@ -16,8 +16,10 @@ from tests.expert_cases import (
     check_experts,
     check_not_finite,
     check_ties,
+    make_experts,
+    make_metadata,
 )
-from tests.fp8_cases import check_counters, check_fp8_fused, check_fp8_linear
+from tests.fp8_cases import check_counters, check_fp8_fused, check_fp8_linear, relative_difference
 from tests.kernel_cases import (
     DECODE,
     MIXED,
@@ -33,7 +35,13 @@ from tests.kernel_cases import (
 )
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/test_triton.py"
-from nanovllm.kernels import triton_attention, triton_experts, triton_fp8  # noqa: E402 - only once the mode is known
+from nanovllm.kernels import (  # noqa: E402 - only once the mode is known
+    ExpertWeights,
+    triton_attention,
+    triton_experts,
+    triton_fp8,
+    triton_one_token,
+)
 from nanovllm.kernels.triton_attention import Backend  # noqa: E402
 from nanovllm.utils.fp8 import Fp8Format  # noqa: E402
 
@@ -223,7 +231,7 @@ def test_fp8_linear_equals_float64(num_tokens, sizes, block, dtype):
 @pytest.mark.parametrize("block", [None, 128])
 def test_inputs_are_split_among_programs_for_any_number_of_sms(num_sms, block):
     planned = triton_fp8.plan(3, 100, 4096, num_sms, block)
-    assert planned.splits == {1: 1, 3: 4, 20: 8 if block is None else 16}[num_sms]
+    assert planned.splits == {1: 1, 3: 3, 20: 10 if block is None else 16}[num_sms]
     shape = {"num_tokens": 3, "sizes": (100, 4096), "block": block, "num_sms": num_sms}
     check_fp8_linear(Backend(), device="cpu", dtype=torch.float32, tolerance=1e-5, **shape)
 
@@ -309,6 +317,51 @@ def test_experts_that_tie_and_one_for_all_tokens(dtype):
 @pytest.mark.parametrize("quantization", [None, Fp8Format(), Fp8Format(128)], ids=["wide", "channel", "block"])
 def test_a_token_that_is_not_finite_spoils_itself_alone(quantization):
     check_not_finite(Backend(), device="cpu", dtype=torch.float32, quantization=quantization)
+
+
+@pytest.mark.usefixtures("rounds_to_fp8")
+@pytest.mark.parametrize(("num_experts", "quantization"), [(6, None), (20, Fp8Format(128))], ids=["wide", "block"])
+def test_experts_of_one_token_equal_those_of_many(num_experts, quantization):
+    """The same token by itself, by the kernels for one, and among others; as padding, it gives 0."""
+    sizes = Sizes(num_experts, 3, 128, 128)
+    experts = make_experts(sizes, device="cpu", dtype=torch.float32, quantization=quantization)
+    norm = torch.ones(128), 1e-6
+    x, residual = torch.randn(2, 3, 128, generator=torch.Generator().manual_seed(5)).unbind()
+    together, totals = Backend().norm_experts(x, residual, norm, experts)
+    for token in range(3):
+        row = slice(token, token + 1)
+        alone, total = Backend().norm_experts(x[row], residual[row], norm, experts, make_metadata(1, [], "cpu"))
+        assert relative_difference(alone, together[row]) < 1e-2
+        torch.testing.assert_close(total, totals[row])
+    padding, _ = Backend().norm_experts(x[:1], residual[:1], norm, experts, make_metadata(1, [0], "cpu"))
+    assert not padding.any()
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # of numpy, which computes here
+@pytest.mark.usefixtures("rounds_to_fp8")
+@pytest.mark.parametrize("quantization", [None, Fp8Format(), Fp8Format(128)], ids=["wide", "channel", "block"])
+def test_one_token_that_is_not_finite_shows(quantization):
+    """Also where all outputs of the router are NaN, which no expert's is larger than."""
+    experts = make_experts(Sizes(8, 3, 256, 128), device="cpu", dtype=torch.float32, quantization=quantization)
+    for value in (float("nan"), float("inf")):
+        x = torch.randn(1, 256)
+        x[0, 7] = value
+        output, _ = Backend().norm_experts(x, None, (torch.ones(256), 1e-6), experts)
+        assert not output.isfinite().any()
+
+
+@pytest.mark.usefixtures("rounds_to_fp8")
+def test_what_is_too_wide_for_the_registers_of_one_program_is_left_to_the_kernels_of_many():
+    assert triton_one_token.can_serve(1, triton_one_token.MAX_INPUTS)
+    assert not triton_one_token.can_serve(1, triton_one_token.MAX_INPUTS + 1)
+    assert not triton_one_token.can_serve(2, 64)
+    router = torch.empty(8, 64)
+    for top_k, between, is_served in ((2, 8192, True), (2, 8200, False), (3, 8192, False)):
+        experts = ExpertWeights(router, torch.empty(8 * 2 * between, 64), torch.empty(8 * 64, between), top_k, True)
+        assert triton_one_token.can_serve_experts(1, experts) == is_served
+    check_fp8_linear(
+        Backend(), device="cpu", dtype=torch.float32, block=None, num_tokens=1, sizes=(16, 16640), tolerance=1e-5
+    )
 
 
 def test_a_layer_of_experts_has_programs_for_all_tiles():

@@ -45,6 +45,7 @@ FLOAT_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 POINTER_TYPES = {**FLOAT_TYPES, "words": "*i32"}
 STORE = {"NUM_HEADS": 32, "PADDED_HEADS": 32, "NUM_KV_HEADS": 8, "PADDED_KV_HEADS": 8, "BLOCK_SIZE": 64, "KV_TILE": 64}
 NINE_HEADS = {"NUM_HEADS": 9, "PADDED_HEADS": 16, "NUM_KV_HEADS": 3, "PADDED_KV_HEADS": 4}
+LIMITS = {"SCALE_OF_ONE": 1 / 448, "MIN_SCALE": 1e-30}
 NO_NORM = {"query_weight": None, "key_weight": None}
 NO_ROPE = {"cos": None, "sin": None}
 PREFILL = {
@@ -136,21 +137,27 @@ def fp8_cases(capability: int):
             planned = triton_fp8.plan(num_tokens, num_outputs, 4096, 132, block)
             tiles = {"TILE_N": planned.tile_n, "TILE_T": planned.tile_t, "TILE_K": planned.tile_k}
             constants = {"BLOCK": block, "IS_SPLIT": planned.splits > 1, "STAGES": planned.stages, **tiles}
+            constants["FETCHED"] = triton_fp8.FETCHED
             for changes in ({"HAS_BIAS": False, "IS_EVEN": True}, {"HAS_BIAS": True, "IS_EVEN": False}):
                 options = {"num_warps": planned.num_warps}
                 yield "_scaled_linear_kernel", dtype, {**constants, **changes}, options
-    limits = {"NUM_COUNTERS": triton_fp8.NUM_COUNTERS, "MAX_VALUE": 448.0, "SCALE_OF_ONE": 1 / 448, "MIN_SCALE": 1e-30}
+    limits = {"NUM_COUNTERS": triton_fp8.NUM_COUNTERS, **LIMITS, "PADDED_SIZE": 4096, "normed": None}
+    gated = {"IS_GATED": True, "norm_weight": None, "residual": None}
     for dtype, group in itertools.product(FLOAT_TYPES, (4096, 128)):
-        for norm, residual, gated in ((True, True, False), (True, False, False), (False, False, True)):
-            has = {"HAS_NORM": norm, "HAS_RESIDUAL": residual, "IS_GATED": gated}
-            yield "_quantize_kernel", dtype, {"GROUP": group, "PADDED_SIZE": 4096, **limits, **has}, {"num_warps": 8}
+        for changes in ({"IS_GATED": False}, {"IS_GATED": False, "residual": None}, gated):
+            yield "_prepare_kernel", dtype, {"GROUP": group, **limits, **changes}, {"num_warps": 8}
+    sizes = {"PADDED_INPUTS": 4096, "TILE_LINES": 128, "STAGES": 3, "NUM_EXPERTS": 1, "PADDED_EXPERTS": 1}
+    for dtype, block, tile, is_gated in (("bfloat16", None, 4, False), ("float32", 128, 2, True)):
+        tiles = {"BLOCK": block, "GROUP": block or 4096, "TILE_N": tile, "IS_GATED": is_gated, "NUM_WARPS": 4}
+        absent = {"logits": None, "bias": None} if is_gated else {"logits": None, "norm_weight": None, "residual": None}
+        constants = {**sizes, **tiles, **absent, **LIMITS}
+        yield "_vector_kernel", dtype, constants, {"num_warps": 4}
 
 
 def expert_cases(capability: int):
     """Every kind of tile, over the layers of Qwen3-30B-A3B, and experts of odd numbers and sizes."""
-    from nanovllm.kernels import triton_experts
+    from nanovllm.kernels import triton_experts, triton_fp8
 
-    limits = {"MAX_VALUE": 448.0, "SCALE_OF_ONE": 1 / 448, "MIN_SCALE": 1e-30}
     for dtype in FLOAT_TYPES:
         for top_k, padded_top_k, count, padded in ((8, 8, 128, 128), (3, 4, 5, 16)):
             tile_k = 32 if dtype == "float32" else 128
@@ -160,11 +167,13 @@ def expert_cases(capability: int):
                 slots = {} if is_split else {"slots": None}
                 yield "_route_kernel", dtype, {**experts, **tiles, **slots}, {"num_warps": 4}
         yield "_weighted_sum_kernel", dtype, {"TOP_K": 8, "TILE": 1024}, {}
-        norm = {"HAS_RESIDUAL": True, "PADDED_SIZE": 2048, "NUM_COUNTERS": 256, **limits}
-        yield "_norm_kernel", dtype, {**norm, "GROUP": 2048, "values": None, "scales": None}, {"num_warps": 4}
+        norm = {"IS_GATED": False, "PADDED_SIZE": 2048, "NUM_COUNTERS": 256, **LIMITS}
+        yield "_prepare_kernel", dtype, {**norm, "GROUP": 2048, "values": None, "scales": None}, {"num_warps": 4}
         if capability >= 89:
             for group in (2048, 128):
-                yield "_norm_kernel", dtype, {**norm, "GROUP": group}, {"num_warps": 4}
+                yield "_prepare_kernel", dtype, {**norm, "GROUP": group}, {"num_warps": 4}
+    for dtype in ("bfloat16", "float32"):
+        yield from one_token_cases(capability, dtype)
     formats = [("bfloat16", 2, None), ("float16", 2, None), ("float32", 4, None)]
     formats += [("bfloat16", 1, None), ("bfloat16", 1, 128), ("float32", 1, None)] if capability >= 89 else []
     for (dtype, itemsize, block), num_tokens, is_gated in itertools.product(
@@ -173,8 +182,24 @@ def expert_cases(capability: int):
         planned = triton_experts.plan(num_tokens, 8, 128, is_gated=is_gated, itemsize=itemsize, block=block)
         tiles = {"TILE_N": planned.tile_n, "TILE_T": planned.tile_t, "TILE_K": planned.tile_k, "STAGES": planned.stages}
         constants = {"IS_GATED": is_gated, "TOP_K": 8, "BLOCK": block, "PADDED_EXPERTS": 128, "IS_EVEN": True, **tiles}
+        constants["FETCHED"] = triton_fp8.FETCHED
         unscaled = {} if itemsize == 1 else {"x_scales": None, "w_scales": None}
         yield "_expert_linear_kernel", dtype, {**constants, **unscaled}, {"num_warps": planned.num_warps}
+
+
+def one_token_cases(capability: int, dtype: str):
+    """A token's experts, with weights in its own type and in FP8."""
+    router = {"HAS_RESIDUAL": True, "PADDED_INPUTS": 2048}
+    yield "_router_kernel", dtype, router, {"num_warps": 4}
+    experts = {"NUM_EXPERTS": 128, "PADDED_EXPERTS": 128, "STAGES": 3, **LIMITS}
+    absent = {"norm_weight": None, "residual": None, "bias": None}
+    for block, scales in ((None, {"w_scales": None}), *(((None, {}), (128, {})) if capability >= 89 else ())):
+        gate = {"PADDED_INPUTS": 2048, "TILE_N": 2, "TILE_LINES": 64, "IS_GATED": True, "NUM_WARPS": 4}
+        formats = {"BLOCK": block, "GROUP": block or 2048, **scales}
+        yield "_vector_kernel", dtype, {**experts, **gate, **formats, **absent}, {"num_warps": 4}
+        down = {"PADDED_INPUTS": 1024, "TILE_N": 1, "TOP_K": 8, "PADDED_TOP_K": 8, "NUM_WARPS": 8}
+        formats = {"BLOCK": block, "GROUP": block or 1024, "RENORMALIZES": True, **scales}
+        yield "_sum_of_experts_kernel", dtype, {**experts, **down, **formats}, {"num_warps": 8}
 
 
 def test_programs_of_a_gemm_of_few_tokens_run_at_once():
@@ -185,8 +210,7 @@ def test_programs_of_a_gemm_of_few_tokens_run_at_once():
         for num_outputs, num_inputs in ((6144, 4096), (4096, 4096), (4096, 12288)):
             planned = triton_fp8.plan(num_tokens, num_outputs, num_inputs, num_sms, block)
             num_programs = -(-num_outputs // planned.tile_n) * planned.splits
-            per_sm = 3 if num_tokens < 64 else 2
-            assert 0.9 * num_sms <= num_programs <= per_sm * num_sms
+            assert 0.9 * num_sms <= num_programs <= triton_fp8.MOST_PER_SM * num_sms
             partial_bytes = 2 * 4 * planned.splits * planned.tile_t * num_outputs
             assert planned.splits == 1 or partial_bytes <= num_outputs * num_inputs
 
@@ -253,12 +277,13 @@ def argument_type(kernel: str, name: str, dtype: str, *, has_fp8_kv: bool) -> st
     if (kernel, name) in {
         ("_scaled_linear_kernel", "x"),
         ("_scaled_linear_kernel", "weight"),
-        ("_quantize_kernel", "values"),
-        ("_norm_kernel", "values"),
+        ("_prepare_kernel", "values"),
     }:
         return "*fp8e4nv"
-    if (kernel, name) == ("_route_kernel", "slots"):
+    if name == "slots" and kernel in ("_route_kernel", "_sum_of_experts_kernel"):
         return "*i64"
+    if name == "logits" and kernel in ("_router_kernel", "_vector_kernel", "_sum_of_experts_kernel"):
+        return "*fp32"
     if name in INTEGER_POINTERS:
         return INTEGER_POINTERS[name]
     if name in FLOAT_POINTERS:
@@ -283,6 +308,7 @@ def test_kernels_compile_without_a_gpu(capability):
         triton_experts,
         triton_fp8,
         triton_fused,
+        triton_one_token,
         triton_rows,
         triton_stamps,
         triton_transfer,
@@ -293,6 +319,7 @@ def test_kernels_compile_without_a_gpu(capability):
         triton_experts,
         triton_fp8,
         triton_fused,
+        triton_one_token,
         triton_rows,
         triton_stamps,
         triton_transfer,
@@ -306,6 +333,8 @@ def test_kernels_compile_without_a_gpu(capability):
             else argument_type(name, argument, dtype, has_fp8_kv="kv_scales" not in constants)
             for argument in kernel.arg_names
         }
+        if name in ("_vector_kernel", "_sum_of_experts_kernel") and "w_scales" not in constants:
+            signature["weight"] = "*fp8e4nv"
         if name == "_expert_linear_kernel" and "w_scales" not in constants:
             signature |= {"x": "*fp8e4nv", "weight": "*fp8e4nv"}
         if "OVERLAPS" in kernel.arg_names:
@@ -318,6 +347,9 @@ def test_kernels_compile_without_a_gpu(capability):
             signature["kv_rows"] = f"tensordesc<{row_type}[{rows},{width}]>"
         # As launches find them: else bytes would be loaded one by one.
         aligned = [place for place, kind in enumerate(signature.values()) if kind == "*fp8e4nv"]
+        if name in ("_vector_kernel", "_sum_of_experts_kernel", "_router_kernel"):
+            weights = "router" if name == "_router_kernel" else "weight"
+            aligned += [kernel.arg_names.index(argument) for argument in ("x", weights, "num_inputs")]
         if name in ("_scaled_linear_kernel", "_expert_linear_kernel", "_route_kernel"):
             aligned += [kernel.arg_names.index(argument) for argument in ("x", "num_inputs")]
         if name in ("_expert_linear_kernel", "_route_kernel"):

@@ -6,8 +6,8 @@ kernel writes each expert's assignments to a row of a table and counts them, and
 counts which tile of which expert is theirs. There are programs for the most tiles that there may be; the others end at
 once. In which order an expert's assignments come is left to chance, but each is computed by itself: results are not.
 
-Kernels: norm (and quantization), router, gate and up, (quantization,) down, sum. The caller makes the tensors' device
-the current one: Triton launches on the current device.
+Kernels: norm (and quantization), router, gate and up, (quantization,) down, sum; for a single token those of
+`triton_one_token`. The caller makes the tensors' device the current one: Triton launches on the current device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels import AttentionMetadata, ExpertWeights
+from nanovllm.kernels import AttentionMetadata, ExpertWeights, triton_one_token
 from nanovllm.kernels.triton_fp8 import (
     COMBINED,
     FETCHED,
@@ -27,11 +27,11 @@ from nanovllm.kernels.triton_fp8 import (
     fetch,
     load_tile,
     num_sms_of,
+    prepare,
     quantize_tokens,
-    store_quantized,
 )
 from nanovllm.kernels.triton_overlap import begin, overlap
-from nanovllm.utils.fp8 import LARGEST, SCALE_OF_ONE, SMALLEST_SCALE, ScaledTokens, ScaledWeight
+from nanovllm.utils.fp8 import ScaledTokens, ScaledWeight
 
 LEAST_EXPERTS = 16
 """Tensor cores multiply by tiles at least that wide: fewer experts are filled up."""
@@ -86,6 +86,8 @@ def norm_experts(
     num_sms: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The experts of the RMSNorm of `x + residual`, and the sum; [T, hidden_size] each."""
+    if triton_one_token.can_serve_experts(len(x), experts):
+        return triton_one_token.norm_experts(x, residual, norm, experts, metadata, num_sms)
     sms = num_sms or num_sms_of(x.device)
     normed, total, tokens, counters = norm_inputs(x, residual, norm, experts)
     routing = route(normed, experts, counters, metadata, sms)
@@ -137,40 +139,16 @@ def norm_inputs(
 
     The counters are those of the experts, filled up, and then as many for the router's tiles.
     """
-    num_tokens, size = x.shape
-    weight, eps = norm
     normed = torch.empty_like(x)
-    total = x if residual is None else torch.empty_like(x)
     num_counters = 2 * _padded_experts(experts.num_experts)
     block, tokens = None, None
     if isinstance(experts.gate_up, ScaledWeight):
         block = experts.gate_up.block
-        tokens = empty_tokens(x, size, block, num_counters)
+        tokens = empty_tokens(x, x.shape[1], block, num_counters)
         counters = tokens.counters
     else:
         counters = torch.empty(num_counters, dtype=torch.int32, device=x.device)
-    padded_size = max(triton.next_power_of_2(size), block or 1)
-    _norm_kernel[(num_tokens,)](
-        x,
-        x if residual is None else residual,
-        weight,
-        normed,
-        total,
-        None if tokens is None else tokens.values,
-        None if tokens is None else tokens.scales,
-        counters,
-        eps,
-        size,
-        HAS_RESIDUAL=residual is not None,
-        GROUP=padded_size if block is None else block,
-        PADDED_SIZE=padded_size,
-        NUM_COUNTERS=num_counters,
-        MAX_VALUE=LARGEST,
-        SCALE_OF_ONE=SCALE_OF_ONE,
-        MIN_SCALE=SMALLEST_SCALE,
-        num_warps=4 if padded_size <= 2048 else 8 if padded_size <= 8192 else 16,
-        **overlap(x.device),
-    )
+    total = prepare(x, residual, norm, counters, tokens=tokens, block=block, normed=normed)
     return normed, total, tokens, counters
 
 
@@ -263,6 +241,7 @@ def expert_linear(
         TILE_T=division.tile_t,
         TILE_K=division.tile_k,
         STAGES=division.stages,
+        FETCHED=FETCHED,
         IS_EVEN=num_inputs % division.tile_k == 0,
         num_warps=division.num_warps,
         **overlap(inputs.device),
@@ -285,46 +264,6 @@ def _weighted_sum(results: torch.Tensor, routing: Routing) -> torch.Tensor:
         **overlap(results.device),
     )
     return output
-
-
-@triton.jit
-def _norm_kernel(
-    x,
-    residual,
-    norm_weight,
-    normed,
-    total,
-    values,
-    scales,
-    counters,
-    eps,
-    size,
-    HAS_RESIDUAL: tl.constexpr,
-    GROUP: tl.constexpr,
-    PADDED_SIZE: tl.constexpr,
-    NUM_COUNTERS: tl.constexpr,
-    MAX_VALUE: tl.constexpr,
-    SCALE_OF_ONE: tl.constexpr,
-    MIN_SCALE: tl.constexpr,
-    OVERLAPS: tl.constexpr,
-):
-    """One program for one token: the norm, as it is and, if there are values, quantized."""
-    begin(OVERLAPS)
-    token = tl.program_id(0).to(tl.int64)
-    if token == 0:
-        tl.store(counters + tl.arange(0, NUM_COUNTERS), tl.zeros([NUM_COUNTERS], tl.int32))
-    places = tl.arange(0, PADDED_SIZE)
-    there = places < size
-    row = tl.load(x + token * size + places, mask=there, other=0.0)
-    if HAS_RESIDUAL:
-        row += tl.load(residual + token * size + places, mask=there, other=0.0)
-        tl.store(total + token * size + places, row, mask=there)
-    wide = row.to(tl.float32)
-    wide *= tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
-    row = wide.to(row.dtype) * tl.load(norm_weight + places, mask=there, other=0.0)
-    tl.store(normed + token * size + places, row, mask=there)
-    if values is not None:
-        store_quantized(row, values, scales, token, size, GROUP, PADDED_SIZE, MAX_VALUE, SCALE_OF_ONE, MIN_SCALE)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "splits", "padding_slot"])
@@ -366,8 +305,8 @@ def _route_kernel(
     num_tiles = tl.cdiv(num_inputs, TILE_K)
     low, high = split * num_tiles // splits, (split + 1) * num_tiles // splits
     if OVERLAPS:
-        lines = tl.minimum(low * TILE_K + tl.arange(0, 2) * (TILE_K // 2), num_inputs - 1)
-        fetch(router + rows[:, None] * num_inputs + lines[None, :])
+        lines = low * TILE_K + tl.arange(0, 2) * (TILE_K // 2)
+        fetch(router + rows[:, None] * num_inputs + lines[None, :], (lines < num_inputs)[None, :])
     begin(OVERLAPS)
     logits = tl.zeros([TILE_T, PADDED_EXPERTS], tl.float32)
     for k in tl.range(low, high):
@@ -450,6 +389,7 @@ def _expert_linear_kernel(
     TILE_T: tl.constexpr,
     TILE_K: tl.constexpr,
     STAGES: tl.constexpr,
+    FETCHED: tl.constexpr,
     IS_EVEN: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
@@ -479,8 +419,8 @@ def _expert_linear_kernel(
     if not IS_GATED:
         if OVERLAPS and tile < num_tiles:
             line = LINE // (weight.dtype.element_ty.primitive_bitwidth // 8)
-            lines = tl.minimum(tl.arange(0, FETCHED // LINE) * line, num_inputs - 1)
-            fetch(of_expert + row_places[:, None] * num_inputs + lines[None, :])
+            lines = tl.arange(0, FETCHED // LINE) * line
+            fetch(of_expert + row_places[:, None] * num_inputs + lines[None, :], (lines < num_inputs)[None, :])
         begin(OVERLAPS)
     if tile >= num_tiles:
         return

@@ -2,6 +2,7 @@
 
 Inputs are quantized by the kernel that makes them, with the norm or the gate where there is one. A GEMM of few tokens
 must read the weights at the rate of the memory: its programs all run at once and read disjoint parts of the weights.
+A single token whose inputs are not quantized yet is for `triton_one_token`.
 
 The caller makes the tensors' device the current one: Triton launches on the current device.
 """
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch.nn import functional
 
 from nanovllm.kernels.triton_overlap import begin, overlap
-from nanovllm.utils.fp8 import E4M3, LARGEST, SCALE_OF_ONE, SMALLEST_SCALE, ScaledTokens, ScaledWeight
+from nanovllm.utils.fp8 import E4M3, SCALE_OF_ONE, SMALLEST_SCALE, ScaledTokens, ScaledWeight
 
 MAX_FEW_TOKENS = 64
 """Most tokens of a GEMM that the memory bounds, so that torch's is slower."""
@@ -25,11 +26,16 @@ NUM_COUNTERS = 512
 """Most output tiles, over all tokens, whose inputs are split among programs."""
 SPLIT_INPUTS = 16
 """Inputs of a split are at least so many times the tokens: the bytes of partial results stay below the weights'."""
+FEW_TOKENS_TILE = 64
+"""Outputs of a tile for few tokens: as many as a tensor core instruction has rows."""
+MOST_PER_SM = 3
+SHARED_MEMORY_BYTES = 224 * 1024
+"""Of an SM, for the tiles of all programs that it runs at a time."""
 FAST_ACCUMULATION = False
 """Whether torch's GEMM may sum up in the tensor cores alone, which keep 14 bits of a sum on Hopper."""
 COMBINED = tl.constexpr(4)
 """Partial results of a tile that are read at a time."""
-FETCHED = tl.constexpr(512)
+FETCHED = 512
 """Bytes of each row of weights that a program fetches ahead of its first tile."""
 LINE = tl.constexpr(128)
 """Bytes of a line of the L2 cache."""
@@ -110,21 +116,42 @@ def norm_gated_linear(
 def plan(num_tokens: int, num_outputs: int, num_inputs: int, num_sms: int, block: int | None) -> GemmPlan:
     """The division of a GEMM of so many tokens, on so many SMs.
 
-    All programs of few tokens should run at once, since an SM that ends early does not help the others, and there
-    should be as many as fit into its registers and shared memory: what they have in flight is what the memory's rate
-    depends on. Writing and reading partial sums bounds the splits.
+    All programs of few tokens should run at once, on all SMs equally many, since an SM that ends early does not help
+    the others. Writing and reading partial sums bounds the splits, so as few programs as fill the SMs, with as much of
+    their shared memory as fits.
     """
     tile_t = min(max(16, triton.next_power_of_2(num_tokens)), 128)
-    tile_n, per_sm, num_warps = (64, 3, 4) if tile_t < 64 else (128, 2, 4) if tile_t == 64 else (128, 1, 8)
-    tile_k = 256 if block is None and tile_t < 64 else 128
-    stages = 3 if tile_k == 256 else 4 if tile_t >= 64 else 5
-    num_tiles = triton.cdiv(num_outputs, tile_n) * triton.cdiv(num_tokens, tile_t)
-    splits = min(
-        num_sms * per_sm // num_tiles if num_tiles <= NUM_COUNTERS else 1,
-        triton.cdiv(num_inputs, tile_k) // 2,
-        num_inputs // (SPLIT_INPUTS * tile_t),
+    most_splits = max(min(triton.cdiv(num_inputs, 128) // 2, num_inputs // (SPLIT_INPUTS * tile_t)), 1)
+    if tile_t > MAX_FEW_TOKENS:
+        num_tiles = triton.cdiv(num_outputs, 128) * triton.cdiv(num_tokens, tile_t)
+        splits = min(num_sms // num_tiles, most_splits) if num_tiles <= NUM_COUNTERS else 1
+        return GemmPlan(128, tile_t, 128, max(splits, 1), 4, 8)
+    num_tiles = triton.cdiv(num_outputs, FEW_TOKENS_TILE)
+    per_sm, splits = _programs_per_sm(
+        num_tiles, num_sms, most_splits, least=2 if block or tile_t == MAX_FEW_TOKENS else 1
     )
-    return GemmPlan(tile_n, tile_t, tile_k, max(splits, 1), stages, num_warps)
+    shared_bytes, tile_k = SHARED_MEMORY_BYTES // per_sm, 128
+    while (
+        block is None
+        and tile_k < 512
+        and num_inputs % (2 * tile_k) == 0
+        and num_inputs // (2 * tile_k) >= 2 * splits
+        and 3 * 2 * tile_k * (FEW_TOKENS_TILE + tile_t) <= shared_bytes
+    ):
+        tile_k *= 2
+    stages = min(shared_bytes // (tile_k * (FEW_TOKENS_TILE + tile_t)), 1536 // tile_k, 6)
+    return GemmPlan(FEW_TOKENS_TILE, tile_t, tile_k, splits, stages, 4)
+
+
+def _programs_per_sm(num_tiles: int, num_sms: int, most_splits: int, *, least: int) -> tuple[int, int]:
+    """How many programs an SM should run at a time, and how many should share a tile: the fewest that fill the SMs."""
+    best, best_share = (MOST_PER_SM, 1), 0.0
+    for per_sm in range(least, MOST_PER_SM + 1):
+        splits = min(num_sms * per_sm // num_tiles, most_splits) if num_tiles <= NUM_COUNTERS else 1
+        share = num_tiles * splits / (num_sms * per_sm)
+        if best_share * 1.05 < share <= 1:
+            best, best_share = (per_sm, splits), share
+    return best
 
 
 @functools.cache
@@ -186,35 +213,55 @@ def _quantize(
     is_gated: bool = False,
 ) -> tuple[ScaledTokens, torch.Tensor]:
     """Quantizes x, or the norm of `x + residual`, or the gate and up that x is; and the sum."""
+    tokens = empty_tokens(x, x.shape[1] // 2 if is_gated else x.shape[1], block)
+    total = prepare(x, residual, norm, tokens.counters, tokens=tokens, block=block, is_gated=is_gated)
+    return tokens, total
+
+
+def prepare(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm: tuple[torch.Tensor, float] | None,
+    counters: torch.Tensor,
+    *,
+    tokens: ScaledTokens | None,
+    block: int | None,
+    normed: torch.Tensor | None = None,
+    is_gated: bool = False,
+) -> torch.Tensor:
+    """Writes the inputs of linear layers: the norm of `x + residual` if there is one, or the gate and up that x is.
+
+    They are written quantized to `tokens`, as they are to `normed`, or both; counters become 0.
+
+    Returns:
+        `x + residual`.
+    """
     num_tokens = x.shape[0]
     size = x.shape[1] // 2 if is_gated else x.shape[1]
     padded_size = max(triton.next_power_of_2(size), block or 1)
-    tokens = empty_tokens(x, size, block)
     total = x if residual is None else torch.empty_like(x)
-    norm_weight, eps = (x, 0.0) if norm is None else norm
-    _quantize_kernel[(num_tokens,)](
+    norm_weight, eps = (None, 0.0) if norm is None else norm
+    _prepare_kernel[(num_tokens,)](
         x,
-        x if residual is None else residual,
+        residual,
         norm_weight,
-        tokens.values,
-        tokens.scales,
+        normed,
+        None if tokens is None else tokens.values,
+        None if tokens is None else tokens.scales,
         total,
-        tokens.counters,
+        counters,
         eps,
         size,
-        HAS_NORM=norm is not None,
-        HAS_RESIDUAL=residual is not None,
         IS_GATED=is_gated,
         GROUP=padded_size if block is None else block,
         PADDED_SIZE=padded_size,
-        NUM_COUNTERS=NUM_COUNTERS,
-        MAX_VALUE=LARGEST,
+        NUM_COUNTERS=len(counters),
         SCALE_OF_ONE=SCALE_OF_ONE,
         MIN_SCALE=SMALLEST_SCALE,
         num_warps=4 if padded_size <= 2048 else 8 if padded_size <= 8192 else 16,
         **overlap(x.device),
     )
-    return tokens, total
+    return total
 
 
 def _scaled_linear(
@@ -248,6 +295,7 @@ def _scaled_linear(
         TILE_T=division.tile_t,
         TILE_K=division.tile_k,
         STAGES=division.stages,
+        FETCHED=FETCHED,
         IS_EVEN=num_inputs % division.tile_k == 0,
         num_warps=division.num_warps,
         **overlap(x.device),
@@ -256,53 +304,40 @@ def _scaled_linear(
 
 
 @triton.jit
-def store_quantized(
-    row,
-    values,
-    scales,
-    token,
-    size,
-    GROUP: tl.constexpr,
-    PADDED_SIZE: tl.constexpr,
-    MAX_VALUE: tl.constexpr,
-    SCALE_OF_ONE: tl.constexpr,
-    MIN_SCALE: tl.constexpr,
-):
-    """Quantizes a token's inputs, [PADDED_SIZE] of which `size` are there, in a kernel of one program for one token."""
-    places = tl.arange(0, PADDED_SIZE)
-    groups = tl.reshape(row.to(tl.float32), [PADDED_SIZE // GROUP, GROUP])
-    scale = tl.maximum(tl.max(tl.abs(groups), 1) * SCALE_OF_ONE, MIN_SCALE)
-    quantized = tl.reshape(tl.div_rn(groups, scale[:, None]), [PADDED_SIZE])
-    # Ahead of the conversion, whose result beyond the largest number is not that number everywhere.
-    quantized = tl.clamp(quantized, -MAX_VALUE, MAX_VALUE, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(values + token * size + places, quantized.to(tl.float8e4nv), mask=places < size)
-    group = tl.arange(0, PADDED_SIZE // GROUP)
-    tl.store(scales + group * tl.num_programs(0) + token, scale, mask=group < tl.cdiv(size, GROUP))
+def quantized_groups(groups, SCALE_OF_ONE: tl.constexpr, MIN_SCALE: tl.constexpr):
+    """[N, GROUP] inputs in e4m3, and the scales of the groups, [N]."""
+    wide = groups.to(tl.float32)
+    scales = tl.maximum(tl.max(tl.abs(wide), 1) * SCALE_OF_ONE, MIN_SCALE)
+    inverses = tl.div_rn(tl.full(scales.shape, 1.0, tl.float32), scales)
+    # Rounded as a division rounds (Markstein, 1990), in three instructions in place of a dozen. What is beyond the
+    # largest number is so near it that it is rounded to it.
+    quotients = wide * inverses[:, None]
+    left = tl.fma(-quotients, tl.broadcast_to(scales[:, None], wide.shape), wide)
+    quotients = tl.fma(left, tl.broadcast_to(inverses[:, None], wide.shape), quotients)
+    return quotients.to(tl.float8e4nv), scales
 
 
 @triton.jit
-def _quantize_kernel(
+def _prepare_kernel(
     x,
     residual,
     norm_weight,
+    normed,
     values,
     scales,
     total,
     counters,
     eps,
     size,
-    HAS_NORM: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
     IS_GATED: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED_SIZE: tl.constexpr,
     NUM_COUNTERS: tl.constexpr,
-    MAX_VALUE: tl.constexpr,
     SCALE_OF_ONE: tl.constexpr,
     MIN_SCALE: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """One program for one token. Rounds where kernels of their own would round."""
+    """One program for one token. Rounds where kernels of their own would round. What is None is left out."""
     begin(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     if token == 0:
@@ -316,14 +351,21 @@ def _quantize_kernel(
         row = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype) * up
     else:
         row = tl.load(x + token * size + places, mask=there, other=0.0)
-        if HAS_RESIDUAL:
+        if residual is not None:
             row += tl.load(residual + token * size + places, mask=there, other=0.0)
             tl.store(total + token * size + places, row, mask=there)
-        if HAS_NORM:
+        if norm_weight is not None:
             wide = row.to(tl.float32)
             wide *= tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
             row = wide.to(row.dtype) * tl.load(norm_weight + places, mask=there, other=0.0)
-    store_quantized(row, values, scales, token, size, GROUP, PADDED_SIZE, MAX_VALUE, SCALE_OF_ONE, MIN_SCALE)
+    if normed is not None:
+        tl.store(normed + token * size + places, row, mask=there)
+    if values is not None:
+        groups = tl.reshape(row, [PADDED_SIZE // GROUP, GROUP])
+        quantized, of_groups = quantized_groups(groups, SCALE_OF_ONE, MIN_SCALE)
+        tl.store(values + token * size + places, tl.reshape(quantized, [PADDED_SIZE]), mask=there)
+        group = tl.arange(0, PADDED_SIZE // GROUP)
+        tl.store(scales + group * tl.num_programs(0) + token, of_groups, mask=group < tl.cdiv(size, GROUP))
 
 
 @triton.jit
@@ -336,12 +378,19 @@ def load_tile(pointers, start, num_inputs, TILE_K: tl.constexpr, IS_EVEN: tl.con
 
 
 @triton.jit
-def fetch(pointers):
-    """Has the lines of these addresses read into the L2 cache; waits for none."""
+def fetch(pointers, mask):
+    """Has the lines of these addresses, where the mask is set, read into the L2 cache; waits for none."""
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.uint64)],
+        """
+        {
+            .reg .pred p;
+            setp.ne.s32 p, $2, 0;
+            @p prefetch.global.L2 [$1];
+            mov.b32 $0, 0;
+        }
+        """,
+        "=r,l,r",
+        [pointers.to(tl.uint64), tl.broadcast_to(mask, pointers.shape).to(tl.int32)],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -369,6 +418,7 @@ def _scaled_linear_kernel(
     TILE_T: tl.constexpr,
     TILE_K: tl.constexpr,
     STAGES: tl.constexpr,
+    FETCHED: tl.constexpr,
     IS_EVEN: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
@@ -394,8 +444,8 @@ def _scaled_linear_kernel(
         w_block_scales += (tl.program_id(1) * TILE_N // BLOCK).to(tl.int64) * tl.cdiv(num_inputs, BLOCK)
 
     if OVERLAPS:
-        lines = tl.minimum(low * TILE_K + tl.arange(0, FETCHED // LINE) * LINE, num_inputs - 1)
-        fetch(weight + row_places[:, None] * num_inputs + lines[None, :])
+        lines = low * TILE_K + tl.arange(0, FETCHED // LINE) * LINE
+        fetch(weight + row_places[:, None] * num_inputs + lines[None, :], (lines < num_inputs)[None, :])
     begin(OVERLAPS)
     result = tl.zeros([TILE_N, TILE_T], tl.float32)
     for k in tl.range(low, high, num_stages=STAGES):

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-from nanovllm.kernels import NO_FINITE_TOKEN, cuda_gemm, triton_fp8
+from nanovllm.kernels import NO_FINITE_TOKEN, cuda_gemm, triton_fp8, triton_one_token
 from nanovllm.kernels.triton_overlap import begin, overlap
 from nanovllm.utils.fp8 import LARGEST, ScaledTokens, ScaledWeight
 
@@ -37,6 +37,8 @@ def linear(
     whole GPU, so on an SM partition `cuda_gemm` serves many tokens.
     """
     if isinstance(weight, ScaledWeight):
+        if isinstance(x, torch.Tensor) and triton_one_token.can_serve(*x.shape):
+            return triton_one_token.linear(x, None, None, weight, bias, num_sms)[0]
         return triton_fp8.linear(x, weight, bias, num_sms)
     assert isinstance(x, torch.Tensor), "only layers with scaled weights take quantized tokens"
     if num_sms is not None and bias is None and cuda_gemm.can_serve(x, weight):
@@ -56,6 +58,8 @@ def norm_linear(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`linear` of the RMSNorm of `x + residual`, and the sum."""
     if isinstance(weight, ScaledWeight):
+        if triton_one_token.can_serve(*x.shape):
+            return triton_one_token.linear(x, residual, norm, weight, bias, num_sms)
         return triton_fp8.norm_linear(x, residual, norm, weight, bias, num_sms)
     if x.shape[0] > 1:
         normed, total = add_rms_norm(x, residual, *norm)
@@ -73,6 +77,8 @@ def norm_gated_linear(
 ) -> tuple[torch.Tensor | ScaledTokens, torch.Tensor]:
     """silu(gate) * up of what `norm_linear` gives, gate first, and the sum."""
     if isinstance(weight, ScaledWeight):
+        if triton_one_token.can_serve(*x.shape):
+            return triton_one_token.linear(x, residual, norm, weight, bias, num_sms, is_gated=True)
         return triton_fp8.norm_gated_linear(x, residual, norm, weight, bias, num_sms)
     if num_sms is not None and bias is None and cuda_gemm.can_serve(x, weight):
         normed, total = add_rms_norm(x, residual, *norm)
