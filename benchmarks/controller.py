@@ -67,11 +67,11 @@ class SimulatedCard:
         self.socket.curve_serverkey = contact.controller_key
         self.socket.curve_publickey, self.socket.curve_secretkey = contact.public_key, contact.secret_key
         self.socket.connect(contact.messages)
-        self.beats = context.socket(zmq.PUSH)
-        self.beats.linger = 0
-        self.beats.curve_serverkey = contact.controller_key
-        self.beats.curve_publickey, self.beats.curve_secretkey = contact.public_key, contact.secret_key
-        self.beats.connect(contact.beats)
+        self.heartbeats = context.socket(zmq.PUSH)
+        self.heartbeats.linger = 0
+        self.heartbeats.curve_serverkey = contact.controller_key
+        self.heartbeats.curve_publickey, self.heartbeats.curve_secretkey = contact.public_key, contact.secret_key
+        self.heartbeats.connect(contact.heartbeats)
         self.step_s, self.max_rows, self.free_s, self.agent = step_s, max_rows, 0.0, ""
         self.ends_s: dict[int, float] = {}
         self.send(Hello(VERSION))
@@ -109,7 +109,7 @@ def simulate_cards(contacts: Any, step_s: float, max_rows: int) -> None:
         if now_s > beat_s:
             beat_s = now_s + 0.5
             for card in cards.values():
-                card.beats.send(b"")
+                card.heartbeats.send(b"")
         wait_ms = 20.0 if not due else max(min((due[0][0] - now_s) * 1e3, 20.0), 0.0)
         for ready, _ in poller.poll(int(wait_ms)):
             card = cards[ready]

@@ -26,8 +26,8 @@ from nanovllm.utils.process import await_end
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("zmq") is None, reason="needs pyzmq")
 if importlib.util.find_spec("zmq") is not None:
     from nanovllm.engine.distributed import card_client, remote_card
-    from nanovllm.engine.distributed.card_client import CardClient, Doorkeeper
-    from nanovllm.engine.distributed.card_messages import Geometry, LastWords, Ready, Start
+    from nanovllm.engine.distributed.card_client import CardClient, CardSockets
+    from nanovllm.engine.distributed.card_messages import CardFailed, Geometry, Ready, Start
     from nanovllm.engine.distributed.cluster import check_blocks
     from nanovllm.engine.distributed.kv_nixl import KVAgent
     from nanovllm.engine.distributed.remote_card import RemoteDevice, RemoteRunner
@@ -45,8 +45,8 @@ FAILING = (
 
 
 @pytest.fixture
-def doorkeeper() -> Iterator[Doorkeeper]:
-    made = Doorkeeper()
+def sockets() -> Iterator[CardSockets]:
+    made = CardSockets()
     yield made
     made.close()
 
@@ -61,12 +61,12 @@ def runs(monkeypatch) -> Callable[[str], None]:
     return run
 
 
-def make_client(doorkeeper: Doorkeeper) -> CardClient:
-    return CardClient("card 0", "card 0 of start 1", Start("model", {}, "cpu", 0, "card 0 of start 1"), doorkeeper)
+def make_client(sockets: CardSockets) -> CardClient:
+    return CardClient("card 0", "card 0 of start 1", Start("model", {}, "cpu", 0, "card 0 of start 1"), sockets)
 
 
-def make_runner(doorkeeper: Doorkeeper) -> RemoteRunner:
-    return RemoteRunner(RemoteDevice("cpu", 0), None, "model", {}, doorkeeper, itertools.count(1), 5.0)
+def make_runner(sockets: CardSockets) -> RemoteRunner:
+    return RemoteRunner(RemoteDevice("cpu", 0), None, "model", {}, sockets, itertools.count(1), 5.0)
 
 
 def wait_until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:
@@ -76,7 +76,7 @@ def wait_until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:
         time.sleep(2e-3)
 
 
-def test_the_end_of_a_process_is_seen_through_any_descriptor(doorkeeper, runs):
+def test_the_end_of_a_process_is_seen_through_any_descriptor(sockets, runs):
     """Through one that `select` cannot take, too."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], 2048), limits[1]))
@@ -85,43 +85,43 @@ def test_the_end_of_a_process_is_seen_through_any_descriptor(doorkeeper, runs):
         for _ in range(1100):
             opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
         runs("raise SystemExit(3)")
-        client = make_client(doorkeeper)
+        client = make_client(sockets)
         assert client._link.fileno() > 1023
         wait_until(client.is_gone)
         client.close()
 
 
-def test_a_process_that_fails_says_why_and_ends_by_itself(doorkeeper, runs):
+def test_a_process_that_fails_says_why_and_ends_by_itself(sockets, runs):
     runs(FAILING)
-    client, heard = make_client(doorkeeper), []
+    client, heard = make_client(sockets), []
     wait_until(lambda: bool(heard) or bool(heard.extend(client.receive()) or heard))
     (words,) = heard
-    assert isinstance(words, LastWords)
+    assert isinstance(words, CardFailed)
     assert words.failure.kind == "ConfigError"
     wait_until(client.is_reaped, timeout_s=5.0)
     assert "with exit status 1" in client.how_it_ended()
     client.close()
 
 
-def test_last_words_that_come_after_the_end_are_heard(doorkeeper, runs, monkeypatch):
+def test_last_messages_that_come_after_the_end_are_heard(sockets, runs, monkeypatch):
     """What the process has said may be on its way when its end is seen."""
     runs("raise SystemExit(1)")
-    runner = make_runner(doorkeeper)
-    client, late = runner._client, remote_card.LastWords(remote_card.Failure("ConfigError", "no such card"))
+    runner = make_runner(sockets)
+    client, late = runner._client, remote_card.CardFailed(remote_card.Failure("ConfigError", "no such card"))
     wait_until(client.is_gone)
     runner.poll()
-    assert not runner.is_lost, "it waits for last words"
-    monkeypatch.setattr(client, "has_mail", lambda: True)
+    assert not runner.is_lost, "it waits for last messages"
+    monkeypatch.setattr(client, "has_messages", lambda: True)
     monkeypatch.setattr(client, "receive", lambda: [late])
     with pytest.raises(ConfigError, match="no such card"):
         runner.check_start()
     runner.close_workers()
 
 
-def test_a_process_that_does_not_end_is_killed(doorkeeper, runs, monkeypatch):
+def test_a_process_that_does_not_end_is_killed(sockets, runs, monkeypatch):
     monkeypatch.setattr(card_client, "CLOSE_TIMEOUT_S", 0.2)
     runs("import time; time.sleep(100)")
-    client = make_client(doorkeeper)
+    client = make_client(sockets)
     client.close()
     assert client.is_reaped()
     client.close()
@@ -137,11 +137,11 @@ def test_a_process_that_cannot_be_killed_is_not_waited_for(caplog):
     assert "the process of card 0 (process 17) was killed and does not end" in caplog.text
 
 
-def test_starts_that_fail_are_counted_and_put_off(doorkeeper, runs, monkeypatch):
+def test_starts_that_fail_are_counted_and_put_off(sockets, runs, monkeypatch):
     """A process may end at once, or the system not start it. The pauses double."""
     monkeypatch.setattr(remote_card, "FIRST_PAUSE_S", 0.2)
     runs("raise SystemExit(3)")
-    runner, pauses_s = make_runner(doorkeeper), []
+    runner, pauses_s = make_runner(sockets), []
     for program in ("/no/such/program", sys.executable):
         wait_until(lambda: runner.poll() or runner.is_lost)
         lost_s = time.monotonic()
@@ -174,9 +174,9 @@ def test_cards_of_unlike_blocks_are_refused():
 
 
 @pytest.mark.parametrize("other", [(10, 1024), (11, 512)])
-def test_a_card_that_comes_back_with_another_pool_is_refused(doorkeeper, runs, other):
+def test_a_card_that_comes_back_with_another_pool_is_refused(sockets, runs, other):
     runs("import time; time.sleep(100)")
-    runner = make_runner(doorkeeper)
+    runner = make_runner(sockets)
     runner._geometry = geometry(10, 512)
     with pytest.raises(ClusterError, match=r"card 0 had 10 blocks of 16 tokens in 512 bytes, and has "):
         runner._came_up(Ready(geometry(*other), b"", 0, 0))

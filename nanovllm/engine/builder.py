@@ -81,7 +81,7 @@ class EngineParts:
     kept_step_times: KeptStepTimes
     remote_runners: dict[Card, RemoteRunner]
     """The runners of a cluster."""
-    agents_with_mail: Callable[[int], set[str]] | None
+    agents_with_messages: Callable[[int], set[str]] | None
     """Gives the processes of the cluster that have said something; see `CardWatch`."""
     close_cluster: Callable[[], None]
     """Closes what the processes of a cluster were connected to, once they have ended."""
@@ -216,8 +216,8 @@ def _cluster_parts(
         observer,
         KeptStepTimes([]),
         runner_of,
-        cluster.doorkeeper.agents_with_mail,
-        cluster.doorkeeper.close,
+        cluster.sockets.agents_with_messages,
+        cluster.sockets.close,
     )
 
 

@@ -33,7 +33,7 @@ class CardWatch:
         scheduler: is told of lost cards and lost steps.
         steps: the steps in flight.
         outputs: is told of requests whose step has failed.
-        agents_with_mail: gives the names of the cards' processes that have said something; waits up to `timeout_ms`
+        agents_with_messages: gives the names of the cards' processes that have said something; waits up to `timeout_ms`
             milliseconds for the first; None without remote cards.
     """
 
@@ -43,13 +43,13 @@ class CardWatch:
         scheduler: Scheduler,
         steps: StepsInFlight,
         outputs: OutputProcessor,
-        agents_with_mail: abc.Callable[[int], set[str]] | None,
+        agents_with_messages: abc.Callable[[int], set[str]] | None,
     ) -> None:
         self._runners = runners
         self._scheduler = scheduler
         self._steps = steps
         self._outputs = outputs
-        self._agents_with_mail = agents_with_mail
+        self._agents_with_messages = agents_with_messages
         self._checked_s = 0.0
 
     def look(self) -> None:
@@ -79,7 +79,7 @@ class CardWatch:
 
     def rest(self) -> None:
         """Lets others run while the loop waits for devices; waits for what remote cards say."""
-        if self._agents_with_mail is None:
+        if self._agents_with_messages is None:
             time.sleep(0)
         else:
             self._poll(REST_MS)
@@ -116,9 +116,9 @@ class CardWatch:
 
     def _poll(self, timeout_ms: int) -> None:
         """Takes in what cards have said, and notices now and then which are gone or silent."""
-        if self._agents_with_mail is None:
+        if self._agents_with_messages is None:
             return
-        agents, now_s = self._agents_with_mail(timeout_ms), time.monotonic()
+        agents, now_s = self._agents_with_messages(timeout_ms), time.monotonic()
         checks_all = now_s - self._checked_s >= CHECK_S
         self._checked_s = now_s if checks_all else self._checked_s
         for runner in self._runners.values():
@@ -141,12 +141,12 @@ class CardWatch:
         runner.note_loss()
         for other in self._runners.values():
             if other is not runner:
-                other.forget(runner)
+                other.remove_peer(runner)
 
     def _came_up(self, card: Card, runner: RemoteRunner) -> None:
         for other in self._runners.values():
             if other is not runner and other.is_up:
-                runner.meet(other)
-                other.meet(runner)
+                runner.add_peer(other)
+                other.add_peer(runner)
         card.is_up = True
         logger.warning("%s is up again", card)

@@ -27,18 +27,18 @@ LEAST_LOOK_S = 0.005
 """Seconds from one look whether the process is there to the next."""
 MOST_SILENCE_PER_LOOK_S = 0.1
 """Silence is counted only while somebody listens: of a longer time between two looks no more than this counts."""
-LAST_WORDS_S = 0.1
+LAST_MESSAGES_S = 0.1
 """Seconds for which what a process has said before its end may be on the way."""
 CLOSE_TIMEOUT_S = 5.0
 
 
-class Doorkeeper:
+class CardSockets:
     """Lets a card's keys, and no others, into the sockets that are made here. A context of ZMQ and its thread."""
 
     def __init__(self) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._allowed: dict[str, bytes] = {}
-        self._mail = zmq.Poller()
+        self._poller = zmq.Poller()
         self._agents: dict[zmq.Socket[bytes], str] = {}
         self._authenticator = ThreadAuthenticator(self.context)
         self._authenticator.start()
@@ -47,28 +47,28 @@ class Doorkeeper:
         """Whether a client with this public key may connect to the sockets of a domain; called by ZMQ."""
         return self._allowed.get(domain) == key
 
-    def admit(self, domain: str, key: bytes) -> None:
+    def allow(self, domain: str, key: bytes) -> None:
         """Lets clients with this public key into the sockets of a domain."""
         self._allowed[domain] = key
         self._authenticator.configure_curve_callback(domain, credentials_provider=self)
 
-    def dismiss(self, domain: str) -> None:
+    def revoke(self, domain: str) -> None:
         """Lets nobody in any more."""
         self._allowed.pop(domain, None)
 
     def watch(self, messages: zmq.Socket[bytes], agent: str) -> None:
-        """Counts a socket among those of `agents_with_mail`."""
-        self._mail.register(messages, zmq.POLLIN)
+        """Counts a socket among those of `agents_with_messages`."""
+        self._poller.register(messages, zmq.POLLIN)
         self._agents[messages] = agent
 
     def unwatch(self, messages: zmq.Socket[bytes]) -> None:
         """Stops watching a socket."""
         if self._agents.pop(messages, None) is not None:
-            self._mail.unregister(messages)
+            self._poller.unregister(messages)
 
-    def agents_with_mail(self, timeout_ms: int) -> set[str]:
+    def agents_with_messages(self, timeout_ms: int) -> set[str]:
         """The agents that have said something; waits up to `timeout_ms` milliseconds for the first."""
-        return {self._agents[messages] for messages, _ in self._mail.poll(timeout_ms)}
+        return {self._agents[messages] for messages, _ in self._poller.poll(timeout_ms)}
 
     def socket(self, kind: int, domain: str, secret_key: bytes, address: str) -> tuple[zmq.Socket[bytes], str]:
         """A socket on a free port of an address that only the key of the domain gets into, and its endpoint."""
@@ -94,7 +94,7 @@ class CardClient:
         card: the card's name.
         agent: the name of this process of the card, which no other has.
         start: what the process is told once it has greeted.
-        doorkeeper: makes the sockets.
+        sockets: makes the sockets.
 
     Attributes:
         pid: of the process.
@@ -105,22 +105,22 @@ class CardClient:
         ClusterError: the process cannot be started.
     """
 
-    def __init__(self, card: str, agent: str, start: Command, doorkeeper: Doorkeeper) -> None:
+    def __init__(self, card: str, agent: str, start: Command, sockets: CardSockets) -> None:
         self.card = card
         self.silence_s = 0.0
         self._agent, self._start = agent, start
-        self._doorkeeper = doorkeeper
+        self._sockets = sockets
         self._looked_s = time.monotonic()
         self._is_gone = self._has_greeted = False
         self._gone_s = 0.0
         self.controller_key, controller_secret = zmq.curve_keypair()
         public_key, secret_key = zmq.curve_keypair()
-        doorkeeper.admit(agent, public_key)
-        self._messages, messages = doorkeeper.socket(zmq.DEALER, agent, controller_secret, "127.0.0.1")
-        self._beats, beats = doorkeeper.socket(zmq.PULL, agent, controller_secret, "127.0.0.1")
-        doorkeeper.watch(self._messages, agent)
+        sockets.allow(agent, public_key)
+        self._messages, messages = sockets.socket(zmq.DEALER, agent, controller_secret, "127.0.0.1")
+        self._heartbeats, heartbeats = sockets.socket(zmq.PULL, agent, controller_secret, "127.0.0.1")
+        sockets.watch(self._messages, agent)
         log_level = logging.getLogger("nanovllm").getEffectiveLevel()
-        contact = encode(Contact(card, messages, beats, self.controller_key, public_key, secret_key, log_level))
+        contact = encode(Contact(card, messages, heartbeats, self.controller_key, public_key, secret_key, log_level))
         try:
             self._link, self._process = self._start_process(contact)
         except OSError as error:
@@ -151,7 +151,7 @@ class CardClient:
             with contextlib.suppress(zmq.Again):
                 self._messages.send(encode(command), zmq.NOBLOCK)
 
-    def has_mail(self) -> bool:
+    def has_messages(self) -> bool:
         """Whether `receive` would find something."""
         return not self._messages.closed and bool(self._messages.poll(0))
 
@@ -169,7 +169,7 @@ class CardClient:
                 report = decode_report(self._messages.recv(zmq.NOBLOCK))
                 self.silence_s = 0.0
                 if not self._has_greeted:
-                    self._check_greeting(report)
+                    self._check_hello(report)
                 else:
                     reports.append(report)
         return reports
@@ -183,17 +183,17 @@ class CardClient:
         self._looked_s = now_s
         with contextlib.suppress(zmq.Again):
             while True:
-                self._beats.recv(zmq.NOBLOCK)
+                self._heartbeats.recv(zmq.NOBLOCK)
                 self.silence_s = 0.0
         self._is_gone = bool(self._end_of_link.poll(0))  # nothing is ever sent, so that this is its end
         self._gone_s = now_s
         return self._is_gone
 
-    def may_have_said_more(self) -> bool:
+    def may_have_sent_more(self) -> bool:
         """Whether what the process, which is gone, has said before its end may still be on the way."""
         status = self._process.poll()
         was_killed = status is not None and status < 0  # and has said nothing of it
-        return not was_killed and time.monotonic() - self._gone_s < LAST_WORDS_S
+        return not was_killed and time.monotonic() - self._gone_s < LAST_MESSAGES_S
 
     def is_reaped(self) -> bool:
         """Whether the process, which is gone or was killed, has left nothing behind on its device."""
@@ -225,12 +225,12 @@ class CardClient:
         self._close_sockets()
 
     def _close_sockets(self) -> None:
-        self._doorkeeper.dismiss(self._agent)
-        self._doorkeeper.unwatch(self._messages)
+        self._sockets.revoke(self._agent)
+        self._sockets.unwatch(self._messages)
         self._messages.close()
-        self._beats.close()
+        self._heartbeats.close()
 
-    def _check_greeting(self, report: Report) -> None:
+    def _check_hello(self, report: Report) -> None:
         if not isinstance(report, Hello):
             raise ClusterError(f"{self.card} does not greet first; it is of another version than {VERSION!r}")
         if report.version != VERSION:

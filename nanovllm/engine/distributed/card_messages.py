@@ -31,7 +31,7 @@ class Contact(msgspec.Struct, array_like=True, frozen=True):
 
     card: str
     messages: str
-    beats: str
+    heartbeats: str
     controller_key: bytes
     public_key: bytes
     secret_key: bytes
@@ -54,7 +54,7 @@ class Start(msgspec.Struct, array_like=True, frozen=True, tag="start"):
     agent: str
 
 
-class Meet(msgspec.Struct, array_like=True, frozen=True, tag="meet"):
+class AddPeer(msgspec.Struct, array_like=True, frozen=True, tag="add peer"):
     """Another card, to which blocks may be pushed from now on: NIXL's metadata of its agent, and where its pool is."""
 
     agent: str
@@ -63,7 +63,7 @@ class Meet(msgspec.Struct, array_like=True, frozen=True, tag="meet"):
     pool_device: int
 
 
-class Forget(msgspec.Struct, array_like=True, frozen=True, tag="forget"):
+class RemovePeer(msgspec.Struct, array_like=True, frozen=True, tag="remove peer"):
     """Another card is gone. Pushes to it, and what is expected from it, have failed."""
 
     agent: str
@@ -100,13 +100,13 @@ class Expect(msgspec.Struct, array_like=True, frozen=True, tag="expect"):
     verifies: bool
 
 
-class Unexpect(msgspec.Struct, array_like=True, frozen=True, tag="unexpect"):
+class CancelExpected(msgspec.Struct, array_like=True, frozen=True, tag="cancel expected"):
     """The push of this number has failed on the other side."""
 
     number: int
 
 
-Command = Start | Meet | Forget | Launch | Push | Expect | Unexpect
+Command = Start | AddPeer | RemovePeer | Launch | Push | Expect | CancelExpected
 
 
 # From a card to the controller
@@ -133,7 +133,7 @@ class Geometry(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Ready(msgspec.Struct, array_like=True, frozen=True, tag="ready"):
-    """The model is loaded: the card's geometry, and what others need to reach its pool, as of `Meet`."""
+    """The model is loaded: the card's geometry, and what others need to reach its pool, as of `AddPeer`."""
 
     geometry: Geometry
     metadata: bytes
@@ -174,7 +174,7 @@ class Sent(msgspec.Struct, array_like=True, frozen=True, tag="sent"):
     checksums: np.ndarray | None
 
 
-class NotSent(msgspec.Struct, array_like=True, frozen=True, tag="not sent"):
+class SendFailed(msgspec.Struct, array_like=True, frozen=True, tag="send failed"):
     """A push has failed here, and touches its blocks no more."""
 
     number: int
@@ -188,26 +188,28 @@ class Arrived(msgspec.Struct, array_like=True, frozen=True, tag="arrived"):
     checksums: np.ndarray | None
 
 
-class NotArrived(msgspec.Struct, array_like=True, frozen=True, tag="not arrived"):
+class ArrivalFailed(msgspec.Struct, array_like=True, frozen=True, tag="arrival failed"):
     """The blocks of a push will not come, and nobody writes to them any more."""
 
     number: int
     reason: str
 
 
-class Refused(msgspec.Struct, array_like=True, frozen=True, tag="refused"):
+class InvalidMessage(msgspec.Struct, array_like=True, frozen=True, tag="invalid message"):
     """A message from the controller was not understood; nothing of it was done."""
 
     reason: str
 
 
-class LastWords(msgspec.Struct, array_like=True, frozen=True, tag="last words"):
+class CardFailed(msgspec.Struct, array_like=True, frozen=True, tag="card failed"):
     """The process ends for this reason."""
 
     failure: Failure
 
 
-Report = Hello | Ready | StepEnded | StepFailed | Sent | NotSent | Arrived | NotArrived | Refused | LastWords
+Report = (
+    Hello | Ready | StepEnded | StepFailed | Sent | SendFailed | Arrived | ArrivalFailed | InvalidMessage | CardFailed
+)
 
 
 def _as_columns(value: Any) -> Any:

@@ -23,27 +23,27 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.builder import check_fp8, runner_spec
 from nanovllm.engine.distributed.card_messages import (
     VERSION,
+    AddPeer,
+    ArrivalFailed,
     Arrived,
+    CancelExpected,
+    CardFailed,
     Command,
     Contact,
     Expect,
-    Forget,
     Geometry,
     Hello,
-    LastWords,
+    InvalidMessage,
     Launch,
-    Meet,
-    NotArrived,
-    NotSent,
     Push,
     Ready,
-    Refused,
+    RemovePeer,
     Report,
+    SendFailed,
     Sent,
     Start,
     StepEnded,
     StepFailed,
-    Unexpect,
     decode_command,
     decode_contact,
     encode,
@@ -59,15 +59,15 @@ from nanovllm.utils.process import end_process
 
 logger = logging.getLogger(__name__)
 
-BEAT_S = 0.25
-"""Seconds from one sign of life to the next."""
+HEARTBEAT_S = 0.25
+"""Seconds from one heartbeat to the next."""
 IDLE_WAIT_MS = 1000
 CPU_REST_S = 200e-6
 """Seconds between two looks at work in flight on a CPU, where the other cards compute on the same cores."""
 PEER_GONE_S = 1.0
 """Seconds from the news that a card is gone to the moment when nothing of what it pushed is still being written here:
 what had left it may lie in this host's sockets, from where NIXL's own thread writes it into the pool."""
-LAST_WORDS_MS = 1000
+LAST_MESSAGE_MS = 1000
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class CardServer:
                 command = decode_command(data)
             except ClusterError as error:
                 logger.error("%s", error)
-                self.send(Refused(str(error)))
+                self.send(InvalidMessage(str(error)))
                 continue
             self._take_in(command)
             self._report_steps()
@@ -139,14 +139,14 @@ class CardServer:
             self._pushes.append(WaitingPush(command))
         elif isinstance(command, Expect):
             self._expected[command.number] = command
-        elif isinstance(command, Unexpect):
+        elif isinstance(command, CancelExpected):
             self._expect_no_more([command.number])
-        elif isinstance(command, Meet):
-            self._meet(command)
-        elif isinstance(command, Forget):
-            self._forget(command.agent)
+        elif isinstance(command, AddPeer):
+            self._add_peer(command)
+        elif isinstance(command, RemovePeer):
+            self._remove_peer(command.agent)
         else:
-            self.send(Refused("a card is started once"))
+            self.send(InvalidMessage("a card is started once"))
 
     # Steps
 
@@ -176,19 +176,19 @@ class CardServer:
 
     # Pushes
 
-    def _meet(self, peer: Meet) -> None:
+    def _add_peer(self, peer: AddPeer) -> None:
         try:
-            self._agent.meet(peer.agent, peer.metadata, peer.pool_address, peer.pool_device)
+            self._agent.add_peer(peer.agent, peer.metadata, peer.pool_address, peer.pool_device)
         except HandoffError as error:  # pushes there fail, and say so
             logger.error("%s", error)
 
-    def _forget(self, name: str) -> None:
+    def _remove_peer(self, name: str) -> None:
         for push in [push for push in self._pushes if push.ask.agent == name]:
             if push.under_way is not None:
                 push.under_way.end()
             self._pushes.remove(push)
-            self.send(NotSent(push.ask.number, f"{name} is gone"))
-        self._agent.forget(name)
+            self.send(SendFailed(push.ask.number, f"{name} is gone"))
+        self._agent.remove_peer(name)
         self._expect_no_more([number for number, expected in self._expected.items() if expected.agent == name])
 
     def _look_after_pushes(self) -> None:
@@ -208,7 +208,7 @@ class CardServer:
                     self.send(Sent(push.ask.number, push.under_way.began_s, time.perf_counter(), checksums))
             except HandoffError as error:
                 self._pushes.remove(push)
-                self.send(NotSent(push.ask.number, str(error)))
+                self.send(SendFailed(push.ask.number, str(error)))
 
     def _look_for_arrivals(self) -> None:
         if not (self._expected or self._leaving):
@@ -224,7 +224,7 @@ class CardServer:
             if now_s >= until_s:
                 self._leaving.remove((until_s, number))
                 self._came_early.discard(number)
-                self.send(NotArrived(number, "the card that pushed is gone, or has failed to"))
+                self.send(ArrivalFailed(number, "the card that pushed is gone, or has failed to"))
 
     def _expect_no_more(self, numbers: list[int]) -> None:
         until_s = time.monotonic() + PEER_GONE_S
@@ -247,15 +247,15 @@ def main() -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     # No limit to what waits: steps go on, whether the controller reads or not.
     messages = _connected(context, zmq.DEALER, contact, contact.messages, most_waiting=0)
-    beats = _connected(context, zmq.PUSH, contact, contact.beats, most_waiting=1)
-    threading.Thread(target=_beat, args=(beats,), name="beat", daemon=True).start()
+    heartbeats = _connected(context, zmq.PUSH, contact, contact.heartbeats, most_waiting=1)
+    threading.Thread(target=_send_heartbeats, args=(heartbeats,), name="heartbeat", daemon=True).start()
     messages.send(encode(Hello(VERSION)))
     try:
         _serve(messages)
     except BaseException as error:
         logger.exception("the process of %s ends", contact.card)
-        messages.linger = LAST_WORDS_MS
-        messages.send(encode(LastWords(Failure.of(error))))
+        messages.linger = LAST_MESSAGE_MS
+        messages.send(encode(CardFailed(Failure.of(error))))
         messages.close()
         context.term()
         end_process(1)
@@ -309,17 +309,17 @@ def _connected(
     return made
 
 
-def _beat(beats: zmq.Socket[bytes]) -> None:
+def _send_heartbeats(heartbeats: zmq.Socket[bytes]) -> None:
     """Says again and again that the process runs, whatever its other threads wait for."""
     try:
         while True:
             with contextlib.suppress(zmq.Again):  # nobody has read those before
-                beats.send(b"", zmq.NOBLOCK)
-            time.sleep(BEAT_S)
+                heartbeats.send(b"", zmq.NOBLOCK)
+            time.sleep(HEARTBEAT_S)
     except zmq.ContextTerminated:  # the process ends
         pass
     finally:
-        beats.close()  # the end of the context waits for it
+        heartbeats.close()  # the end of the context waits for it
 
 
 def _end_with(link: socket.socket) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.config import EngineConfig
-from nanovllm.engine.distributed.card_client import Doorkeeper
+from nanovllm.engine.distributed.card_client import CardSockets
 from nanovllm.engine.distributed.remote_card import START_TIMEOUT_S, RemoteDevice, RemoteRunner, blocks_of
 from nanovllm.engine.execution.runner_spec import RunnerSpec
 from nanovllm.errors import ClusterError
@@ -39,12 +39,12 @@ class Cluster:
 
     Attributes:
         prefill, decode: their runners, by role.
-        doorkeeper: holds the sockets to them.
+        sockets: holds the sockets to them.
     """
 
     prefill: list[RemoteRunner]
     decode: list[RemoteRunner]
-    doorkeeper: Doorkeeper
+    sockets: CardSockets
 
     @property
     def runners(self) -> list[RemoteRunner]:
@@ -56,7 +56,7 @@ class Cluster:
             runner.hang_up()
         for runner in self.runners:
             runner.close_workers()
-        self.doorkeeper.close()
+        self.sockets.close()
 
 
 def start_cluster(config: EngineConfig, spec: RunnerSpec, kind: str) -> Cluster:
@@ -68,19 +68,17 @@ def start_cluster(config: EngineConfig, spec: RunnerSpec, kind: str) -> Cluster:
     """
     options: dict[str, Any] = {name: getattr(config, name) for name in CARD_OPTIONS}
     options["device"] = kind
-    doorkeeper, push_numbers = Doorkeeper(), itertools.count(1)
-    cluster = Cluster([], [], doorkeeper)
+    sockets, push_numbers = CardSockets(), itertools.count(1)
+    cluster = Cluster([], [], sockets)
     try:
         for index in range(config.prefill_cards + config.decode_cards):
             device = RemoteDevice(kind, index)
-            runner = RemoteRunner(
-                device, spec, str(spec.folder), options, doorkeeper, push_numbers, config.card_timeout_s
-            )
+            runner = RemoteRunner(device, spec, str(spec.folder), options, sockets, push_numbers, config.card_timeout_s)
             (cluster.prefill if index < config.prefill_cards else cluster.decode).append(runner)
         _await_ready(cluster.runners)
         check_blocks(cluster.runners)
         for one, other in itertools.permutations(cluster.runners, 2):
-            one.meet(other)
+            one.add_peer(other)
     except BaseException:
         cluster.close()
         raise

@@ -99,7 +99,7 @@ class KVAgent:
         self.metadata: bytes = self._agent.get_agent_metadata()
         self._peers: dict[str, tuple[int, int]] = {}
 
-    def meet(self, name: str, metadata: bytes, pool_address: int, pool_device: int) -> None:
+    def add_peer(self, name: str, metadata: bytes, pool_address: int, pool_device: int) -> None:
         """Makes another card's pool, of the same geometry, one that blocks can be pushed into.
 
         Raises:
@@ -111,7 +111,7 @@ class KVAgent:
             raise HandoffError(f"NIXL cannot reach {name}: {type(error).__name__}: {error}") from error
         self._peers[name] = pool_address, pool_device
 
-    def forget(self, name: str) -> None:
+    def remove_peer(self, name: str) -> None:
         """Another card is gone: what is pushed to it has to be ended before."""
         if self._peers.pop(name, None) is not None:
             with contextlib.suppress(Exception):  # that it is gone may be known here already

@@ -16,26 +16,26 @@ from typing import Any
 
 import numpy as np
 
-from nanovllm.engine.distributed.card_client import CardClient, Doorkeeper
+from nanovllm.engine.distributed.card_client import CardClient, CardSockets
 from nanovllm.engine.distributed.card_messages import (
+    AddPeer,
+    ArrivalFailed,
     Arrived,
+    CancelExpected,
+    CardFailed,
     Expect,
-    Forget,
     Geometry,
-    LastWords,
+    InvalidMessage,
     Launch,
-    Meet,
-    NotArrived,
-    NotSent,
     Push,
     Ready,
-    Refused,
+    RemovePeer,
     Report,
+    SendFailed,
     Sent,
     Start,
     StepEnded,
     StepFailed,
-    Unexpect,
 )
 from nanovllm.engine.distributed.messages import Failure
 from nanovllm.engine.execution.kv_transfer import TransferHandle
@@ -165,8 +165,8 @@ class RemotePush:
 
     def __init__(self, number: int, source: RemoteRunner, target: RemoteRunner) -> None:
         self.number = number
-        self.sent: Sent | NotSent | None = None
-        self.arrived: Arrived | NotArrived | None = None
+        self.sent: Sent | SendFailed | None = None
+        self.arrived: Arrived | ArrivalFailed | None = None
         self._source, self._target = source, target
         self._agents = source.agent, target.agent
 
@@ -206,13 +206,13 @@ class RemotePush:
     def moments(self) -> tuple[float, float] | None:
         return (self.sent.began_s, self.sent.ended_s) if isinstance(self.sent, Sent) else None
 
-    def take(self, report: Sent | NotSent | Arrived | NotArrived) -> None:
-        if isinstance(report, (Arrived, NotArrived)):
+    def take(self, report: Sent | SendFailed | Arrived | ArrivalFailed) -> None:
+        if isinstance(report, (Arrived, ArrivalFailed)):
             self.arrived = report
             return
         self.sent = report
-        if isinstance(report, NotSent):
-            self._target.send_if_same(self._agents[1], Unexpect(self.number))
+        if isinstance(report, SendFailed):
+            self._target.send_if_same(self._agents[1], CancelExpected(self.number))
 
 
 class RemoteTransfer:
@@ -246,7 +246,7 @@ class RemoteRunner:
         spec: of the model, as the process will find it.
         model: the checkpoint's folder.
         options: of an engine, for the process.
-        doorkeeper: makes the sockets.
+        sockets: makes the sockets.
         push_numbers: gives every push of the cluster a number.
         silence_timeout_s: seconds of silence after which the process is taken for hung, and killed.
 
@@ -266,7 +266,7 @@ class RemoteRunner:
         spec: RunnerSpec,
         model: str,
         options: dict[str, Any],
-        doorkeeper: Doorkeeper,
+        sockets: CardSockets,
         push_numbers: abc.Iterator[int],
         silence_timeout_s: float,
     ) -> None:
@@ -276,7 +276,7 @@ class RemoteRunner:
         self.reason = ""
         self.pushes: dict[int, RemotePush] = {}
         self._model, self._options = model, dict(options)
-        self._doorkeeper = doorkeeper
+        self._sockets = sockets
         self._push_numbers = push_numbers
         self._silence_timeout_s = silence_timeout_s
         self._ready: Ready | None = None
@@ -356,7 +356,7 @@ class RemoteRunner:
                     if other.is_lost and other.agent not in told:  # the loop may not have come to do so
                         told.add(other.agent)
                         other.note_loss()
-                        self.forget(other)
+                        self.remove_peer(other)
             pushes = [push for push in pushes if not push.is_done()]
             if (is_failed or not self._steps) and not pushes:
                 return
@@ -369,24 +369,24 @@ class RemoteRunner:
     def next_push(self) -> int:
         return next(self._push_numbers)
 
-    def send(self, command: Expect | Push | Meet | Forget | Unexpect) -> None:
+    def send(self, command: Expect | Push | AddPeer | RemovePeer | CancelExpected) -> None:
         """Tells the card something; one that is not up hears nothing."""
         if self.state is CardState.UP:
             self._client.send(command)
 
-    def send_if_same(self, agent: str, command: Unexpect) -> None:
+    def send_if_same(self, agent: str, command: CancelExpected) -> None:
         """Tells the process of this name something."""
         if agent == self.agent:
             self.send(command)
 
-    def forget(self, other: RemoteRunner) -> None:
+    def remove_peer(self, other: RemoteRunner) -> None:
         """Tells the card that another one's process is gone."""
-        self.send(Forget(other.agent))
+        self.send(RemovePeer(other.agent))
 
-    def meet(self, other: RemoteRunner) -> None:
+    def add_peer(self, other: RemoteRunner) -> None:
         """Tells the card of another one's process, which is up."""
         assert other._ready is not None, "it is up"
-        self.send(Meet(other.agent, other._ready.metadata, other._ready.pool_address, other._ready.pool_device))
+        self.send(AddPeer(other.agent, other._ready.metadata, other._ready.pool_address, other._ready.pool_device))
 
     # Whether it is there
 
@@ -415,14 +415,14 @@ class RemoteRunner:
         if self.state not in (CardState.STARTING, CardState.UP):
             return
         try:
-            if self._client.has_mail():
+            if self._client.has_messages():
                 with without_interrupts():  # what was received and not taken in would be missed for ever
                     for report in self._client.receive():
                         self._take(report)
             if self.state not in (CardState.STARTING, CardState.UP):
                 return
             if self._client.is_gone():
-                if not self._client.may_have_said_more():  # its last words, which say more than its exit status
+                if not self._client.may_have_sent_more():  # its last messages, which say more than its exit status
                     self._lose(self._client.how_it_ended())
             elif self._client.silence_s > self._silence_timeout():
                 self._lose(f"its process has said nothing for {self._client.silence_s:.1f} s")
@@ -490,7 +490,7 @@ class RemoteRunner:
         self._ready, self._is_noted = None, False
         self.pushes.clear()
         start = Start(self._model, self._options, self.device.kind, self.device.index, self.agent)
-        self._client = CardClient(str(self.device), self.agent, start, self._doorkeeper)
+        self._client = CardClient(str(self.device), self.agent, start, self._sockets)
 
     def _silence_timeout(self) -> float:
         return self._silence_timeout_s if self.state is CardState.UP else START_TIMEOUT_S
@@ -517,16 +517,16 @@ class RemoteRunner:
                 step.take(report)
                 if isinstance(report, StepEnded):
                     del self._steps[report.number]
-        elif isinstance(report, (Sent, NotSent, Arrived, NotArrived)):
+        elif isinstance(report, (Sent, SendFailed, Arrived, ArrivalFailed)):
             push = self.pushes.pop(report.number, None)
             if push is not None:
                 push.take(report)
         elif isinstance(report, Ready):
             self._came_up(report)
-        elif isinstance(report, LastWords):
+        elif isinstance(report, CardFailed):
             self._failure = error_of(report.failure, self.device)
             self._lose(f"{report.failure.kind}: {report.failure.message}")
-        elif isinstance(report, Refused):
+        elif isinstance(report, InvalidMessage):
             self._failure = ClusterError(report.reason)
             self._lose(f"it refuses a message: {report.reason}")
         else:
