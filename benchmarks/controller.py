@@ -16,7 +16,6 @@ import heapq
 import itertools
 import multiprocessing
 import random
-import socket
 import time
 from typing import Any
 
@@ -26,14 +25,15 @@ import zmq
 from lib.arguments import new_parser, write_shape
 from lib.report import report
 from nanovllm import SamplingParams
-from nanovllm.engine.distributed import remote_card
-from nanovllm.engine.distributed.card_client import CardClient
+from nanovllm.engine.distributed import cluster
+from nanovllm.engine.distributed.card_clock import host_id
 from nanovllm.engine.distributed.card_messages import (
     VERSION,
     Arrived,
     Contact,
     Expect,
     Geometry,
+    Heartbeat,
     Hello,
     Launch,
     Push,
@@ -109,7 +109,7 @@ def simulate_cards(contacts: Any, step_s: float, max_rows: int) -> None:
         if now_s > beat_s:
             beat_s = now_s + 0.5
             for card in cards.values():
-                card.heartbeats.send(b"")
+                card.heartbeats.send(encode(Heartbeat(0.0)))
         wait_ms = 20.0 if not due else max(min((due[0][0] - now_s) * 1e3, 20.0), 0.0)
         for ready, _ in poller.poll(int(wait_ms)):
             card = cards[ready]
@@ -118,7 +118,7 @@ def simulate_cards(contacts: Any, step_s: float, max_rows: int) -> None:
             if isinstance(command, Start):
                 card.agent = command.agent
                 by_agent[card.agent] = card
-                card.send(Ready(card.geometry(), b"", 0, 0))
+                card.send(Ready(card.geometry(), 0, host_id(), "", "simulated", b"", 0, 0))
             elif isinstance(command, Launch):
                 began_s = max(card.free_s, now_s)
                 prefill = command.task.prefill
@@ -139,30 +139,49 @@ def simulate_cards(contacts: Any, step_s: float, max_rows: int) -> None:
             card.send(message)
 
 
-class SimulatedClient(CardClient):
-    """The controller's end of a simulated card."""
+class SimulatedStarter:
+    """Has cards simulated by another process; a `CardStarter`.
 
-    contacts: Any = None
-    """A pipe to the process that simulates the cards."""
+    Args:
+        contacts: a pipe to that process.
+    """
 
-    def _start_process(self, contact: bytes) -> tuple[socket.socket, Any]:
-        self.contacts.send_bytes(contact)
-        link, self._their_link = socket.socketpair()
-        return link, NoProcess()
+    kind, address, controller_timeout_s = "cpu", "127.0.0.1", 0.0
+
+    def __init__(self, contacts: Any) -> None:
+        self._contacts = contacts
+
+    def name_of(self, index: int) -> str:
+        return f"card {index}"
+
+    def start(self, index: int, card: str, contact: bytes) -> SimulatedProcess:
+        self._contacts.send_bytes(contact)
+        return SimulatedProcess()
+
+    def close(self) -> None:
+        """Nothing is reserved."""
 
 
-class NoProcess:
-    """Stands in for a process of its own."""
+class SimulatedProcess:
+    """Stands in for the process of a card, and never ends; a `CardProcess`."""
 
-    pid = 0
+    def has_ended(self) -> bool:
+        return False
 
-    def poll(self) -> int | None:
-        return None
+    def is_reaped(self) -> bool:
+        return True
 
-    def wait(self, timeout: float | None = None) -> int:
-        return 0
+    def was_killed(self) -> bool:
+        return False
+
+    def how_it_ended(self) -> str:
+        raise AssertionError("it has not ended")
 
     def kill(self) -> None: ...
+
+    def hang_up(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Controller:
@@ -243,8 +262,7 @@ def measure(args: argparse.Namespace, num_cards: int, folder: str) -> dict[str, 
         target=simulate_cards, args=(theirs, args.step_ms * 1e-3, 2 * args.rows), daemon=True
     )
     cards.start()
-    SimulatedClient.contacts = ours
-    vars(remote_card)["CardClient"] = SimulatedClient
+    vars(cluster)["make_starter"] = lambda config: SimulatedStarter(ours)
     try:
         controller = Controller(args, num_cards, folder)
         with controller.engine:

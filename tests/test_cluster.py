@@ -31,7 +31,7 @@ from nanovllm import (
     OutOfKVCacheError,
     SamplingParams,
 )
-from nanovllm.engine.distributed import card_client, remote_card
+from nanovllm.engine.distributed import card_local, remote_card
 from nanovllm.engine.distributed.card_messages import Push, decode_report, encode
 from nanovllm.engine.execution.tasks import StepTask
 from tests import tiny
@@ -365,7 +365,9 @@ def watch(runner, deadly: list[int]) -> None:
 @pytest.mark.slow
 def test_when_no_card_can_be_started_all_requests_end(tiny_path, monkeypatch):
     with LLM(tiny_path, **{**CLUSTER, "prefill_cards": 1}) as llm:
-        monkeypatch.setattr(card_client, "_command_line", lambda: [sys.executable, "-c", "raise SystemExit(3)"])
+        monkeypatch.setattr(
+            card_local, "_command_line", lambda arguments: [sys.executable, "-c", "raise SystemExit(3)"]
+        )
         for runner in llm._runners:
             os.kill(runner.pid, signal.SIGKILL)
         answers = llm.generate(tiny.random_prompts(3, seed=48), GREEDY, use_tqdm=False)
@@ -471,7 +473,7 @@ def test_a_card_of_another_version_is_refused(tiny_path, monkeypatch):
         "card_process.VERSION = 'nanovllm 0.0.9, cards 0'\n"
         "card_process.main()\n"
     )
-    monkeypatch.setattr(card_client, "_command_line", lambda: [sys.executable, "-c", code])
+    monkeypatch.setattr(card_local, "_command_line", lambda arguments: [sys.executable, "-c", code])
     with pytest.raises(ClusterError, match=r"runs 'nanovllm 0.0.9, cards 0', the controller 'nanovllm .*same version"):
         LLM(tiny_path, device="cpu", num_kvcache_blocks=50, cluster="local")
 
@@ -483,7 +485,7 @@ def test_what_a_card_cannot_be_made_for_is_the_engines_error(tiny_path):
 
 
 def test_a_card_that_ends_before_it_greets_is_an_error(tiny_path, monkeypatch):
-    monkeypatch.setattr(card_client, "_command_line", lambda: [sys.executable, "-c", "raise SystemExit(3)"])
+    monkeypatch.setattr(card_local, "_command_line", lambda arguments: [sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(ClusterError, match=r"card \d cannot be started: its process has ended with exit status 3"):
         LLM(tiny_path, device="cpu", num_kvcache_blocks=50, cluster="local")
 
@@ -492,7 +494,7 @@ def test_a_card_that_ends_before_it_greets_is_an_error(tiny_path, monkeypatch):
     ("options", "message"),
     [
         ({"cluster": "locl"}, "did you mean 'local'"),
-        ({"prefill_cards": 2}, "prefill_cards given without cluster='local'"),
+        ({"prefill_cards": 2}, "prefill_cards given without cluster='local' or 'ray'"),
         ({"cluster": "local", "prefill_cards": 0}, "prefill_cards=0 is not a positive integer"),
         ({"cluster": "local", "enable_two_gpu_pd": True}, "enable_two_gpu_pd=True exclude each other"),
         ({"cluster": "local", "tensor_parallel_size": 2}, "tensor_parallel_size=2 exclude each other"),

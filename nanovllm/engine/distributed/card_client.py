@@ -1,27 +1,31 @@
-"""The controller's end of a card's process: starts it, sends and receives, notices that it is gone or silent.
+"""The controller's end of a card's process: has it started, sends and receives, notices that it is gone or silent.
 
 Everything between the two is encrypted and authenticated by ZMQ's CURVE. The keys of a card are made when its process
-is started, and reach it through its standard input, which also tells each of the two at once when the other is gone.
+is started, and whoever starts it hands them over.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import select
-import signal
-import socket
-import subprocess
-import sys
 import time
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from nanovllm.engine.distributed.card_messages import VERSION, Command, Contact, Hello, Report, decode_report, encode
+from nanovllm.engine.distributed.card_messages import (
+    VERSION,
+    Command,
+    Contact,
+    Hello,
+    Report,
+    Start,
+    decode_heartbeat,
+    decode_report,
+    encode,
+)
+from nanovllm.engine.distributed.card_starter import CardStarter
 from nanovllm.errors import ClusterError
-from nanovllm.utils.process import await_end
 
 LEAST_LOOK_S = 0.005
 """Seconds from one look whether the process is there to the next."""
@@ -29,7 +33,6 @@ MOST_SILENCE_PER_LOOK_S = 0.1
 """Silence is counted only while somebody listens: of a longer time between two looks no more than this counts."""
 LAST_MESSAGES_S = 0.1
 """Seconds for which what a process has said before its end may be on the way."""
-CLOSE_TIMEOUT_S = 5.0
 
 
 class CardSockets:
@@ -88,26 +91,27 @@ class CardSockets:
 
 
 class CardClient:
-    """A card's process, made by running Python anew, in a session of its own.
+    """A card's process, and the sockets to it.
 
     Args:
         card: the card's name.
         agent: the name of this process of the card, which no other has.
-        start: what the process is told once it has greeted.
+        start: what the process is told once it has said hello.
         sockets: makes the sockets.
+        starter: starts the process.
 
     Attributes:
-        pid: of the process.
         controller_key: the public key of this end.
         silence_s: seconds for which nothing has come while somebody listened.
+        stalled_s: seconds for which the process, which runs, has stood still, by its last heartbeat.
 
     Raises:
         ClusterError: the process cannot be started.
     """
 
-    def __init__(self, card: str, agent: str, start: Command, sockets: CardSockets) -> None:
+    def __init__(self, card: str, agent: str, start: Start, sockets: CardSockets, starter: CardStarter) -> None:
         self.card = card
-        self.silence_s = 0.0
+        self.silence_s = self.stalled_s = 0.0
         self._agent, self._start = agent, start
         self._sockets = sockets
         self._looked_s = time.monotonic()
@@ -116,34 +120,24 @@ class CardClient:
         self.controller_key, controller_secret = zmq.curve_keypair()
         public_key, secret_key = zmq.curve_keypair()
         sockets.allow(agent, public_key)
-        self._messages, messages = sockets.socket(zmq.DEALER, agent, controller_secret, "127.0.0.1")
-        self._heartbeats, heartbeats = sockets.socket(zmq.PULL, agent, controller_secret, "127.0.0.1")
+        self._messages, messages = sockets.socket(zmq.DEALER, agent, controller_secret, starter.address)
+        self._heartbeats, heartbeats = sockets.socket(zmq.PULL, agent, controller_secret, starter.address)
         sockets.watch(self._messages, agent)
-        log_level = logging.getLogger("nanovllm").getEffectiveLevel()
-        contact = encode(Contact(card, messages, heartbeats, self.controller_key, public_key, secret_key, log_level))
+        contact = Contact(
+            card,
+            messages,
+            heartbeats,
+            self.controller_key,
+            public_key,
+            secret_key,
+            starter.controller_timeout_s,
+            logging.getLogger("nanovllm").getEffectiveLevel(),
+        )
         try:
-            self._link, self._process = self._start_process(contact)
-        except OSError as error:
+            self._process = starter.start(start.device_index, card, encode(contact))
+        except ClusterError:
             self._close_sockets()
-            raise ClusterError(f"a process for {card} cannot be started: {error}") from error
-        self._end_of_link = select.poll()  # unlike `select.select`, it takes descriptors above 1023
-        self._end_of_link.register(self._link, select.POLLIN)
-        self.pid = self._process.pid
-
-    def _start_process(self, contact: bytes) -> tuple[socket.socket, subprocess.Popen[bytes]]:
-        """Starts the process, and gives it the contact through the link to it, which is returned."""
-        link, theirs = socket.socketpair()
-        with theirs:
-            try:
-                process = subprocess.Popen(
-                    _command_line(), stdin=theirs.fileno(), start_new_session=True, env=_environment()
-                )
-            except OSError:
-                link.close()
-                raise
-        with contextlib.suppress(BrokenPipeError):  # it is gone already, as the next look says
-            link.sendall(len(contact).to_bytes(4, "little") + contact)
-        return link, process
+            raise
 
     def send(self, command: Command) -> None:
         """Sends without waiting. A message to a process that is gone is dropped."""
@@ -175,7 +169,11 @@ class CardClient:
         return reports
 
     def is_gone(self) -> bool:
-        """Whether the process has ended. Also counts `silence_s`."""
+        """Whether the process has ended. Also counts `silence_s`.
+
+        Raises:
+            ClusterError: the process says what cannot be understood.
+        """
         now_s = time.monotonic()
         if self._is_gone or now_s - self._looked_s < LEAST_LOOK_S:
             return self._is_gone
@@ -183,29 +181,23 @@ class CardClient:
         self._looked_s = now_s
         with contextlib.suppress(zmq.Again):
             while True:
-                self._heartbeats.recv(zmq.NOBLOCK)
+                self.stalled_s = decode_heartbeat(self._heartbeats.recv(zmq.NOBLOCK)).stalled_s
                 self.silence_s = 0.0
-        self._is_gone = bool(self._end_of_link.poll(0))  # nothing is ever sent, so that this is its end
+        self._is_gone = self._process.has_ended()
         self._gone_s = now_s
         return self._is_gone
 
     def may_have_sent_more(self) -> bool:
         """Whether what the process, which is gone, has said before its end may still be on the way."""
-        status = self._process.poll()
-        was_killed = status is not None and status < 0  # and has said nothing of it
-        return not was_killed and time.monotonic() - self._gone_s < LAST_MESSAGES_S
+        return not self._process.was_killed() and time.monotonic() - self._gone_s < LAST_MESSAGES_S
 
     def is_reaped(self) -> bool:
         """Whether the process, which is gone or was killed, has left nothing behind on its device."""
-        return self._process.poll() is not None
+        return self._process.is_reaped()
 
     def how_it_ended(self) -> str:
         """How the process has ended, in words; does not wait for it."""
-        status = self._process.poll()
-        if status is None:
-            return "its process has closed its end and has not ended; see its log"
-        how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
-        return f"its process has ended {how}; its log, on standard error, may say why"
+        return self._process.how_it_ended()
 
     def kill(self) -> None:
         """Ends the process, also one that is stopped or hangs; waits for nothing. Its sockets are closed."""
@@ -216,12 +208,12 @@ class CardClient:
     def hang_up(self) -> None:
         """Tells the process to end; waits for nothing."""
         self._is_gone = True
-        self._link.close()
+        self._process.hang_up()
 
     def close(self) -> None:
         """Ends the process and waits for it, but not for ever. A second call does nothing."""
-        self.hang_up()
-        await_end(self._process, f"the process of {self.card}", CLOSE_TIMEOUT_S)
+        self._is_gone = True
+        self._process.close()
         self._close_sockets()
 
     def _close_sockets(self) -> None:
@@ -239,13 +231,3 @@ class CardClient:
             )
         self._has_greeted = True
         self.send(self._start)
-
-
-def _environment() -> dict[str, str]:
-    """NIXL's transport, UCX, listens on this host alone, and what it sends is not encrypted."""
-    return {"UCX_NET_DEVICES": "lo", **os.environ}
-
-
-def _command_line() -> list[str]:
-    code = f"import sys; sys.path[:] = {sys.path!r}; from nanovllm.engine.distributed import card_process"
-    return [sys.executable, "-c", f"{code}; card_process.main()"]

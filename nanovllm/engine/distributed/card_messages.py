@@ -26,7 +26,8 @@ MAX_DIMENSIONS = 2
 class Contact(msgspec.Struct, array_like=True, frozen=True):
     """What a process needs to reach its controller: ZMQ endpoints, and keys of CURVE in Z85.
 
-    Only the two of them have these keys: whoever else connects can neither speak nor listen.
+    Only the two of them have these keys: whoever else connects can neither speak nor listen. A process ends by itself
+    when it has not heard its controller for `controller_timeout_s`, if that is not 0.
     """
 
     card: str
@@ -35,6 +36,7 @@ class Contact(msgspec.Struct, array_like=True, frozen=True):
     controller_key: bytes
     public_key: bytes
     secret_key: bytes
+    controller_timeout_s: float
     log_level: int
 
 
@@ -55,9 +57,13 @@ class Start(msgspec.Struct, array_like=True, frozen=True, tag="start"):
 
 
 class AddPeer(msgspec.Struct, array_like=True, frozen=True, tag="add peer"):
-    """Another card, to which blocks may be pushed from now on: NIXL's metadata of its agent, and where its pool is."""
+    """Another card, to which blocks may be pushed from now on: NIXL's metadata of its agent, and where its pool is.
+
+    `host` is that of `Ready`.
+    """
 
     agent: str
+    host: str
     metadata: bytes
     pool_address: int
     pool_device: int
@@ -106,7 +112,13 @@ class CancelExpected(msgspec.Struct, array_like=True, frozen=True, tag="cancel e
     number: int
 
 
-Command = Start | AddPeer | RemovePeer | Launch | Push | Expect | CancelExpected
+class Ping(msgspec.Struct, array_like=True, frozen=True, tag="ping"):
+    """Asks for the card's clock; when it was sent, by the controller's."""
+
+    sent_s: float
+
+
+Command = Start | AddPeer | RemovePeer | Launch | Push | Expect | CancelExpected | Ping
 
 
 # From a card to the controller
@@ -132,13 +144,33 @@ class Geometry(msgspec.Struct, array_like=True, frozen=True):
     mixed_sizes: list[int]
 
 
+class Heartbeat(msgspec.Struct, array_like=True, frozen=True):
+    """The process runs; for how many seconds the thread that runs steps has been in one turn of its loop."""
+
+    stalled_s: float
+
+
 class Ready(msgspec.Struct, array_like=True, frozen=True, tag="ready"):
-    """The model is loaded: the card's geometry, and what others need to reach its pool, as of `AddPeer`."""
+    """The model is loaded: the card's geometry, and what others need to reach its pool, as of `AddPeer`.
+
+    `host` names the host as it runs now, `hostname` and `device` are for people.
+    """
 
     geometry: Geometry
+    pid: int
+    host: str
+    hostname: str
+    device: str
     metadata: bytes
     pool_address: int
     pool_device: int
+
+
+class Pong(msgspec.Struct, array_like=True, frozen=True, tag="pong"):
+    """Answers a `Ping` with its moment, and the card's `time.perf_counter()`."""
+
+    sent_s: float
+    card_s: float
 
 
 class StepEnded(msgspec.Struct, array_like=True, frozen=True, tag="ended"):
@@ -208,7 +240,17 @@ class CardFailed(msgspec.Struct, array_like=True, frozen=True, tag="card failed"
 
 
 Report = (
-    Hello | Ready | StepEnded | StepFailed | Sent | SendFailed | Arrived | ArrivalFailed | InvalidMessage | CardFailed
+    Hello
+    | Ready
+    | Pong
+    | StepEnded
+    | StepFailed
+    | Sent
+    | SendFailed
+    | Arrived
+    | ArrivalFailed
+    | InvalidMessage
+    | CardFailed
 )
 
 
@@ -243,9 +285,10 @@ _encode = msgspec.msgpack.Encoder(enc_hook=_as_columns).encode
 _decode_command = msgspec.msgpack.Decoder(Command, dec_hook=_as_array).decode
 _decode_report = msgspec.msgpack.Decoder(Report, dec_hook=_as_array).decode
 _decode_contact = msgspec.msgpack.Decoder(Contact).decode
+_decode_heartbeat = msgspec.msgpack.Decoder(Heartbeat).decode
 
 
-def encode(message: Command | Report | Contact) -> bytes:
+def encode(message: Command | Report | Contact | Heartbeat) -> bytes:
     return _encode(message)
 
 
@@ -275,3 +318,15 @@ def decode_report(data: bytes) -> Report:
 
 def decode_contact(data: bytes) -> Contact:
     return _decode_contact(data)
+
+
+def decode_heartbeat(data: bytes) -> Heartbeat:
+    """A card's heartbeat.
+
+    Raises:
+        ClusterError: it is none of this version.
+    """
+    try:
+        return _decode_heartbeat(data)
+    except msgspec.DecodeError as error:
+        raise ClusterError(f"{len(data)} bytes from a card are no heartbeat of {VERSION!r}: {error}") from None

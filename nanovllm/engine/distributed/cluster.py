@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections import abc
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from nanovllm.config import EngineConfig
 from nanovllm.engine.distributed.card_client import CardSockets
+from nanovllm.engine.distributed.card_local import LocalStarter
+from nanovllm.engine.distributed.card_starter import CardStarter
 from nanovllm.engine.distributed.remote_card import START_TIMEOUT_S, RemoteDevice, RemoteRunner, blocks_of
 from nanovllm.engine.execution.runner_spec import RunnerSpec
-from nanovllm.errors import ClusterError
+from nanovllm.errors import ClusterError, ConfigError
 
 CARD_OPTIONS = (
     "max_num_batched_tokens",
@@ -40,11 +45,13 @@ class Cluster:
     Attributes:
         prefill, decode: their runners, by role.
         sockets: holds the sockets to them.
+        starter: starts their processes.
     """
 
     prefill: list[RemoteRunner]
     decode: list[RemoteRunner]
     sockets: CardSockets
+    starter: CardStarter
 
     @property
     def runners(self) -> list[RemoteRunner]:
@@ -57,9 +64,34 @@ class Cluster:
         for runner in self.runners:
             runner.close_workers()
         self.sockets.close()
+        self.starter.close()
 
 
-def start_cluster(config: EngineConfig, spec: RunnerSpec, kind: str) -> Cluster:
+def make_starter(config: EngineConfig) -> CardStarter:
+    """What starts the cards of a cluster: `local` on this host, `ray` on the hosts that Ray has.
+
+    Raises:
+        ConfigError: there are fewer devices than cards.
+        BackendUnavailableError: Ray is not installed.
+        ClusterError: Ray cannot be reached, or has no place for the cards.
+    """
+    num_cards = config.prefill_cards + config.decode_cards
+    if config.cluster == "ray":
+        from nanovllm.engine.distributed.card_ray import RayStarter
+
+        return RayStarter(config.device, num_cards, config.card_timeout_s)
+    num_gpus = torch.cuda.device_count()
+    if config.device == "cpu" or (config.device == "auto" and not num_gpus):
+        return LocalStarter("cpu")
+    if num_cards > num_gpus:
+        raise ConfigError(
+            f"prefill_cards={config.prefill_cards} and decode_cards={config.decode_cards} are {num_cards} cards, torch "
+            f"sees {num_gpus} GPUs; pass fewer, or device='cpu' to try it on processes of the CPU"
+        )
+    return LocalStarter("cuda")
+
+
+def start_cluster(config: EngineConfig, spec: RunnerSpec, starter: CardStarter) -> Cluster:
     """Starts a process for each card, and waits until all are ready.
 
     Raises:
@@ -67,13 +99,16 @@ def start_cluster(config: EngineConfig, spec: RunnerSpec, kind: str) -> Cluster:
         ClusterError: a process ended without a reason, or cards have unlike blocks.
     """
     options: dict[str, Any] = {name: getattr(config, name) for name in CARD_OPTIONS}
-    options["device"] = kind
+    options["device"] = starter.kind
+    model = str(spec.folder.absolute())
+    if config.cluster == "ray" and not os.path.isdir(config.model):  # other hosts have it somewhere else
+        model, options["revision"] = config.model, config.revision
     sockets, push_numbers = CardSockets(), itertools.count(1)
-    cluster = Cluster([], [], sockets)
+    cluster = Cluster([], [], sockets, starter)
     try:
         for index in range(config.prefill_cards + config.decode_cards):
-            device = RemoteDevice(kind, index)
-            runner = RemoteRunner(device, spec, str(spec.folder), options, sockets, push_numbers, config.card_timeout_s)
+            device = RemoteDevice(starter.kind, index, starter.name_of(index))
+            runner = RemoteRunner(device, spec, model, options, sockets, starter, push_numbers, config.card_timeout_s)
             (cluster.prefill if index < config.prefill_cards else cluster.decode).append(runner)
         _await_ready(cluster.runners)
         check_blocks(cluster.runners)

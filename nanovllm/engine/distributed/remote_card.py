@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from nanovllm.engine.distributed.card_client import CardClient, CardSockets
+from nanovllm.engine.distributed.card_clock import CardClock, host_id
 from nanovllm.engine.distributed.card_messages import (
     AddPeer,
     ArrivalFailed,
@@ -27,6 +28,8 @@ from nanovllm.engine.distributed.card_messages import (
     Geometry,
     InvalidMessage,
     Launch,
+    Ping,
+    Pong,
     Push,
     Ready,
     RemovePeer,
@@ -37,6 +40,7 @@ from nanovllm.engine.distributed.card_messages import (
     StepEnded,
     StepFailed,
 )
+from nanovllm.engine.distributed.card_starter import CardStarter
 from nanovllm.engine.distributed.messages import Failure
 from nanovllm.engine.execution.kv_transfer import TransferHandle
 from nanovllm.engine.execution.prefill_layout import PrefillLayout
@@ -65,13 +69,20 @@ CLOCK_REST_S = 200e-6
 
 @dataclass(frozen=True)
 class RemoteDevice(Device):
-    """A device of another process, of which nothing is asked here."""
+    """A device of another process, of which nothing is asked here.
+
+    Attributes:
+        index: of the card.
+        name: of the card.
+    """
+
+    name: str
 
     def lost_reason(self) -> str | None:
         return None
 
     def __str__(self) -> str:
-        return f"card {self.index} ({self.kind}:{self.index})" if self.is_cuda else f"card {self.index}"
+        return self.name
 
 
 class CardState(Enum):
@@ -109,6 +120,7 @@ class RemoteStep:
         self.failure: Exception | None = None
         self._runner = runner
         self._ended: StepEnded | None = None
+        self._offset_s = 0.0
 
     @property
     def event(self) -> RemoteStep:
@@ -144,15 +156,15 @@ class RemoteStep:
         return StepTokens(ended.after_chunks, ended.after_decode, ended.in_prompts)
 
     def moments(self) -> tuple[float, float]:
-        """When the step began and ended: processes of one host have one clock. One that has not run took no time."""
+        """When the step began and ended, by this host's clock. One that has not run took no time."""
         if self._ended is None:
             now_s = time.perf_counter()
             return now_s, now_s
-        return self._ended.began_s, self._ended.ended_s
+        return self._ended.began_s - self._offset_s, self._ended.ended_s - self._offset_s
 
     def take(self, report: StepEnded | StepFailed) -> None:
         if isinstance(report, StepEnded):
-            self._ended = report
+            self._ended, self._offset_s = report, self._runner.clock.offset_s
         else:
             self.failure = error_of(report.failure, self._runner.device)
 
@@ -169,6 +181,7 @@ class RemotePush:
         self.arrived: Arrived | ArrivalFailed | None = None
         self._source, self._target = source, target
         self._agents = source.agent, target.agent
+        self._offset_s = 0.0
 
     @property
     def cards(self) -> tuple[RemoteRunner, RemoteRunner]:
@@ -204,13 +217,15 @@ class RemotePush:
             )
 
     def moments(self) -> tuple[float, float] | None:
-        return (self.sent.began_s, self.sent.ended_s) if isinstance(self.sent, Sent) else None
+        if not isinstance(self.sent, Sent):
+            return None
+        return self.sent.began_s - self._offset_s, self.sent.ended_s - self._offset_s
 
     def take(self, report: Sent | SendFailed | Arrived | ArrivalFailed) -> None:
         if isinstance(report, (Arrived, ArrivalFailed)):
             self.arrived = report
             return
-        self.sent = report
+        self.sent, self._offset_s = report, self._source.clock.offset_s
         if isinstance(report, SendFailed):
             self._target.send_if_same(self._agents[1], CancelExpected(self.number))
 
@@ -247,6 +262,7 @@ class RemoteRunner:
         model: the checkpoint's folder.
         options: of an engine, for the process.
         sockets: makes the sockets.
+        starter: starts the process.
         push_numbers: gives every push of the cluster a number.
         silence_timeout_s: seconds of silence after which the process is taken for hung, and killed.
 
@@ -255,6 +271,7 @@ class RemoteRunner:
         reason: why it was lost, the last time; empty if it never was.
         agent: the name of the process among those of all cards, now and before.
         pushes: pushes to and from this card that are not over, by number.
+        clock: that of the card's host.
     """
 
     arrivals = None
@@ -267,6 +284,7 @@ class RemoteRunner:
         model: str,
         options: dict[str, Any],
         sockets: CardSockets,
+        starter: CardStarter,
         push_numbers: abc.Iterator[int],
         silence_timeout_s: float,
     ) -> None:
@@ -275,8 +293,9 @@ class RemoteRunner:
         self.state = CardState.STARTING
         self.reason = ""
         self.pushes: dict[int, RemotePush] = {}
+        self.clock = CardClock(is_ours=True)
         self._model, self._options = model, dict(options)
-        self._sockets = sockets
+        self._sockets, self._starter = sockets, starter
         self._push_numbers = push_numbers
         self._silence_timeout_s = silence_timeout_s
         self._ready: Ready | None = None
@@ -291,6 +310,12 @@ class RemoteRunner:
         self._start()
 
     # What a card is
+
+    @property
+    def ready(self) -> Ready:
+        """What the process has said of itself when it was ready."""
+        assert self._ready is not None, f"{self.device} has not been ready yet"
+        return self._ready
 
     @property
     def geometry(self) -> Geometry:
@@ -312,8 +337,8 @@ class RemoteRunner:
 
     @property
     def pid(self) -> int:
-        """The id of the process."""
-        return self._client.pid
+        """The id of the process on its host, once it has been up."""
+        return self.ready.pid
 
     def may_run(self, agent: str) -> bool:
         """Whether the process of this name may still touch its device, or is not yet known to be gone."""
@@ -385,8 +410,8 @@ class RemoteRunner:
 
     def add_peer(self, other: RemoteRunner) -> None:
         """Tells the card of another one's process, which is up."""
-        assert other._ready is not None, "it is up"
-        self.send(AddPeer(other.agent, other._ready.metadata, other._ready.pool_address, other._ready.pool_device))
+        there = other.ready
+        self.send(AddPeer(other.agent, there.host, there.metadata, there.pool_address, there.pool_device))
 
     # Whether it is there
 
@@ -426,6 +451,11 @@ class RemoteRunner:
                     self._lose(self._client.how_it_ended())
             elif self._client.silence_s > self._silence_timeout():
                 self._lose(f"its process has said nothing for {self._client.silence_s:.1f} s")
+            elif self.is_up and self._client.stalled_s > self.spec.step_timeout_s:
+                limit = f"step_timeout_s={self.spec.step_timeout_s}"
+                self._lose(f"its process runs, and has stood still for {self._client.stalled_s:.1f} s ({limit})")
+            elif self.is_up and self.clock.wants_ping(time.perf_counter()):
+                self._client.send(Ping(time.perf_counter()))
         except ClusterError as error:
             self._failure = error
             self._lose(str(error))
@@ -490,7 +520,7 @@ class RemoteRunner:
         self._ready, self._is_noted = None, False
         self.pushes.clear()
         start = Start(self._model, self._options, self.device.kind, self.device.index, self.agent)
-        self._client = CardClient(str(self.device), self.agent, start, self._sockets)
+        self._client = CardClient(str(self.device), self.agent, start, self._sockets, self._starter)
 
     def _silence_timeout(self) -> float:
         return self._silence_timeout_s if self.state is CardState.UP else START_TIMEOUT_S
@@ -521,6 +551,8 @@ class RemoteRunner:
             push = self.pushes.pop(report.number, None)
             if push is not None:
                 push.take(report)
+        elif isinstance(report, Pong):
+            self.clock.learn(report.sent_s, report.card_s, time.perf_counter())
         elif isinstance(report, Ready):
             self._came_up(report)
         elif isinstance(report, CardFailed):
@@ -555,5 +587,9 @@ class RemoteRunner:
             prefill_sizes=geometry.prefill_sizes,
             mixed_sizes=geometry.mixed_sizes,
         )
+        self.clock = CardClock(is_ours=ready.host == host_id())
+        if self.clock.wants_ping(time.perf_counter()):  # before the first step, whose moments need it
+            self._client.send(Ping(time.perf_counter()))
         self._ready_s = time.monotonic()
         self.state = CardState.UP
+        logger.info("%s is up: process %d on %s, %s", self.device, ready.pid, ready.hostname, ready.device)
