@@ -118,7 +118,7 @@ def simulate_cards(contacts: Any, step_s: float, max_rows: int) -> None:
             if isinstance(command, Start):
                 card.agent = command.agent
                 by_agent[card.agent] = card
-                card.send(Ready(card.geometry(), 0, host_id(), "", "simulated", b"", 0, 0))
+                card.send(Ready(card.geometry(), 0, host_id(), "", "simulated", {}, b"", 0, 0))
             elif isinstance(command, Launch):
                 began_s = max(card.free_s, now_s)
                 prefill = command.task.prefill

@@ -64,7 +64,11 @@ def runs(monkeypatch) -> Callable[[str], None]:
 
 def make_client(sockets: CardSockets) -> CardClient:
     return CardClient(
-        "card 0", "card 0 of start 1", Start("model", {}, "cpu", 0, "card 0 of start 1"), sockets, LocalStarter("cpu")
+        "card 0",
+        "card 0 of start 1",
+        Start("model", {}, "cpu", 0, "card 0 of start 1", False),
+        sockets,
+        LocalStarter("cpu"),
     )
 
 
@@ -225,7 +229,7 @@ def test_a_card_that_comes_back_with_another_pool_is_refused(sockets, runs, othe
     runner = make_runner(sockets)
     runner._geometry = geometry(10, 512)
     with pytest.raises(ClusterError, match=r"card 0 had 10 blocks of 16 tokens in 512 bytes, and has "):
-        runner._came_up(Ready(geometry(*other), 1, "host", "name", "cpu:0", b"", 0, 0))
+        runner._came_up(Ready(geometry(*other), 1, "host", "name", "cpu:0", {}, b"", 0, 0))
     assert not runner.is_up
     runner.give_up("the test ends")
     runner.close_workers()

@@ -130,9 +130,7 @@ def _text_parts(
 
 def _build_cluster(config: EngineConfig, folder: Path, hf_config: dict[str, Any], tracer: Tracer | None) -> EngineParts:
     """An engine whose cards are processes of their own."""
-    missing = [name for name in ("zmq", "msgspec", "nixl_cu13") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise BackendUnavailableError(f"a cluster needs {', '.join(missing)}; pip install nanovllm[cluster]")
+    check_cluster_packages()
     from nanovllm.engine.distributed.cluster import make_starter, start_cluster
 
     starter = make_starter(config)
@@ -298,6 +296,17 @@ def resolve_devices(config: EngineConfig) -> tuple[Device, Device]:
     if config.tensor_parallel_size > 1:
         device = Device(device.kind, 0)
     return device, device
+
+
+def check_cluster_packages() -> None:
+    """Checks that what a cluster needs is installed.
+
+    Raises:
+        BackendUnavailableError: a package is missing.
+    """
+    missing = [name for name in ("zmq", "msgspec", "nixl_cu13") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BackendUnavailableError(f"a cluster needs {', '.join(missing)}; pip install nanovllm[cluster]")
 
 
 def check_kv_of_cluster(spec: RunnerSpec) -> None:

@@ -20,26 +20,30 @@ class CardClock:
         is_ours: whether the card is on this host.
 
     Attributes:
+        num_round_trips: how many there were.
         offset_s: seconds by which the card's clock is ahead.
-        round_trip_s: seconds of the round trip that says so; 0 on this host.
+        round_trip_s: seconds of the shortest round trip; 0 before the first one.
     """
 
     def __init__(self, *, is_ours: bool) -> None:
         self.offset_s = self.round_trip_s = 0.0
-        self._is_ours = is_ours
+        self.is_ours = is_ours
+        self.num_round_trips = 0
         self._pinged_s: float | None = None
         self._kept: deque[tuple[float, float]] = deque(maxlen=NUM_KEPT)
 
     def wants_ping(self, now_s: float) -> bool:
         """Whether a round trip is due, which then counts as begun."""
-        if self._is_ours or (self._pinged_s is not None and now_s - self._pinged_s < PING_S):
+        if self.is_ours or (self._pinged_s is not None and now_s - self._pinged_s < PING_S):
             return False
         self._pinged_s = now_s
         return True
 
     def learn(self, sent_s: float, card_s: float, received_s: float) -> None:
         """Takes in a round trip: when it began and ended here, and the moment on the card in between."""
-        self._kept.append((received_s - sent_s, card_s - (sent_s + received_s) / 2))
+        ahead_s = 0.0 if self.is_ours else card_s - (sent_s + received_s) / 2
+        self.num_round_trips += 1
+        self._kept.append((received_s - sent_s, ahead_s))
         self.round_trip_s, self.offset_s = min(self._kept)
 
 

@@ -46,7 +46,8 @@ class Contact(msgspec.Struct, array_like=True, frozen=True):
 class Start(msgspec.Struct, array_like=True, frozen=True, tag="start"):
     """The first message: which model to load, with which options of an engine, on which device.
 
-    `agent` is the name by which other cards know this process; that of a process started later is another one.
+    `agent` is the name by which other cards know this process; that of a process started later is another one. An empty
+    `model` is the demo model, wherever the card's host has it. `explains_transports` lets it answer `AskTransports`.
     """
 
     model: str
@@ -54,6 +55,7 @@ class Start(msgspec.Struct, array_like=True, frozen=True, tag="start"):
     device_kind: str
     device_index: int
     agent: str
+    explains_transports: bool
 
 
 class AddPeer(msgspec.Struct, array_like=True, frozen=True, tag="add peer"):
@@ -118,7 +120,11 @@ class Ping(msgspec.Struct, array_like=True, frozen=True, tag="ping"):
     sent_s: float
 
 
-Command = Start | AddPeer | RemovePeer | Launch | Push | Expect | CancelExpected | Ping
+class AskTransports(msgspec.Struct, array_like=True, frozen=True, tag="ask transports"):
+    """Asks how blocks have been pushed from here."""
+
+
+Command = Start | AddPeer | RemovePeer | Launch | Push | Expect | CancelExpected | Ping | AskTransports
 
 
 # From a card to the controller
@@ -153,7 +159,7 @@ class Heartbeat(msgspec.Struct, array_like=True, frozen=True):
 class Ready(msgspec.Struct, array_like=True, frozen=True, tag="ready"):
     """The model is loaded: the card's geometry, and what others need to reach its pool, as of `AddPeer`.
 
-    `host` names the host as it runs now, `hostname` and `device` are for people.
+    `host` names the host as it runs now; `hostname`, `device` and `about`, with versions of packages, are for people.
     """
 
     geometry: Geometry
@@ -161,6 +167,7 @@ class Ready(msgspec.Struct, array_like=True, frozen=True, tag="ready"):
     host: str
     hostname: str
     device: str
+    about: dict[str, str]
     metadata: bytes
     pool_address: int
     pool_device: int
@@ -171,6 +178,12 @@ class Pong(msgspec.Struct, array_like=True, frozen=True, tag="pong"):
 
     sent_s: float
     card_s: float
+
+
+class Transports(msgspec.Struct, array_like=True, frozen=True, tag="transports"):
+    """Answers `AskTransports`: what UCX writes blocks by, to processes `intra-node` (of this host) and `inter-node`."""
+
+    by_place: dict[str, list[str]]
 
 
 class StepEnded(msgspec.Struct, array_like=True, frozen=True, tag="ended"):
@@ -243,6 +256,7 @@ Report = (
     Hello
     | Ready
     | Pong
+    | Transports
     | StepEnded
     | StepFailed
     | Sent

@@ -9,14 +9,18 @@ import contextlib
 import ctypes
 import faulthandler
 import gc
+import importlib.metadata
 import logging
 import os
+import platform
 import signal
 import socket
 import threading
 import time
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +28,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from nanovllm.config import EngineConfig
+from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine.builder import check_fp8, runner_spec
 from nanovllm.engine.distributed.card_clock import host_id
 from nanovllm.engine.distributed.card_messages import (
@@ -31,6 +36,7 @@ from nanovllm.engine.distributed.card_messages import (
     AddPeer,
     ArrivalFailed,
     Arrived,
+    AskTransports,
     CancelExpected,
     CardFailed,
     Command,
@@ -52,11 +58,12 @@ from nanovllm.engine.distributed.card_messages import (
     Start,
     StepEnded,
     StepFailed,
+    Transports,
     decode_command,
     decode_contact,
     encode,
 )
-from nanovllm.engine.distributed.kv_nixl import KVAgent, NixlPush
+from nanovllm.engine.distributed.kv_nixl import KVAgent, NixlPush, log_transports, transports_in
 from nanovllm.engine.distributed.messages import Failure
 from nanovllm.engine.execution.step_handle import StepHandle
 from nanovllm.engine.model_runner import ModelRunner
@@ -64,6 +71,7 @@ from nanovllm.errors import ClusterError, HandoffError
 from nanovllm.utils.checkpoint import checkpoint_folder, read_json
 from nanovllm.utils.device import Device, DoneEvent
 from nanovllm.utils.process import end_process
+from nanovllm.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -114,13 +122,22 @@ class CardServer:
         agent: pushes blocks, and is notified of those that arrive.
         socket: to the controller.
         progress: is told of every turn.
+        ucx_log: the file that UCX writes its log to, None if it writes none.
     """
 
-    def __init__(self, runner: ModelRunner, agent: KVAgent, socket: zmq.Socket[bytes], progress: Progress) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        agent: KVAgent,
+        socket: zmq.Socket[bytes],
+        progress: Progress,
+        ucx_log: str | None,
+    ) -> None:
         self._runner = runner
         self._agent = agent
         self._socket = socket
         self._progress = progress
+        self._ucx_log = ucx_log
         self._host = host_id()
         self._host_of: dict[str, str] = {}
         """The hosts of the other cards, by agent."""
@@ -179,10 +196,18 @@ class CardServer:
             self._add_peer(command)
         elif isinstance(command, RemovePeer):
             self._remove_peer(command.agent)
+        elif isinstance(command, AskTransports):
+            self.send(Transports(self._transports()))
         elif isinstance(command, Ping):
             self.send(Pong(command.sent_s, time.perf_counter()))
         else:
             self.send(InvalidMessage("a card is started once"))
+
+    def _transports(self) -> dict[str, list[str]]:
+        if self._ucx_log is None:
+            return {}
+        ctypes.CDLL(None).fflush(None)  # UCX's log is a stream of the C library
+        return transports_in(Path(self._ucx_log).read_text(errors="replace"))
 
     # Steps
 
@@ -318,19 +343,40 @@ def _serve(messages: zmq.Socket[bytes], progress: Progress, device_index: int | 
     device = Device(start.device_kind, start.device_index if device_index is None else device_index)
     if device.is_cuda:
         torch.cuda.set_device(device.index)  # NIXL registers memory in the current device's context
-    config = EngineConfig.from_options(start.model, start.options)
+    config = EngineConfig.from_options(start.model or str(DEMO_MODEL_PATH), start.options)
     folder = checkpoint_folder(config.model, config.revision)
     spec = runner_spec(config, folder, read_json(folder, "config.json") or {}, device)
     check_fp8(spec.model_config, [device])
     max_prefill_tokens = config.max_num_batched_tokens
     runner = ModelRunner(spec, device, is_decode_runner=True, max_prefill_tokens=max_prefill_tokens)
+    ucx_log = None
+    if start.explains_transports:
+        ucx_log = f"/proc/self/fd/{os.memfd_create('ucx.log')}"  # which goes with this process
+        log_transports(ucx_log)
     agent = KVAgent(start.agent, runner.kv_pool, device)
     gc.freeze()  # what is loaded stays, and need not be looked through
-    server = CardServer(runner, agent, messages, progress)
-    where = os.getpid(), host_id(), socket.gethostname(), str(device)
+    server = CardServer(runner, agent, messages, progress, ucx_log)
+    where = os.getpid(), host_id(), socket.gethostname(), str(device), about_host(device)
     server.send(Ready(_geometry(runner), *where, agent.metadata, agent.pool_address, agent.pool_device))
     with torch.inference_mode():
         server.run()
+
+
+def about_host(device: Device) -> dict[str, str]:
+    """Versions of what has to be the same everywhere, and where the device is."""
+    found = {"nanovllm": __version__, "python": platform.python_version()}
+    found |= {name: importlib.metadata.version(name) for name in ("torch", "nixl-cu13")}
+    if device.is_cuda:
+        found["GPU"] = torch.cuda.get_device_name(device.index)
+        found["NUMA node"] = _numa_node(device.index)
+    return found
+
+
+def _numa_node(index: int) -> str:
+    card: Any = torch.cuda.get_device_properties(index)  # these three are missing in its types
+    address = f"{card.pci_domain_id:04x}:{card.pci_bus_id:02x}:{card.pci_device_id:02x}.0"
+    file = Path(f"/sys/bus/pci/devices/{address}/numa_node")
+    return file.read_text().strip() if file.exists() else "unknown"
 
 
 def _geometry(runner: ModelRunner) -> Geometry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import time
 from collections import abc
@@ -12,12 +13,15 @@ from typing import Any
 import torch
 
 from nanovllm.config import EngineConfig
+from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine.distributed.card_client import CardSockets
 from nanovllm.engine.distributed.card_local import LocalStarter
 from nanovllm.engine.distributed.card_starter import CardStarter
 from nanovllm.engine.distributed.remote_card import START_TIMEOUT_S, RemoteDevice, RemoteRunner, blocks_of
 from nanovllm.engine.execution.runner_spec import RunnerSpec
 from nanovllm.errors import ClusterError, ConfigError
+
+logger = logging.getLogger(__name__)
 
 CARD_OPTIONS = (
     "max_num_batched_tokens",
@@ -91,8 +95,16 @@ def make_starter(config: EngineConfig) -> CardStarter:
     return LocalStarter("cuda")
 
 
-def start_cluster(config: EngineConfig, spec: RunnerSpec, starter: CardStarter) -> Cluster:
+def start_cluster(
+    config: EngineConfig, spec: RunnerSpec, starter: CardStarter, *, explains_transports: bool = False
+) -> Cluster:
     """Starts a process for each card, and waits until all are ready.
+
+    Args:
+        config: the engine's options.
+        spec: of the model.
+        starter: starts the processes.
+        explains_transports: whether cards can be asked how they push blocks.
 
     Raises:
         ConfigError, ModelLoadError, OutOfKVCacheError, ...: what a card could not be made for.
@@ -101,17 +113,30 @@ def start_cluster(config: EngineConfig, spec: RunnerSpec, starter: CardStarter) 
     options: dict[str, Any] = {name: getattr(config, name) for name in CARD_OPTIONS}
     options["device"] = starter.kind
     model = str(spec.folder.absolute())
-    if config.cluster == "ray" and not os.path.isdir(config.model):  # other hosts have it somewhere else
+    if config.model == DEMO_MODEL_PATH:
+        model = ""
+    elif config.cluster == "ray" and not os.path.isdir(config.model):  # other hosts have it somewhere else
         model, options["revision"] = config.model, config.revision
     sockets, push_numbers = CardSockets(), itertools.count(1)
     cluster = Cluster([], [], sockets, starter)
     try:
         for index in range(config.prefill_cards + config.decode_cards):
             device = RemoteDevice(starter.kind, index, starter.name_of(index))
-            runner = RemoteRunner(device, spec, model, options, sockets, starter, push_numbers, config.card_timeout_s)
+            runner = RemoteRunner(
+                device,
+                spec,
+                model,
+                options,
+                sockets,
+                starter,
+                push_numbers,
+                config.card_timeout_s,
+                explains_transports=explains_transports,
+            )
             (cluster.prefill if index < config.prefill_cards else cluster.decode).append(runner)
         _await_ready(cluster.runners)
         check_blocks(cluster.runners)
+        warn_of_versions(cluster.runners)
         for one, other in itertools.permutations(cluster.runners, 2):
             one.add_peer(other)
     except BaseException:
@@ -128,6 +153,22 @@ def _await_ready(runners: list[RemoteRunner]) -> None:
             for runner in [runner for runner in runners if not runner.is_up]:
                 runner.give_up(f"it was not ready within {START_TIMEOUT_S:.0f} s")
         time.sleep(1e-3)
+
+
+def warn_of_versions(runners: abc.Sequence[RemoteRunner]) -> None:
+    """Warns of cards whose versions of torch or NIXL are not those of the first."""
+    for other in runners[1:]:
+        unlike = unlike_versions(runners[0].ready.about, other.ready.about)
+        if unlike:
+            logger.warning("%s and %s have unlike versions: %s", runners[0].device, other.device, unlike)
+
+
+def unlike_versions(first: abc.Mapping[str, str], other: abc.Mapping[str, str]) -> str:
+    """What two cards have in unlike versions, in words; empty for nothing."""
+    names = ("nanovllm", "torch", "nixl-cu13", "GPU")
+    return ", ".join(
+        f"{name} {first.get(name)} and {other.get(name)}" for name in names if first.get(name) != other.get(name)
+    )
 
 
 def check_blocks(runners: abc.Sequence[RemoteRunner]) -> None:

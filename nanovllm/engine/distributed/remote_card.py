@@ -22,6 +22,7 @@ from nanovllm.engine.distributed.card_messages import (
     AddPeer,
     ArrivalFailed,
     Arrived,
+    AskTransports,
     CancelExpected,
     CardFailed,
     Expect,
@@ -39,6 +40,7 @@ from nanovllm.engine.distributed.card_messages import (
     Start,
     StepEnded,
     StepFailed,
+    Transports,
 )
 from nanovllm.engine.distributed.card_starter import CardStarter
 from nanovllm.engine.distributed.messages import Failure
@@ -265,6 +267,7 @@ class RemoteRunner:
         starter: starts the process.
         push_numbers: gives every push of the cluster a number.
         silence_timeout_s: seconds of silence after which the process is taken for hung, and killed.
+        explains_transports: whether the process can be asked for `transports`.
 
     Attributes:
         state: whether the card is there.
@@ -272,6 +275,7 @@ class RemoteRunner:
         agent: the name of the process among those of all cards, now and before.
         pushes: pushes to and from this card that are not over, by number.
         clock: that of the card's host.
+        transports: what UCX writes into other processes' memory by, as of `Transports`, once asked for and answered.
     """
 
     arrivals = None
@@ -287,6 +291,8 @@ class RemoteRunner:
         starter: CardStarter,
         push_numbers: abc.Iterator[int],
         silence_timeout_s: float,
+        *,
+        explains_transports: bool = False,
     ) -> None:
         self.device = device
         self.spec = spec
@@ -294,6 +300,8 @@ class RemoteRunner:
         self.reason = ""
         self.pushes: dict[int, RemotePush] = {}
         self.clock = CardClock(is_ours=True)
+        self.transports: dict[str, list[str]] | None = None
+        self._explains_transports = explains_transports
         self._model, self._options = model, dict(options)
         self._sockets, self._starter = sockets, starter
         self._push_numbers = push_numbers
@@ -413,6 +421,14 @@ class RemoteRunner:
         there = other.ready
         self.send(AddPeer(other.agent, there.host, there.metadata, there.pool_address, there.pool_device))
 
+    def ping(self) -> None:
+        """Begins a round trip, of which `clock` learns."""
+        self._client.send(Ping(time.perf_counter()))
+
+    def ask_transports(self) -> None:
+        """Asks for `transports`."""
+        self._client.send(AskTransports())
+
     # Whether it is there
 
     @property
@@ -455,7 +471,7 @@ class RemoteRunner:
                 limit = f"step_timeout_s={self.spec.step_timeout_s}"
                 self._lose(f"its process runs, and has stood still for {self._client.stalled_s:.1f} s ({limit})")
             elif self.is_up and self.clock.wants_ping(time.perf_counter()):
-                self._client.send(Ping(time.perf_counter()))
+                self.ping()
         except ClusterError as error:
             self._failure = error
             self._lose(str(error))
@@ -519,7 +535,9 @@ class RemoteRunner:
         self.state, self._failure = CardState.STARTING, None
         self._ready, self._is_noted = None, False
         self.pushes.clear()
-        start = Start(self._model, self._options, self.device.kind, self.device.index, self.agent)
+        start = Start(
+            self._model, self._options, self.device.kind, self.device.index, self.agent, self._explains_transports
+        )
         self._client = CardClient(str(self.device), self.agent, start, self._sockets, self._starter)
 
     def _silence_timeout(self) -> float:
@@ -551,6 +569,8 @@ class RemoteRunner:
             push = self.pushes.pop(report.number, None)
             if push is not None:
                 push.take(report)
+        elif isinstance(report, Transports):
+            self.transports = report.by_place
         elif isinstance(report, Pong):
             self.clock.learn(report.sent_s, report.card_s, time.perf_counter())
         elif isinstance(report, Ready):
@@ -589,7 +609,7 @@ class RemoteRunner:
         )
         self.clock = CardClock(is_ours=ready.host == host_id())
         if self.clock.wants_ping(time.perf_counter()):  # before the first step, whose moments need it
-            self._client.send(Ping(time.perf_counter()))
+            self.ping()
         self._ready_s = time.monotonic()
         self.state = CardState.UP
         logger.info("%s is up: process %d on %s, %s", self.device, ready.pid, ready.hostname, ready.device)
