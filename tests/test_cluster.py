@@ -147,7 +147,7 @@ def test_a_prompt_goes_where_its_beginning_is(llm):
 
 
 def test_a_step_that_fails_ends_its_request_alone(llm, checkpoint, monkeypatch):
-    """Its task is one that the card cannot run; others of its steps are recomputed."""
+    """Its task is one that the card cannot run; others of its steps are recomputed, and none of them is blamed."""
     _, reference = checkpoint("gqa2")
     prompts = tiny.random_prompts(3, seed=45)
     bad = list(range(40, 80))
@@ -167,10 +167,15 @@ def test_a_step_that_fails_ends_its_request_alone(llm, checkpoint, monkeypatch):
 
     for runner in llm._runners:
         spoil(runner)
-    ids = [llm.add_request(prompt, GREEDY) for prompt in prompts]
-    good = drain(llm, steps_overlap=True)
+    blamed, fail = [], llm._outputs.fail
+    monkeypatch.setattr(
+        llm._outputs, "fail", lambda seq, error, **options: (blamed.append(seq.request_id), fail(seq, error, **options))
+    )
+    ids = [llm.add_request(prompt, GREEDY) for prompt in prompts[:2]]
     failing = llm.add_request(bad, GREEDY)
-    outputs = drain(llm, steps_overlap=True)
+    ids.append(llm.add_request(prompts[2], GREEDY))
+    outputs = good = drain(llm, steps_overlap=True)
+    assert blamed == [failing, failing]
     assert outputs[failing][-1].finish_reason == "error"
     assert re.match(r"RuntimeError on card \d: ", str(outputs[failing][-1].error))
     assert all(card.is_up for card in llm.scheduler.cards)

@@ -15,7 +15,7 @@ from nanovllm.engine.mailbox import Abort, Mailbox, NewRequest
 from nanovllm.engine.observer import Observer
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.runners import Runners
-from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduler import STEPS_AHEAD, Scheduler
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.step import PrefillChunk, Step
 from nanovllm.engine.step_listeners import StepListeners
@@ -155,11 +155,15 @@ class Loop:
     def launch_steps(self) -> bool:
         """Launches every step that a card can be given now. Returns whether there was one."""
         launched, self._launch_at_s, before = False, math.inf, {id(work) for work in self._steps}
+        is_remote, ended = self._card_watch.has_cards, None
         for card in self._scheduler.cards:
+            if is_remote and self._steps.num_on(card) >= STEPS_AHEAD:
+                continue  # of many cards most are as far ahead as they may be
             # Else hardly anyone can become ready meanwhile, and nobody waits for the next token.
             if self._scheduler.has_streamed_requests:
-                # Looked at for each card: a launch takes some time.
-                ended = {work.step.card for work in self._steps.ended() if id(work) in before}
+                # Looked at for each card: a launch takes some time. What remote cards say is taken in elsewhere.
+                if ended is None or not is_remote:
+                    ended = {work.step.card for work in self._steps.ended() if id(work) in before}
                 if ended - {card} and card not in self._passed_over:
                     # Their tokens come first, but not time and again: the other card's steps may be short.
                     self._passed_over.add(card)
@@ -270,6 +274,7 @@ class Loop:
             counters.decode_steps += 1
             counters.decode_tokens += step.decode.num_live
             self._scheduler.decode_done(step)
+            self._scheduler.step_worked(step)
             self._outputs.take_decoded_tokens(step, tokens.after_decode)
 
     def _tell_step_times(self) -> None:

@@ -147,7 +147,7 @@ class CardClient:
 
     def has_messages(self) -> bool:
         """Whether `receive` would find something."""
-        return not self._messages.closed and bool(self._messages.poll(0))
+        return not self._messages.closed and bool(int(self._messages.get(zmq.EVENTS)) & zmq.POLLIN)
 
     def receive(self) -> list[Report]:
         """All that has come.

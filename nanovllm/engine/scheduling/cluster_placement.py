@@ -30,12 +30,16 @@ class ClusterPlacement(Placement):
         super().__init__(prefill_cards[0], decode_cards[0])
         self.prefill_cards = prefill_cards
         self.decode_cards = decode_cards
+        self._prefills = frozenset(prefill_cards)
         self.cards = [*decode_cards, *prefill_cards]
         self._looked_up: tuple[Sequence, int, dict[Card, int]] | None = None
         """The request last looked up in the prefix caches, its length, and how many of its tokens each card lacks."""
 
     def decodes(self, card: Card) -> bool:
         return True
+
+    def may_prefill(self, card: Card, seq: Sequence) -> bool:
+        return seq.failures > 0 or card in self._prefills or not self._prefill_cards_for(seq, time.monotonic())
 
     def places_of(self, seq: Sequence, sizes: Mapping[Card, StepSize], others: OtherPrompts) -> Places:
         decode_cards = _able(self.decode_cards, seq) or _able(self.prefill_cards, seq) or self.decode_cards
@@ -44,11 +48,7 @@ class ClusterPlacement(Placement):
             return self._is_full(seq, card), sizes[card].context + self._num_lacking(seq, card)
 
         decode, now_s = min(decode_cards, key=decode_cost), time.monotonic()
-        prefill_cards = [
-            card
-            for card in _able(self.prefill_cards, seq)
-            if not card.breaker.is_open or card.breaker.allows_trial(now_s)
-        ]
+        prefill_cards = self._prefill_cards_for(seq, now_s)
         if seq.failures or not prefill_cards:
             return Places(decode, decode)
 
@@ -57,6 +57,13 @@ class ClusterPlacement(Placement):
             return self._is_full(seq, card), before + self._num_lacking(seq, card)
 
         return Places(min(prefill_cards, key=prefill_cost), decode)
+
+    def _prefill_cards_for(self, seq: Sequence, now_s: float) -> list[Card]:
+        return [
+            card
+            for card in _able(self.prefill_cards, seq)
+            if not card.breaker.is_open or card.breaker.allows_trial(now_s)
+        ]
 
     def prefill_began(self, lease: Lease) -> None:
         breaker = lease.prefill.card.breaker
