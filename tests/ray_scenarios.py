@@ -20,6 +20,7 @@ from ray.cluster_utils import Cluster
 
 from nanovllm import LLM, ConfigError, SamplingParams
 from nanovllm.engine.distributed import card_clock, remote_card
+from nanovllm.entrypoints.cluster_doctor import examine_cluster
 from tests import tiny
 
 OPTIONS = {"device": "cpu", "cluster": "ray", "num_kvcache_blocks": 200, "verify_kv_handoff": True}
@@ -100,7 +101,20 @@ def two_hosts(folder: str) -> dict[str, Any]:
     return found
 
 
+def gpus(folder: str) -> dict[str, Any]:
+    """Two GPUs of one host."""
+    ray.init("local", include_dashboard=False, logging_level="WARNING")
+    options = {**OPTIONS, "device": "cuda", "dtype": "float32", "kvcache_block_size": 16}
+    found: dict[str, Any] = {}
+    with LLM(folder, **options) as llm:
+        found["tokens"] = tokens_of(llm, 6)
+        found["devices"] = [runner.ready.device for runner in llm._runners]
+    findings = list(examine_cluster("ray", 1, 1, "cuda"))
+    found["pairs"] = [finding.found for finding in findings if " to " in finding.check]
+    return found
+
+
 if __name__ == "__main__":
-    scenario = {"one_host": one_host, "two_hosts": two_hosts}[sys.argv[1]]
+    scenario = {"one_host": one_host, "two_hosts": two_hosts, "gpus": gpus}[sys.argv[1]]
     sys.stdout.write(f"\n{json.dumps(scenario(sys.argv[2]))}\n")
     sys.stdout.flush()

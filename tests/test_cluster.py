@@ -504,6 +504,10 @@ def test_a_card_that_ends_before_it_greets_is_an_error(tiny_path, monkeypatch):
         ({"cluster": "local", "enable_two_gpu_pd": True}, "enable_two_gpu_pd=True exclude each other"),
         ({"cluster": "local", "tensor_parallel_size": 2}, "tensor_parallel_size=2 exclude each other"),
         ({"cluster": "local", "kv_handoff": "copy"}, "kv_handoff given with cluster='local'"),
+        (
+            {"cluster": "local", "card_roles": "elastic"},
+            "card_roles given with cluster='local': its cards have",
+        ),
         ({"cluster": "local", "card_timeout_s": 0}, "card_timeout_s=0 is not a positive number"),
         ({"cluster": "local", "device": "cuda:1"}, "names one GPU"),
         ({"cluster": "local", "kv_cache_dtype": "fp8"}, "each card would calibrate its own"),
