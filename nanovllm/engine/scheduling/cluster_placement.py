@@ -44,8 +44,10 @@ class ClusterPlacement(Placement):
     def places_of(self, seq: Sequence, sizes: Mapping[Card, StepSize], others: OtherPrompts) -> Places:
         decode_cards = _able(self.decode_cards, seq) or _able(self.prefill_cards, seq) or self.decode_cards
 
+        lacking = self._tokens_lacking(seq)
+
         def decode_cost(card: Card) -> tuple[bool, int]:
-            return self._is_full(seq, card), sizes[card].context + self._num_lacking(seq, card)
+            return _is_full(card, lacking[card]), sizes[card].context + lacking[card]
 
         decode, now_s = min(decode_cards, key=decode_cost), time.monotonic()
         prefill_cards = self._prefill_cards_for(seq, now_s)
@@ -54,7 +56,7 @@ class ClusterPlacement(Placement):
 
         def prefill_cost(card: Card) -> tuple[bool, float]:
             before = others.tokens_left.get(card, 0.0) + others.tokens_in_flight.get(card, 0.0)
-            return self._is_full(seq, card), before + self._num_lacking(seq, card)
+            return _is_full(card, lacking[card]), before + lacking[card]
 
         return Places(min(prefill_cards, key=prefill_cost), decode)
 
@@ -95,23 +97,24 @@ class ClusterPlacement(Placement):
     def words_for_recovered(self) -> str:
         return "all cards work again"
 
-    def _num_lacking(self, seq: Sequence, card: Card) -> int:
-        """Tokens of the request that the card's prefix cache lacks.
+    def _tokens_lacking(self, seq: Sequence) -> dict[Card, int]:
+        """Tokens of the request that each card's prefix cache lacks.
 
         Looked up once for the request that waits first: for each step anew it would take too long.
         """
         if self._looked_up is None or self._looked_up[:2] != (seq, seq.num_tokens):
-            most, block_size = min(seq.num_tokens - 1, seq.num_reported_tokens), card.block_manager.block_size
+            most = min(seq.num_tokens - 1, seq.num_reported_tokens)
             lacking = {
-                each: seq.num_tokens - len(each.block_manager.match_prefix(seq, most)) * block_size
-                for each in self.cards
+                card: seq.num_tokens - len(card.block_manager.match_prefix(seq, most)) * card.block_manager.block_size
+                for card in self.cards
             }
             self._looked_up = seq, seq.num_tokens, lacking
-        return self._looked_up[2][card]
+        return self._looked_up[2]
 
-    def _is_full(self, seq: Sequence, card: Card) -> bool:
-        pool = card.block_manager
-        return pool.blocks_for(self._num_lacking(seq, card)) > pool.num_free_blocks
+
+def _is_full(card: Card, num_tokens: int) -> bool:
+    pool = card.block_manager
+    return pool.blocks_for(num_tokens) > pool.num_free_blocks
 
 
 def _able(cards: list[Card], seq: Sequence) -> list[Card]:
