@@ -198,9 +198,10 @@ def draw_controller() -> None:
         rates.plot(cards, [row["decode_steps_per_s_and_card"] / most for row in rows], "o-", label=label)
     costs.set(xscale="log", ylabel="us of the loop per step", ylim=(0, None))
     rates.set(xscale="log", ylabel="share of the steps that a card could run", ylim=(0, 1.05))
+    counts = sorted({row["cards"] for result in found for row in result["results"]})
     for axes in (costs, rates):
         axes.set_xlabel("cards")
-        axes.set_xticks(cards, [str(count) for count in cards])
+        axes.set_xticks(counts, [str(count) for count in counts])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
