@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ import ray
 import zmq
 from ray.cluster_utils import Cluster
 
-from nanovllm import LLM, ConfigError, SamplingParams
+from nanovllm import LLM, AsyncLLM, ConfigError, SamplingParams
 from nanovllm.engine.distributed import card_clock, remote_card
 from nanovllm.entrypoints.cluster_doctor import examine_cluster
 from tests import tiny
@@ -72,8 +73,19 @@ def one_host(folder: str) -> dict[str, Any]:
         await_all(llm)
         found["actor"], found["went_with_it"] = first.reason, not os.path.exists(f"/proc/{pid}")
         pids = [runner.pid for runner in llm._runners]
+    found["tokens_async"] = asyncio.run(served(folder))
     found["left"] = [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
     return found
+
+
+async def served(folder: str) -> list[list[int]]:
+    """By an engine in a process of its own, the server's way. It starts a Ray of its own."""
+    async with AsyncLLM(folder, **OPTIONS) as llm:
+
+        async def tokens(prompt: list[int]) -> list[int]:
+            return [token async for output in llm.generate(prompt, GREEDY) for token in output.new_token_ids]
+
+        return await asyncio.gather(*(tokens(prompt) for prompt in tiny.random_prompts(6, seed=61)))
 
 
 def two_hosts(folder: str) -> dict[str, Any]:

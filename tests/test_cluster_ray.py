@@ -85,6 +85,7 @@ def test_cards_of_one_host(expected):
     assert "its process has ended by SIGKILL" in found["killed"]
     assert "its actor is gone" in found["actor"]
     assert found["went_with_it"], "an actor that is gone leaves no process on the device"
+    assert found["tokens_async"] == tokens[6]
     assert found["left"] == []
 
 
