@@ -57,7 +57,7 @@ def measure_decode(backend: Backend, block_size: int) -> Iterator[Measured]:
             calls = []
             for _ in range(num_copies):
                 query, pool, metadata = decode_problem(lengths, num_heads, 8, block_size)
-                split = backend.split_work(metadata, num_heads, 8)  # made once per step
+                split = backend.split_work(metadata, num_heads, pool)  # made once per step
                 metadata = replace(metadata, work_split=split)
                 calls.append(partial(backend.attend, query, pool, metadata, 0.09))
             moved = sum(lengths) * 2 * 8 * 128 * 2
@@ -65,12 +65,13 @@ def measure_decode(backend: Backend, block_size: int) -> Iterator[Measured]:
 
 
 def measure_prefill(backend: Backend, block_size: int) -> Iterator[Measured]:
-    for num_heads, prompts in ((32, [8192]), (32, [1024] * 8), (16, [8192])):
+    for num_heads, prompts in ((32, [2048]), (32, [8192]), (32, [32768]), (32, [1024] * 8), (16, [8192])):
         _, pool, decode = decode_problem(prompts, num_heads, 8, block_size)
         lengths = torch.tensor(prompts, dtype=torch.int32)
         starts = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).cuda()
         slots = torch.zeros(sum(prompts), dtype=torch.int64, device="cuda")
         metadata = replace(decode, query_starts=starts, max_query_len=max(prompts), slot_mapping=slots)
+        metadata = replace(metadata, work_split=backend.split_work(metadata, num_heads, pool))
         query = random_normal(sum(prompts), num_heads, 128)
         flops = sum(4 * num_heads * 128 * length**2 / 2 for length in prompts)
         name = f"prefill attention, {len(prompts)} x {prompts[0]}, GQA {num_heads // 8}"
@@ -92,7 +93,7 @@ def measure_chunks(backend: Backend, block_size: int) -> Iterator[Measured]:
             max_query_len=num_tokens,
             slot_mapping=torch.zeros(num_tokens, dtype=torch.int64, device="cuda"),
         )
-        metadata = replace(metadata, work_split=backend.split_work(metadata, num_heads, 8))
+        metadata = replace(metadata, work_split=backend.split_work(metadata, num_heads, pool))
         query = random_normal(num_tokens, num_heads, 128)
         flops = 4 * num_heads * 128 * num_tokens * (context - num_tokens / 2)
         name = f"attention of {num_tokens} tokens behind {context - num_tokens}, GQA {num_heads // 8}"
@@ -219,7 +220,7 @@ def measure_fp8_kv(backend: Backend, block_size: int) -> Iterator[Measured]:
             calls = []
             for _ in range(4):  # so many that no cache holds them all
                 query, pool, metadata = decode_problem(lengths, 32, 8, block_size, has_fp8_kv=has_fp8_kv)
-                metadata = replace(metadata, work_split=backend.split_work(metadata, 32, 8, has_fp8_kv=has_fp8_kv))
+                metadata = replace(metadata, work_split=backend.split_work(metadata, 32, pool))
                 of_pool = scales if has_fp8_kv else None
                 calls.append(partial(backend.attend, query, pool, metadata, 0.09, None, of_pool))
             both_us.append(time_us(*calls))

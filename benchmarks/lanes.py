@@ -33,7 +33,7 @@ def attention(batch: int, context: int, shape: str, num_sms: int) -> Work:
     for _ in range(NUM_COPIES):
         query, pool, metadata = decode_problem([context] * batch, heads, 8, 64)
         metadata = replace(metadata, num_sms=num_sms)
-        problems.append((query, pool, replace(metadata, work_split=backend.split_work(metadata, heads, 8)), 0.09))
+        problems.append((query, pool, replace(metadata, work_split=backend.split_work(metadata, heads, pool)), 0.09))
     return lambda turn: backend.attend(*problems[turn % NUM_COPIES])
 
 

@@ -21,7 +21,7 @@ PEERS_TOKENS_PER_S = {"nano-vllm": 17_982, "vLLM 0.24": 22_205}
 
 def results(benchmark: str, files: str = "*.json") -> list[dict[str, Any]]:
     """The results of one benchmark, by file name."""
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(files))]
+    found = [{"file": path.stem, **json.loads(path.read_text())} for path in sorted(RESULTS.glob(files))]
     return [result for result in found if result["benchmark"] == benchmark]
 
 
@@ -110,6 +110,31 @@ def draw_sweep(shape: str, workload: str, sweep: list[dict[str, Any]]) -> None:
         axes.legend(fontsize=8)
     figure.suptitle(f"{shape}, {workload}\n{'; '.join(sorted({where(result) for result in sweep}))}", fontsize=9)
     save(figure, f"online_{shape}_{workload}.png")
+
+
+def draw_two_cards() -> None:
+    """Good share and TTFT against the rate, a line for each mode; a row of panels for each load."""
+    for result in results("two_cards"):
+        steady = [row for row in result["loads"] if "+" not in row["load"]]
+        names = list(dict.fromkeys(row["load"].rpartition(":")[0] for row in steady))
+        figure, panels = plt.subplots(len(names), 2, figsize=(9, 3.4 * len(names)), squeeze=False)
+        for name, (good, ttft) in zip(names, panels, strict=True):
+            for mode in result["modes"]:
+                rows = [row for row in steady if row["load"].rpartition(":")[0] == name and row["mode"] == mode]
+                rows.sort(key=lambda row: float(row["load"].rpartition(":")[2]))
+                rates = [float(row["load"].rpartition(":")[2]) for row in rows]
+                good.plot(rates, [row["good_share"] for row in rows], "o-", label=mode)
+                ttft.plot(rates, [row["ttft_ms"]["p50"] for row in rows], "o-", label=mode)
+            limits = f"TTFT {result['ttft_limit_ms']:g} ms, ITL {result['itl_limit_ms']:g} ms"
+            good.set(xlabel="requests per second", ylabel=f"share of good requests\n({limits})", ylim=(0, 1.05))
+            ttft.set(xlabel="requests per second", ylabel="TTFT p50, ms")
+            ttft.set_ylim(bottom=0)
+            good.set_title(Path(name).stem, fontsize=9)
+            for axes in (good, ttft):
+                axes.grid(alpha=0.3)
+                axes.legend(fontsize=8)
+        figure.suptitle(f"{result['model_shape']}, {where(result)}", fontsize=9)
+        save(figure, f"{result['file']}.png")
 
 
 def draw_handoff() -> None:
@@ -213,6 +238,7 @@ if __name__ == "__main__":
     draw_offline()
     draw_decode_latency()
     draw_online()
+    draw_two_cards()
     draw_handoff()
     draw_interference()
     draw_pipeline()

@@ -115,7 +115,7 @@ def test_contexts_are_divided_into_pieces(monkeypatch, spans, num_sms, num_split
     shape = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "block_size": 64}
     case = make_case(spans, device="cpu", dtype=dtype, **shape)
     case = replace(case, metadata=replace(case.metadata, num_sms=num_sms))
-    plan = Backend().split_work(case.metadata, 4, 2)
+    plan = Backend().split_work(case.metadata, 4, case.kv_cache)
     case = replace(case, metadata=replace(case.metadata, work_split=plan))
     most_pieces = triton_attention._most_tiles(case.metadata) + 2 * num_sms
     pieces = plan[1 : 1 + 7 * most_pieces].view(7, -1)[:, : plan[0]].T.tolist()
@@ -137,7 +137,7 @@ def test_prompts_of_many_tiles_have_a_program_for_each(monkeypatch, dtype):
     monkeypatch.setattr(triton_attention, "MOST_PLANNED_TILES", 2)
     shape = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "block_size": 32}
     case = make_case(PREFILL, device="cpu", dtype=dtype, **shape)
-    assert len(Backend().split_work(case.metadata, 8, 2)) == len(PREFILL) + 1
+    assert len(Backend().split_work(case.metadata, 8, case.kv_cache)) == len(PREFILL) + 1
     assert relative_error(Backend(), case) < TOLERANCE[dtype]
 
 
@@ -368,7 +368,7 @@ def test_prompts_on_fp8_kv_are_divided_into_pieces(monkeypatch):
     shape = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "block_size": 64, "has_fp8_kv": True}
     case = make_case([(70, 1800), (5, 300), (64, 64)], device="cpu", dtype=torch.float16, **shape)
     case = replace(case, metadata=replace(case.metadata, num_sms=16))
-    plan = case.split(Backend(), case.metadata, 4, 2)
+    plan = case.split(Backend(), case.metadata, 4)
     assert plan[0] > 4
     for _ in range(2):
         assert relative_error(Backend(), replace(case, metadata=replace(case.metadata, work_split=plan))) < 2e-3

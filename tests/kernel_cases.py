@@ -41,8 +41,8 @@ class Case:
         heads = self.qkv, *self.weights, 1e-6, self.positions, *self.tables
         return backend.norm_rotate_store(*heads, kv_cache, slots, self.kv_scales)
 
-    def split(self, backend: Kernels, metadata: AttentionMetadata, *heads: int) -> torch.Tensor | None:
-        return backend.split_work(metadata, *heads, has_fp8_kv=self.kv_scales is not None)
+    def split(self, backend: Kernels, metadata: AttentionMetadata, num_heads: int) -> torch.Tensor | None:
+        return backend.split_work(metadata, num_heads, self.kv_cache)
 
     def expected(self, query: torch.Tensor, kv_cache: torch.Tensor, scale: float) -> torch.Tensor:
         """Attention of `query` to the numbers that are stored in `kv_cache`, in float64."""
@@ -191,7 +191,7 @@ def mixed_error(
     """The error of attention in a step with both parts: by two calls, for rows of these contexts, of which the last
     `num_empty_rows` that there is room for have none, and for chunks, against the reference's one call for all."""
     case = make_case([*((1, context) for context in rows), *chunks], **shape)
-    head_dim, num_kv_heads, whole = shape["head_dim"], shape["num_kv_heads"], case.metadata
+    head_dim, whole = shape["head_dim"], case.metadata
     num_rows = len(rows) + num_empty_rows
     assert num_rows <= len(case.positions)
     device = torch.device(shape["device"])
@@ -217,9 +217,9 @@ def mixed_error(
         decode_stream=decode_stream,
     )
     if with_split:
-        heads = shape["num_heads"], num_kv_heads
-        decode = replace(decode, work_split=case.split(backend, decode, *heads))
-        metadata = replace(metadata, work_split=case.split(backend, metadata, *heads), decode=decode)
+        num_heads = shape["num_heads"]
+        decode = replace(decode, work_split=case.split(backend, decode, num_heads))
+        metadata = replace(metadata, work_split=case.split(backend, metadata, num_heads), decode=decode)
     # Behind the split, whose kernel must not come right before those of attention.
     query = case.store(backend, case.kv_cache)
     expected = case.expected(query, case.kv_cache, head_dim**-0.5)

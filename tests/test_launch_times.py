@@ -118,7 +118,7 @@ class Clock:
         self.idle_s.append(max(0.0, self.now_s - self.free_s))
         self.free_s = max(self.now_s, self.free_s) + STEP_S * self.rng.gauss(1, 0.01)
         self.steps.put(Work(self, self.now_s, self.free_s))
-        self.times.launched(self.card, before, began_s)
+        self.times.launched(self.card, before, self.now_s - began_s)
 
     def run(self, num_steps: int) -> None:
         """A step is collected when it has ended, and the next one is launched when it is time."""
@@ -194,7 +194,7 @@ def test_behind_a_step_that_has_ended_there_is_no_wait(monkeypatch):
     clock.launch()
     clock.now_s = clock.free_s
     assert clock.times.next_on(clock.card) == AT_ONCE
-    clock.times.launched(clock.card, clock.steps.on(clock.card), clock.now_s)
+    clock.times.launched(clock.card, clock.steps.on(clock.card), 0.0)
     assert clock.counters.late_launches == 0, "it was not put off"
 
 
@@ -286,6 +286,102 @@ def test_tokens_are_taken_in_before_a_launch_on_another_card(checkpoint, timed_s
         while len(ended_at_launch) < 60:
             llm.step()
     assert sum(map(bool, ended_at_launch)) < 6
+
+
+@pytest.fixture
+def long_to_form(checkpoint, timed_steps, monkeypatch):
+    """Two cards and four requests of which each decodes two; forming a step of the first card lasts until the step in
+    flight on the second has ended. Gives the engine, the reference, the prompts, and what happens to steps."""
+    path, reference = checkpoint("gqa2")
+    prompts = tiny.random_prompts(4, seed=91, longest=12)
+    with LLM(path, device="cpu", enable_two_gpu_pd=True, card_roles="elastic") as llm:
+        llm.scheduler.placement.shares_prompts = False
+        for prompt in prompts:
+            llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))
+        events: list[tuple[str, Card]] = []
+        slow, _ = llm.scheduler.cards
+        schedule, collect = llm.scheduler.schedule, llm._loop._collect
+
+        def form(card, *rest):
+            step = schedule(card, *rest)
+            if card is slow and step is not None and step.decode:
+                events.append(("formed", card))
+                others = [work for work in llm._steps if work.step.card is not card]
+                while others and not others[0].handle.is_done():
+                    time.sleep(1e-4)
+            return step
+
+        def take_in(work):
+            events.append(("taken in", work.step.card))
+            collect(work)
+
+        monkeypatch.setattr(llm.scheduler, "schedule", form)
+        monkeypatch.setattr(llm._loop, "_collect", take_in)
+        for runner in llm._runners:
+
+            def launch(step, launch=runner.launch):
+                events.append(("launched", step.card))
+                return launch(step)
+
+            monkeypatch.setattr(runner, "launch", launch)
+        yield llm, reference, prompts, events
+
+
+def test_tokens_of_another_card_come_between_the_parts_of_a_launch(long_to_form):
+    llm, reference, prompts, events = long_to_form
+    slow, other = llm.scheduler.cards
+    tokens: dict[int, list[int]] = {}
+    while not llm.is_finished():
+        for output in llm.step():
+            tokens.setdefault(output.request_id, []).extend(output.new_token_ids)
+    assert [tokens[number] for number in sorted(tokens)] == [tiny.reference_tokens(reference, p, 30) for p in prompts]
+    between = []
+    for index in [index for index, event in enumerate(events) if event == ("formed", slow)]:
+        between.append(events[index : events.index(("launched", slow), index)])
+    assert any(("taken in", other) in part for part in between)
+    llm.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("how", ["abort", "interrupt"])
+def test_a_step_that_is_formed_and_not_launched_when_its_request_ends(long_to_form, monkeypatch, how):
+    llm, reference, prompts, _ = long_to_form
+    tokens: dict[int, list[int]] = {}
+
+    def step():
+        for output in llm.step():
+            tokens.setdefault(output.request_id, []).extend(output.new_token_ids)
+
+    while llm._steps.formed is None or not llm._steps.formed.step.decode:
+        step()
+    row = next(iter(llm._steps.formed.step.decode))
+    left = set(range(4))
+    if how == "abort":
+        llm.abort(row.seq.request_id)
+        left.remove(row.seq.request_id)
+    else:
+        watch = llm._loop._card_watch
+        monkeypatch.setattr(watch, "look", interrupted(watch.look))
+        with pytest.raises(KeyboardInterrupt):
+            llm.step()
+        assert llm._steps.formed is None
+    while not llm.is_finished():
+        step()
+    for number in left:
+        assert tokens[number] == tiny.reference_tokens(reference, prompts[number], 30)
+    llm.scheduler.check_integrity()
+    assert all(card.block_manager.num_held_blocks == 0 for card in llm.scheduler.cards)
+
+
+def interrupted(work: Callable[[], None]) -> Callable[[], None]:
+    """The same, which is interrupted the first time."""
+    interrupts = [KeyboardInterrupt()]
+
+    def interruptible() -> None:
+        if interrupts:
+            raise interrupts.pop()
+        work()
+
+    return interruptible
 
 
 def test_a_prefill_step_is_launched_after_a_decode_step_that_it_would_make_late(checkpoint, timed_steps, monkeypatch):

@@ -6,7 +6,9 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +19,12 @@ from nanovllm.kernels import (
     cuda_all_reduce,
     cuda_gemm,
     cuda_layer_flags,
+    cuda_prefill_attention,
     resolve_backend,
     unsupported_reasons,
 )
+from nanovllm.utils import nvrtc
+from tests.kernel_cases import make_case
 
 triton = pytest.importorskip("triton")
 SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -357,6 +362,73 @@ def test_gemms_of_lanes_compile_without_a_gpu(width, cluster, gated, dtype):
     compile_or_skip(cuda_gemm._compiled, width, cluster, stages, gated, dtype)
     # Barriers take two words a stage.
     assert cuda_gemm.OTHER_BYTES + stages * (cuda_gemm._stage_bytes(width) + 16) <= SHARED_MEMORY_BYTES[90]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("head_dim", "block_size"), [(128, 64), (64, 16), (128, 96)])
+def test_prefill_attention_compiles_without_a_gpu(head_dim, block_size, dtype):
+    compile_or_skip(cuda_prefill_attention._compiled, dtype, head_dim, block_size)
+    assert cuda_prefill_attention.shared_bytes(head_dim) + 256 <= SHARED_MEMORY_BYTES[90]  # barriers take up to 256
+
+
+def test_which_steps_large_tiles_are_for(monkeypatch):
+    """A full tile of 128 queries of a head for each SM, of a type that the kernel is for, on Hopper."""
+    monkeypatch.setattr(cuda_prefill_attention, "_is_hopper", lambda _: True)
+    monkeypatch.setattr(cuda_prefill_attention, "_can_load", lambda *_: True)
+
+    def can_serve(num_tokens: int, num_heads: int = 8, dtype: torch.dtype = torch.bfloat16, **options: Any) -> bool:
+        num_rows = options.pop("num_rows", 0)
+        shape = {"num_heads": num_heads, "num_kv_heads": num_heads // 4, "head_dim": 64, "block_size": 64}
+        case = make_case([(num_tokens, num_tokens)], device="cpu", dtype=dtype, **(shape | options))
+        metadata = case.metadata
+        if num_rows:
+            rows = replace(metadata, context_lens=torch.zeros(num_rows, dtype=torch.int32), max_query_len=1)
+            metadata = replace(metadata, decode=rows)
+        return cuda_prefill_attention.can_serve(metadata, num_heads, case.kv_cache, 8)
+
+    assert can_serve(128)
+    assert can_serve(128, dtype=torch.float16)
+    assert can_serve(128, head_dim=128)
+    assert can_serve(64, num_heads=16)
+    assert not can_serve(127)
+    assert not can_serve(128, num_heads=4)
+    assert not can_serve(128, dtype=torch.float32)
+    assert not can_serve(128, has_fp8_kv=True)
+    assert not can_serve(128, head_dim=96)
+    assert can_serve(200, num_rows=72)
+    assert not can_serve(199, num_rows=72), "all rows may be in use"
+    monkeypatch.setattr(cuda_prefill_attention, "_is_hopper", lambda _: False)
+    assert not can_serve(128)
+
+
+def test_a_driver_that_refuses_the_kernel_leaves_prompts_to_triton(monkeypatch, caplog):
+    def refuse(*_: object) -> None:
+        raise BackendUnavailableError("cuModuleLoadData failed: injected")
+
+    monkeypatch.setattr(cuda_prefill_attention, "_kernels", refuse)
+    variant = torch.device("cpu"), torch.bfloat16, 128, 4096  # which no other test asks for: the answer is kept
+    assert not cuda_prefill_attention._can_load(*variant)
+    assert not cuda_prefill_attention._can_load(*variant)
+    assert [record.message for record in caplog.records] == [
+        "the attention of prompts runs in Triton: cuModuleLoadData failed: injected"
+    ]
+
+
+def test_what_is_compiled_is_kept_on_disk(monkeypatch, tmp_path, caplog):
+    pytest.importorskip("cuda.bindings.nvrtc")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = 'extern "C" __global__ void nothing() {}'
+    compile_or_skip(nvrtc.compile_source, source, "nothing.cu", "sm_90")
+    (kept,) = (tmp_path / "nanovllm" / "kernels").iterdir()
+    kept.write_bytes(b"as it was kept")
+    assert nvrtc.compile_source(source, "nothing.cu", "sm_90") == b"as it was kept"
+    compile_or_skip(nvrtc.compile_source, source, "nothing.cu", "sm_80")
+    compile_or_skip(nvrtc.compile_source, source + "\n", "nothing.cu", "sm_90")
+    assert not caplog.records
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    compile_or_skip(nvrtc.compile_source, source, "nothing.cu", "sm_90")
+    assert "compiled kernels cannot be kept" in caplog.text
 
 
 def test_tiles_are_as_wide_as_makes_whole_turns():

@@ -109,7 +109,7 @@ class CardWatch:
         """
         runner, card = self._runners[work.step.card], work.step.card
         failed, *later = self._steps.drop_on(card)
-        assert failed is work, "steps of a card end in the order of their launch"
+        assert failed is work.step, "steps of a card end in the order of their launch"
         runner.forget_device_batch()
         for chunk in work.step.chunks:
             if chunk.seq.lease is chunk.lease and chunk.lease.crosses:
@@ -120,7 +120,7 @@ class CardWatch:
             logger.warning("a step of %d requests on %s failed (%s)", work.step.num_requests, card, error)
         else:
             self._outputs.fail(at_fault, error, blames_card=False)
-        self._scheduler.steps_lost([other.step for other in later])
+        self._scheduler.steps_lost(later)
 
     def _poll(self, timeout_ms: int) -> None:
         """Takes in what cards have said, and notices now and then which are gone or silent."""
@@ -148,7 +148,7 @@ class CardWatch:
 
     def _lost(self, card: Card, runner: RemoteRunner) -> None:
         logger.warning("%s is lost: its requests are recomputed on other cards", card)
-        self._scheduler.card_lost(card, [work.step for work in self._steps.drop_on(card)])
+        self._scheduler.card_lost(card, self._steps.drop_on(card))
         runner.note_loss()
         for other in self._runners.values():
             if other is not runner:

@@ -33,10 +33,34 @@ class InFlight:
         return self.step.card, self.handle.stream
 
 
+@dataclass
+class FormedStep:
+    """A step that the scheduler has formed and that is about to be launched.
+
+    Attributes:
+        before: what was in flight on its card when it was formed.
+        took_s: seconds that forming and preparing it have taken so far.
+        is_prepared: whether its runner has done what can be done ahead of a launch.
+        has_given_way: whether its launch was put off once, for tokens of another card.
+    """
+
+    step: Step
+    before: list[InFlight]
+    took_s: float
+    is_prepared: bool = False
+    has_given_way: bool = False
+
+
 class StepsInFlight:
-    """The launched steps of all cards, in the order of their launch."""
+    """The launched steps of all cards, in the order of their launch.
+
+    Attributes:
+        formed: the step that is launched next, None if none is formed. Its requests and blocks are held as those of
+            steps in flight are, so that it goes when these are dropped.
+    """
 
     def __init__(self) -> None:
+        self.formed: FormedStep | None = None
         self._steps: list[InFlight] = []
         self._on: dict[Card, list[InFlight]] = {}
         self._last_end_s: dict[abc.Hashable, float] = {}
@@ -69,10 +93,13 @@ class StepsInFlight:
     def num_on(self, card: Card) -> int:
         return len(self._on.get(card, ()))
 
-    def drop_on(self, card: Card) -> list[InFlight]:
-        """Forgets and returns the steps of a card: nobody will collect them."""
-        dropped = self._on.pop(card, [])
+    def drop_on(self, card: Card) -> list[Step]:
+        """Forgets and returns the steps of a card, one that is formed among them: nobody will collect them."""
+        dropped = [work.step for work in self._on.pop(card, [])]
         self._steps = [work for work in self._steps if work.step.card is not card]
+        if self.formed is not None and self.formed.step.card is card:
+            dropped.append(self.formed.step)
+            self.formed = None
         return dropped
 
     def is_any_done(self) -> bool:
@@ -115,8 +142,8 @@ class StepsInFlight:
         return None
 
     def drop(self) -> list[InFlight]:
-        """Forgets and returns all steps: nobody will collect them."""
-        dropped, self._steps = self._steps, []
+        """Forgets all steps, and returns those that were launched: nobody will collect them."""
+        dropped, self._steps, self.formed = self._steps, [], None
         self._on.clear()
         return dropped
 

@@ -111,12 +111,12 @@ class LaunchTimes:
         """Whether a launch on the card that begins now would last beyond the moment of another one."""
         return time.perf_counter() + self._launch_s[card] > launch_at_s
 
-    def launched(self, card: Card, before: Sequence[InFlight], began_s: float) -> None:
-        """Notes that the card's next step has been launched; `before` was in flight when that began.
+    def launched(self, card: Card, before: Sequence[InFlight], took_s: float) -> None:
+        """Notes that the card's next step has been launched, which took the host so many seconds.
 
-        The launch itself takes time, so that only its end tells whether it came in time.
+        `before` was in flight when that began. The launch itself takes time, so that only its end tells whether it came
+        in time.
         """
-        took_s = time.perf_counter() - began_s
         self._launch_s[card] = max(took_s, self._launch_s[card] * (1 - CHANGE))
         is_late = card in self._put_off and all(work.handle.is_done() for work in before)
         self._put_off.discard(card)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 import traceback
+from collections.abc import Collection
 
 from nanovllm.engine.card_watch import CardWatch
 from nanovllm.engine.execution.step_handle import StepFailedError
 from nanovllm.engine.handoffs import Handoffs
-from nanovllm.engine.in_flight import InFlight, StepsInFlight
+from nanovllm.engine.in_flight import FormedStep, InFlight, StepsInFlight
 from nanovllm.engine.launch_times import LaunchTimes
 from nanovllm.engine.mailbox import Abort, Mailbox, NewRequest
 from nanovllm.engine.observer import Observer
@@ -91,9 +92,11 @@ class Loop:
         """One turn: launch what can be launched, else wait until something can be or has ended; collect what has."""
         self.take_in_mail()
         self._card_watch.look()
+        if self._card_watch.has_cards:
+            self.collect_steps()  # nothing more ends until the next look, so that launches need not give way
         launched = self.launch_steps()
         self._tell_step_times()
-        if not launched:
+        if not launched and self._steps.formed is None:
             self._listeners.time_wait(self._wait)
             if time.perf_counter() >= self._launch_at_s:
                 launched = self.launch_steps()
@@ -157,56 +160,104 @@ class Loop:
     # Steps
 
     def launch_steps(self) -> bool:
-        """Launches every step that a card can be given now. Returns whether there was one."""
-        launched, self._launch_at_s, before = False, math.inf, {id(work) for work in self._steps}
-        is_remote, ended = self._card_watch.has_cards, None
+        """Launches every step that a card can be given now. Returns whether there was one.
+
+        Where another card's step has ended meanwhile, the turn ends early, before or within a launch: its tokens come
+        first, but not time and again, since the other card's steps may be short.
+        """
+        self._launch_at_s, before = math.inf, {id(work) for work in self._steps}
+        launched = self._launch_formed(before)
         for card in self._scheduler.cards:
-            if is_remote and self._steps.num_on(card) >= STEPS_AHEAD:
+            if self._steps.formed is not None:
+                break
+            if self._card_watch.has_cards and self._steps.num_on(card) >= STEPS_AHEAD:
                 continue  # of many cards most are as far ahead as they may be
-            # Else hardly anyone can become ready meanwhile, and nobody waits for the next token.
-            if self._scheduler.has_streamed_requests:
-                # Looked at for each card: a launch takes some time. What remote cards say is taken in elsewhere.
-                if ended is None or not is_remote:
-                    ended = {work.step.card for work in self._steps.ended() if id(work) in before}
-                if ended - {card} and card not in self._passed_over:
-                    # Their tokens come first, but not time and again: the other card's steps may be short.
-                    self._passed_over.add(card)
-                    self._launch_times.excuse(card)
-                    continue
-                self._passed_over.discard(card)
-                launch_at_s = self._launch_times.next_on(card)
-                if launch_at_s > time.perf_counter():
-                    self._launch_at_s = min(self._launch_at_s, launch_at_s)
-                    continue
-            if self._launch_times.makes_late(card, self._launch_at_s):
-                continue  # the step that was put off is launched first, in its time
+            if not self._is_due(card, before):
+                continue
             works, began_s = self._steps.on(card), time.perf_counter()
             step = self._scheduler.schedule(card, [work.step for work in works], self._launch_times.free_in_s)
             if step is None:
                 self._launch_times.excuse(card)
             else:
-                launched = self._launch(step) or launched
-                self._launch_times.launched(card, works, began_s)
+                self._steps.formed = FormedStep(step, works, time.perf_counter() - began_s)
+                launched = self._launch_formed(before) or launched
         for seq in self._scheduler.get_outgrown_sequences():
             self._outputs.emit(seq)
         return launched
 
+    def _is_due(self, card: Card, before: Collection[int]) -> bool:
+        """Whether the card is given its next step now. `before` is what was in flight when the turn began."""
+        # Else hardly anyone can become ready meanwhile, and nobody waits for the next token.
+        if self._scheduler.has_streamed_requests:
+            # Looked at for each card: a launch takes some time.
+            if self._has_tokens_of_others(card, before) and card not in self._passed_over:
+                self._passed_over.add(card)
+                self._launch_times.excuse(card)
+                return False
+            self._passed_over.discard(card)
+            launch_at_s = self._launch_times.next_on(card)
+            if launch_at_s > time.perf_counter():
+                self._launch_at_s = min(self._launch_at_s, launch_at_s)
+                return False
+        # Else the step that was put off is launched first, in its time.
+        return not self._launch_times.makes_late(card, self._launch_at_s)
+
+    def _has_tokens_of_others(self, card: Card, before: Collection[int]) -> bool:
+        """Whether a step of another card that was in flight when the turn began has ended; of remote cards none has."""
+        if self._card_watch.has_cards:
+            return False
+        return any(work.step.card is not card and id(work) in before for work in self._steps.ended())
+
+    def _launch_formed(self, before: Collection[int]) -> bool:
+        """Prepares and launches the step that is formed, unless it gives way. Returns whether it was launched."""
+        if self._steps.formed is None or self._gives_way(before):
+            return False
+        formed, began_s = self._steps.formed, time.perf_counter()
+        step, runner, error = formed.step, self._runners[formed.step.card], None
+        if not formed.is_prepared:
+            try:
+                runner.prepare(step)
+                formed.is_prepared = True
+            except Exception as raised:  # noqa: BLE001 - as in `_launch`
+                error = raised
+            formed.took_s += time.perf_counter() - began_s
+            if error is None and self._gives_way(before):
+                return False
+            began_s = time.perf_counter()
+        self._steps.formed = None
+        launched = self._launch(step) if error is None else self._launch_failed(step, error)
+        self._launch_times.launched(step.card, formed.before, formed.took_s + time.perf_counter() - began_s)
+        return launched
+
+    def _gives_way(self, before: Collection[int]) -> bool:
+        """Whether the launch of the step that is formed waits for tokens of another card, which it does once."""
+        formed = self._steps.formed
+        assert formed is not None, "a step is formed"
+        if formed.has_given_way or not self._scheduler.has_streamed_requests:
+            return False
+        formed.has_given_way = self._has_tokens_of_others(formed.step.card, before)
+        return formed.has_given_way
+
     def _launch(self, step: Step) -> bool:
-        """Launches a step. If that fails, launches its halves, until the failing request is alone in a step."""
+        """Launches a step. Returns whether it, or a part of it, was launched."""
         runner, error, began_s = self._runners[step.card], None, time.perf_counter()
         try:
             handle = runner.launch(step)
         except Exception as raised:  # noqa: BLE001 - whatever a forward pass raises ends one request, not the engine
-            # The frames hold the failed step's tensors, which would stay alive with the error.
-            traceback.clear_frames(raised.__traceback__)
-            self._runners.raise_if_lost(raised)
             error = raised
-        if error is None:
-            self._steps.add(step, handle, began_s)
-            if step.chunks:
-                self._observer.step_launched(step)
-                self._handoffs.send(step, handle.event)
-            return True
+        if error is not None:
+            return self._launch_failed(step, error)
+        self._steps.add(step, handle, began_s)
+        if step.chunks:
+            self._observer.step_launched(step)
+            self._handoffs.send(step, handle.event)
+        return True
+
+    def _launch_failed(self, step: Step, error: Exception) -> bool:
+        """Launches the halves of a step that could not be, until the failing request is alone in one, and fails."""
+        # The frames hold the failed step's tensors, which would stay alive with the error.
+        traceback.clear_frames(error.__traceback__)
+        self._runners.raise_if_lost(error)
         self._undo_launch(step)
         if self._card_watch.is_lost(step.card):
             self._scheduler.steps_lost([step])

@@ -150,6 +150,10 @@ class ModelRunner:
 
     # Steps
 
+    def prepare(self, step: Step) -> None:
+        """Does the part of `launch` that needs no device, ahead of it, for the step that is launched next."""
+        self.packer.prepare(step)
+
     def launch(self, step: Step) -> StepHandle:
         """Launches a step, here and on the other ranks; does not wait for the device."""
         with self.on(self.stream):

@@ -123,7 +123,7 @@ class PipelineScheduler:
         layers = self.model.model.layers
         lanes = self.green_manager.allocate(None if arrangement is None else arrangement.split)
         num_sms = {lane: sms or None for lane, sms in zip(Lane, lanes.split, strict=True)}
-        micro_batches = self._micro_batches(input_ids, positions, metadata, num_sms[Lane.ATTENTION])
+        micro_batches = self._micro_batches(input_ids, positions, metadata, kv_pool[:, 0], num_sms[Lane.ATTENTION])
         plan = self._plan(len(layers), len(micro_batches), self.cut if arrangement is None else arrangement.cut)
         self.clock.begin(plan, len(layers))
 
@@ -153,7 +153,12 @@ class PipelineScheduler:
         return self._plans[num_micro_batches, cut]
 
     def _micro_batches(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata, num_sms: int | None
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        metadata: AttentionMetadata,
+        kv_cache: torch.Tensor,
+        num_sms: int | None,
     ) -> list[MicroBatch]:
         """The rows in micro-batches of nearly equal size, each with attention metadata of its own."""
         num_rows = len(input_ids)
@@ -172,10 +177,8 @@ class PipelineScheduler:
                 work_split=None,
                 num_sms=num_sms,
             )
-            config = self.model.config
-            split = self.model.model.layers[0].attention.backend.split_work(
-                of_part, config.num_attention_heads, config.num_key_value_heads, has_fp8_kv=config.has_fp8_kv
-            )
+            backend = self.model.model.layers[0].attention.backend
+            split = backend.split_work(of_part, self.model.config.num_attention_heads, kv_cache)
             of_part = dataclasses.replace(of_part, work_split=split)
             parts.append(MicroBatch(positions[rows], of_part, embedded[rows]))
         return parts

@@ -178,12 +178,10 @@ class Kernels(Protocol):
             The query heads, [T, num_heads, head_dim].
         """
 
-    def split_work(
-        self, metadata: AttentionMetadata, num_heads: int, num_kv_heads: int, *, has_fp8_kv: bool = False
-    ) -> torch.Tensor | None:
+    def split_work(self, metadata: AttentionMetadata, num_heads: int, kv_cache: torch.Tensor) -> torch.Tensor | None:
         """How `attend` divides a step's work among thread blocks, made once for all layers; None if it needs none.
 
-        `has_fp8_kv` says whether the pool that it is to attend to is FP8.
+        `kv_cache` is any layer's view of the pool, whose type and shape count, not what is stored there.
         """
 
     def attend(

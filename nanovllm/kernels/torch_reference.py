@@ -47,9 +47,7 @@ class Backend:
         store_kv(key, value, kv_cache, slot_mapping, kv_scales)
         return query
 
-    def split_work(
-        self, metadata: AttentionMetadata, num_heads: int, num_kv_heads: int, *, has_fp8_kv: bool = False
-    ) -> None:
+    def split_work(self, metadata: AttentionMetadata, num_heads: int, kv_cache: torch.Tensor) -> None:
         return None
 
     def attend(

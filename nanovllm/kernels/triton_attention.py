@@ -20,9 +20,17 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanovllm.kernels import AttentionMetadata, BackendRequirements, triton_experts, triton_fused, triton_rows
+from nanovllm.kernels import (
+    AttentionMetadata,
+    BackendRequirements,
+    cuda_prefill_attention,
+    triton_experts,
+    triton_fused,
+    triton_rows,
+)
 from nanovllm.kernels.triton_overlap import begin, overlap
 from nanovllm.kernels.triton_overlap import is_sm_90_or_later as _has_tma
+from nanovllm.utils.fp8 import E4M3
 
 DEFAULT_BLOCK_SIZE = 64
 HEAD_DIMS = (64, 128)
@@ -104,11 +112,10 @@ class Backend:
     gather_rows = staticmethod(triton_rows.gather_rows)
     advance_rows = staticmethod(triton_rows.advance_rows)
 
-    def split_work(
-        self, metadata: AttentionMetadata, num_heads: int, num_kv_heads: int, *, has_fp8_kv: bool = False
-    ) -> torch.Tensor:
+    def split_work(self, metadata: AttentionMetadata, num_heads: int, kv_cache: torch.Tensor) -> torch.Tensor:
         if metadata.is_decode:
-            tile = _decode_tile(len(metadata.context_lens), has_fp8_kv=has_fp8_kv)
+            num_kv_heads = kv_cache.shape[2]
+            tile = _decode_tile(len(metadata.context_lens), has_fp8_kv=kv_cache.dtype == E4M3)
             return _share_out(
                 metadata.context_lens,
                 None,
@@ -117,6 +124,8 @@ class Backend:
                 num_kv_heads=num_kv_heads,
                 num_sms=metadata.num_sms,
             )
+        if cuda_prefill_attention.can_serve(metadata, num_heads, kv_cache, _sms_of(metadata)):
+            return cuda_prefill_attention.plan(metadata, num_heads, kv_cache, _sms_of(metadata))
         if _most_tiles(metadata) <= MOST_PLANNED_TILES:
             return _plan_pieces(metadata, num_heads)
         return _share_out(metadata.query_starts, metadata.query_starts[1:], PREFILL_TILE_M, num_counters=0)
@@ -132,10 +141,13 @@ class Backend:
     ) -> torch.Tensor:
         split = metadata.work_split
         if split is None:
-            has_fp8_kv = kv_scales is not None
-            split = self.split_work(metadata, query.shape[1], kv_cache.shape[2], has_fp8_kv=has_fp8_kv)
-        attend = _decode if metadata.is_decode else _prefill
+            split = self.split_work(metadata, query.shape[1], kv_cache)
         output = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
+        if cuda_prefill_attention.is_plan(split):
+            num_sms = _sms_of(metadata)
+            cuda_prefill_attention.attend(query, kv_cache, metadata, split, scale, output, num_sms)
+            return output
+        attend = _decode if metadata.is_decode else _prefill
         attend(query, kv_cache, metadata, split, scale, output, kv_scales)
         return output
 

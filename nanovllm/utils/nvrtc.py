@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import hashlib
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,14 +13,20 @@ import torch
 
 from nanovllm.errors import BackendUnavailableError
 from nanovllm.utils.cuda_driver import call_driver, check_code
+from nanovllm.utils.disk_cache import cache_folder, write_whole
+
+logger = logging.getLogger(__name__)
+
+MAX_TENSOR_MAPS = 1024
+"""Tensor maps that are kept, since each layer of each step asks for the same ones."""
 
 
 def compile_source(source: str, name: str, architecture: str) -> bytes:
-    """The machine code of a CUDA C++ source. Needs no GPU.
+    """The machine code of a CUDA C++ source, which is kept on disk for the next process. Needs no GPU.
 
     Args:
         source: without includes, except those that NVRTC has.
-        name: name of the source in messages.
+        name: name of the source in messages, and of the file.
         architecture: such as `sm_90a`.
 
     Raises:
@@ -26,10 +35,31 @@ def compile_source(source: str, name: str, architecture: str) -> bytes:
     try:
         from cuda.bindings import nvrtc
 
-        code, program = nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], [])
+        code, *version = nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError) as error:  # the bindings load the library when it is first called
         remedy = "pip install cuda-python nvidia-cuda-nvrtc"
         raise BackendUnavailableError(f"{name} needs NVRTC, which cannot be used ({error}); {remedy}") from error
+    check_code("nvrtcVersion", code)
+    digest = hashlib.sha256("\n".join([*map(str, version), architecture, source]).encode()).hexdigest()
+    try:
+        kept = cache_folder("kernels") / f"{name}-{digest[:32]}.cubin"
+        return kept.read_bytes()
+    except FileNotFoundError:
+        compiled = _compiled(source, name, architecture)
+    except (OSError, RuntimeError) as error:
+        logger.warning("compiled kernels cannot be kept (%s)", error)
+        return _compiled(source, name, architecture)
+    try:
+        write_whole(kept, compiled)
+    except OSError as error:
+        logger.warning("compiled kernels cannot be kept (%s)", error)
+    return compiled
+
+
+def _compiled(source: str, name: str, architecture: str) -> bytes:
+    from cuda.bindings import nvrtc
+
+    code, program = nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], [])
     check_code("nvrtcCreateProgram", code)
     options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
     (code,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
@@ -83,7 +113,7 @@ class Kernel:
 
         Args:
             num_blocks, num_threads: of a one-dimensional grid and block.
-            arguments: tensors (their addresses), integers (32 bits) and what `tensor_map` gives.
+            arguments: tensors (their addresses), integers and floats (32 bits) and what `tensor_map` gives.
             cluster: thread blocks per cluster.
             overlaps: whether the kernel itself waits for the one before it (programmatic launch).
         """
@@ -120,20 +150,25 @@ def tensor_map(matrix: torch.Tensor, box: tuple[int, int]) -> Any:
         matrix: [rows, columns], rows of a multiple of 16 bytes; a box is filled with zeros beyond them.
         box: rows (up to 256) and columns of a box.
     """
+    assert box[1] * matrix.itemsize == 128, "rows of a box are as long as the swizzle"
+    rows, columns = matrix.shape
+    return _encoded(matrix.data_ptr(), rows, columns, matrix.stride(0) * matrix.itemsize, matrix.dtype, box)
+
+
+@functools.lru_cache(maxsize=MAX_TENSOR_MAPS)
+def _encoded(address: int, rows: int, columns: int, stride_bytes: int, dtype: torch.dtype, box: tuple[int, int]) -> Any:
     from cuda.bindings import driver
 
-    assert box[1] * matrix.itemsize == 128, "rows of a box are as long as the swizzle"
     kinds = driver.CUtensorMapDataType
     kind = kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-    if matrix.dtype == torch.float16:
+    if dtype == torch.float16:
         kind = kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-    rows, columns = matrix.shape
     code, made = driver.cuTensorMapEncodeTiled(
         kind,
         2,
-        matrix.data_ptr(),
+        address,
         [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
-        [driver.cuuint64_t(matrix.stride(0) * matrix.itemsize)],
+        [driver.cuuint64_t(stride_bytes)],
         [driver.cuuint32_t(box[1]), driver.cuuint32_t(box[0])],
         [driver.cuuint32_t(1), driver.cuuint32_t(1)],
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -153,4 +188,7 @@ def _argument(argument: Any) -> tuple[int, Any]:
     if isinstance(argument, int):
         number = ctypes.c_int32(argument)
         return ctypes.addressof(number), number
+    if isinstance(argument, float):
+        real = ctypes.c_float(argument)
+        return ctypes.addressof(real), real
     return argument.getPtr(), argument

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from nanovllm import LLM, OutOfKVCacheError, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
+from nanovllm.kernels import cuda_prefill_attention
 from tests import tiny
 from tests.test_engine import drain, tokens_of
 from tests.test_mixed_step import serve
@@ -115,13 +117,35 @@ def test_log_probabilities_of_prompts_are_those_of_transformers(tiny_on_disk, ba
     ],
 )
 def test_demo_answers_in_bfloat16_equal_the_written_ones(options):
+    assert not questions_answered_otherwise(options)
+
+
+@pytest.mark.whole_card
+@pytest.mark.parametrize("options", [{}, {"enforce_eager": True, "max_num_batched_tokens": 512}])
+def test_demo_answers_with_large_tiles_of_prompts_equal_the_written_ones(options, monkeypatch):
+    """The kernel for prompts on Hopper in every step with prompts, however few their tokens."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is for Hopper")
+    monkeypatch.setattr(cuda_prefill_attention, "LEAST_TILES_PER_SM", 0)
+    calls: list[int] = []
+    attend = cuda_prefill_attention.attend
+
+    def counted(query: torch.Tensor, *rest: Any) -> None:
+        calls.append(len(query))
+        attend(query, *rest)
+
+    monkeypatch.setattr(cuda_prefill_attention, "attend", counted)
+    assert not questions_answered_otherwise(options)
+    assert calls
+
+
+def questions_answered_otherwise(options: dict[str, Any]) -> list[str]:
     conversations = [[{"role": "user", "content": pair["question"]}] for pair in QUESTIONS]
     with LLM(DEMO_MODEL_PATH, device="cuda", gpu_memory_utilization=0.3, **options) as llm:
         assert llm.decode_runner.kv_pool.dtype == torch.bfloat16
         assert llm.decode_runner.spec.attention.backend.name == "triton"
         answers = llm.chat(conversations, SamplingParams(temperature=0, max_tokens=512), use_tqdm=False)
-    wrong = [p["question"] for p, a in zip(QUESTIONS, answers, strict=True) if a["text"] != p["answer"]]
-    assert not wrong
+    return [p["question"] for p, a in zip(QUESTIONS, answers, strict=True) if a["text"] != p["answer"]]
 
 
 @pytest.mark.parametrize("eager", [False, True])

@@ -92,7 +92,7 @@ def test_decode_spread_over_any_number_of_sms(num_sms, count):
     shape = {"num_heads": 14, "num_kv_heads": 2, "head_dim": 128, "block_size": 64}
     case = make_case(spans, device="cuda", dtype=torch.bfloat16, has_fp8_kv=True, **shape)
     metadata = replace(case.metadata, num_sms=num_sms)
-    case = replace(case, metadata=replace(metadata, work_split=case.split(backend, metadata, 14, 2)))
+    case = replace(case, metadata=replace(metadata, work_split=case.split(backend, metadata, 14)))
     for _ in range(2):
         assert relative_error(backend, case) < TOLERANCE[torch.bfloat16]
 
@@ -106,7 +106,7 @@ def test_contexts_are_divided_into_pieces(spans, num_heads):
 
     shape = {"num_heads": num_heads, "num_kv_heads": 8, "head_dim": 128, "block_size": 64}
     case = make_case(spans, device="cuda", dtype=torch.bfloat16, has_fp8_kv=True, **shape)
-    plan = case.split(Backend(), case.metadata, num_heads, 8)
+    plan = case.split(Backend(), case.metadata, num_heads)
     assert plan[0] > len(spans)
     case = replace(case, metadata=replace(case.metadata, work_split=plan))
     for _ in range(5):  # layers, which count anew

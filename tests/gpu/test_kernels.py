@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nanovllm.kernels import AttentionMetadata, cuda_prefill_attention
 from tests.kernel_cases import (
     DECODE,
     MIXED,
     OPTIONAL,
     PREFILL,
+    Case,
     check_fused,
     check_rows,
     check_steps,
@@ -115,7 +117,7 @@ def test_decode_spread_over_any_number_of_sms(num_sms):
     shape = {"num_heads": 14, "num_kv_heads": 2, "head_dim": 128, "block_size": 64}
     case = make_case(spans, device="cuda", dtype=torch.bfloat16, **shape)
     metadata = replace(case.metadata, num_sms=num_sms)
-    case = replace(case, metadata=replace(metadata, work_split=backend.split_work(metadata, 14, 2)))
+    case = replace(case, metadata=replace(metadata, work_split=backend.split_work(metadata, 14, case.kv_cache)))
     for _ in range(2):
         assert relative_error(backend, case) < TOLERANCE[torch.bfloat16]
 
@@ -133,12 +135,13 @@ def test_decode_spread_over_any_number_of_sms(num_sms):
         ([(3072, 5000)], 16),
     ],
 )
-def test_contexts_are_divided_into_pieces(spans, num_heads):
+def test_contexts_are_divided_into_pieces(spans, num_heads, monkeypatch):
     from nanovllm.kernels.triton_attention import Backend
 
+    monkeypatch.setattr(cuda_prefill_attention, "can_serve", lambda *_: False)
     shape = {"num_heads": num_heads, "num_kv_heads": 8, "head_dim": 128, "block_size": 64}
     case = make_case(spans, device="cuda", dtype=torch.bfloat16, **shape)
-    split = Backend().split_work(case.metadata, num_heads, 8)
+    split = Backend().split_work(case.metadata, num_heads, case.kv_cache)
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
     counters = split[-(-(8 * num_sms) // num_heads) * -num_heads :]
     case = replace(case, metadata=replace(case.metadata, work_split=split))
@@ -147,9 +150,115 @@ def test_contexts_are_divided_into_pieces(spans, num_heads):
     assert not counters.any()
 
 
+LONG_PREFILL = [
+    [(128, 128)],
+    [(129, 129), (1, 1), (2, 2), (257, 300)],
+    [(300, 300), (128, 1000), (1, 700), (513, 1029), (64, 64), (129, 257)],
+    [(600, 5000), (3, 40)],
+    [(2048, 2048)],
+]
+"""Tiles of 128 queries and keys that are full, begun, one short of full; of prompts and behind a cached prefix."""
+
+
+def planned(case: Case, num_heads: int, num_sms: int = 132) -> Case:
+    """The case with a plan for the CUDA kernel, however few tokens there are."""
+    plan = cuda_prefill_attention.plan(case.metadata, num_heads, case.kv_cache, num_sms)
+    return replace(case, metadata=replace(case.metadata, work_split=plan, num_sms=num_sms))
+
+
+def has_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+on_hopper = pytest.mark.skipif(not has_hopper(), reason="the kernel is for Hopper")
+
+
+@on_hopper
+@pytest.mark.parametrize("spans", [PREFILL, *LONG_PREFILL])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "block_size"),
+    [
+        (32, 8, 128, 64),
+        (8, 8, 64, 16),
+        (4, 1, 128, 16),
+        (6, 2, 64, 64),
+        (8, 1, 128, 256),
+        (14, 2, 128, 96),
+        (15, 5, 64, 32),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_prefill_in_large_tiles_equals_reference(spans, num_heads, num_kv_heads, head_dim, block_size, dtype):
+    from nanovllm.kernels.triton_attention import Backend
+
+    shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "block_size": block_size}
+    case = planned(make_case(spans, device="cuda", dtype=dtype, **shape), num_heads)
+    for _ in range(3):  # layers, which count anew
+        assert relative_error(Backend(), case) < TOLERANCE[dtype]
+        assert not case.metadata.work_split[0, 0], "the next layer would begin behind the first tiles"
+
+
+@on_hopper
+@pytest.mark.parametrize("num_sms", [1, 7, 48, 1000])
+def test_prefill_in_large_tiles_on_any_number_of_sms(num_sms):
+    from nanovllm.kernels.triton_attention import Backend
+
+    shape = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 128, "block_size": 64}
+    spans = [(700, 700), (0, 0), (300, 2000), (0, 5), (5, 5)] * 3
+    case = planned(make_case(spans, device="cuda", dtype=torch.bfloat16, **shape), 8, num_sms)
+    for _ in range(2):
+        assert relative_error(Backend(), case) < TOLERANCE[torch.bfloat16]
+
+
+@on_hopper
+def test_prefill_in_large_tiles_of_a_graph_follows_its_inputs():
+    """A step of fixed size with room for requests, then others in the same memory; padding is left as it is."""
+    from nanovllm.kernels.triton_attention import Backend
+
+    backend, room = Backend(), 1100
+    shape = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "block_size": 64}
+    steps = [[(1, 1), (1, 1), (1, 1)], [(700, 700), (300, 900), (0, 0)], [(1000, 3000), (0, 0), (0, 0)]]
+    cases = [make_case(spans, device="cuda", dtype=torch.bfloat16, seed=i, **shape) for i, spans in enumerate(steps)]
+    pool = torch.empty_like(max((case.pool for case in cases), key=len))
+    tables = torch.zeros(3, 60, dtype=torch.int32, device="cuda")
+    query = torch.empty(room, 32, 128, dtype=torch.bfloat16, device="cuda")
+    metadata = replace(
+        cases[0].metadata,
+        slot_mapping=torch.zeros(room, dtype=torch.int64, device="cuda"),
+        block_tables=tables,
+        context_lens=cases[0].metadata.context_lens.clone(),
+        query_starts=cases[0].metadata.query_starts.clone(),
+        max_query_len=room,
+    )
+    output = torch.empty_like(query)
+
+    def run() -> None:
+        split = backend.split_work(metadata, 32, pool[:, 1])
+        assert cuda_prefill_attention.is_plan(split)
+        for _ in range(2):
+            backend.attend(query, pool[:, 1], replace(metadata, work_split=split), 0.09, output)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for case in reversed(cases):
+        heads = case.store(backend, case.kv_cache)
+        pool[: len(case.pool)] = case.pool
+        query.fill_(float("nan"))[: len(heads)] = heads
+        tables.fill_(10**6)[:, : case.metadata.block_tables.shape[1]] = case.metadata.block_tables
+        metadata.context_lens.copy_(case.metadata.context_lens)
+        metadata.query_starts.copy_(case.metadata.query_starts)
+        output.fill_(7.0)
+        graph.replay()
+        expected = case.expected(heads, case.kv_cache, 0.09)
+        got = output[: len(heads)].double()
+        assert (got - expected).norm() / expected.norm() < TOLERANCE[torch.bfloat16]
+        assert (output[len(heads) :] == 7.0).all()
+
+
 def test_block_offsets_beyond_two_to_the_31_elements():
     """A pool of more than 2^31 elements: 32-bit offsets would wrap around."""
-    from nanovllm.kernels import AttentionMetadata
     from nanovllm.kernels.triton_attention import Backend
 
     pool = torch.zeros(70_000, 2, 2, 2, 64, 128, dtype=torch.bfloat16, device="cuda")
@@ -174,3 +283,7 @@ def test_block_offsets_beyond_two_to_the_31_elements():
     value = qkv.view(8, 128)[6:]
     assert torch.equal(pool[block, 1, 1, :, 0], value)
     assert torch.equal(output[0], value.repeat_interleave(2, dim=0))
+    if has_hopper():
+        chunk = replace(metadata, max_query_len=2)
+        chunk = replace(chunk, work_split=cuda_prefill_attention.plan(chunk, 4, pool[:, 1], 132))
+        assert torch.equal(backend.attend(query, pool[:, 1], chunk, 0.1), output)

@@ -358,6 +358,11 @@ class RemoteRunner:
 
     # Steps
 
+    def prepare(self, step: Step) -> None:
+        """Packs the step that is launched next."""
+        assert self._packer is not None, f"{self.device} has not been ready yet"
+        self._packer.prepare(step)
+
     def launch(self, step: Step) -> RemoteStep:
         """Sends a step; waits for nothing."""
         assert self._packer is not None, f"{self.device} has not been ready yet"

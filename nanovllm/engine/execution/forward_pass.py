@@ -14,7 +14,6 @@ from nanovllm.layers.ranks import Ranks
 from nanovllm.layers.sampler import SampledTokens, SamplingInputs, sample
 from nanovllm.models.decoder import CausalLM
 from nanovllm.utils.device import Device
-from nanovllm.utils.fp8 import E4M3
 
 
 class ForwardPass:
@@ -60,14 +59,13 @@ class ForwardPass:
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata, kv_pool: torch.Tensor
     ) -> torch.Tensor:
         """[T] int64 tokens and positions -> [T, hidden_size], after the final norm; their KV is stored in the pool."""
-        metadata = self._with_work_split(metadata, has_fp8_kv=kv_pool.dtype == E4M3)
+        metadata = self._with_work_split(metadata, kv_pool[:, 0])
         return self.model(input_ids, positions, kv_pool, metadata)
 
-    def _with_work_split(self, metadata: AttentionMetadata, *, has_fp8_kv: bool) -> AttentionMetadata:
+    def _with_work_split(self, metadata: AttentionMetadata, kv_cache: torch.Tensor) -> AttentionMetadata:
         """The metadata with the attention backend's division of the step's work, if it makes one."""
-        heads = self.spec.num_heads, self.spec.num_kv_heads
-        split = self.spec.attention.backend.split_work(metadata, *heads, has_fp8_kv=has_fp8_kv)
-        decode = None if metadata.decode is None else self._with_work_split(metadata.decode, has_fp8_kv=has_fp8_kv)
+        split = self.spec.attention.backend.split_work(metadata, self.spec.num_heads, kv_cache)
+        decode = None if metadata.decode is None else self._with_work_split(metadata.decode, kv_cache)
         return dataclasses.replace(metadata, work_split=split, decode=decode)
 
     def sample(self, hidden: torch.Tensor, sampling: SamplingInputs) -> StepOutput:

@@ -56,6 +56,7 @@ class LayerArrivals:
         self._given_up = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=pins)
         self._next_report = 0
 
+    @torch.inference_mode()
     def new_report(self) -> int:
         """The report of a step that is about to be launched."""
         number, self._next_report = self._next_report, (self._next_report + 1) % NUM_REPORTS

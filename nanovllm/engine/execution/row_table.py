@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,7 +62,7 @@ class DecodeRowTable:
             grown = self._grown((self._row_of[leases[index]], leases[index]) for index in rows.grown)
             return RowChanges(grown=grown)
         new = [row for row in rows if row.lease not in self._row_of]
-        joined, temperatures = self._joined(new)
+        joined, temperatures = self._joined(new, leases)
         counted = count_tokens((self._row_of[row.lease], row.seq) for row in new)
         order = [self._row_of[lease] for lease in leases]
         grown = self._grown(zip(order, leases, strict=True))
@@ -84,11 +84,12 @@ class DecodeRowTable:
         """Notes that the device has another batch than the one last sent, of the same rows."""
         self._batch_sent = None
 
-    def _joined(self, joined: list[DecodeRow]) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Assigns a row to each new request; `joined` and `temperatures` of the changes."""
+    def _joined(self, joined: list[DecodeRow], batch: Collection[Lease]) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Assigns a row to each new request of a batch; `joined` and `temperatures` of the changes."""
         if not joined:
             return None, None
-        self._row_of = {lease: index for lease, index in self._row_of.items() if not lease.ended}
+        kept = set(batch)  # some of which may have ended since the batch was formed
+        self._row_of = {lease: index for lease, index in self._row_of.items() if not lease.ended or lease in kept}
         free = sorted(set(range(self.max_num_rows)).difference(self._row_of.values()))[: len(joined)]
         uploads = np.zeros((len(joined), NUM_UPLOADED_FIELDS + self._max_blocks), dtype=np.int64)
         temperatures = np.empty(len(joined), dtype=np.float32)

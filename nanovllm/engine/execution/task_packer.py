@@ -44,9 +44,18 @@ class TaskPacker:
         self._prefill_sizes = prefill_sizes
         self._mixed_sizes = mixed_sizes
         self._new_report = new_report
+        self._prepared: tuple[Step, StepTask] | None = None
+
+    def prepare(self, step: Step) -> None:
+        """Packs a step ahead of `pack`, which is called for the same step next."""
+        self._prepared = step, self._pack(step)
 
     def pack(self, step: Step) -> StepTask:
         """The task that has a device, and every rank of it, run the step."""
+        prepared, self._prepared = self._prepared, None
+        return prepared[1] if prepared is not None and prepared[0] is step else self._pack(step)
+
+    def _pack(self, step: Step) -> StepTask:
         decode = self.pack_rows(step.decode) if step.decode else None
         if not step.chunks:
             return StepTask(None, decode)
@@ -64,6 +73,7 @@ class TaskPacker:
 
     def forget(self) -> None:
         """Notes that the rows on the device are in an unknown state: every request is sent again."""
+        self._prepared = None
         if self._table is not None:
             self._table.forget()
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+
+from nanovllm.utils.disk_cache import cache_folder, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -21,10 +22,9 @@ def cache_file(fingerprint: dict[str, Any]) -> Path:
 
     It is in `$XDG_CACHE_HOME/nanovllm/calibration`, by default `~/.cache/nanovllm/calibration`.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     digest = hashlib.sha256(_as_json(fingerprint).encode()).hexdigest()[:16]
     gpu = re.sub(r"\W+", "-", str(fingerprint["gpu"])).strip("-").lower()
-    return cache / "nanovllm" / "calibration" / f"{gpu}-{digest}.json"
+    return cache_folder("calibration") / f"{gpu}-{digest}.json"
 
 
 def load(fingerprint: dict[str, Any], parse: Callable[[dict[str, Any]], Measured]) -> Measured | None:
@@ -54,11 +54,8 @@ def keep(fingerprint: dict[str, Any], content: dict[str, Any]) -> None:
     """Writes measurements to disk; if that fails, the next engine measures again."""
     try:
         path = cache_file(fingerprint)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Another engine may start at the same time: nobody sees half a file.
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps({"about": fingerprint, **content}, indent=1), encoding="utf-8")
-        unfinished.replace(path)
+        # Another engine may start at the same time.
+        write_whole(path, json.dumps({"about": fingerprint, **content}, indent=1).encode())
     except (OSError, RuntimeError) as error:  # there need not be a home directory
         logger.warning("the calibration cannot be kept (%s)", error)
         return
