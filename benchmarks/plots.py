@@ -208,6 +208,32 @@ def draw_pipeline() -> None:
     save(figure, "decode_pipeline.png")
 
 
+def draw_controller() -> None:
+    """Host time for each step by the number of cards, and what each decode card gets of the steps that it could run."""
+    found = results("controller")
+    if not found:
+        return
+    figure, (costs, rates) = plt.subplots(1, 2, figsize=(9, 3.6))
+    for result in found:
+        rows = result["results"]
+        cards = [row["cards"] for row in rows]
+        label = "lengths of a trace" if result["trace"] else f"{result['num_input']} + {result['num_output']} tokens"
+        costs.plot(cards, [row["loop_us_per_step"] for row in rows], "o-", label=label)
+        most = 1e3 / result["step_ms"]
+        rates.plot(cards, [row["decode_steps_per_s_and_card"] / most for row in rows], "o-", label=label)
+    costs.set(xscale="log", ylabel="us of the loop per step", ylim=(0, None))
+    rates.set(xscale="log", ylabel="share of the steps that a card could run", ylim=(0, 1.05))
+    counts = sorted({row["cards"] for result in found for row in result["results"]})
+    for axes in (costs, rates):
+        axes.set_xlabel("cards")
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle(f"one controller, {found[0]['rows']} rows a card, {where(found[0])}", fontsize=9)
+    save(figure, "controller.png")
+
+
 if __name__ == "__main__":
     draw_offline()
     draw_decode_latency()
@@ -216,3 +242,4 @@ if __name__ == "__main__":
     draw_handoff()
     draw_interference()
     draw_pipeline()
+    draw_controller()

@@ -30,7 +30,7 @@ TWO_GPU_OPTIONS = (
 )
 CLUSTER_OPTIONS = ("prefill_cards", "decode_cards", "card_timeout_s")
 NOT_IN_A_CLUSTER = ("prefill_device_id", "decode_device_id", "kv_handoff", "card_roles")
-CLUSTERS = ("local",)
+CLUSTERS = ("local", "ray")
 CARD_ROLES = ("fixed", "elastic")
 DECODE_PIPELINES = ("static", "auto", "disabled")
 PIPELINE_OPTIONS = (
@@ -92,10 +92,10 @@ class EngineConfig:
             the prefill step.
         max_handoff_backlog: maximum number of requests between the beginning of their prefill and the arrival of their
             KV; others wait in the queue.
-        cluster: `local` gives each card a process of its own on this host, and KV crosses between them by NIXL; None
-            for cards of this process.
+        cluster: `local` gives each card a process of its own on this host, and KV crosses between them by NIXL; `ray`
+            the same on the hosts of a Ray cluster; None for cards of this process.
         prefill_cards, decode_cards: cards of a cluster that prefill, and that decode. On GPUs they take torch's first
-            ones, with `device="cpu"` they are processes of the CPU.
+            ones, or those that Ray gives; with `device="cpu"` they are processes of the CPU.
         card_timeout_s: seconds of silence after which a card's process is taken for hung: it is ended and started
             again, and its requests are recomputed on other cards.
         itl_target_ms: what a decode step may be predicted to take: a request waits in the queue while a step with it
@@ -319,7 +319,7 @@ class EngineConfig:
             if in_cluster and switch == "enable_two_gpu_pd":
                 continue  # the others of these a cluster has, too
             if unused and not options.get(switch):
-                value = "'local'" if switch == "cluster" else "True"
+                value = "'local' or 'ray'" if switch == "cluster" else "True"
                 raise ConfigError(f"{', '.join(unused)} given without {switch}={value}; add it or leave them out")
         return cls(model=model, **options)
 

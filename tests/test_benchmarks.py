@@ -326,6 +326,22 @@ def test_it_runs_on_a_cpu_and_ends_with_a_line_of_json(mode):
     assert "TTFT" in run.stdout
 
 
+@pytest.mark.slow
+def test_the_controller_is_measured_with_cards_that_compute_nothing(tmp_path):
+    pytest.importorskip("nixl_cu13")
+    trace = tmp_path / "trace.jsonl"
+    rows = [{"timestamp": 0, "input_length": 40 + index, "output_length": 20} for index in range(50)]
+    trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, str(BENCHMARKS / "controller.py"), "--cards", "4", "--rows", "8", "--trace", str(trace)]
+    command += ["--step-ms", "5", "--warm-up", "2", "--duration", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    (found,) = json.loads(run.stdout.splitlines()[-1])["results"]
+    assert found["tokens_per_s"] > 0
+    assert 0 < found["loop_us_per_step"] < found["cpu_us_per_step"]
+    assert 0 <= found["wait_ms_p50"] <= found["wait_ms_p99"]
+
+
 SEEN_IN_THE_PROCESS = {"idle_share", "handoff", "step_time"}
 
 

@@ -31,7 +31,7 @@ from nanovllm import (
     OutOfKVCacheError,
     SamplingParams,
 )
-from nanovllm.engine.distributed import card_client, remote_card
+from nanovllm.engine.distributed import card_local, remote_card
 from nanovllm.engine.distributed.card_messages import Push, decode_report, encode
 from nanovllm.engine.execution.tasks import StepTask
 from tests import tiny
@@ -147,7 +147,7 @@ def test_a_prompt_goes_where_its_beginning_is(llm):
 
 
 def test_a_step_that_fails_ends_its_request_alone(llm, checkpoint, monkeypatch):
-    """Its task is one that the card cannot run; others of its steps are recomputed."""
+    """Its task is one that the card cannot run; others of its steps are recomputed, and none of them is blamed."""
     _, reference = checkpoint("gqa2")
     prompts = tiny.random_prompts(3, seed=45)
     bad = list(range(40, 80))
@@ -167,10 +167,15 @@ def test_a_step_that_fails_ends_its_request_alone(llm, checkpoint, monkeypatch):
 
     for runner in llm._runners:
         spoil(runner)
-    ids = [llm.add_request(prompt, GREEDY) for prompt in prompts]
-    good = drain(llm, steps_overlap=True)
+    blamed, fail = [], llm._outputs.fail
+    monkeypatch.setattr(
+        llm._outputs, "fail", lambda seq, error, **options: (blamed.append(seq.request_id), fail(seq, error, **options))
+    )
+    ids = [llm.add_request(prompt, GREEDY) for prompt in prompts[:2]]
     failing = llm.add_request(bad, GREEDY)
-    outputs = drain(llm, steps_overlap=True)
+    ids.append(llm.add_request(prompts[2], GREEDY))
+    outputs = good = drain(llm, steps_overlap=True)
+    assert blamed == [failing, failing]
     assert outputs[failing][-1].finish_reason == "error"
     assert re.match(r"RuntimeError on card \d: ", str(outputs[failing][-1].error))
     assert all(card.is_up for card in llm.scheduler.cards)
@@ -365,7 +370,9 @@ def watch(runner, deadly: list[int]) -> None:
 @pytest.mark.slow
 def test_when_no_card_can_be_started_all_requests_end(tiny_path, monkeypatch):
     with LLM(tiny_path, **{**CLUSTER, "prefill_cards": 1}) as llm:
-        monkeypatch.setattr(card_client, "_command_line", lambda: [sys.executable, "-c", "raise SystemExit(3)"])
+        monkeypatch.setattr(
+            card_local, "_command_line", lambda arguments: [sys.executable, "-c", "raise SystemExit(3)"]
+        )
         for runner in llm._runners:
             os.kill(runner.pid, signal.SIGKILL)
         answers = llm.generate(tiny.random_prompts(3, seed=48), GREEDY, use_tqdm=False)
@@ -471,7 +478,7 @@ def test_a_card_of_another_version_is_refused(tiny_path, monkeypatch):
         "card_process.VERSION = 'nanovllm 0.0.9, cards 0'\n"
         "card_process.main()\n"
     )
-    monkeypatch.setattr(card_client, "_command_line", lambda: [sys.executable, "-c", code])
+    monkeypatch.setattr(card_local, "_command_line", lambda arguments: [sys.executable, "-c", code])
     with pytest.raises(ClusterError, match=r"runs 'nanovllm 0.0.9, cards 0', the controller 'nanovllm .*same version"):
         LLM(tiny_path, device="cpu", num_kvcache_blocks=50, cluster="local")
 
@@ -483,7 +490,7 @@ def test_what_a_card_cannot_be_made_for_is_the_engines_error(tiny_path):
 
 
 def test_a_card_that_ends_before_it_greets_is_an_error(tiny_path, monkeypatch):
-    monkeypatch.setattr(card_client, "_command_line", lambda: [sys.executable, "-c", "raise SystemExit(3)"])
+    monkeypatch.setattr(card_local, "_command_line", lambda arguments: [sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(ClusterError, match=r"card \d cannot be started: its process has ended with exit status 3"):
         LLM(tiny_path, device="cpu", num_kvcache_blocks=50, cluster="local")
 
@@ -492,11 +499,15 @@ def test_a_card_that_ends_before_it_greets_is_an_error(tiny_path, monkeypatch):
     ("options", "message"),
     [
         ({"cluster": "locl"}, "did you mean 'local'"),
-        ({"prefill_cards": 2}, "prefill_cards given without cluster='local'"),
+        ({"prefill_cards": 2}, "prefill_cards given without cluster='local' or 'ray'"),
         ({"cluster": "local", "prefill_cards": 0}, "prefill_cards=0 is not a positive integer"),
         ({"cluster": "local", "enable_two_gpu_pd": True}, "enable_two_gpu_pd=True exclude each other"),
         ({"cluster": "local", "tensor_parallel_size": 2}, "tensor_parallel_size=2 exclude each other"),
         ({"cluster": "local", "kv_handoff": "copy"}, "kv_handoff given with cluster='local'"),
+        (
+            {"cluster": "local", "card_roles": "elastic"},
+            "card_roles given with cluster='local': its cards have",
+        ),
         ({"cluster": "local", "card_timeout_s": 0}, "card_timeout_s=0 is not a positive number"),
         ({"cluster": "local", "device": "cuda:1"}, "names one GPU"),
         ({"cluster": "local", "kv_cache_dtype": "fp8"}, "each card would calibrate its own"),

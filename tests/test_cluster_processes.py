@@ -25,9 +25,10 @@ from nanovllm.utils.process import await_end
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("zmq") is None, reason="needs pyzmq")
 if importlib.util.find_spec("zmq") is not None:
-    from nanovllm.engine.distributed import card_client, remote_card
-    from nanovllm.engine.distributed.card_client import CardClient, Doorkeeper
-    from nanovllm.engine.distributed.card_messages import Geometry, LastWords, Ready, Start
+    from nanovllm.engine.distributed import card_local, remote_card
+    from nanovllm.engine.distributed.card_client import CardClient, CardSockets
+    from nanovllm.engine.distributed.card_local import LocalStarter
+    from nanovllm.engine.distributed.card_messages import CardFailed, Geometry, Ready, Start
     from nanovllm.engine.distributed.cluster import check_blocks
     from nanovllm.engine.distributed.kv_nixl import KVAgent
     from nanovllm.engine.distributed.remote_card import RemoteDevice, RemoteRunner
@@ -36,7 +37,7 @@ FAILING = (
     f"import sys; sys.path[:] = {sys.path!r}\n"
     "from nanovllm.engine.distributed import card_process\n"
     "from nanovllm.errors import ConfigError\n"
-    "def fail(messages):\n"
+    "def fail(messages, progress, device_index):\n"
     "    raise ConfigError('no such card')\n"
     "card_process._serve = fail\n"
     "card_process.main()\n"
@@ -45,8 +46,8 @@ FAILING = (
 
 
 @pytest.fixture
-def doorkeeper() -> Iterator[Doorkeeper]:
-    made = Doorkeeper()
+def sockets() -> Iterator[CardSockets]:
+    made = CardSockets()
     yield made
     made.close()
 
@@ -56,17 +57,25 @@ def runs(monkeypatch) -> Callable[[str], None]:
     """Has cards' processes run other code."""
 
     def run(code: str) -> None:
-        monkeypatch.setattr(card_client, "_command_line", lambda: [sys.executable, "-c", code])
+        monkeypatch.setattr(card_local, "_command_line", lambda arguments: [sys.executable, "-c", code])
 
     return run
 
 
-def make_client(doorkeeper: Doorkeeper) -> CardClient:
-    return CardClient("card 0", "card 0 of start 1", Start("model", {}, "cpu", 0, "card 0 of start 1"), doorkeeper)
+def make_client(sockets: CardSockets) -> CardClient:
+    return CardClient(
+        "card 0",
+        "card 0 of start 1",
+        Start("model", {}, "cpu", 0, "card 0 of start 1", False),
+        sockets,
+        LocalStarter("cpu"),
+    )
 
 
-def make_runner(doorkeeper: Doorkeeper) -> RemoteRunner:
-    return RemoteRunner(RemoteDevice("cpu", 0), None, "model", {}, doorkeeper, itertools.count(1), 5.0)
+def make_runner(sockets: CardSockets) -> RemoteRunner:
+    return RemoteRunner(
+        RemoteDevice("cpu", 0, "card 0"), None, "model", {}, sockets, LocalStarter("cpu"), itertools.count(1), 5.0
+    )
 
 
 def wait_until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:
@@ -76,7 +85,7 @@ def wait_until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:
         time.sleep(2e-3)
 
 
-def test_the_end_of_a_process_is_seen_through_any_descriptor(doorkeeper, runs):
+def test_the_end_of_a_process_is_seen_through_any_descriptor(sockets, runs):
     """Through one that `select` cannot take, too."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], 2048), limits[1]))
@@ -85,43 +94,43 @@ def test_the_end_of_a_process_is_seen_through_any_descriptor(doorkeeper, runs):
         for _ in range(1100):
             opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
         runs("raise SystemExit(3)")
-        client = make_client(doorkeeper)
-        assert client._link.fileno() > 1023
+        client = make_client(sockets)
+        assert client._process._link.fileno() > 1023
         wait_until(client.is_gone)
         client.close()
 
 
-def test_a_process_that_fails_says_why_and_ends_by_itself(doorkeeper, runs):
+def test_a_process_that_fails_says_why_and_ends_by_itself(sockets, runs):
     runs(FAILING)
-    client, heard = make_client(doorkeeper), []
+    client, heard = make_client(sockets), []
     wait_until(lambda: bool(heard) or bool(heard.extend(client.receive()) or heard))
     (words,) = heard
-    assert isinstance(words, LastWords)
+    assert isinstance(words, CardFailed)
     assert words.failure.kind == "ConfigError"
     wait_until(client.is_reaped, timeout_s=5.0)
     assert "with exit status 1" in client.how_it_ended()
     client.close()
 
 
-def test_last_words_that_come_after_the_end_are_heard(doorkeeper, runs, monkeypatch):
+def test_last_messages_that_come_after_the_end_are_heard(sockets, runs, monkeypatch):
     """What the process has said may be on its way when its end is seen."""
     runs("raise SystemExit(1)")
-    runner = make_runner(doorkeeper)
-    client, late = runner._client, remote_card.LastWords(remote_card.Failure("ConfigError", "no such card"))
+    runner = make_runner(sockets)
+    client, late = runner._client, remote_card.CardFailed(remote_card.Failure("ConfigError", "no such card"))
     wait_until(client.is_gone)
     runner.poll()
-    assert not runner.is_lost, "it waits for last words"
-    monkeypatch.setattr(client, "has_mail", lambda: True)
+    assert not runner.is_lost, "it waits for last messages"
+    monkeypatch.setattr(client, "has_messages", lambda: True)
     monkeypatch.setattr(client, "receive", lambda: [late])
     with pytest.raises(ConfigError, match="no such card"):
         runner.check_start()
     runner.close_workers()
 
 
-def test_a_process_that_does_not_end_is_killed(doorkeeper, runs, monkeypatch):
-    monkeypatch.setattr(card_client, "CLOSE_TIMEOUT_S", 0.2)
+def test_a_process_that_does_not_end_is_killed(sockets, runs, monkeypatch):
+    monkeypatch.setattr(card_local, "CLOSE_TIMEOUT_S", 0.2)
     runs("import time; time.sleep(100)")
-    client = make_client(doorkeeper)
+    client = make_client(sockets)
     client.close()
     assert client.is_reaped()
     client.close()
@@ -137,18 +146,20 @@ def test_a_process_that_cannot_be_killed_is_not_waited_for(caplog):
     assert "the process of card 0 (process 17) was killed and does not end" in caplog.text
 
 
-def test_starts_that_fail_are_counted_and_put_off(doorkeeper, runs, monkeypatch):
+def test_starts_that_fail_are_counted_and_put_off(sockets, runs, monkeypatch):
     """A process may end at once, or the system not start it. The pauses double."""
     monkeypatch.setattr(remote_card, "FIRST_PAUSE_S", 0.2)
     runs("raise SystemExit(3)")
-    runner, pauses_s = make_runner(doorkeeper), []
+    runner, pauses_s = make_runner(sockets), []
     for program in ("/no/such/program", sys.executable):
         wait_until(lambda: runner.poll() or runner.is_lost)
         lost_s = time.monotonic()
         runner.note_loss()
         wait_until(lambda: runner.may_restart)
         pauses_s.append(time.monotonic() - lost_s)
-        monkeypatch.setattr(card_client, "_command_line", lambda program=program: [program, "-c", "raise SystemExit"])
+        monkeypatch.setattr(
+            card_local, "_command_line", lambda arguments, program=program: [program, "-c", "raise SystemExit"]
+        )
         runner.restart()
         if program != sys.executable:
             assert "a process for card 0 cannot be started: " in runner.reason
@@ -159,6 +170,45 @@ def test_starts_that_fail_are_counted_and_put_off(doorkeeper, runs, monkeypatch)
     assert runner.is_out
     assert runner._restart_at_s - time.monotonic() > 0.3, "twice the pause before"
     runner.close_workers()
+
+
+STUCK = (
+    f"import sys; sys.path[:] = {sys.path!r}\n"
+    "import time\n"
+    "from nanovllm.engine.distributed import card_process\n"
+    "def hang(messages, progress, device_index):\n"
+    "    progress.turned()\n"
+    "    time.sleep(100)\n"
+    "card_process._serve = hang\n"
+    "card_process.main()\n"
+)
+"""A card whose main thread begins a turn that does not end."""
+
+
+def test_a_card_that_runs_and_stands_still_is_lost(sockets, runs):
+    """No step of it is under way that would be late: it may be stuck in a library."""
+    runs(STUCK)
+    runner = make_runner(sockets)
+    runner.spec = SimpleNamespace(step_timeout_s=0.5)
+    wait_until(lambda: runner.poll() or runner._client.stalled_s > 0)
+    assert not runner.is_lost, "until it is up, it may take its time"
+    runner.state = remote_card.CardState.UP
+    wait_until(lambda: runner.poll() or runner.is_lost)
+    assert "its process runs, and has stood still for " in runner.reason
+    runner.close_workers()
+
+
+def test_a_card_ends_when_its_controller_is_gone_from_the_network(sockets, runs, monkeypatch):
+    """By the end of the connection alone: whoever has started it may be there."""
+    runs(STUCK)
+    monkeypatch.setattr(LocalStarter, "controller_timeout_s", 1.0)
+    client = make_client(sockets)
+    wait_until(lambda: client.is_gone() or client.silence_s == 0.0)
+    wait_until(lambda: bool(client._messages.poll(100)))
+    client._heartbeats.close()
+    wait_until(client.is_reaped, timeout_s=10.0)
+    assert "with exit status 0" in client.how_it_ended()
+    client.close()
 
 
 def geometry(num_blocks: int, block_bytes: int) -> Geometry:
@@ -174,12 +224,12 @@ def test_cards_of_unlike_blocks_are_refused():
 
 
 @pytest.mark.parametrize("other", [(10, 1024), (11, 512)])
-def test_a_card_that_comes_back_with_another_pool_is_refused(doorkeeper, runs, other):
+def test_a_card_that_comes_back_with_another_pool_is_refused(sockets, runs, other):
     runs("import time; time.sleep(100)")
-    runner = make_runner(doorkeeper)
+    runner = make_runner(sockets)
     runner._geometry = geometry(10, 512)
     with pytest.raises(ClusterError, match=r"card 0 had 10 blocks of 16 tokens in 512 bytes, and has "):
-        runner._came_up(Ready(geometry(*other), b"", 0, 0))
+        runner._came_up(Ready(geometry(*other), 1, "host", "name", "cpu:0", {}, b"", 0, 0))
     assert not runner.is_up
     runner.give_up("the test ends")
     runner.close_workers()

@@ -221,8 +221,20 @@ def test_cards_that_are_gone_get_nothing_and_any_card_can_do_all():
     assert "card 2, card 3, card 0 left out" in placement.words_for_degraded[1]
 
 
+def watch_over(world: World, failed: list[tuple[Sequence, Exception]]) -> tuple[CardWatch, StepsInFlight]:
+    """What looks after the cards of a world, and is told of steps that fail."""
+
+    def fail(seq: Sequence, error: Exception, *, blames_card: bool) -> None:
+        failed.append((seq, error))
+        world.scheduler.fail(seq, error, blames_card=blames_card)
+
+    runner, steps = SimpleNamespace(forget_device_batch=lambda: None), StepsInFlight()
+    runners = dict.fromkeys(world.placement.cards, runner)
+    return CardWatch(runners, world.scheduler, steps, SimpleNamespace(fail=fail), None), steps
+
+
 def test_a_step_that_fails_counts_once_against_its_card():
-    """However many prompts it had: the breaker opens after failures in a row."""
+    """However many prompts it had: the breaker opens after failures in a row. None of them is blamed yet."""
     world = World(1, 1, seed=0)
     (card,) = world.placement.prefill_cards
     for request_id in range(5):
@@ -231,15 +243,58 @@ def test_a_step_that_fails_counts_once_against_its_card():
         world.scheduler.add(seq)
     step = world.scheduler.schedule(card, [])
     assert len(step.chunks) == 5
-    steps, runner = StepsInFlight(), SimpleNamespace(forget_device_batch=lambda: None)
+    failed: list[tuple[Sequence, Exception]] = []
+    watch, steps = watch_over(world, failed)
     steps.add(step, SimpleNamespace(stream=None), 0.0)
-    outputs = SimpleNamespace(fail=world.scheduler.fail)
-    watch = CardWatch({card: runner}, world.scheduler, steps, outputs, None)
     watch.step_failed(next(iter(steps)), RuntimeError("injected"))
-    assert [seq.failures for seq in world.seqs] == [1] * 5
+    assert not failed
+    assert [seq.failures for seq in world.seqs] == [0] * 5
     assert not card.breaker.is_open, "one failure"
     assert card.breaker._num_failures == 1
     world.drain()
+
+
+@pytest.mark.parametrize("where", ["prefill", "decode"])
+@pytest.mark.parametrize("culprit", [0, 4, 7])
+def test_the_request_at_fault_is_found_by_halves(where, culprit):
+    """Every step with it fails, in its prompt or as it decodes; no other request has a failure."""
+    world = World(1, 1, seed=0)
+    failed: list[tuple[Sequence, Exception]] = []
+    watch, steps = watch_over(world, failed)
+    for request_id in range(8):
+        world.seqs.append(make_sequence(request_id, [request_id, 50]))
+        world.scheduler.add(world.seqs[-1])
+    bad, num_failed_steps = world.seqs[culprit], 0
+    for _ in range(3000):
+        if not (world.scheduler.unfinished() or world.handoffs or any(world.steps.values())):
+            break
+        for card in world.placement.cards:
+            world.launch(card)
+            step = world.steps[card][0] if world.steps[card] else None
+            if step is None:
+                continue
+            touched = [chunk.seq for chunk in step.chunks] if where == "prefill" else step.decode.batch.seqs
+            if bad not in touched:
+                world.scheduler.step_worked(step)
+                world.end(card)
+                continue
+            num_failed_steps += 1
+            for each in world.steps[card]:
+                steps.add(each, SimpleNamespace(stream=None), 0.0)
+            # What was to be pushed behind it will not be.
+            lost = [chunk for each in world.steps[card] for chunk in each.chunks if chunk.handoff]
+            world.steps[card] = []
+            watch.step_failed(next(iter(steps)), RuntimeError("injected"))
+            for chunk in lost:
+                world.handoffs.remove(chunk)
+                world.scheduler.release(chunk.lease)
+            world.scheduler.check_integrity()
+        world.end_handoff()
+    assert [seq for seq, _ in failed] == [bad, bad]
+    assert bad.finish_reason == "error"
+    assert [seq.finish_reason for seq in world.seqs if seq is not bad] == ["length"] * 7
+    assert [seq.failures for seq in world.seqs if seq is not bad] == [0] * 7
+    assert num_failed_steps <= 5, "8, 4, 2, 1 requests, and once more"
 
 
 def test_nothing_is_admitted_while_no_card_is_there():

@@ -100,6 +100,7 @@ IMPORTED_BY = {
     "zmq": ("engine/distributed/engine_", "engine/distributed/card_"),
     "msgspec": ("engine/distributed/messages", "engine/distributed/card_messages", "entrypoints/server/"),
     "nixl_cu13": ("engine/distributed/kv_nixl",),
+    "ray": ("engine/distributed/card_ray",),
     "starlette": ("entrypoints/server/",),
     "uvicorn": ("entrypoints/server/",),
 }

@@ -117,7 +117,7 @@ class Clock:
         self.now_s += self.launch_s(self.rng)
         self.idle_s.append(max(0.0, self.now_s - self.free_s))
         self.free_s = max(self.now_s, self.free_s) + STEP_S * self.rng.gauss(1, 0.01)
-        self.steps._steps.append(Work(self, self.now_s, self.free_s))
+        self.steps.put(Work(self, self.now_s, self.free_s))
         self.times.launched(self.card, before, self.now_s - began_s)
 
     def run(self, num_steps: int) -> None:
@@ -133,8 +133,7 @@ class Clock:
             if len(works) == 1:
                 self.now_s = min(self.now_s, max(launch_at_s, works[0].launched_s))
             if works[0].is_done():
-                self.steps._steps.remove(works[0])
-                self.steps._last_end_s[works[0].queue] = self.now_s
+                self.steps.remove(works[0], self.now_s)
                 self.now_s += self.caller_s
 
 
@@ -219,13 +218,13 @@ def test_a_launch_keeps_clear_of_the_end_of_another_cards_step(monkeypatch, ends
     due_s = clock.times.next_on(clock.card)
     other = card_of_steps("cpu:1")
     end_s = due_s + ends_ms / 1e3
-    clock.steps._steps.append(Work(clock, end_s - STEP_S, end_s, other))
+    clock.steps.put(Work(clock, end_s - STEP_S, end_s, other))
     launch_at_s = clock.times.next_on(clock.card)
     assert launch_at_s == pytest.approx(due_s + moved_ms / 1e3, abs=1e-6)
     clock.now_s = launch_at_s
     assert clock.times.next_on(clock.card) <= clock.now_s + 1e-9, "asked again, it is launched then"
     clock.now_s = 1.0
-    clock.steps._steps.append(Work(clock, end_s - STEP_S, end_s + STEP_S, other))
+    clock.steps.put(Work(clock, end_s - STEP_S, end_s + STEP_S, other))
     assert clock.times.next_on(clock.card) == pytest.approx(due_s + moved_ms / 1e3, abs=1e-6), "the first one counts"
 
 
@@ -239,7 +238,7 @@ def test_a_launch_that_has_no_time_waits_for_what_ends_soon(monkeypatch, ends_ms
     clock.now_s = due_s = clock.times.next_on(clock.card)
     other = card_of_steps("cpu:1")
     end_s = due_s + ends_ms / 1e3
-    clock.steps._steps.append(Work(clock, end_s - STEP_S, end_s, other))
+    clock.steps.put(Work(clock, end_s - STEP_S, end_s, other))
     launch_at_s = clock.times.next_on(clock.card)
     assert launch_at_s == pytest.approx(due_s + moved_ms / 1e3, abs=1e-6)
     clock.now_s = launch_at_s + 1e-6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -81,10 +82,10 @@ class EngineParts:
     kept_step_times: KeptStepTimes
     remote_runners: dict[Card, RemoteRunner]
     """The runners of a cluster."""
-    agents_with_mail: Callable[[int], set[str]] | None
+    agents_with_messages: Callable[[int], set[str]] | None
     """Gives the processes of the cluster that have said something; see `CardWatch`."""
     close_cluster: Callable[[], None]
-    """Closes what the processes of a cluster were connected to, once they have ended."""
+    """Ends the processes of a cluster, all at once, and closes what they were connected to."""
 
 
 def build_engine(config: EngineConfig) -> EngineParts:
@@ -101,24 +102,13 @@ def build_engine(config: EngineConfig) -> EngineParts:
     tracer = None if config.trace is None else Tracer(config.trace)
     folder = checkpoint_folder(config.model, config.revision)
     hf_config = read_json(folder, "config.json") or {}
+    if config.cluster is not None:
+        return _build_cluster(config, folder, hf_config, tracer)
     devices = resolve_devices(config)
     spec = runner_spec(config, folder, hf_config, devices[0])
-    if config.cluster is None:  # else each card does that itself
-        ranks = (_device_of(devices[0], rank) for rank in range(1, spec.num_ranks))
-        check_fp8(spec.model_config, [*devices, *ranks])
-    tokenizer = load_tokenizer(folder)
-    eos_ids = end_of_sequence_ids(folder, hf_config, tokenizer, spec.model_config.vocab_size)
-    warn_of_generation_settings(folder, hf_config)
-    if config.cluster is not None:
-        check_kv_of_cluster(spec)
-        from nanovllm.engine.distributed.cluster import start_cluster
-
-        cluster = start_cluster(config, spec, devices[0].kind)
-        try:
-            return _cluster_parts(config, cluster, spec, tokenizer, eos_ids, tracer)
-        except BaseException:
-            cluster.close()
-            raise
+    ranks = (_device_of(devices[0], rank) for rank in range(1, spec.num_ranks))
+    check_fp8(spec.model_config, [*devices, *ranks])
+    tokenizer, eos_ids = _text_parts(folder, hf_config, spec)
     with BUILD_LOCK:
         prefill_runner, decode_runner, transfers = build_runners(config, spec, devices)
     try:
@@ -126,6 +116,35 @@ def build_engine(config: EngineConfig) -> EngineParts:
     except BaseException:
         decode_runner.close_workers()
         raise
+
+
+def _text_parts(
+    folder: Path, hf_config: dict[str, Any], spec: RunnerSpec
+) -> tuple[PreTrainedTokenizerBase | None, frozenset[int]]:
+    """The tokenizer, and the tokens that end a text."""
+    tokenizer = load_tokenizer(folder)
+    eos_ids = end_of_sequence_ids(folder, hf_config, tokenizer, spec.model_config.vocab_size)
+    warn_of_generation_settings(folder, hf_config)
+    return tokenizer, eos_ids
+
+
+def _build_cluster(config: EngineConfig, folder: Path, hf_config: dict[str, Any], tracer: Tracer | None) -> EngineParts:
+    """An engine whose cards are processes of their own."""
+    check_cluster_packages()
+    from nanovllm.engine.distributed.cluster import make_starter, start_cluster
+
+    starter = make_starter(config)
+    with contextlib.ExitStack() as on_error:
+        on_error.callback(starter.close)
+        spec = runner_spec(config, folder, hf_config, Device(starter.kind, 0))
+        check_kv_of_cluster(spec)
+        tokenizer, eos_ids = _text_parts(folder, hf_config, spec)
+        on_error.pop_all()
+        cluster = start_cluster(config, spec, starter)
+        on_error.callback(cluster.close)
+        parts = _cluster_parts(config, cluster, spec, tokenizer, eos_ids, tracer)
+        on_error.pop_all()
+    return parts
 
 
 def _parts(
@@ -216,8 +235,8 @@ def _cluster_parts(
         observer,
         KeptStepTimes([]),
         runner_of,
-        cluster.doorkeeper.agents_with_mail,
-        cluster.doorkeeper.close,
+        cluster.sockets.agents_with_messages,
+        cluster.close,
     )
 
 
@@ -271,9 +290,6 @@ def resolve_devices(config: EngineConfig) -> tuple[Device, Device]:
     Raises:
         ConfigError: a device does not exist.
     """
-    if config.cluster is not None:
-        device = cluster_device(config)
-        return device, device
     if config.enable_two_gpu_pd:
         return resolve_device_pair(config.device, config.prefill_device_id, config.decode_device_id)
     device = resolve_device(config.device)
@@ -282,25 +298,15 @@ def resolve_devices(config: EngineConfig) -> tuple[Device, Device]:
     return device, device
 
 
-def cluster_device(config: EngineConfig) -> Device:
-    """The first device of a cluster on this host, without making a CUDA context on it.
+def check_cluster_packages() -> None:
+    """Checks that what a cluster needs is installed.
 
     Raises:
-        ConfigError: there are fewer devices than cards.
         BackendUnavailableError: a package is missing.
     """
     missing = [name for name in ("zmq", "msgspec", "nixl_cu13") if importlib.util.find_spec(name) is None]
     if missing:
         raise BackendUnavailableError(f"a cluster needs {', '.join(missing)}; pip install nanovllm[cluster]")
-    num_gpus, num_cards = torch.cuda.device_count(), config.prefill_cards + config.decode_cards
-    if config.device == "cpu" or (config.device == "auto" and not num_gpus):
-        return Device("cpu", 0)
-    if num_cards > num_gpus:
-        raise ConfigError(
-            f"prefill_cards={config.prefill_cards} and decode_cards={config.decode_cards} are {num_cards} cards, torch "
-            f"sees {num_gpus} GPUs; pass fewer, or device='cpu' to try it on processes of the CPU"
-        )
-    return Device("cuda", 0)
 
 
 def check_kv_of_cluster(spec: RunnerSpec) -> None:

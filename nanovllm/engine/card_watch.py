@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 REST_MS = 1
 """How long the loop waits for a card's message before it looks at all else that it may wait for."""
-CHECK_S = 0.005
+CHECK_S = 0.02
 """Seconds from one look whether cards that say nothing are there to the next."""
 
 
@@ -33,7 +33,7 @@ class CardWatch:
         scheduler: is told of lost cards and lost steps.
         steps: the steps in flight.
         outputs: is told of requests whose step has failed.
-        agents_with_mail: gives the names of the cards' processes that have said something; waits up to `timeout_ms`
+        agents_with_messages: gives the names of the cards' processes that have said something; waits up to `timeout_ms`
             milliseconds for the first; None without remote cards.
     """
 
@@ -43,13 +43,13 @@ class CardWatch:
         scheduler: Scheduler,
         steps: StepsInFlight,
         outputs: OutputProcessor,
-        agents_with_mail: abc.Callable[[int], set[str]] | None,
+        agents_with_messages: abc.Callable[[int], set[str]] | None,
     ) -> None:
         self._runners = runners
         self._scheduler = scheduler
         self._steps = steps
         self._outputs = outputs
-        self._agents_with_mail = agents_with_mail
+        self._agents_with_messages = agents_with_messages
         self._checked_s = 0.0
 
     def look(self) -> None:
@@ -68,6 +68,11 @@ class CardWatch:
             raise DeviceError(f"no card of the cluster can be started: {reasons}")
 
     @property
+    def has_cards(self) -> bool:
+        """Whether the engine's cards are remote."""
+        return bool(self._runners)
+
+    @property
     def has_news(self) -> bool:
         """Whether a look would change something."""
         return any(card.is_up != runner.is_up for card, runner in self._runners.items())
@@ -79,7 +84,7 @@ class CardWatch:
 
     def rest(self) -> None:
         """Lets others run while the loop waits for devices; waits for what remote cards say."""
-        if self._agents_with_mail is None:
+        if self._agents_with_messages is None:
             time.sleep(0)
         else:
             self._poll(REST_MS)
@@ -99,31 +104,37 @@ class CardWatch:
     def step_failed(self, work: InFlight, error: Exception) -> None:
         """A step could not be run; those that were launched behind it on its card have not been, either.
 
-        Its requests are recomputed, and end with the error the second time; the others are recomputed. The card's
-        breaker counts the step once.
+        Their requests are recomputed, those of the failed step by halves until the one at fault is alone: that one ends
+        with the error the second time. The card's breaker counts the step once.
         """
         runner, card = self._runners[work.step.card], work.step.card
         failed, *later = self._steps.drop_on(card)
         assert failed is work.step, "steps of a card end in the order of their launch"
         runner.forget_device_batch()
-        self._scheduler.cancel(work.step)
-        crossing = (chunk for chunk in work.step.chunks if chunk.seq.lease is chunk.lease and chunk.lease.crosses)
-        first = next(crossing, None)
-        for seq, lease in zip(work.step.seqs, work.step.leases, strict=True):
-            if seq.lease is lease:
-                self._outputs.fail(seq, error, blames_card=first is not None and seq is first.seq)
+        for chunk in work.step.chunks:
+            if chunk.seq.lease is chunk.lease and chunk.lease.crosses:
+                self._scheduler.placement.prefill_failed(chunk.lease)
+                break
+        at_fault = self._scheduler.step_failed(work.step)
+        if at_fault is None:
+            logger.warning("a step of %d requests on %s failed (%s)", work.step.num_requests, card, error)
+        else:
+            self._outputs.fail(at_fault, error, blames_card=False)
         self._scheduler.steps_lost(later)
 
     def _poll(self, timeout_ms: int) -> None:
         """Takes in what cards have said, and notices now and then which are gone or silent."""
-        if self._agents_with_mail is None:
+        if self._agents_with_messages is None:
             return
-        agents, now_s = self._agents_with_mail(timeout_ms), time.monotonic()
+        agents, now_s = self._agents_with_messages(timeout_ms), time.monotonic()
         checks_all = now_s - self._checked_s >= CHECK_S
         self._checked_s = now_s if checks_all else self._checked_s
-        for runner in self._runners.values():
-            if checks_all or runner.agent in agents:
-                runner.poll()
+        if not (checks_all or agents):
+            return
+        with without_interrupts():  # once for all that they say
+            for runner in self._runners.values():
+                if checks_all or runner.agent in agents:
+                    runner.poll()
 
     def _take_note(self, card: Card, runner: RemoteRunner) -> None:
         if card.is_up and not runner.is_up:
@@ -141,12 +152,12 @@ class CardWatch:
         runner.note_loss()
         for other in self._runners.values():
             if other is not runner:
-                other.forget(runner)
+                other.remove_peer(runner)
 
     def _came_up(self, card: Card, runner: RemoteRunner) -> None:
         for other in self._runners.values():
             if other is not runner and other.is_up:
-                runner.meet(other)
-                other.meet(runner)
+                runner.add_peer(other)
+                other.add_peer(runner)
         card.is_up = True
         logger.warning("%s is up again", card)

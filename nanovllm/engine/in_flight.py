@@ -15,7 +15,7 @@ from nanovllm.engine.scheduling.step import BlockPair, Step
 from nanovllm.engine.sequence import Sequence
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InFlight:
     """A launched step, its handle, and when its launch began and returned.
 
@@ -62,6 +62,7 @@ class StepsInFlight:
     def __init__(self) -> None:
         self.formed: FormedStep | None = None
         self._steps: list[InFlight] = []
+        self._on: dict[Card, list[InFlight]] = {}
         self._last_end_s: dict[abc.Hashable, float] = {}
         """When the last step of a queue ended that was taken out."""
 
@@ -73,19 +74,28 @@ class StepsInFlight:
 
     def add(self, step: Step, handle: StepHandle, began_s: float) -> None:
         """Adds a step whose launch began then and has just returned."""
-        self._steps.append(InFlight(step, handle, began_s, time.perf_counter()))
+        self.put(InFlight(step, handle, began_s, time.perf_counter()))
+
+    def put(self, work: InFlight) -> None:
+        """Adds a step that was launched."""
+        self._steps.append(work)
+        self._on.setdefault(work.step.card, []).append(work)
 
     def remove(self, work: InFlight, ended_s: float) -> None:
         """Takes out a step that ended then."""
         self._steps.remove(work)
+        self._on[work.step.card].remove(work)
         self._last_end_s[work.queue] = ended_s
 
     def on(self, card: Card) -> list[InFlight]:
-        return [work for work in self._steps if work.step.card is card]
+        return list(self._on.get(card, ()))
+
+    def num_on(self, card: Card) -> int:
+        return len(self._on.get(card, ()))
 
     def drop_on(self, card: Card) -> list[Step]:
         """Forgets and returns the steps of a card, one that is formed among them: nobody will collect them."""
-        dropped = [work.step for work in self.on(card)]
+        dropped = [work.step for work in self._on.pop(card, [])]
         self._steps = [work for work in self._steps if work.step.card is not card]
         if self.formed is not None and self.formed.step.card is card:
             dropped.append(self.formed.step)
@@ -102,10 +112,12 @@ class StepsInFlight:
         A chunk of a shared prompt ends after the one before it, whose KV it has read, though another card computed it.
         """
         ended: list[InFlight] = []
+        if not any(work.handle.is_done() for work in self._steps):
+            return ended
         running: set[abc.Hashable] = set()
         running_chunks: set[int] = set()
         for work in self._steps:
-            chunks = work.step.shared_chunks
+            chunks = work.step.shared_chunks if work.step.chunks else ()
             reads_running = any(chunk.waits_for in running_chunks for chunk in chunks)
             if work.queue not in running and work.handle.is_done() and not reads_running:
                 ended.append(work)
@@ -132,6 +144,7 @@ class StepsInFlight:
     def drop(self) -> list[InFlight]:
         """Forgets all steps, and returns those that were launched: nobody will collect them."""
         dropped, self._steps, self.formed = self._steps, [], None
+        self._on.clear()
         return dropped
 
 

@@ -109,7 +109,7 @@ class LLMEngine:
             self._mailbox,
             self._observer,
             self._step_listeners,
-            CardWatch(parts.remote_runners, self.scheduler, self._steps, self._outputs, parts.agents_with_mail),
+            CardWatch(parts.remote_runners, self.scheduler, self._steps, self._outputs, parts.agents_with_messages),
             handoff_timeout_s=self.config.handoff_timeout_s,
             step_timeout_s=self.config.step_timeout_s,
         )

@@ -16,7 +16,7 @@ from nanovllm.engine.mailbox import Abort, Mailbox, NewRequest
 from nanovllm.engine.observer import Observer
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.runners import Runners
-from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduler import STEPS_AHEAD, Scheduler
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.step import PrefillChunk, Step
 from nanovllm.engine.step_listeners import StepListeners
@@ -24,6 +24,9 @@ from nanovllm.errors import DeviceError
 
 MAX_ARRIVALS_PER_TURN = 256
 """New requests that a turn takes in: those that come faster wait in the mailbox, and decode steps go on."""
+
+STEPS_PER_LESSON = 4
+"""Of so many decode steps of remote cards one is learned from: tens of cards have hundreds of them a second."""
 
 TURNS_PER_SWEEP = 64
 """Turns from one search for requests whose callers are gone without having closed their inbox to the next."""
@@ -83,11 +86,14 @@ class Loop:
         self._step_times: list[tuple[Step, float]] = []
         """Steps that have ended and what they took, which the scheduler has not been told."""
         self._last_progress_s = time.perf_counter()
+        self._num_collected = 0
 
     def run_turn(self) -> None:
         """One turn: launch what can be launched, else wait until something can be or has ended; collect what has."""
         self.take_in_mail()
         self._card_watch.look()
+        if self._card_watch.has_cards:
+            self.collect_steps()  # nothing more ends until the next look, so that launches need not give way
         launched = self.launch_steps()
         self._tell_step_times()
         if not launched and self._steps.formed is None:
@@ -164,6 +170,8 @@ class Loop:
         for card in self._scheduler.cards:
             if self._steps.formed is not None:
                 break
+            if self._card_watch.has_cards and self._steps.num_on(card) >= STEPS_AHEAD:
+                continue  # of many cards most are as far ahead as they may be
             if not self._is_due(card, before):
                 continue
             works, began_s = self._steps.on(card), time.perf_counter()
@@ -195,7 +203,9 @@ class Loop:
         return not self._launch_times.makes_late(card, self._launch_at_s)
 
     def _has_tokens_of_others(self, card: Card, before: Collection[int]) -> bool:
-        """Whether a step of another card that was in flight when the turn began has ended."""
+        """Whether a step of another card that was in flight when the turn began has ended; of remote cards none has."""
+        if self._card_watch.has_cards:
+            return False
         return any(work.step.card is not card and id(work) in before for work in self._steps.ended())
 
     def _launch_formed(self, before: Collection[int]) -> bool:
@@ -302,8 +312,10 @@ class Loop:
         began_s, ended_s = work.handle.moments()
         self._steps.remove(work, ended_s)
         self._observer.step_ended(work, tokens.waits)
+        self._num_collected += 1
+        teaches = step.chunks or not self._card_watch.has_cards or self._num_collected % STEPS_PER_LESSON == 0
         # Else the time includes that of its launch.
-        if work.launched_s <= began_s or work.handle.ran_in_launch:
+        if teaches and (work.launched_s <= began_s or work.handle.ran_in_launch):
             # The time for which it has waited for another card is not the step's.
             self._step_times.append((step, ended_s - began_s - tokens.waits.waited_s))
         self._listeners.step_ended(work)
@@ -319,6 +331,7 @@ class Loop:
             counters.decode_steps += 1
             counters.decode_tokens += step.decode.num_live
             self._scheduler.decode_done(step)
+            self._scheduler.step_worked(step)
             self._outputs.take_decoded_tokens(step, tokens.after_decode)
 
     def _tell_step_times(self) -> None:

@@ -90,6 +90,10 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._streamed: set[Sequence] = set()
         """Those of both that are streamed."""
+        self._suspects: dict[Sequence, int] = {}
+        """Requests of steps that have failed on remote cards, one of which is at fault, each with the number of the
+        group in which it is tried again."""
+        self._num_suspect_groups = 0
         self._prefilling: list[Sequence] = []
         self._prefill_backlog: set[Sequence] = set()
         """Requests between the start of their prefill and the arrival of their KV."""
@@ -130,6 +134,7 @@ class Scheduler:
         assert not seq.is_finished, f"request {seq.request_id} finishes twice"
         (self._waiting if seq.status is SequenceStatus.WAITING else self._running).remove(seq)
         self._streamed.discard(seq)
+        self._suspects.pop(seq, None)
         seq.finish_reason, seq.error = reason, error
         seq.status = SequenceStatus.FINISHED
         seq.timeline.mark(f"ended: {reason}" if error is None else f"ended: {reason}, {error}")
@@ -175,6 +180,31 @@ class Scheduler:
             for seq, lease in zip(step.seqs, step.leases, strict=True):
                 if seq.lease is lease:
                     self._requeue(seq, f"recomputed: a step on {step.card} has not run")
+
+    def step_failed(self, step: Step) -> Sequence | None:
+        """A step that was launched on a remote card could not be run: its requests are recomputed.
+
+        Which of them is at fault is found by halves: each is recomputed without the other. Returns the request at fault
+        if no other one comes into question; the caller has to `fail` it.
+        """
+        self.cancel(step)
+        live = [seq for seq, lease in zip(step.seqs, step.leases, strict=True) if seq.lease is lease]
+        suspects = [seq for seq in live if seq in self._suspects] or live
+        middle = (len(suspects) + 1) // 2
+        for half in (suspects[:middle], suspects[middle:]):
+            self._num_suspect_groups += 1
+            self._suspects |= dict.fromkeys(half, self._num_suspect_groups)
+        at_fault = suspects[0] if len(suspects) == 1 else None
+        for seq in live:
+            if seq is not at_fault:
+                self._requeue(seq, f"recomputed: a step on {step.card} has failed")
+        return at_fault
+
+    def step_worked(self, step: Step) -> None:
+        """A step has run: what decoded in it is at fault for none that failed before."""
+        if self._suspects:
+            for seq in step.decode.batch.seqs:
+                self._suspects.pop(seq, None)
 
     def fail(self, seq: Sequence, error: Exception, *, blames_card: bool = True) -> bool:
         """Handles an error of one request: preempts it, to be retried, the first time, and ends it the second time.
@@ -530,10 +560,11 @@ class Scheduler:
             is_to_be_verified = self.limits.verifies_handoffs and lease is not None and lease.shared and lease.in_flight
             if lease is not None and lease.may_compute_on(card) and not is_to_be_verified:
                 yield seq
-        # Computed once for all requests admitted here, since it visits every running request.
-        sizes = self._sizes_ahead() if self._waiting else {}
-        while self._waiting:
+        sizes: dict[Card, StepSize] = {}
+        while self._waiting and self.placement.may_prefill(card, self._waiting[0]):
             seq = self._waiting[0]
+            # Computed once for all requests admitted here, since it visits every running request.
+            sizes = sizes or self._sizes_ahead()
             others = self._other_prompts(seq, sizes)
             places = self.placement.places_of(seq, sizes, others)
             if not self._may_admit(seq, places, sizes):
@@ -576,6 +607,10 @@ class Scheduler:
             return False
         if any(decoding.waits_for_blocks for decoding in self._decoding.values()):
             seq.timeline.mark("waits for a lease (a decoding request needs the next free blocks)")
+            return False
+        group = self._suspects.get(seq)
+        if group is not None and any(self._suspects.get(other, group) != group for other in self._running):
+            seq.timeline.mark("waits for a lease (it is recomputed apart from others: a step with them has failed)")
             return False
         card, most_under_way = places.decode, self.limits.max_handoff_backlog
         if places.prefill is not card and len(self._prefill_backlog) >= most_under_way:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections import abc, deque
+from dataclasses import dataclass
 
 import numpy as np
 
 from nanovllm.engine.callers import Inbox
 from nanovllm.engine.scheduling.decode_batch import MAX_STOP_IDS, HostDecodeBatch
+from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.text.request_text import NoText, RequestText
 from nanovllm.outputs import RequestOutput
 
@@ -51,6 +53,15 @@ class StreamedRows:
             dtype=bool,
         )
         """[B] bool: rows of streamed requests that may be emitted here, token by token."""
+        self._have_no_text = all(type(text) is NoText for text in self._texts)
+        self._columns = _Columns(
+            self._request_ids,
+            self._ttfts_s,
+            batch.seqs,
+            batch.token_lists,
+            [inbox.outputs for inbox in self._inboxes],
+            set(self._inboxes),
+        )
 
     def emit(self, indices: list[int], token_ids: list[int]) -> list[int]:
         """Appends the next tokens to rows and emits them.
@@ -62,6 +73,9 @@ class StreamedRows:
         Returns:
             The rows that were left out, since the text of their token depends on other tokens.
         """
+        if self._have_no_text:
+            self._commit(indices, [""] * len(indices), token_ids)
+            return []
         rows, deltas, left = [], [], []
         for index in indices:
             text = self._texts[index]
@@ -75,33 +89,55 @@ class StreamedRows:
         return left
 
     def _commit(self, rows: list[int], deltas: list[str], token_ids: list[int]) -> None:
-        batch, never = self.batch, itertools.repeat(None)
-        chosen = [token_ids[index] for index in rows]
+        columns, chosen, never = self._columns, token_ids, itertools.repeat(None)
+        if len(rows) < len(self.batch):
+            columns = columns.of(rows, self._inboxes)
+            chosen = [token_ids[index] for index in rows]
         outputs = list(
             map(
                 RequestOutput,
-                [self._request_ids[index] for index in rows],
+                columns.request_ids,
                 [[token_id] for token_id in chosen],
                 deltas,
                 itertools.repeat(False),
                 never,
                 never,
                 never,
-                [self._ttfts_s[index] for index in rows],
+                columns.ttfts_s,
             )
         )
-        seqs = [batch.seqs[index] for index in rows]
-        inboxes = [self._inboxes[index] for index in rows]
-        token_lists = [batch.token_lists[index] for index in rows]
-        num_tokens = [len(tokens) + 1 for tokens in token_lists]
         # One operation of the interpreter: an interrupt finds all of it done, or nothing.
         deque(
             itertools.chain(
-                map(list.append, token_lists, chosen),
-                map(deque.append, [inbox.outputs for inbox in inboxes], outputs),
-                map(setattr, seqs, itertools.repeat("num_emitted_tokens"), num_tokens),
+                map(list.append, columns.token_lists, chosen),
+                map(deque.append, columns.outputs, outputs),
+                # By then the tokens above are among them.
+                map(setattr, columns.seqs, itertools.repeat("num_emitted_tokens"), map(len, columns.token_lists)),
             ),
             maxlen=0,
         )
-        for inbox in set(inboxes):
+        for inbox in columns.inboxes:
             inbox.ring()
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What outputs of rows are made of and where they go, each a list over the rows; `inboxes` has each once."""
+
+    request_ids: list[int]
+    ttfts_s: list[float | None]
+    seqs: list[Sequence]
+    token_lists: list[list[int]]
+    outputs: list[deque[RequestOutput]]
+    inboxes: set[Inbox]
+
+    def of(self, rows: list[int], inboxes: list[Inbox]) -> _Columns:
+        """The columns of some rows, of which all are given."""
+        return _Columns(
+            [self.request_ids[index] for index in rows],
+            [self.ttfts_s[index] for index in rows],
+            [self.seqs[index] for index in rows],
+            [self.token_lists[index] for index in rows],
+            [self.outputs[index] for index in rows],
+            {inboxes[index] for index in rows},
+        )

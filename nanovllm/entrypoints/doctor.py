@@ -6,6 +6,7 @@ do without; `failed` is broken, and makes the exit status 1.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import logging
@@ -13,7 +14,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 
@@ -21,11 +22,11 @@ from nanovllm import LLM, NanoVLLMError, SamplingParams
 from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine.builder import model_memory
 from nanovllm.engine.green_manager import GreenManager
+from nanovllm.entrypoints.findings import FAILED, MISSING, OK, WARNING, Finding
 from nanovllm.kernels import BACKENDS, BackendRequirements, unsupported_reasons
 from nanovllm.utils.device import Device, copy_bandwidth, driver_version, peer_access
 from nanovllm.version import __version__
 
-OK, WARNING, MISSING, FAILED = "ok", "warning", "missing", "failed"
 GIB = 1024**3
 NVLINK_BYTES_PER_S = 200e9
 """Bytes per second between those of PCIe 5 and of NVLink 4."""
@@ -40,21 +41,11 @@ PACKAGES = {
 QUESTION = "What is the capital of France?"
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What one check found; `next_step` is empty where there is nothing to do."""
-
-    check: str
-    verdict: str
-    found: str
-    next_step: str = ""
-
-
-def run(model: str | None, prefill_device_id: int, decode_device_id: int, *, as_json: bool) -> int:
-    """Prints all findings; the exit status."""
+def run(found: Iterator[Finding], *, as_json: bool) -> int:
+    """Prints all findings as they come; the exit status."""
     logging.getLogger("nanovllm").setLevel(logging.ERROR)  # what it would say is found anyway
     findings = []
-    for finding in examine(model, prefill_device_id, decode_device_id):
+    for finding in found:
         findings.append(finding)
         if not as_json:
             _print(finding)
@@ -87,6 +78,16 @@ def examine(model: str | None, prefill_device_id: int, decode_device_id: int) ->
             yield from check()
         except Exception as error:  # noqa: BLE001 - one check that breaks is a finding, and the others go on
             yield Finding(name, FAILED, f"{type(error).__name__}: {error}", "report this with the line above")
+
+
+def examine_cluster(args: argparse.Namespace) -> Iterator[Finding]:
+    """The findings about a cluster, as the options of the command describe it."""
+    try:
+        from nanovllm.entrypoints import cluster_doctor
+    except ImportError as error:
+        yield Finding("packages", FAILED, f"{error.name} is not installed", "pip install nanovllm[cluster]")
+        return
+    yield from cluster_doctor.examine_cluster(args.cluster, args.prefill_cards, args.decode_cards, args.device)
 
 
 def check_packages() -> Iterator[Finding]:

@@ -48,18 +48,27 @@ def await_end(process: subprocess.Popen[bytes], what: str, timeout_s: float) -> 
         logger.error("%s (process %d) was killed and does not end; end it by hand", what, process.pid)
 
 
+_is_deferring = False
+
+
 @contextlib.contextmanager
 def without_interrupts() -> Iterator[None]:
-    """Defers Ctrl-C to the end of the block, where half of it done would leave processes apart."""
+    """Defers Ctrl-C to the end of the outermost block, where half of it done would leave processes apart."""
+    global _is_deferring
+    if _is_deferring or threading.current_thread() is not threading.main_thread():
+        yield  # an outer block defers it, or no interrupt is raised in this thread
+        return
     before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield  # no interrupt is raised in this thread
+    if not callable(before):
+        yield
         return
     heard: list[tuple[int, FrameType | None]] = []
     signal.signal(signal.SIGINT, lambda number, frame: heard.append((number, frame)))
+    _is_deferring = True
     try:
         yield
     finally:
+        _is_deferring = False
         signal.signal(signal.SIGINT, before)
         if heard:
             before(*heard[0])

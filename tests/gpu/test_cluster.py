@@ -12,6 +12,10 @@ import pytest
 
 from nanovllm import LLM, SamplingParams
 from tests import tiny
+from tests.test_cluster_ray import run_scenario
+
+if importlib.util.find_spec("nixl_cu13") is not None:
+    from nanovllm.entrypoints.cluster_doctor import examine_cluster
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,10 +70,36 @@ def test_a_killed_card_takes_no_request_with_it(tiny_on_disk, card):
             assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 200)
         deadline_s = time.monotonic() + 120
         while not all(each.is_up for each in llm.scheduler.cards) or llm._handoffs.under_way:
-            assert time.monotonic() < deadline_s, "the card does not come back"
+            if time.monotonic() > deadline_s:
+                for runner in llm._runners:
+                    if runner.is_up:
+                        os.kill(runner.pid, signal.SIGUSR1)  # it prints where it is
+                time.sleep(1.0)
+                raise AssertionError(f"the card does not come back: {[runner.reason for runner in llm._runners]}")
             llm.step()
             time.sleep(0.01)
         answers = llm.generate(prompts[:4], GREEDY, use_tqdm=False)
         for prompt, answer in zip(prompts[:4], answers, strict=True):
             assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 24)
         llm.scheduler.check_integrity()
+
+
+def test_the_doctor_finds_that_kv_crosses_by_peer_access():
+    """UCX takes CUDA's memory of other processes, not the network, and no pair is slow."""
+    findings = list(examine_cluster("local", 1, 1, "cuda"))
+    assert {finding.verdict for finding in findings} == {"ok"}, findings
+    pairs = [finding.found for finding in findings if " to " in finding.check]
+    assert len(pairs) == 2
+    for found in pairs:
+        assert "cuda_ipc" in found
+        assert float(found.split(" GB/s")[0]) > 20.0
+
+
+def test_cards_that_ray_starts(tiny_on_disk):
+    """Each sees all GPUs and uses the one that Ray has given, so that KV crosses by peer access there, too."""
+    path, reference = tiny_on_disk
+    found = run_scenario("gpus", path)
+    prompts = tiny.random_prompts(6, seed=61)
+    assert found["tokens"] == [tiny.reference_tokens(reference, prompt, 40) for prompt in prompts]
+    assert sorted(found["devices"]) == ["cuda:0", "cuda:1"]
+    assert all("cuda_ipc" in each for each in found["pairs"]), found["pairs"]

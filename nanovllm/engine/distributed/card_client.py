@@ -1,44 +1,47 @@
-"""The controller's end of a card's process: starts it, sends and receives, notices that it is gone or silent.
+"""The controller's end of a card's process: has it started, sends and receives, notices that it is gone or silent.
 
 Everything between the two is encrypted and authenticated by ZMQ's CURVE. The keys of a card are made when its process
-is started, and reach it through its standard input, which also tells each of the two at once when the other is gone.
+is started, and whoever starts it hands them over.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import select
-import signal
-import socket
-import subprocess
-import sys
 import time
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from nanovllm.engine.distributed.card_messages import VERSION, Command, Contact, Hello, Report, decode_report, encode
+from nanovllm.engine.distributed.card_messages import (
+    VERSION,
+    Command,
+    Contact,
+    Hello,
+    Report,
+    Start,
+    decode_heartbeat,
+    decode_report,
+    encode,
+)
+from nanovllm.engine.distributed.card_starter import CardStarter
 from nanovllm.errors import ClusterError
-from nanovllm.utils.process import await_end
 
 LEAST_LOOK_S = 0.005
 """Seconds from one look whether the process is there to the next."""
 MOST_SILENCE_PER_LOOK_S = 0.1
 """Silence is counted only while somebody listens: of a longer time between two looks no more than this counts."""
-LAST_WORDS_S = 0.1
+LAST_MESSAGES_S = 0.1
 """Seconds for which what a process has said before its end may be on the way."""
-CLOSE_TIMEOUT_S = 5.0
 
 
-class Doorkeeper:
+class CardSockets:
     """Lets a card's keys, and no others, into the sockets that are made here. A context of ZMQ and its thread."""
 
     def __init__(self) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._allowed: dict[str, bytes] = {}
-        self._mail = zmq.Poller()
+        self._poller = zmq.Poller()
         self._agents: dict[zmq.Socket[bytes], str] = {}
         self._authenticator = ThreadAuthenticator(self.context)
         self._authenticator.start()
@@ -47,28 +50,28 @@ class Doorkeeper:
         """Whether a client with this public key may connect to the sockets of a domain; called by ZMQ."""
         return self._allowed.get(domain) == key
 
-    def admit(self, domain: str, key: bytes) -> None:
+    def allow(self, domain: str, key: bytes) -> None:
         """Lets clients with this public key into the sockets of a domain."""
         self._allowed[domain] = key
         self._authenticator.configure_curve_callback(domain, credentials_provider=self)
 
-    def dismiss(self, domain: str) -> None:
+    def revoke(self, domain: str) -> None:
         """Lets nobody in any more."""
         self._allowed.pop(domain, None)
 
     def watch(self, messages: zmq.Socket[bytes], agent: str) -> None:
-        """Counts a socket among those of `agents_with_mail`."""
-        self._mail.register(messages, zmq.POLLIN)
+        """Counts a socket among those of `agents_with_messages`."""
+        self._poller.register(messages, zmq.POLLIN)
         self._agents[messages] = agent
 
     def unwatch(self, messages: zmq.Socket[bytes]) -> None:
         """Stops watching a socket."""
         if self._agents.pop(messages, None) is not None:
-            self._mail.unregister(messages)
+            self._poller.unregister(messages)
 
-    def agents_with_mail(self, timeout_ms: int) -> set[str]:
+    def agents_with_messages(self, timeout_ms: int) -> set[str]:
         """The agents that have said something; waits up to `timeout_ms` milliseconds for the first."""
-        return {self._agents[messages] for messages, _ in self._mail.poll(timeout_ms)}
+        return {self._agents[messages] for messages, _ in self._poller.poll(timeout_ms)}
 
     def socket(self, kind: int, domain: str, secret_key: bytes, address: str) -> tuple[zmq.Socket[bytes], str]:
         """A socket on a free port of an address that only the key of the domain gets into, and its endpoint."""
@@ -88,62 +91,53 @@ class Doorkeeper:
 
 
 class CardClient:
-    """A card's process, made by running Python anew, in a session of its own.
+    """A card's process, and the sockets to it.
 
     Args:
         card: the card's name.
         agent: the name of this process of the card, which no other has.
-        start: what the process is told once it has greeted.
-        doorkeeper: makes the sockets.
+        start: what the process is told once it has said hello.
+        sockets: makes the sockets.
+        starter: starts the process.
 
     Attributes:
-        pid: of the process.
         controller_key: the public key of this end.
         silence_s: seconds for which nothing has come while somebody listened.
+        stalled_s: seconds for which the process, which runs, has stood still, by its last heartbeat.
 
     Raises:
         ClusterError: the process cannot be started.
     """
 
-    def __init__(self, card: str, agent: str, start: Command, doorkeeper: Doorkeeper) -> None:
+    def __init__(self, card: str, agent: str, start: Start, sockets: CardSockets, starter: CardStarter) -> None:
         self.card = card
-        self.silence_s = 0.0
+        self.silence_s = self.stalled_s = 0.0
         self._agent, self._start = agent, start
-        self._doorkeeper = doorkeeper
+        self._sockets = sockets
         self._looked_s = time.monotonic()
         self._is_gone = self._has_greeted = False
         self._gone_s = 0.0
         self.controller_key, controller_secret = zmq.curve_keypair()
         public_key, secret_key = zmq.curve_keypair()
-        doorkeeper.admit(agent, public_key)
-        self._messages, messages = doorkeeper.socket(zmq.DEALER, agent, controller_secret, "127.0.0.1")
-        self._beats, beats = doorkeeper.socket(zmq.PULL, agent, controller_secret, "127.0.0.1")
-        doorkeeper.watch(self._messages, agent)
-        log_level = logging.getLogger("nanovllm").getEffectiveLevel()
-        contact = encode(Contact(card, messages, beats, self.controller_key, public_key, secret_key, log_level))
+        sockets.allow(agent, public_key)
+        self._messages, messages = sockets.socket(zmq.DEALER, agent, controller_secret, starter.address)
+        self._heartbeats, heartbeats = sockets.socket(zmq.PULL, agent, controller_secret, starter.address)
+        sockets.watch(self._messages, agent)
+        contact = Contact(
+            card,
+            messages,
+            heartbeats,
+            self.controller_key,
+            public_key,
+            secret_key,
+            starter.controller_timeout_s,
+            logging.getLogger("nanovllm").getEffectiveLevel(),
+        )
         try:
-            self._link, self._process = self._start_process(contact)
-        except OSError as error:
+            self._process = starter.start(start.device_index, card, encode(contact))
+        except ClusterError:
             self._close_sockets()
-            raise ClusterError(f"a process for {card} cannot be started: {error}") from error
-        self._end_of_link = select.poll()  # unlike `select.select`, it takes descriptors above 1023
-        self._end_of_link.register(self._link, select.POLLIN)
-        self.pid = self._process.pid
-
-    def _start_process(self, contact: bytes) -> tuple[socket.socket, subprocess.Popen[bytes]]:
-        """Starts the process, and gives it the contact through the link to it, which is returned."""
-        link, theirs = socket.socketpair()
-        with theirs:
-            try:
-                process = subprocess.Popen(
-                    _command_line(), stdin=theirs.fileno(), start_new_session=True, env=_environment()
-                )
-            except OSError:
-                link.close()
-                raise
-        with contextlib.suppress(BrokenPipeError):  # it is gone already, as the next look says
-            link.sendall(len(contact).to_bytes(4, "little") + contact)
-        return link, process
+            raise
 
     def send(self, command: Command) -> None:
         """Sends without waiting. A message to a process that is gone is dropped."""
@@ -151,9 +145,9 @@ class CardClient:
             with contextlib.suppress(zmq.Again):
                 self._messages.send(encode(command), zmq.NOBLOCK)
 
-    def has_mail(self) -> bool:
+    def has_messages(self) -> bool:
         """Whether `receive` would find something."""
-        return not self._messages.closed and bool(self._messages.poll(0))
+        return not self._messages.closed and bool(int(self._messages.get(zmq.EVENTS)) & zmq.POLLIN)
 
     def receive(self) -> list[Report]:
         """All that has come.
@@ -169,13 +163,17 @@ class CardClient:
                 report = decode_report(self._messages.recv(zmq.NOBLOCK))
                 self.silence_s = 0.0
                 if not self._has_greeted:
-                    self._check_greeting(report)
+                    self._check_hello(report)
                 else:
                     reports.append(report)
         return reports
 
     def is_gone(self) -> bool:
-        """Whether the process has ended. Also counts `silence_s`."""
+        """Whether the process has ended. Also counts `silence_s`.
+
+        Raises:
+            ClusterError: the process says what cannot be understood.
+        """
         now_s = time.monotonic()
         if self._is_gone or now_s - self._looked_s < LEAST_LOOK_S:
             return self._is_gone
@@ -183,29 +181,23 @@ class CardClient:
         self._looked_s = now_s
         with contextlib.suppress(zmq.Again):
             while True:
-                self._beats.recv(zmq.NOBLOCK)
+                self.stalled_s = decode_heartbeat(self._heartbeats.recv(zmq.NOBLOCK)).stalled_s
                 self.silence_s = 0.0
-        self._is_gone = bool(self._end_of_link.poll(0))  # nothing is ever sent, so that this is its end
+        self._is_gone = self._process.has_ended()
         self._gone_s = now_s
         return self._is_gone
 
-    def may_have_said_more(self) -> bool:
+    def may_have_sent_more(self) -> bool:
         """Whether what the process, which is gone, has said before its end may still be on the way."""
-        status = self._process.poll()
-        was_killed = status is not None and status < 0  # and has said nothing of it
-        return not was_killed and time.monotonic() - self._gone_s < LAST_WORDS_S
+        return not self._process.was_killed() and time.monotonic() - self._gone_s < LAST_MESSAGES_S
 
     def is_reaped(self) -> bool:
         """Whether the process, which is gone or was killed, has left nothing behind on its device."""
-        return self._process.poll() is not None
+        return self._process.is_reaped()
 
     def how_it_ended(self) -> str:
         """How the process has ended, in words; does not wait for it."""
-        status = self._process.poll()
-        if status is None:
-            return "its process has closed its end and has not ended; see its log"
-        how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
-        return f"its process has ended {how}; its log, on standard error, may say why"
+        return self._process.how_it_ended()
 
     def kill(self) -> None:
         """Ends the process, also one that is stopped or hangs; waits for nothing. Its sockets are closed."""
@@ -216,21 +208,21 @@ class CardClient:
     def hang_up(self) -> None:
         """Tells the process to end; waits for nothing."""
         self._is_gone = True
-        self._link.close()
+        self._process.hang_up()
 
     def close(self) -> None:
         """Ends the process and waits for it, but not for ever. A second call does nothing."""
-        self.hang_up()
-        await_end(self._process, f"the process of {self.card}", CLOSE_TIMEOUT_S)
+        self._is_gone = True
+        self._process.close()
         self._close_sockets()
 
     def _close_sockets(self) -> None:
-        self._doorkeeper.dismiss(self._agent)
-        self._doorkeeper.unwatch(self._messages)
+        self._sockets.revoke(self._agent)
+        self._sockets.unwatch(self._messages)
         self._messages.close()
-        self._beats.close()
+        self._heartbeats.close()
 
-    def _check_greeting(self, report: Report) -> None:
+    def _check_hello(self, report: Report) -> None:
         if not isinstance(report, Hello):
             raise ClusterError(f"{self.card} does not greet first; it is of another version than {VERSION!r}")
         if report.version != VERSION:
@@ -239,13 +231,3 @@ class CardClient:
             )
         self._has_greeted = True
         self.send(self._start)
-
-
-def _environment() -> dict[str, str]:
-    """NIXL's transport, UCX, listens on this host alone, and what it sends is not encrypted."""
-    return {"UCX_NET_DEVICES": "lo", **os.environ}
-
-
-def _command_line() -> list[str]:
-    code = f"import sys; sys.path[:] = {sys.path!r}; from nanovllm.engine.distributed import card_process"
-    return [sys.executable, "-c", f"{code}; card_process.main()"]

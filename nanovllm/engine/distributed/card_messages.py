@@ -26,15 +26,17 @@ MAX_DIMENSIONS = 2
 class Contact(msgspec.Struct, array_like=True, frozen=True):
     """What a process needs to reach its controller: ZMQ endpoints, and keys of CURVE in Z85.
 
-    Only the two of them have these keys: whoever else connects can neither speak nor listen.
+    Only the two of them have these keys: whoever else connects can neither speak nor listen. A process ends by itself
+    when it has not heard its controller for `controller_timeout_s`, if that is not 0.
     """
 
     card: str
     messages: str
-    beats: str
+    heartbeats: str
     controller_key: bytes
     public_key: bytes
     secret_key: bytes
+    controller_timeout_s: float
     log_level: int
 
 
@@ -44,7 +46,8 @@ class Contact(msgspec.Struct, array_like=True, frozen=True):
 class Start(msgspec.Struct, array_like=True, frozen=True, tag="start"):
     """The first message: which model to load, with which options of an engine, on which device.
 
-    `agent` is the name by which other cards know this process; that of a process started later is another one.
+    `agent` is the name by which other cards know this process; that of a process started later is another one. An empty
+    `model` is the demo model, wherever the card's host has it. `explains_transports` lets it answer `AskTransports`.
     """
 
     model: str
@@ -52,18 +55,23 @@ class Start(msgspec.Struct, array_like=True, frozen=True, tag="start"):
     device_kind: str
     device_index: int
     agent: str
+    explains_transports: bool
 
 
-class Meet(msgspec.Struct, array_like=True, frozen=True, tag="meet"):
-    """Another card, to which blocks may be pushed from now on: NIXL's metadata of its agent, and where its pool is."""
+class AddPeer(msgspec.Struct, array_like=True, frozen=True, tag="add peer"):
+    """Another card, to which blocks may be pushed from now on: NIXL's metadata of its agent, and where its pool is.
+
+    `host` is that of `Ready`.
+    """
 
     agent: str
+    host: str
     metadata: bytes
     pool_address: int
     pool_device: int
 
 
-class Forget(msgspec.Struct, array_like=True, frozen=True, tag="forget"):
+class RemovePeer(msgspec.Struct, array_like=True, frozen=True, tag="remove peer"):
     """Another card is gone. Pushes to it, and what is expected from it, have failed."""
 
     agent: str
@@ -100,13 +108,23 @@ class Expect(msgspec.Struct, array_like=True, frozen=True, tag="expect"):
     verifies: bool
 
 
-class Unexpect(msgspec.Struct, array_like=True, frozen=True, tag="unexpect"):
+class CancelExpected(msgspec.Struct, array_like=True, frozen=True, tag="cancel expected"):
     """The push of this number has failed on the other side."""
 
     number: int
 
 
-Command = Start | Meet | Forget | Launch | Push | Expect | Unexpect
+class Ping(msgspec.Struct, array_like=True, frozen=True, tag="ping"):
+    """Asks for the card's clock; when it was sent, by the controller's."""
+
+    sent_s: float
+
+
+class AskTransports(msgspec.Struct, array_like=True, frozen=True, tag="ask transports"):
+    """Asks how blocks have been pushed from here."""
+
+
+Command = Start | AddPeer | RemovePeer | Launch | Push | Expect | CancelExpected | Ping | AskTransports
 
 
 # From a card to the controller
@@ -132,13 +150,40 @@ class Geometry(msgspec.Struct, array_like=True, frozen=True):
     mixed_sizes: list[int]
 
 
+class Heartbeat(msgspec.Struct, array_like=True, frozen=True):
+    """The process runs; for how many seconds the thread that runs steps has been in one turn of its loop."""
+
+    stalled_s: float
+
+
 class Ready(msgspec.Struct, array_like=True, frozen=True, tag="ready"):
-    """The model is loaded: the card's geometry, and what others need to reach its pool, as of `Meet`."""
+    """The model is loaded: the card's geometry, and what others need to reach its pool, as of `AddPeer`.
+
+    `host` names the host as it runs now; `hostname`, `device` and `about`, with versions of packages, are for people.
+    """
 
     geometry: Geometry
+    pid: int
+    host: str
+    hostname: str
+    device: str
+    about: dict[str, str]
     metadata: bytes
     pool_address: int
     pool_device: int
+
+
+class Pong(msgspec.Struct, array_like=True, frozen=True, tag="pong"):
+    """Answers a `Ping` with its moment, and the card's `time.perf_counter()`."""
+
+    sent_s: float
+    card_s: float
+
+
+class Transports(msgspec.Struct, array_like=True, frozen=True, tag="transports"):
+    """Answers `AskTransports`: what UCX writes blocks by, to processes `intra-node` (of this host) and `inter-node`."""
+
+    by_place: dict[str, list[str]]
 
 
 class StepEnded(msgspec.Struct, array_like=True, frozen=True, tag="ended"):
@@ -174,7 +219,7 @@ class Sent(msgspec.Struct, array_like=True, frozen=True, tag="sent"):
     checksums: np.ndarray | None
 
 
-class NotSent(msgspec.Struct, array_like=True, frozen=True, tag="not sent"):
+class SendFailed(msgspec.Struct, array_like=True, frozen=True, tag="send failed"):
     """A push has failed here, and touches its blocks no more."""
 
     number: int
@@ -188,26 +233,39 @@ class Arrived(msgspec.Struct, array_like=True, frozen=True, tag="arrived"):
     checksums: np.ndarray | None
 
 
-class NotArrived(msgspec.Struct, array_like=True, frozen=True, tag="not arrived"):
+class ArrivalFailed(msgspec.Struct, array_like=True, frozen=True, tag="arrival failed"):
     """The blocks of a push will not come, and nobody writes to them any more."""
 
     number: int
     reason: str
 
 
-class Refused(msgspec.Struct, array_like=True, frozen=True, tag="refused"):
+class InvalidMessage(msgspec.Struct, array_like=True, frozen=True, tag="invalid message"):
     """A message from the controller was not understood; nothing of it was done."""
 
     reason: str
 
 
-class LastWords(msgspec.Struct, array_like=True, frozen=True, tag="last words"):
+class CardFailed(msgspec.Struct, array_like=True, frozen=True, tag="card failed"):
     """The process ends for this reason."""
 
     failure: Failure
 
 
-Report = Hello | Ready | StepEnded | StepFailed | Sent | NotSent | Arrived | NotArrived | Refused | LastWords
+Report = (
+    Hello
+    | Ready
+    | Pong
+    | Transports
+    | StepEnded
+    | StepFailed
+    | Sent
+    | SendFailed
+    | Arrived
+    | ArrivalFailed
+    | InvalidMessage
+    | CardFailed
+)
 
 
 def _as_columns(value: Any) -> Any:
@@ -241,9 +299,10 @@ _encode = msgspec.msgpack.Encoder(enc_hook=_as_columns).encode
 _decode_command = msgspec.msgpack.Decoder(Command, dec_hook=_as_array).decode
 _decode_report = msgspec.msgpack.Decoder(Report, dec_hook=_as_array).decode
 _decode_contact = msgspec.msgpack.Decoder(Contact).decode
+_decode_heartbeat = msgspec.msgpack.Decoder(Heartbeat).decode
 
 
-def encode(message: Command | Report | Contact) -> bytes:
+def encode(message: Command | Report | Contact | Heartbeat) -> bytes:
     return _encode(message)
 
 
@@ -273,3 +332,15 @@ def decode_report(data: bytes) -> Report:
 
 def decode_contact(data: bytes) -> Contact:
     return _decode_contact(data)
+
+
+def decode_heartbeat(data: bytes) -> Heartbeat:
+    """A card's heartbeat.
+
+    Raises:
+        ClusterError: it is none of this version.
+    """
+    try:
+        return _decode_heartbeat(data)
+    except msgspec.DecodeError as error:
+        raise ClusterError(f"{len(data)} bytes from a card are no heartbeat of {VERSION!r}: {error}") from None

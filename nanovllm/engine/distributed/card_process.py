@@ -6,49 +6,64 @@ Decides nothing. `card_client.py` starts this process; it ends when the controll
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import faulthandler
 import gc
+import importlib.metadata
 import logging
 import os
+import platform
+import signal
 import socket
 import threading
 import time
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from nanovllm.config import EngineConfig
+from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine.builder import check_fp8, runner_spec
+from nanovllm.engine.distributed.card_clock import host_id
 from nanovllm.engine.distributed.card_messages import (
     VERSION,
+    AddPeer,
+    ArrivalFailed,
     Arrived,
+    AskTransports,
+    CancelExpected,
+    CardFailed,
     Command,
     Contact,
     Expect,
-    Forget,
     Geometry,
+    Heartbeat,
     Hello,
-    LastWords,
+    InvalidMessage,
     Launch,
-    Meet,
-    NotArrived,
-    NotSent,
+    Ping,
+    Pong,
     Push,
     Ready,
-    Refused,
+    RemovePeer,
     Report,
+    SendFailed,
     Sent,
     Start,
     StepEnded,
     StepFailed,
-    Unexpect,
+    Transports,
     decode_command,
     decode_contact,
     encode,
 )
-from nanovllm.engine.distributed.kv_nixl import KVAgent, NixlPush
+from nanovllm.engine.distributed.kv_nixl import KVAgent, NixlPush, log_transports, transports_in
 from nanovllm.engine.distributed.messages import Failure
 from nanovllm.engine.execution.step_handle import StepHandle
 from nanovllm.engine.model_runner import ModelRunner
@@ -56,18 +71,24 @@ from nanovllm.errors import ClusterError, HandoffError
 from nanovllm.utils.checkpoint import checkpoint_folder, read_json
 from nanovllm.utils.device import Device, DoneEvent
 from nanovllm.utils.process import end_process
+from nanovllm.version import __version__
 
 logger = logging.getLogger(__name__)
 
-BEAT_S = 0.25
-"""Seconds from one sign of life to the next."""
+HEARTBEAT_S = 0.25
+"""Seconds from one heartbeat to the next."""
 IDLE_WAIT_MS = 1000
 CPU_REST_S = 200e-6
 """Seconds between two looks at work in flight on a CPU, where the other cards compute on the same cores."""
 PEER_GONE_S = 1.0
 """Seconds from the news that a card is gone to the moment when nothing of what it pushed is still being written here:
 what had left it may lie in this host's sockets, from where NIXL's own thread writes it into the pool."""
-LAST_WORDS_MS = 1000
+REMOTE_PEER_GONE_S = 5.0
+"""The same for a card of another host, whose system may send on what the card had written into its sockets."""
+CONNECT_TIMEOUT_S = 30.0
+"""Seconds within which a controller on another host has to be reached."""
+PR_SET_PDEATHSIG = 1
+LAST_MESSAGE_MS = 1000
 
 
 @dataclass(frozen=True)
@@ -78,6 +99,21 @@ class WaitingPush:
     under_way: NixlPush | None = None
 
 
+class Progress:
+    """When the thread that runs steps has last begun a turn of its loop; nothing before the first one."""
+
+    def __init__(self) -> None:
+        self._turned_s: float | None = None
+
+    def turned(self) -> None:
+        """A turn begins."""
+        self._turned_s = time.monotonic()
+
+    def stalled_s(self) -> float:
+        """Seconds since then."""
+        return 0.0 if self._turned_s is None else time.monotonic() - self._turned_s
+
+
 class CardServer:
     """Does what a controller says, on one runner.
 
@@ -85,12 +121,26 @@ class CardServer:
         runner: runs steps.
         agent: pushes blocks, and is notified of those that arrive.
         socket: to the controller.
+        progress: is told of every turn.
+        ucx_log: the file that UCX writes its log to, None if it writes none.
     """
 
-    def __init__(self, runner: ModelRunner, agent: KVAgent, socket: zmq.Socket[bytes]) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        agent: KVAgent,
+        socket: zmq.Socket[bytes],
+        progress: Progress,
+        ucx_log: str | None,
+    ) -> None:
         self._runner = runner
         self._agent = agent
         self._socket = socket
+        self._progress = progress
+        self._ucx_log = ucx_log
+        self._host = host_id()
+        self._host_of: dict[str, str] = {}
+        """The hosts of the other cards, by agent."""
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
         self._steps: deque[tuple[int, StepHandle]] = deque()
@@ -108,6 +158,7 @@ class CardServer:
     def run(self) -> None:
         """Serves for ever."""
         while True:
+            self._progress.turned()
             is_busy = bool(self._steps or self._pushes or self._expected or self._leaving)
             if self._poller.poll(0 if is_busy else IDLE_WAIT_MS):
                 self._take_in_all()
@@ -127,7 +178,7 @@ class CardServer:
                 command = decode_command(data)
             except ClusterError as error:
                 logger.error("%s", error)
-                self.send(Refused(str(error)))
+                self.send(InvalidMessage(str(error)))
                 continue
             self._take_in(command)
             self._report_steps()
@@ -139,14 +190,24 @@ class CardServer:
             self._pushes.append(WaitingPush(command))
         elif isinstance(command, Expect):
             self._expected[command.number] = command
-        elif isinstance(command, Unexpect):
+        elif isinstance(command, CancelExpected):
             self._expect_no_more([command.number])
-        elif isinstance(command, Meet):
-            self._meet(command)
-        elif isinstance(command, Forget):
-            self._forget(command.agent)
+        elif isinstance(command, AddPeer):
+            self._add_peer(command)
+        elif isinstance(command, RemovePeer):
+            self._remove_peer(command.agent)
+        elif isinstance(command, AskTransports):
+            self.send(Transports(self._transports()))
+        elif isinstance(command, Ping):
+            self.send(Pong(command.sent_s, time.perf_counter()))
         else:
-            self.send(Refused("a card is started once"))
+            self.send(InvalidMessage("a card is started once"))
+
+    def _transports(self) -> dict[str, list[str]]:
+        if self._ucx_log is None:
+            return {}
+        ctypes.CDLL(None).fflush(None)  # UCX's log is a stream of the C library
+        return transports_in(Path(self._ucx_log).read_text(errors="replace"))
 
     # Steps
 
@@ -176,19 +237,20 @@ class CardServer:
 
     # Pushes
 
-    def _meet(self, peer: Meet) -> None:
+    def _add_peer(self, peer: AddPeer) -> None:
+        self._host_of[peer.agent] = peer.host
         try:
-            self._agent.meet(peer.agent, peer.metadata, peer.pool_address, peer.pool_device)
+            self._agent.add_peer(peer.agent, peer.metadata, peer.pool_address, peer.pool_device)
         except HandoffError as error:  # pushes there fail, and say so
             logger.error("%s", error)
 
-    def _forget(self, name: str) -> None:
+    def _remove_peer(self, name: str) -> None:
         for push in [push for push in self._pushes if push.ask.agent == name]:
             if push.under_way is not None:
                 push.under_way.end()
             self._pushes.remove(push)
-            self.send(NotSent(push.ask.number, f"{name} is gone"))
-        self._agent.forget(name)
+            self.send(SendFailed(push.ask.number, f"{name} is gone"))
+        self._agent.remove_peer(name)
         self._expect_no_more([number for number, expected in self._expected.items() if expected.agent == name])
 
     def _look_after_pushes(self) -> None:
@@ -208,7 +270,7 @@ class CardServer:
                     self.send(Sent(push.ask.number, push.under_way.began_s, time.perf_counter(), checksums))
             except HandoffError as error:
                 self._pushes.remove(push)
-                self.send(NotSent(push.ask.number, str(error)))
+                self.send(SendFailed(push.ask.number, str(error)))
 
     def _look_for_arrivals(self) -> None:
         if not (self._expected or self._leaving):
@@ -224,62 +286,97 @@ class CardServer:
             if now_s >= until_s:
                 self._leaving.remove((until_s, number))
                 self._came_early.discard(number)
-                self.send(NotArrived(number, "the card that pushed is gone, or has failed to"))
+                self.send(ArrivalFailed(number, "the card that pushed is gone, or has failed to"))
 
     def _expect_no_more(self, numbers: list[int]) -> None:
-        until_s = time.monotonic() + PEER_GONE_S
         for number in numbers:
-            if self._expected.pop(number, None) is not None:
+            expected = self._expected.pop(number, None)
+            if expected is not None:
+                is_near = self._host_of.get(expected.agent) == self._host
+                until_s = time.monotonic() + (PEER_GONE_S if is_near else REMOTE_PEER_GONE_S)
                 self._leaving.append((until_s, number))
 
     def _checksums(self, blocks: np.ndarray) -> np.ndarray:
         return np.asarray(self._runner.checksum_blocks(blocks.tolist(), DoneEvent()).numpy())
 
 
-def main() -> None:
-    """The whole life of the process; its standard input is the controller's end."""
+def main(device_index: int | None = None, *, ends_with_parent: bool = False) -> None:
+    """The whole life of the process; its standard input is the end of whoever has started it.
+
+    Args:
+        device_index: the device to use instead of the one that the controller names.
+        ends_with_parent: whether the system kills this process when the thread that has started it ends.
+    """
     link = _take_link()
+    if ends_with_parent:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     contact = _read_contact(link)
     logging.basicConfig(
         level=contact.log_level, format=f"%(asctime)s %(levelname)s {contact.card} %(name)s: %(message)s"
     )
+    faulthandler.register(signal.SIGUSR1)  # so that a process that hangs can be asked where
     threading.Thread(target=_end_with, args=(link,), name="watch", daemon=True).start()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     # No limit to what waits: steps go on, whether the controller reads or not.
     messages = _connected(context, zmq.DEALER, contact, contact.messages, most_waiting=0)
-    beats = _connected(context, zmq.PUSH, contact, contact.beats, most_waiting=1)
-    threading.Thread(target=_beat, args=(beats,), name="beat", daemon=True).start()
+    heartbeats = _connected(context, zmq.PUSH, contact, contact.heartbeats, most_waiting=1)
+    progress = Progress()
+    threading.Thread(
+        target=_send_heartbeats, args=(heartbeats, progress, contact), name="heartbeat", daemon=True
+    ).start()
     messages.send(encode(Hello(VERSION)))
     try:
-        _serve(messages)
+        _serve(messages, progress, device_index)
     except BaseException as error:
         logger.exception("the process of %s ends", contact.card)
-        messages.linger = LAST_WORDS_MS
-        messages.send(encode(LastWords(Failure.of(error))))
+        messages.linger = LAST_MESSAGE_MS
+        messages.send(encode(CardFailed(Failure.of(error))))
         messages.close()
         context.term()
         end_process(1)
 
 
-def _serve(messages: zmq.Socket[bytes]) -> None:
+def _serve(messages: zmq.Socket[bytes], progress: Progress, device_index: int | None) -> None:
     start = decode_command(messages.recv())
     if not isinstance(start, Start):
         raise ClusterError(f"the first message starts a card, this one is a {type(start).__name__}")
-    device = Device(start.device_kind, start.device_index)
+    device = Device(start.device_kind, start.device_index if device_index is None else device_index)
     if device.is_cuda:
         torch.cuda.set_device(device.index)  # NIXL registers memory in the current device's context
-    config = EngineConfig.from_options(start.model, start.options)
+    config = EngineConfig.from_options(start.model or str(DEMO_MODEL_PATH), start.options)
     folder = checkpoint_folder(config.model, config.revision)
     spec = runner_spec(config, folder, read_json(folder, "config.json") or {}, device)
     check_fp8(spec.model_config, [device])
     max_prefill_tokens = config.max_num_batched_tokens
     runner = ModelRunner(spec, device, is_decode_runner=True, max_prefill_tokens=max_prefill_tokens)
+    ucx_log = None
+    if start.explains_transports:
+        ucx_log = f"/proc/self/fd/{os.memfd_create('ucx.log')}"  # which goes with this process
+        log_transports(ucx_log)
     agent = KVAgent(start.agent, runner.kv_pool, device)
     gc.freeze()  # what is loaded stays, and need not be looked through
-    server = CardServer(runner, agent, messages)
-    server.send(Ready(_geometry(runner), agent.metadata, agent.pool_address, agent.pool_device))
+    server = CardServer(runner, agent, messages, progress, ucx_log)
+    where = os.getpid(), host_id(), socket.gethostname(), str(device), about_host(device)
+    server.send(Ready(_geometry(runner), *where, agent.metadata, agent.pool_address, agent.pool_device))
     with torch.inference_mode():
         server.run()
+
+
+def about_host(device: Device) -> dict[str, str]:
+    """Versions of what has to be the same everywhere, and where the device is."""
+    found = {"nanovllm": __version__, "python": platform.python_version()}
+    found |= {name: importlib.metadata.version(name) for name in ("torch", "nixl-cu13")}
+    if device.is_cuda:
+        found["GPU"] = torch.cuda.get_device_name(device.index)
+        found["NUMA node"] = _numa_node(device.index)
+    return found
+
+
+def _numa_node(index: int) -> str:
+    card: Any = torch.cuda.get_device_properties(index)  # these three are missing in its types
+    address = f"{card.pci_domain_id:04x}:{card.pci_bus_id:02x}:{card.pci_device_id:02x}.0"
+    file = Path(f"/sys/bus/pci/devices/{address}/numa_node")
+    return file.read_text().strip() if file.exists() else "unknown"
 
 
 def _geometry(runner: ModelRunner) -> Geometry:
@@ -303,23 +400,41 @@ def _connected(
     made = context.socket(kind)
     made.linger = 0
     made.sndhwm = most_waiting
+    if contact.controller_timeout_s:
+        # A card is taken for lost after this time: it has to end before.
+        made.heartbeat_ivl, made.heartbeat_timeout = (int(contact.controller_timeout_s * 1e3 / n) for n in (4, 2))
     made.curve_serverkey = contact.controller_key
     made.curve_publickey, made.curve_secretkey = contact.public_key, contact.secret_key
     made.connect(endpoint)
     return made
 
 
-def _beat(beats: zmq.Socket[bytes]) -> None:
-    """Says again and again that the process runs, whatever its other threads wait for."""
+def _send_heartbeats(heartbeats: zmq.Socket[bytes], progress: Progress, contact: Contact) -> None:
+    """Says again and again that the process runs, whatever its other threads wait for.
+
+    Also ends it when the controller is gone, or cannot be reached, if the contact says so.
+    """
+    monitor = heartbeats.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+    began_s, is_connected = time.monotonic(), False
     try:
         while True:
             with contextlib.suppress(zmq.Again):  # nobody has read those before
-                beats.send(b"", zmq.NOBLOCK)
-            time.sleep(BEAT_S)
+                heartbeats.send(encode(Heartbeat(progress.stalled_s())), zmq.NOBLOCK)
+            if not monitor.poll(int(HEARTBEAT_S * 1e3)):
+                if not is_connected and time.monotonic() - began_s > CONNECT_TIMEOUT_S:
+                    logger.error("the controller cannot be reached at %s; is there a firewall?", contact.heartbeats)
+                    end_process(1)
+                continue
+            is_connected = recv_monitor_message(monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            if not is_connected and contact.controller_timeout_s:
+                logger.error("the controller is gone, or not to be reached any more")
+                end_process(0)
     except zmq.ContextTerminated:  # the process ends
         pass
-    finally:
-        beats.close()  # the end of the context waits for it
+    finally:  # the end of the context waits for them
+        heartbeats.disable_monitor()
+        monitor.close()
+        heartbeats.close()
 
 
 def _end_with(link: socket.socket) -> None:

@@ -20,6 +20,9 @@ from nanovllm.utils.device import Device
 
 logger = logging.getLogger(__name__)
 
+PLACES = ("intra-node", "inter-node")
+"""How UCX names where another process is."""
+
 
 def import_nixl() -> Any:
     """The module of NIXL's agents.
@@ -36,6 +39,34 @@ def import_nixl() -> Any:
         ) from error
     logging.getLogger("nixl").setLevel(logging.WARNING)
     return _api
+
+
+def log_transports(file: str) -> None:
+    """Has UCX write into a file which transports it chooses; for agents that are made after this."""
+    os.environ.update(UCX_PROTO_INFO="y", UCX_LOG_LEVEL="info", UCX_LOG_FILE=file)
+
+
+def transports_in(log: str) -> dict[str, list[str]]:
+    """What UCX writes into the memory of other processes by, as its log says.
+
+    Returns:
+        For `intra-node` and `inter-node`, as far as there were such writes, the transports, each once.
+    """
+    found: dict[str, list[str]] = {}
+    place: str | None = None
+    is_write = False
+    for line in log.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 1:
+            if "cfg#" in cells[0]:
+                place, is_write = next((each for each in PLACES if each in cells[0]), None), False
+            elif place is not None:
+                is_write = cells[0].startswith("remote memory write by ucp_put")
+        elif len(cells) == 3 and is_write and place is not None and cells[0] != "Range":
+            transports = found.setdefault(place, [])
+            if cells[2] not in transports:
+                transports.append(cells[2])
+    return found
 
 
 class NixlPush:
@@ -99,7 +130,7 @@ class KVAgent:
         self.metadata: bytes = self._agent.get_agent_metadata()
         self._peers: dict[str, tuple[int, int]] = {}
 
-    def meet(self, name: str, metadata: bytes, pool_address: int, pool_device: int) -> None:
+    def add_peer(self, name: str, metadata: bytes, pool_address: int, pool_device: int) -> None:
         """Makes another card's pool, of the same geometry, one that blocks can be pushed into.
 
         Raises:
@@ -111,7 +142,7 @@ class KVAgent:
             raise HandoffError(f"NIXL cannot reach {name}: {type(error).__name__}: {error}") from error
         self._peers[name] = pool_address, pool_device
 
-    def forget(self, name: str) -> None:
+    def remove_peer(self, name: str) -> None:
         """Another card is gone: what is pushed to it has to be ended before."""
         if self._peers.pop(name, None) is not None:
             with contextlib.suppress(Exception):  # that it is gone may be known here already

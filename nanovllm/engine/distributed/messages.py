@@ -144,10 +144,17 @@ def decode_report(data: bytes) -> Report:
 
 def tokens_of(outputs: Iterable[RequestOutput]) -> Tokens:
     """What a step gave out, as columns. Its texts are left out."""
-    message = Tokens([], [], [], {}, {})
+    outputs = list(outputs)
+    message = Tokens(
+        [output.request_id for output in outputs for _ in output.new_token_ids],
+        [token_id for output in outputs for token_id in output.new_token_ids],
+        [],
+        {},
+        {},
+    )
     for output in outputs:
-        message.request_ids.extend([output.request_id] * len(output.new_token_ids))
-        message.token_ids.extend(output.new_token_ids)
+        if not (output.finished or output.new_logprobs or output.prompt_logprobs is not None):
+            continue
         if output.new_logprobs:
             message.logprobs.setdefault(output.request_id, []).extend(output.new_logprobs)
         if output.prompt_logprobs is not None:

@@ -16,27 +16,33 @@ from typing import Any
 
 import numpy as np
 
-from nanovllm.engine.distributed.card_client import CardClient, Doorkeeper
+from nanovllm.engine.distributed.card_client import CardClient, CardSockets
+from nanovllm.engine.distributed.card_clock import CardClock, host_id
 from nanovllm.engine.distributed.card_messages import (
+    AddPeer,
+    ArrivalFailed,
     Arrived,
+    AskTransports,
+    CancelExpected,
+    CardFailed,
     Expect,
-    Forget,
     Geometry,
-    LastWords,
+    InvalidMessage,
     Launch,
-    Meet,
-    NotArrived,
-    NotSent,
+    Ping,
+    Pong,
     Push,
     Ready,
-    Refused,
+    RemovePeer,
     Report,
+    SendFailed,
     Sent,
     Start,
     StepEnded,
     StepFailed,
-    Unexpect,
+    Transports,
 )
+from nanovllm.engine.distributed.card_starter import CardStarter
 from nanovllm.engine.distributed.messages import Failure
 from nanovllm.engine.execution.kv_transfer import TransferHandle
 from nanovllm.engine.execution.prefill_layout import PrefillLayout
@@ -65,13 +71,20 @@ CLOCK_REST_S = 200e-6
 
 @dataclass(frozen=True)
 class RemoteDevice(Device):
-    """A device of another process, of which nothing is asked here."""
+    """A device of another process, of which nothing is asked here.
+
+    Attributes:
+        index: of the card.
+        name: of the card.
+    """
+
+    name: str
 
     def lost_reason(self) -> str | None:
         return None
 
     def __str__(self) -> str:
-        return f"card {self.index} ({self.kind}:{self.index})" if self.is_cuda else f"card {self.index}"
+        return self.name
 
 
 class CardState(Enum):
@@ -109,6 +122,7 @@ class RemoteStep:
         self.failure: Exception | None = None
         self._runner = runner
         self._ended: StepEnded | None = None
+        self._offset_s = 0.0
 
     @property
     def event(self) -> RemoteStep:
@@ -144,15 +158,15 @@ class RemoteStep:
         return StepTokens(ended.after_chunks, ended.after_decode, ended.in_prompts)
 
     def moments(self) -> tuple[float, float]:
-        """When the step began and ended: processes of one host have one clock. One that has not run took no time."""
+        """When the step began and ended, by this host's clock. One that has not run took no time."""
         if self._ended is None:
             now_s = time.perf_counter()
             return now_s, now_s
-        return self._ended.began_s, self._ended.ended_s
+        return self._ended.began_s - self._offset_s, self._ended.ended_s - self._offset_s
 
     def take(self, report: StepEnded | StepFailed) -> None:
         if isinstance(report, StepEnded):
-            self._ended = report
+            self._ended, self._offset_s = report, self._runner.clock.offset_s
         else:
             self.failure = error_of(report.failure, self._runner.device)
 
@@ -165,10 +179,11 @@ class RemotePush:
 
     def __init__(self, number: int, source: RemoteRunner, target: RemoteRunner) -> None:
         self.number = number
-        self.sent: Sent | NotSent | None = None
-        self.arrived: Arrived | NotArrived | None = None
+        self.sent: Sent | SendFailed | None = None
+        self.arrived: Arrived | ArrivalFailed | None = None
         self._source, self._target = source, target
         self._agents = source.agent, target.agent
+        self._offset_s = 0.0
 
     @property
     def cards(self) -> tuple[RemoteRunner, RemoteRunner]:
@@ -204,15 +219,17 @@ class RemotePush:
             )
 
     def moments(self) -> tuple[float, float] | None:
-        return (self.sent.began_s, self.sent.ended_s) if isinstance(self.sent, Sent) else None
+        if not isinstance(self.sent, Sent):
+            return None
+        return self.sent.began_s - self._offset_s, self.sent.ended_s - self._offset_s
 
-    def take(self, report: Sent | NotSent | Arrived | NotArrived) -> None:
-        if isinstance(report, (Arrived, NotArrived)):
+    def take(self, report: Sent | SendFailed | Arrived | ArrivalFailed) -> None:
+        if isinstance(report, (Arrived, ArrivalFailed)):
             self.arrived = report
             return
-        self.sent = report
-        if isinstance(report, NotSent):
-            self._target.send_if_same(self._agents[1], Unexpect(self.number))
+        self.sent, self._offset_s = report, self._source.clock.offset_s
+        if isinstance(report, SendFailed):
+            self._target.send_if_same(self._agents[1], CancelExpected(self.number))
 
 
 class RemoteTransfer:
@@ -246,15 +263,19 @@ class RemoteRunner:
         spec: of the model, as the process will find it.
         model: the checkpoint's folder.
         options: of an engine, for the process.
-        doorkeeper: makes the sockets.
+        sockets: makes the sockets.
+        starter: starts the process.
         push_numbers: gives every push of the cluster a number.
         silence_timeout_s: seconds of silence after which the process is taken for hung, and killed.
+        explains_transports: whether the process can be asked for `transports`.
 
     Attributes:
         state: whether the card is there.
         reason: why it was lost, the last time; empty if it never was.
         agent: the name of the process among those of all cards, now and before.
         pushes: pushes to and from this card that are not over, by number.
+        clock: that of the card's host.
+        transports: what UCX writes into other processes' memory by, as of `Transports`, once asked for and answered.
     """
 
     arrivals = None
@@ -266,17 +287,23 @@ class RemoteRunner:
         spec: RunnerSpec,
         model: str,
         options: dict[str, Any],
-        doorkeeper: Doorkeeper,
+        sockets: CardSockets,
+        starter: CardStarter,
         push_numbers: abc.Iterator[int],
         silence_timeout_s: float,
+        *,
+        explains_transports: bool = False,
     ) -> None:
         self.device = device
         self.spec = spec
         self.state = CardState.STARTING
         self.reason = ""
         self.pushes: dict[int, RemotePush] = {}
+        self.clock = CardClock(is_ours=True)
+        self.transports: dict[str, list[str]] | None = None
+        self._explains_transports = explains_transports
         self._model, self._options = model, dict(options)
-        self._doorkeeper = doorkeeper
+        self._sockets, self._starter = sockets, starter
         self._push_numbers = push_numbers
         self._silence_timeout_s = silence_timeout_s
         self._ready: Ready | None = None
@@ -291,6 +318,12 @@ class RemoteRunner:
         self._start()
 
     # What a card is
+
+    @property
+    def ready(self) -> Ready:
+        """What the process has said of itself when it was ready."""
+        assert self._ready is not None, f"{self.device} has not been ready yet"
+        return self._ready
 
     @property
     def geometry(self) -> Geometry:
@@ -312,8 +345,8 @@ class RemoteRunner:
 
     @property
     def pid(self) -> int:
-        """The id of the process."""
-        return self._client.pid
+        """The id of the process on its host, once it has been up."""
+        return self.ready.pid
 
     def may_run(self, agent: str) -> bool:
         """Whether the process of this name may still touch its device, or is not yet known to be gone."""
@@ -361,7 +394,7 @@ class RemoteRunner:
                     if other.is_lost and other.agent not in told:  # the loop may not have come to do so
                         told.add(other.agent)
                         other.note_loss()
-                        self.forget(other)
+                        self.remove_peer(other)
             pushes = [push for push in pushes if not push.is_done()]
             if (is_failed or not self._steps) and not pushes:
                 return
@@ -374,24 +407,32 @@ class RemoteRunner:
     def next_push(self) -> int:
         return next(self._push_numbers)
 
-    def send(self, command: Expect | Push | Meet | Forget | Unexpect) -> None:
+    def send(self, command: Expect | Push | AddPeer | RemovePeer | CancelExpected) -> None:
         """Tells the card something; one that is not up hears nothing."""
         if self.state is CardState.UP:
             self._client.send(command)
 
-    def send_if_same(self, agent: str, command: Unexpect) -> None:
+    def send_if_same(self, agent: str, command: CancelExpected) -> None:
         """Tells the process of this name something."""
         if agent == self.agent:
             self.send(command)
 
-    def forget(self, other: RemoteRunner) -> None:
+    def remove_peer(self, other: RemoteRunner) -> None:
         """Tells the card that another one's process is gone."""
-        self.send(Forget(other.agent))
+        self.send(RemovePeer(other.agent))
 
-    def meet(self, other: RemoteRunner) -> None:
+    def add_peer(self, other: RemoteRunner) -> None:
         """Tells the card of another one's process, which is up."""
-        assert other._ready is not None, "it is up"
-        self.send(Meet(other.agent, other._ready.metadata, other._ready.pool_address, other._ready.pool_device))
+        there = other.ready
+        self.send(AddPeer(other.agent, there.host, there.metadata, there.pool_address, there.pool_device))
+
+    def ping(self) -> None:
+        """Begins a round trip, of which `clock` learns."""
+        self._client.send(Ping(time.perf_counter()))
+
+    def ask_transports(self) -> None:
+        """Asks for `transports`."""
+        self._client.send(AskTransports())
 
     # Whether it is there
 
@@ -420,17 +461,22 @@ class RemoteRunner:
         if self.state not in (CardState.STARTING, CardState.UP):
             return
         try:
-            if self._client.has_mail():
+            if self._client.has_messages():
                 with without_interrupts():  # what was received and not taken in would be missed for ever
                     for report in self._client.receive():
                         self._take(report)
             if self.state not in (CardState.STARTING, CardState.UP):
                 return
             if self._client.is_gone():
-                if not self._client.may_have_said_more():  # its last words, which say more than its exit status
+                if not self._client.may_have_sent_more():  # its last messages, which say more than its exit status
                     self._lose(self._client.how_it_ended())
             elif self._client.silence_s > self._silence_timeout():
                 self._lose(f"its process has said nothing for {self._client.silence_s:.1f} s")
+            elif self.is_up and self._client.stalled_s > self.spec.step_timeout_s:
+                limit = f"step_timeout_s={self.spec.step_timeout_s}"
+                self._lose(f"its process runs, and has stood still for {self._client.stalled_s:.1f} s ({limit})")
+            elif self.is_up and self.clock.wants_ping(time.perf_counter()):
+                self.ping()
         except ClusterError as error:
             self._failure = error
             self._lose(str(error))
@@ -494,8 +540,10 @@ class RemoteRunner:
         self.state, self._failure = CardState.STARTING, None
         self._ready, self._is_noted = None, False
         self.pushes.clear()
-        start = Start(self._model, self._options, self.device.kind, self.device.index, self.agent)
-        self._client = CardClient(str(self.device), self.agent, start, self._doorkeeper)
+        start = Start(
+            self._model, self._options, self.device.kind, self.device.index, self.agent, self._explains_transports
+        )
+        self._client = CardClient(str(self.device), self.agent, start, self._sockets, self._starter)
 
     def _silence_timeout(self) -> float:
         return self._silence_timeout_s if self.state is CardState.UP else START_TIMEOUT_S
@@ -522,16 +570,20 @@ class RemoteRunner:
                 step.take(report)
                 if isinstance(report, StepEnded):
                     del self._steps[report.number]
-        elif isinstance(report, (Sent, NotSent, Arrived, NotArrived)):
+        elif isinstance(report, (Sent, SendFailed, Arrived, ArrivalFailed)):
             push = self.pushes.pop(report.number, None)
             if push is not None:
                 push.take(report)
+        elif isinstance(report, Transports):
+            self.transports = report.by_place
+        elif isinstance(report, Pong):
+            self.clock.learn(report.sent_s, report.card_s, time.perf_counter())
         elif isinstance(report, Ready):
             self._came_up(report)
-        elif isinstance(report, LastWords):
+        elif isinstance(report, CardFailed):
             self._failure = error_of(report.failure, self.device)
             self._lose(f"{report.failure.kind}: {report.failure.message}")
-        elif isinstance(report, Refused):
+        elif isinstance(report, InvalidMessage):
             self._failure = ClusterError(report.reason)
             self._lose(f"it refuses a message: {report.reason}")
         else:
@@ -560,5 +612,9 @@ class RemoteRunner:
             prefill_sizes=geometry.prefill_sizes,
             mixed_sizes=geometry.mixed_sizes,
         )
+        self.clock = CardClock(is_ours=ready.host == host_id())
+        if self.clock.wants_ping(time.perf_counter()):  # before the first step, whose moments need it
+            self.ping()
         self._ready_s = time.monotonic()
         self.state = CardState.UP
+        logger.info("%s is up: process %d on %s, %s", self.device, ready.pid, ready.hostname, ready.device)

@@ -30,6 +30,7 @@ class ClusterPlacement(Placement):
         super().__init__(prefill_cards[0], decode_cards[0])
         self.prefill_cards = prefill_cards
         self.decode_cards = decode_cards
+        self._prefills = frozenset(prefill_cards)
         self.cards = [*decode_cards, *prefill_cards]
         self._looked_up: tuple[Sequence, int, dict[Card, int]] | None = None
         """The request last looked up in the prefix caches, its length, and how many of its tokens each card lacks."""
@@ -37,26 +38,34 @@ class ClusterPlacement(Placement):
     def decodes(self, card: Card) -> bool:
         return True
 
+    def may_prefill(self, card: Card, seq: Sequence) -> bool:
+        return seq.failures > 0 or card in self._prefills or not self._prefill_cards_for(seq, time.monotonic())
+
     def places_of(self, seq: Sequence, sizes: Mapping[Card, StepSize], others: OtherPrompts) -> Places:
         decode_cards = _able(self.decode_cards, seq) or _able(self.prefill_cards, seq) or self.decode_cards
 
+        lacking = self._tokens_lacking(seq)
+
         def decode_cost(card: Card) -> tuple[bool, int]:
-            return self._is_full(seq, card), sizes[card].context + self._num_lacking(seq, card)
+            return _is_full(card, lacking[card]), sizes[card].context + lacking[card]
 
         decode, now_s = min(decode_cards, key=decode_cost), time.monotonic()
-        prefill_cards = [
-            card
-            for card in _able(self.prefill_cards, seq)
-            if not card.breaker.is_open or card.breaker.allows_trial(now_s)
-        ]
+        prefill_cards = self._prefill_cards_for(seq, now_s)
         if seq.failures or not prefill_cards:
             return Places(decode, decode)
 
         def prefill_cost(card: Card) -> tuple[bool, float]:
             before = others.tokens_left.get(card, 0.0) + others.tokens_in_flight.get(card, 0.0)
-            return self._is_full(seq, card), before + self._num_lacking(seq, card)
+            return _is_full(card, lacking[card]), before + lacking[card]
 
         return Places(min(prefill_cards, key=prefill_cost), decode)
+
+    def _prefill_cards_for(self, seq: Sequence, now_s: float) -> list[Card]:
+        return [
+            card
+            for card in _able(self.prefill_cards, seq)
+            if not card.breaker.is_open or card.breaker.allows_trial(now_s)
+        ]
 
     def prefill_began(self, lease: Lease) -> None:
         breaker = lease.prefill.card.breaker
@@ -88,23 +97,24 @@ class ClusterPlacement(Placement):
     def words_for_recovered(self) -> str:
         return "all cards work again"
 
-    def _num_lacking(self, seq: Sequence, card: Card) -> int:
-        """Tokens of the request that the card's prefix cache lacks.
+    def _tokens_lacking(self, seq: Sequence) -> dict[Card, int]:
+        """Tokens of the request that each card's prefix cache lacks.
 
         Looked up once for the request that waits first: for each step anew it would take too long.
         """
         if self._looked_up is None or self._looked_up[:2] != (seq, seq.num_tokens):
-            most, block_size = min(seq.num_tokens - 1, seq.num_reported_tokens), card.block_manager.block_size
+            most = min(seq.num_tokens - 1, seq.num_reported_tokens)
             lacking = {
-                each: seq.num_tokens - len(each.block_manager.match_prefix(seq, most)) * block_size
-                for each in self.cards
+                card: seq.num_tokens - len(card.block_manager.match_prefix(seq, most)) * card.block_manager.block_size
+                for card in self.cards
             }
             self._looked_up = seq, seq.num_tokens, lacking
-        return self._looked_up[2][card]
+        return self._looked_up[2]
 
-    def _is_full(self, seq: Sequence, card: Card) -> bool:
-        pool = card.block_manager
-        return pool.blocks_for(self._num_lacking(seq, card)) > pool.num_free_blocks
+
+def _is_full(card: Card, num_tokens: int) -> bool:
+    pool = card.block_manager
+    return pool.blocks_for(num_tokens) > pool.num_free_blocks
 
 
 def _able(cards: list[Card], seq: Sequence) -> list[Card]:

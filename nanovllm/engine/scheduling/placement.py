@@ -89,6 +89,10 @@ class Placement:
         """Whether requests decode on the card."""
         return card is self.decode_card
 
+    def may_prefill(self, card: Card, seq: Sequence) -> bool:
+        """Whether `places_of` may name the card as the one that prefills; quickly answered."""
+        return True
+
     def places_of(self, seq: Sequence, sizes: Mapping[Card, StepSize], others: OtherPrompts) -> Places:
         """Where a request that gets its lease now runs.
 
