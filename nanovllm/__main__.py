@@ -20,12 +20,12 @@ def main() -> int:
     serve.add_arguments(command)
     command = commands.add_parser("doctor", help="check what this machine can do", description=doctor.__doc__)
     command.add_argument("--model", help="folder of a checkpoint: whether it fits")
-    command.add_argument("--prefill-device-id", type=int, default=0)
-    command.add_argument("--decode-device-id", type=int, default=1)
+    command.add_argument("--prefill-device-id", type=int, help="0 if not given")
+    command.add_argument("--decode-device-id", type=int, help="1 if not given")
     command.add_argument("--cluster", choices=CLUSTERS, help="check cards in processes of their own instead")
-    command.add_argument("--prefill-cards", type=int, default=1, help="with --cluster")
-    command.add_argument("--decode-cards", type=int, default=1, help="with --cluster")
-    command.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="with --cluster")
+    command.add_argument("--prefill-cards", type=int, help="with --cluster; 1 if not given")
+    command.add_argument("--decode-cards", type=int, help="with --cluster; 1 if not given")
+    command.add_argument("--device", choices=("auto", "cuda", "cpu"), help="with --cluster; auto if not given")
     command.add_argument("--json", action="store_true", help="a list of objects instead of a table")
     command = commands.add_parser("weights", help="make a folder of a small real model", description=weights.__doc__)
     command.add_argument("folder", help="what is made; it must not be there yet")
@@ -35,12 +35,24 @@ def main() -> int:
         end_process(serve.run(args))
     if args.command == "weights":
         return weights.run(args.folder, args.gguf)
+    return _run_doctor(parser, args)
+
+
+def _run_doctor(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Ends the program if an option is given that would not be used."""
+    of_cluster = ("prefill_cards", "decode_cards", "device")
+    unused = of_cluster if args.cluster is None else ("model", "prefill_device_id", "decode_device_id")
+    given = ", ".join(f"--{name.replace('_', '-')}" for name in unused if getattr(args, name) is not None)
+    if given:
+        parser.error(f"{given}: not {'without' if args.cluster is None else 'with'} --cluster")
     if args.cluster is not None:
-        return doctor.run(doctor.examine_cluster(args), as_json=args.json)
-    if min(args.prefill_device_id, args.decode_device_id) < 0 or args.prefill_device_id == args.decode_device_id:
+        options = {name: value for name in of_cluster if (value := getattr(args, name)) is not None}
+        return doctor.run(doctor.examine_cluster(args.cluster, **options), as_json=args.json)
+    prefill_id = 0 if args.prefill_device_id is None else args.prefill_device_id
+    decode_id = 1 if args.decode_device_id is None else args.decode_device_id
+    if min(prefill_id, decode_id) < 0 or prefill_id == decode_id:
         parser.error("--prefill-device-id and --decode-device-id are two different ids from 0 on")
-    found = doctor.examine(args.model, args.prefill_device_id, args.decode_device_id)
-    return doctor.run(found, as_json=args.json)
+    return doctor.run(doctor.examine(args.model, prefill_id, decode_id), as_json=args.json)
 
 
 if __name__ == "__main__":

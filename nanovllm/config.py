@@ -79,7 +79,8 @@ class EngineConfig:
         enable_prefix_caching: share KV blocks between requests whose prompts begin with the same tokens.
         seed: requests without a seed of their own derive theirs from it, and `dummy` weights are drawn with it.
         step_timeout_s: seconds after which a step that has not ended is taken for a lost GPU: all requests end with a
-            `DeviceError`.
+            `DeviceError`. In a cluster only that card is given up, also one whose main thread stands still for so
+            long.
         enable_two_gpu_pd: prefill on one GPU and decode on another; with `device="cpu"`, on two logical CPU devices.
         card_roles: `fixed` (one GPU prefills, the other one decodes) or `elastic` (both prefill and decode: they
             compute long prompts together, in chunks by turns, and others where fewer tokens of context are).

@@ -341,7 +341,7 @@ def test_experts_of_one_token_equal_those_of_many(num_experts, quantization):
 @pytest.mark.usefixtures("rounds_to_fp8")
 @pytest.mark.parametrize("quantization", [None, Fp8Format(), Fp8Format(128)], ids=["wide", "channel", "block"])
 def test_one_token_that_is_not_finite_shows(quantization):
-    """Also where all outputs of the router are NaN, which no expert's is larger than."""
+    """NaN outputs of the router show, too, though none is larger than another."""
     experts = make_experts(Sizes(8, 3, 256, 128), device="cpu", dtype=torch.float32, quantization=quantization)
     for value in (float("nan"), float("inf")):
         x = torch.randn(1, 256)

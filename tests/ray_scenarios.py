@@ -79,7 +79,7 @@ def one_host(folder: str) -> dict[str, Any]:
 
 
 async def served(folder: str) -> list[list[int]]:
-    """By an engine in a process of its own, the server's way. It starts a Ray of its own."""
+    """Tokens of an engine in a process of its own, as the server has it, which starts its own Ray."""
     async with AsyncLLM(folder, **OPTIONS) as llm:
 
         async def tokens(prompt: list[int]) -> list[int]:

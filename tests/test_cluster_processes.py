@@ -199,7 +199,7 @@ def test_a_card_that_runs_and_stands_still_is_lost(sockets, runs):
 
 
 def test_a_card_ends_when_its_controller_is_gone_from_the_network(sockets, runs, monkeypatch):
-    """By the end of the connection alone: whoever has started it may be there."""
+    """The end of the connection is enough: whoever started the card may still be there."""
     runs(STUCK)
     monkeypatch.setattr(LocalStarter, "controller_timeout_s", 1.0)
     client = make_client(sockets)

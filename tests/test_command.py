@@ -110,3 +110,19 @@ def test_connections_send_small_parts_at_once():
         connection, _ = listening.accept()
         with connection:
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--cluster", "local", "--model", "folder", "--decode-device-id", "1"),
+            "--model, --decode-device-id: not with",
+        ),
+        (("--prefill-cards", "2"), "--prefill-cards: not without --cluster"),
+        (("--prefill-device-id", "1"), "two different ids"),
+    ],
+)
+def test_the_doctor_refuses_options_that_it_would_not_use(monkeypatch, capsys, arguments, message):
+    assert run(monkeypatch, "doctor", *arguments) == 2
+    assert message in capsys.readouterr().err

@@ -26,7 +26,7 @@ MAX_ARRIVALS_PER_TURN = 256
 """New requests that a turn takes in: those that come faster wait in the mailbox, and decode steps go on."""
 
 STEPS_PER_LESSON = 4
-"""Of so many decode steps of remote cards one is learned from: tens of cards have hundreds of them a second."""
+"""Step times are learned from one in so many decode steps of remote cards: tens of cards run hundreds a second."""
 
 TURNS_PER_SWEEP = 64
 """Turns from one search for requests whose callers are gone without having closed their inbox to the next."""
@@ -209,30 +209,32 @@ class Loop:
         return any(work.step.card is not card and id(work) in before for work in self._steps.ended())
 
     def _launch_formed(self, before: Collection[int]) -> bool:
-        """Prepares and launches the step that is formed, unless it gives way. Returns whether it was launched."""
-        if self._steps.formed is None or self._gives_way(before):
+        """Prepares and launches the step that is formed, unless that is put off. Returns whether it was launched."""
+        formed = self._steps.formed
+        if formed is None or self._put_off_for_tokens(formed, before):
             return False
-        formed, began_s = self._steps.formed, time.perf_counter()
-        step, runner, error = formed.step, self._runners[formed.step.card], None
-        if not formed.is_prepared:
-            try:
-                runner.prepare(step)
-                formed.is_prepared = True
-            except Exception as raised:  # noqa: BLE001 - as in `_launch`
-                error = raised
-            formed.took_s += time.perf_counter() - began_s
-            if error is None and self._gives_way(before):
-                return False
-            began_s = time.perf_counter()
+        error = None if formed.is_prepared else self._prepare(formed)
+        if error is None and self._put_off_for_tokens(formed, before):
+            return False
+        step, began_s = formed.step, time.perf_counter()
         self._steps.formed = None
         launched = self._launch(step) if error is None else self._launch_failed(step, error)
         self._launch_times.launched(step.card, formed.before, formed.took_s + time.perf_counter() - began_s)
         return launched
 
-    def _gives_way(self, before: Collection[int]) -> bool:
-        """Whether the launch of the step that is formed waits for tokens of another card, which it does once."""
-        formed = self._steps.formed
-        assert formed is not None, "a step is formed"
+    def _prepare(self, formed: FormedStep) -> Exception | None:
+        """Has the runner do what it can ahead of the launch. Returns what went wrong, if anything did."""
+        began_s = time.perf_counter()
+        try:
+            self._runners[formed.step.card].prepare(formed.step)
+        except Exception as error:  # noqa: BLE001 - as in `_launch`
+            return error
+        formed.is_prepared = True
+        formed.took_s += time.perf_counter() - began_s
+        return None
+
+    def _put_off_for_tokens(self, formed: FormedStep, before: Collection[int]) -> bool:
+        """Puts a launch off to the next turn, but not twice, if another card's tokens are there. Returns whether."""
         if formed.has_given_way or not self._scheduler.has_streamed_requests:
             return False
         formed.has_given_way = self._has_tokens_of_others(formed.step.card, before)

@@ -201,7 +201,7 @@ class Scheduler:
         return at_fault
 
     def step_worked(self, step: Step) -> None:
-        """A step has run: what decoded in it is at fault for none that failed before."""
+        """Notes that a step has run: requests that decoded in it are suspects no more."""
         if self._suspects:
             for seq in step.decode.batch.seqs:
                 self._suspects.pop(seq, None)

@@ -132,7 +132,7 @@ class _Columns:
     inboxes: set[Inbox]
 
     def of(self, rows: list[int], inboxes: list[Inbox]) -> _Columns:
-        """The columns of some rows, of which all are given."""
+        """These columns for some of the rows; `inboxes` has those of all rows."""
         return _Columns(
             [self.request_ids[index] for index in rows],
             [self.ttfts_s[index] for index in rows],

@@ -41,7 +41,7 @@ class Pair:
     Attributes:
         source, target: the cards.
         bytes_per_s: rate of the fastest push.
-        transport: what UCX wrote by.
+        transport: the one that UCX used.
     """
 
     source: RemoteRunner
@@ -83,7 +83,7 @@ def start_cards(config: EngineConfig) -> Cluster:
     """Cards with the demo model, and pools that hold a push twice.
 
     Raises:
-        ConfigError, BackendUnavailableError, ClusterError, ...: as of an engine.
+        ConfigError, BackendUnavailableError, ClusterError, ...: as when an engine is made.
     """
     check_cluster_packages()
     starter = make_starter(config)

@@ -6,7 +6,6 @@ do without; `failed` is broken, and makes the exit status 1.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import logging
@@ -80,14 +79,16 @@ def examine(model: str | None, prefill_device_id: int, decode_device_id: int) ->
             yield Finding(name, FAILED, f"{type(error).__name__}: {error}", "report this with the line above")
 
 
-def examine_cluster(args: argparse.Namespace) -> Iterator[Finding]:
-    """The findings about a cluster, as the options of the command describe it."""
+def examine_cluster(
+    cluster: str, prefill_cards: int = 1, decode_cards: int = 1, device: str = "auto"
+) -> Iterator[Finding]:
+    """The findings about a cluster, given by options of `LLM`."""
     try:
         from nanovllm.entrypoints import cluster_doctor
     except ImportError as error:
         yield Finding("packages", FAILED, f"{error.name} is not installed", "pip install nanovllm[cluster]")
         return
-    yield from cluster_doctor.examine_cluster(args.cluster, args.prefill_cards, args.decode_cards, args.device)
+    yield from cluster_doctor.examine_cluster(cluster, prefill_cards, decode_cards, device)
 
 
 def check_packages() -> Iterator[Finding]:

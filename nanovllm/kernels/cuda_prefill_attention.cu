@@ -127,7 +127,7 @@ __device__ __forceinline__ void multiply_values(float (&sums)[HEAD_DIM / 2], con
            columns_descriptor(values + step * 16 * ROW_BYTES));
 }
 
-// Of the two rows that a thread has.
+// Maximum and sum of each of the two rows that a thread has.
 struct Softmax {
     float maximum[2], total[2];
 };

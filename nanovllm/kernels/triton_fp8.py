@@ -30,7 +30,7 @@ FEW_TOKENS_TILE = 64
 """Outputs of a tile for few tokens: as many as a tensor core instruction has rows."""
 MOST_PER_SM = 3
 SHARED_MEMORY_BYTES = 224 * 1024
-"""Of an SM, for the tiles of all programs that it runs at a time."""
+"""Shared memory of an SM that the tiles of all programs running on it may take."""
 FAST_ACCUMULATION = False
 """Whether torch's GEMM may sum up in the tensor cores alone, which keep 14 bits of a sum on Hopper."""
 COMBINED = tl.constexpr(4)

@@ -28,8 +28,8 @@ TILE_BYTES = 16384
 MOST_ROWS = 16
 STAGES = 3
 WARPS_PER_SM = 16
-"""Of the programs that run at once: so few that some of the next kernel's have room to load the first of their weights
-before this one has ended."""
+"""Warps of all programs on an SM at once: few enough that some of the next kernel's programs can load their first
+weights before this one ends."""
 LARGEST_FINITE = tl.constexpr(3e38)
 LEAST_KEY = tl.constexpr(-(2**31))
 
@@ -411,7 +411,8 @@ def _vector_kernel(
     NUM_WARPS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """One program computes every so-manieth tile of outputs: of a layer, or of one of the token's experts.
+    """One program computes every `programs`-th tile of outputs, from its own number on: of a layer, or of one of
+    the token's experts.
 
     With logits there is a row of programs for each expert that is chosen. Without them the weights do not depend on the
     kernel ahead of this one: the first tile is loaded, and the second fetched, before that has ended.
@@ -580,7 +581,7 @@ def _sum_of_experts_kernel(
     NUM_WARPS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """One program computes every so-manieth tile of outputs, each of all experts that are chosen.
+    """One program computes every `programs`-th tile of outputs, from its own number on, each of all chosen experts.
 
     The router's kernel is the second one ahead, so it has ended: the experts are chosen, and the first of their weights
     loaded, before the kernel ahead of this one has ended.

@@ -144,8 +144,8 @@ def test_results_do_not_hang_on_the_batch():
 # Engines; those in float32 against transformers are in test_families.py
 
 LEAST_SHARE = 0.8
-"""Of greedy tokens that are the twin's best. Inputs that are rounded the other way let some tokens pass another expert:
-0.83 or more of 288 tokens were the best, in every mode. Of a wrong scale's tokens hardly one is."""
+"""Least share of greedy tokens that are the twin's best. Inputs that are rounded the other way let some tokens pass
+another expert: 0.83 or more of 288 tokens were the best, in every mode. Of a wrong scale's tokens hardly one is."""
 ONE_CARD = {name: options for name, options in ONE_CARD_OF_FP8.items() if name != "preempted"}
 
 

@@ -157,7 +157,7 @@ class Heartbeat(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Ready(msgspec.Struct, array_like=True, frozen=True, tag="ready"):
-    """The model is loaded: the card's geometry, and what others need to reach its pool, as of `AddPeer`.
+    """The model is loaded: the card's geometry, and what others need to reach its pool, as in `AddPeer`.
 
     `host` names the host as it runs now; `hostname`, `device` and `about`, with versions of packages, are for people.
     """
@@ -181,7 +181,8 @@ class Pong(msgspec.Struct, array_like=True, frozen=True, tag="pong"):
 
 
 class Transports(msgspec.Struct, array_like=True, frozen=True, tag="transports"):
-    """Answers `AskTransports`: what UCX writes blocks by, to processes `intra-node` (of this host) and `inter-node`."""
+    """Answers `AskTransports`: the transports by which UCX writes blocks to processes on this host (`intra-node`)
+    and on others (`inter-node`)."""
 
     by_place: dict[str, list[str]]
 

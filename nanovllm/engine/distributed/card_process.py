@@ -301,7 +301,7 @@ class CardServer:
 
 
 def main(device_index: int | None = None, *, ends_with_parent: bool = False) -> None:
-    """The whole life of the process; its standard input is the end of whoever has started it.
+    """The whole life of the process; its standard input is a socket to the process that started it.
 
     Args:
         device_index: the device to use instead of the one that the controller names.

@@ -101,9 +101,9 @@ class RayProcess:
 
     Args:
         ray: the module.
-        actor: has it.
-        ended: its exit status, once it has ended, or what became of the actor.
-        timeout_s: seconds after which a process ends that does not hear its controller. If the actor is gone, or its
+        actor: the actor that started the process.
+        ended: resolves to the process's exit status; raises if the actor is gone.
+        timeout_s: seconds within which a process that does not hear its controller ends. If the actor is gone, or its
             host is not to be reached, the process may run for as long.
     """
 

@@ -1,4 +1,4 @@
-"""What a controller needs of whoever starts its cards' processes: on this host, or by Ray on any."""
+"""The interface to what starts the cards' processes: this host, or Ray on any host."""
 
 from __future__ import annotations
 

@@ -100,6 +100,8 @@ def start_cluster(
 ) -> Cluster:
     """Starts a process for each card, and waits until all are ready.
 
+    Takes over the starter: it is closed with the cluster, and if this raises.
+
     Args:
         config: the engine's options.
         spec: of the model.

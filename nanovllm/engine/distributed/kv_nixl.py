@@ -47,7 +47,7 @@ def log_transports(file: str) -> None:
 
 
 def transports_in(log: str) -> dict[str, list[str]]:
-    """What UCX writes into the memory of other processes by, as its log says.
+    """The transports by which UCX writes into other processes' memory, read from its log.
 
     Returns:
         For `intra-node` and `inter-node`, as far as there were such writes, the transports, each once.

@@ -275,7 +275,7 @@ class RemoteRunner:
         agent: the name of the process among those of all cards, now and before.
         pushes: pushes to and from this card that are not over, by number.
         clock: that of the card's host.
-        transports: what UCX writes into other processes' memory by, as of `Transports`, once asked for and answered.
+        transports: those by which UCX writes into other processes' memory; None until `ask_transports` is answered.
     """
 
     arrivals = None
