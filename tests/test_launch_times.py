@@ -405,7 +405,8 @@ def test_a_prefill_step_is_launched_after_a_decode_step_that_it_would_make_late(
         llm.add_request([4, 5, 6], SamplingParams(temperature=0, max_tokens=2))
         while "prefill" not in launched:
             llm.step()
-    assert launched == ["decode", "prefill"]
+    # On a busy machine decode steps end meanwhile, and more of them come first.
+    assert launched[0] == "decode"
 
 
 def test_ranks_in_other_processes_are_not_kept_waiting(monkeypatch):
