@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -458,3 +459,16 @@ def test_a_backend_without_kernels_for_fp8_says_so(wide):
     assert unsupported_reasons("triton", needs) == []
     with pytest.raises(BackendUnavailableError, match="flash_attn"):
         LLM(wide[0], device="cpu", attention_backend="flash_attn", quantization="fp8")
+
+
+@pytest.mark.parametrize(("shared_kib", "num_sms"), [(228, 132), (100, 142), (100, 170)], ids=["Hopper", "Ada", "RTX"])
+def test_tiles_of_gemms_fit_into_the_shared_memory_of_a_program(shared_kib, num_sms):
+    """A program may have 1 KiB less than the SM has, and needs some for other things than tiles."""
+    triton_fp8 = pytest.importorskip("nanovllm.kernels.triton_fp8")
+    sm_bytes = shared_kib * 1024 - triton_fp8.OTHER_SHARED_BYTES
+    for num_outputs, num_inputs in itertools.product((1024, 2048, 4096, 6144, 19456, 24576), (1024, 2560, 4096, 12288)):
+        for num_tokens, block in itertools.product((1, 2, 9, 16, 17, 33, 64, 65, 128, 2048), (None, 128)):
+            made = triton_fp8.plan(num_tokens, num_outputs, num_inputs, num_sms, block, sm_bytes)
+            tiles = made.stages * made.tile_k * (made.tile_n + made.tile_t)
+            assert made.stages >= 2
+            assert tiles <= (shared_kib - 3) * 1024, made

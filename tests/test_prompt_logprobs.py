@@ -40,7 +40,7 @@ def asking(count: int | None = 2, **more) -> SamplingParams:
 def some_prompts(seed: int) -> list[list[int]]:
     """With equal beginnings, one of a single token, and one that many slices of logits take."""
     prompts = tiny.random_prompts(3, seed=seed) + tiny.random_prompts(4, seed=seed + 1, longest=40, shared=48)
-    return [*prompts, [7], (prompts[-1] * 4)[:140]]
+    return [*prompts, [8], (prompts[-1] * 4)[:140]]
 
 
 @torch.inference_mode()

@@ -97,7 +97,7 @@ def start_server(tmp_path):
 
 def test_a_client_that_reads_late_gets_all_of_it_and_holds_nobody_up(start_server):
     server = start_server("--shutdown-timeout", "1")
-    with StalledClient(server.port, max_tokens=100) as client:
+    with StalledClient(server.port, max_tokens=200) as client:
         wait_until(lambda: metric(server, r"nanovllm_decode_tokens_total") > 0)
         ask_for_primes(server.port)
         wait_until(lambda: num_ended(server, "length") == NUM_ANSWERS)
@@ -108,8 +108,9 @@ def test_a_client_that_reads_late_gets_all_of_it_and_holds_nobody_up(start_serve
     for choice in choices:
         num_tokens[choice["index"]] += len(choice["logprobs"]["tokens"])
         num_events[choice["index"]] += 1
-    assert num_tokens == dict.fromkeys(range(NUM_ANSWERS), PROMPT_TOKENS + 100)
-    assert max(num_events.values()) < 50, "what waited came as one"
+    assert num_tokens == dict.fromkeys(range(NUM_ANSWERS), PROMPT_TOKENS + 200)
+    # The system's buffers take the first of them, how many is the system's to say.
+    assert max(num_events.values()) < 100, "what waited came as one"
     with StalledClient(server.port, max_tokens=1000):
         wait_until(lambda: metric(server, r'nanovllm_requests\{.*state="decoding"') == NUM_ANSWERS)
         started_s = time.monotonic()

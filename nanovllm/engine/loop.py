@@ -238,6 +238,8 @@ class Loop:
         if formed.has_given_way or not self._scheduler.has_streamed_requests:
             return False
         formed.has_given_way = self._has_tokens_of_others(formed.step.card, before)
+        if formed.has_given_way:
+            self._launch_times.excuse(formed.step.card)
         return formed.has_given_way
 
     def _launch(self, step: Step) -> bool:

@@ -609,7 +609,7 @@ class Scheduler:
             seq.timeline.mark("waits for a lease (a decoding request needs the next free blocks)")
             return False
         group = self._suspects.get(seq)
-        if group is not None and any(self._suspects.get(other, group) != group for other in self._running):
+        if self._suspects and any(self._suspects.get(other, group) != group for other in self._running):
             seq.timeline.mark("waits for a lease (it is recomputed apart from others: a step with them has failed)")
             return False
         card, most_under_way = places.decode, self.limits.max_handoff_backlog

@@ -29,8 +29,10 @@ SPLIT_INPUTS = 16
 FEW_TOKENS_TILE = 64
 """Outputs of a tile for few tokens: as many as a tensor core instruction has rows."""
 MOST_PER_SM = 3
-SHARED_MEMORY_BYTES = 224 * 1024
-"""Shared memory of an SM that the tiles of all programs running on it may take."""
+HOPPER_SHARED_BYTES = 224 * 1024
+"""Shared memory of an SM of sm_90 that the tiles of all programs running on it may take."""
+OTHER_SHARED_BYTES = 4 * 1024
+"""Shared memory of an SM that is left for all else: what the system takes for each program, and sums."""
 FAST_ACCUMULATION = False
 """Whether torch's GEMM may sum up in the tensor cores alone, which keep 14 bits of a sum on Hopper."""
 COMBINED = tl.constexpr(4)
@@ -113,8 +115,15 @@ def norm_gated_linear(
     return _quantize(gate_up, weight.block, is_gated=True)[0], total
 
 
-def plan(num_tokens: int, num_outputs: int, num_inputs: int, num_sms: int, block: int | None) -> GemmPlan:
-    """The division of a GEMM of so many tokens, on so many SMs.
+def plan(
+    num_tokens: int,
+    num_outputs: int,
+    num_inputs: int,
+    num_sms: int,
+    block: int | None,
+    sm_bytes: int = HOPPER_SHARED_BYTES,
+) -> GemmPlan:
+    """The division of a GEMM of so many tokens, on so many SMs with `sm_bytes` of shared memory for tiles.
 
     All programs of few tokens should run at once, on all SMs equally many, since an SM that ends early does not help
     the others. Writing and reading partial sums bounds the splits, so as few programs as fill the SMs, with as much of
@@ -125,12 +134,12 @@ def plan(num_tokens: int, num_outputs: int, num_inputs: int, num_sms: int, block
     if tile_t > MAX_FEW_TOKENS:
         num_tiles = triton.cdiv(num_outputs, 128) * triton.cdiv(num_tokens, tile_t)
         splits = min(num_sms // num_tiles, most_splits) if num_tiles <= NUM_COUNTERS else 1
-        return GemmPlan(128, tile_t, 128, max(splits, 1), 4, 8)
+        return GemmPlan(128, tile_t, 128, max(splits, 1), min(sm_bytes // (128 * (128 + tile_t)), 4), 8)
     num_tiles = triton.cdiv(num_outputs, FEW_TOKENS_TILE)
     per_sm, splits = _programs_per_sm(
         num_tiles, num_sms, most_splits, least=2 if block or tile_t == MAX_FEW_TOKENS else 1
     )
-    shared_bytes, tile_k = SHARED_MEMORY_BYTES // per_sm, 128
+    shared_bytes, tile_k = sm_bytes // per_sm, 128
     while (
         block is None
         and tile_k < 512
@@ -158,6 +167,14 @@ def _programs_per_sm(num_tiles: int, num_sms: int, most_splits: int, *, least: i
 def num_sms_of(device: torch.device) -> int:
     """The SMs of a GPU; of a CPU, whose kernels are interpreted, some."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def _sm_bytes_of(device: torch.device) -> int:
+    """Shared memory of an SM for the tiles of all its programs."""
+    if device.type != "cuda":
+        return HOPPER_SHARED_BYTES
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - OTHER_SHARED_BYTES
 
 
 @functools.cache
@@ -270,7 +287,8 @@ def _scaled_linear(
     x = tokens.values
     num_tokens, num_inputs = x.shape
     num_outputs = len(weight.values)
-    division = plan(num_tokens, num_outputs, num_inputs, num_sms or num_sms_of(x.device), weight.block)
+    sm_bytes = _sm_bytes_of(x.device)
+    division = plan(num_tokens, num_outputs, num_inputs, num_sms or num_sms_of(x.device), weight.block, sm_bytes)
     grid = (triton.cdiv(num_tokens, division.tile_t), triton.cdiv(num_outputs, division.tile_n), division.splits)
     output = torch.empty(num_tokens, num_outputs, dtype=tokens.dtype, device=x.device)
     num_partial = grid[0] * grid[1] * grid[2] * division.tile_n * division.tile_t if division.splits > 1 else 0

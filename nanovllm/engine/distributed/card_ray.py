@@ -81,10 +81,23 @@ def visible_index(gpu_ids: list[Any], visible: str | None) -> int:
 
 
 def net_devices(address: str) -> dict[str, str]:
-    """What UCX may listen on: the interface of this address, and RDMA devices; nothing else of the host."""
-    devices = [name for _, name in socket.if_nameindex() if _address_of(name) == address]
+    """What UCX may listen on: the interface of this address, and RDMA devices; nothing else of the host.
+
+    Raises:
+        ClusterError: there is neither, and the variable is not set.
+    """
+    devices = [name for name in _interfaces() if _address_of(name) == address]
     devices += [f"{port.parent.parent.name}:{port.name}" for port in sorted(INFINIBAND.glob("*/ports/*"))]
+    if not devices and "UCX_NET_DEVICES" not in os.environ:
+        raise ClusterError(
+            f"no network interface has {address}, the node's address, as its first one, and UCX would listen on all of "
+            f"them; set UCX_NET_DEVICES where Ray is started on this host, to one of {', '.join(_interfaces())}"
+        )
     return {"UCX_NET_DEVICES": ",".join(devices)} if devices else {}
+
+
+def _interfaces() -> list[str]:
+    return [name for _, name in socket.if_nameindex()]
 
 
 def _address_of(interface: str) -> str | None:
