@@ -20,6 +20,7 @@ import itertools
 import multiprocessing
 import time
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import zmq
@@ -302,9 +303,9 @@ def measure(args: argparse.Namespace, num_cards: int, folder: str, lengths: list
     )
     cards.start()
     starter = SimulatedStarter(ours)
-    vars(cluster)["make_starter"] = lambda config: starter
     try:
-        controller = Controller(args, num_cards, folder, lengths)
+        with mock.patch.object(cluster, "make_starter", return_value=starter):
+            controller = Controller(args, num_cards, folder, lengths)
         with controller.engine:
             controller.run(args.warm_up)
             starter.waits_s()

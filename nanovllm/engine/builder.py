@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -134,17 +133,19 @@ def _build_cluster(config: EngineConfig, folder: Path, hf_config: dict[str, Any]
     from nanovllm.engine.distributed.cluster import make_starter, start_cluster
 
     starter = make_starter(config)
-    with contextlib.ExitStack() as on_error:
-        on_error.callback(starter.close)
+    try:
         spec = runner_spec(config, folder, hf_config, Device(starter.kind, 0))
         check_kv_of_cluster(spec)
         tokenizer, eos_ids = _text_parts(folder, hf_config, spec)
-        on_error.pop_all()
-        cluster = start_cluster(config, spec, starter)
-        on_error.callback(cluster.close)
-        parts = _cluster_parts(config, cluster, spec, tokenizer, eos_ids, tracer)
-        on_error.pop_all()
-    return parts
+    except BaseException:
+        starter.close()
+        raise
+    cluster = start_cluster(config, spec, starter)
+    try:
+        return _cluster_parts(config, cluster, spec, tokenizer, eos_ids, tracer)
+    except BaseException:
+        cluster.close()
+        raise
 
 
 def _parts(

@@ -185,9 +185,8 @@ def push(source: RemoteRunner, target: RemoteRunner, blocks: list[tuple[int, int
 
     deadline_s = time.monotonic() + ANSWER_TIMEOUT_S
     while not is_over():
-        for runner in (source, target):
-            if runner.is_lost:
-                raise ClusterError(f"{runner.device} is lost: {runner.reason}")
+        _check_is_there(source)
+        _check_is_there(target)
         if time.monotonic() > deadline_s:
             raise HandoffError(f"nothing has arrived within {ANSWER_TIMEOUT_S:.0f} s")
         time.sleep(1e-4)
@@ -217,12 +216,16 @@ def reason_for_slow(pair: Pair, pairs: list[Pair]) -> str:
     return f"slow, {pair.bytes_per_s / median:.0%} of the median: {why}"
 
 
+def _check_is_there(runner: RemoteRunner) -> None:
+    if runner.is_lost:
+        raise ClusterError(f"{runner.device} is lost: {runner.reason}")
+
+
 def _await(runner: RemoteRunner, is_there: Callable[[], bool]) -> None:
     deadline_s = time.monotonic() + ANSWER_TIMEOUT_S
     while not is_there():
         runner.poll()
-        if runner.is_lost:
-            raise ClusterError(f"{runner.device} is lost: {runner.reason}")
+        _check_is_there(runner)
         if time.monotonic() > deadline_s:
             raise ClusterError(f"{runner.device} has not answered within {ANSWER_TIMEOUT_S:.0f} s")
         time.sleep(1e-5)

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from nanovllm.errors import BackendUnavailableError
-from nanovllm.utils.fp8 import ScaledTokens, ScaledWeight
+from nanovllm.utils.fp8 import ScaledTokens, ScaledWeight, parts_of
 
 
 class RowField(IntEnum):
@@ -125,10 +125,9 @@ class ExpertWeights:
         return self._rows_of(self.gate_up, expert), self._rows_of(self.down, expert)
 
     def _rows_of(self, weight: torch.Tensor | ScaledWeight, expert: int) -> torch.Tensor | ScaledWeight:
-        values = weight.values if isinstance(weight, ScaledWeight) else weight
-        per_expert = len(values) // self.num_experts
+        per_expert = len(parts_of(weight)[0]) // self.num_experts
         rows = slice(expert * per_expert, (expert + 1) * per_expert)
-        return weight.rows(rows) if isinstance(weight, ScaledWeight) else values[rows]
+        return weight.rows(rows) if isinstance(weight, ScaledWeight) else weight[rows]
 
 
 class Kernels(Protocol):

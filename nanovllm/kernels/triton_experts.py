@@ -31,7 +31,7 @@ from nanovllm.kernels.triton_fp8 import (
     quantize_tokens,
 )
 from nanovllm.kernels.triton_overlap import begin, overlap
-from nanovllm.utils.fp8 import ScaledTokens, ScaledWeight
+from nanovllm.utils.fp8 import ScaledTokens, ScaledWeight, parts_of
 
 LEAST_EXPERTS = 16
 """Tensor cores multiply by tiles at least that wide: fewer experts are filled up."""
@@ -209,11 +209,8 @@ def expert_linear(
     Rows of padding are left as they are.
     """
     weight = experts.gate_up if is_gated else experts.down
-    values, w_scales, block = weight, None, None
-    if isinstance(weight, ScaledWeight):
-        values, w_scales, block = weight.values, weight.scales, weight.block
+    values, w_scales, block = parts_of(weight)
     inputs, x_scales = (x.values, x.scales) if isinstance(x, ScaledTokens) else (x, None)
-    assert isinstance(values, torch.Tensor)
     num_assignments, num_experts = routing.chosen.numel(), experts.num_experts
     num_inputs = inputs.shape[1]
     num_outputs = len(values) // num_experts // (2 if is_gated else 1)

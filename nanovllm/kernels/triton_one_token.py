@@ -18,7 +18,7 @@ import triton.language as tl
 from nanovllm.kernels import AttentionMetadata, ExpertWeights
 from nanovllm.kernels.triton_fp8 import LINE, fetch, num_sms_of, quantized_groups
 from nanovllm.kernels.triton_overlap import begin, overlap
-from nanovllm.utils.fp8 import SCALE_OF_ONE, SMALLEST_SCALE, ScaledWeight
+from nanovllm.utils.fp8 import SCALE_OF_ONE, SMALLEST_SCALE, ScaledWeight, parts_of
 
 MAX_INPUTS = 16384
 """Inputs, each token's filled up to a power of two, that the registers of a program hold."""
@@ -85,14 +85,8 @@ def norm_experts(
 
 
 def _size_of(weight: torch.Tensor | ScaledWeight) -> tuple[int, int]:
-    rows, columns = (weight.values if isinstance(weight, ScaledWeight) else weight).shape
+    rows, columns = parts_of(weight)[0].shape
     return rows, columns
-
-
-def _parts_of(weight: torch.Tensor | ScaledWeight) -> tuple[torch.Tensor, torch.Tensor | None, int | None]:
-    if isinstance(weight, ScaledWeight):
-        return weight.values, weight.scales, weight.block
-    return weight, None, None
 
 
 def _rows_of_tile(row_bytes: int, num_parts: int) -> int:
@@ -142,7 +136,7 @@ def _launch(
     is_gated: bool,
 ) -> torch.Tensor:
     """Writes a linear layer's outputs, or those of each of a token's experts; returns `x + residual`."""
-    values, scales, block = _parts_of(weight)
+    values, scales, block = parts_of(weight)
     num_inputs = x.shape[1]
     padded_inputs = max(triton.next_power_of_2(num_inputs), block or 1)
     logits, top_k, num_experts = (None, 1, 1) if routed is None else (routed[0], len(output), routed[1].num_experts)
@@ -192,7 +186,7 @@ def _sum_of_experts(
     num_sms: int | None,
 ) -> torch.Tensor:
     """[1, hidden_size]: down of the token's experts, [top_k, size], weighted and summed up; 0 for padding."""
-    values, scales, block = _parts_of(experts.down)
+    values, scales, block = parts_of(experts.down)
     top_k, num_inputs = gated.shape
     num_outputs = len(values) // experts.num_experts
     output = gated.new_empty(1, num_outputs)

@@ -81,6 +81,11 @@ class ScaledWeight:
         return dequantized(self.values, self.scales, self.block or 1, self.block)
 
 
+def parts_of(weight: torch.Tensor | ScaledWeight) -> tuple[torch.Tensor, torch.Tensor | None, int | None]:
+    """The values of a weight, its scales and their block; None and None of a weight that is not quantized."""
+    return (weight.values, weight.scales, weight.block) if isinstance(weight, ScaledWeight) else (weight, None, None)
+
+
 @dataclass(frozen=True)
 class ScaledTokens:
     """Inputs of a linear layer whose weights are scaled, as some backends pass them from layer to layer.
