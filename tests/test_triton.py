@@ -407,7 +407,7 @@ def test_prefill_attention_compiles_without_a_gpu(head_dim, block_size, dtype):
 
 def test_which_steps_large_tiles_are_for(monkeypatch):
     """A full tile of 128 queries of a head for each SM, of a type that the kernel is for, on Hopper."""
-    monkeypatch.setattr(cuda_prefill_attention, "_is_hopper", lambda _: True)
+    monkeypatch.setattr(cuda_prefill_attention, "is_hopper", lambda _: True)
     monkeypatch.setattr(cuda_prefill_attention, "_can_load", lambda *_: True)
 
     def can_serve(num_tokens: int, num_heads: int = 8, dtype: torch.dtype = torch.bfloat16, **options: Any) -> bool:
@@ -431,7 +431,7 @@ def test_which_steps_large_tiles_are_for(monkeypatch):
     assert not can_serve(128, head_dim=96)
     assert can_serve(200, num_rows=72)
     assert not can_serve(199, num_rows=72), "all rows may be in use"
-    monkeypatch.setattr(cuda_prefill_attention, "_is_hopper", lambda _: False)
+    monkeypatch.setattr(cuda_prefill_attention, "is_hopper", lambda _: False)
     assert not can_serve(128)
 
 

@@ -1,17 +1,11 @@
 // output = x weight^T of 16-bit types for a part of a GPU's SMs (sm_90a): clusters of thread blocks that stay, one
-// thread of each fetching tiles, two warpgroups multiplying. Compiled at run time by cuda_gemm.py, which defines
+// thread of each fetching tiles, two warpgroups multiplying. Compiled at run time, behind cuda_hopper.cu, by
+// cuda_gemm.py, which defines
 //   WIDTH    weight rows of a tile, up to 256; a multiple of 8 for each box that they are fetched in
 //   CLUSTER  thread blocks side by side in tokens: each fetches a part of the weights for all of them
 //   STAGES   tiles on their way to a thread block
 //   GATED    whether a tile is WIDTH / 2 rows of a gate and the WIDTH / 2 that it gates
-//   BF16     whether values are bfloat16, else float16
 //   WGMMA(d, a, b, adds)   the instruction of this width, on accumulators d and descriptors a and b
-
-using u32 = unsigned int;
-using u64 = unsigned long long;
-struct alignas(64) TensorMap {
-    u64 words[16];
-};
 
 constexpr int TILE_M = 128, TILE_K = 64, HALF = WIDTH / 2;
 constexpr int ROW_BYTES = TILE_K * 2, X_BYTES = TILE_M * ROW_BYTES, STAGE_BYTES = X_BYTES + WIDTH * ROW_BYTES;
@@ -20,31 +14,11 @@ constexpr int BOXES = CLUSTER > 2 ? CLUSTER : 2, BOX_ROWS = WIDTH / BOXES;
 constexpr int ROW_PITCH = 64 * 2 + 16;  // of 64 outputs, and no two rows of a group of eight in the same banks
 constexpr int OUTPUTS = GATED ? HALF : WIDTH;
 
-__device__ u32 address_of(const void* shared) { return static_cast<u32>(__cvta_generic_to_shared(shared)); }
-
-__device__ void wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{ .reg .pred done;\n"
-        "again: mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again; }" ::"r"(barrier), "r"(parity) : "memory");
-}
-
 __device__ void arrive_at(u32 barrier, u32 rank) {
     asm volatile(
         "{ .reg .b32 remote;\n"
         "mapa.shared::cluster.u32 remote, %0, %1;\n"
         "mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(barrier), "r"(rank) : "memory");
-}
-
-__device__ void expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ void fetch(u32 target, const TensorMap& map, int column, int row, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        " [%0], [%1, {%2, %3}], [%4];" ::"r"(target), "l"(&map), "r"(column), "r"(row), "r"(barrier)
-        : "memory");
 }
 
 __device__ void fetch_for_all(u32 target, const TensorMap& map, int column, int row, u32 barrier) {
@@ -56,21 +30,6 @@ __device__ void fetch_for_all(u32 target, const TensorMap& map, int column, int 
 
 __device__ void sync_cluster() {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-
-// A tile of rows of 128 bytes, as the copy engine leaves them: swizzled in groups of eight.
-__device__ u64 descriptor(u32 address) {
-    return static_cast<u64>((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}
-
-__device__ u32 rounded(float low, float high) {
-    u32 both;
-#if BF16
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-#endif
-    return both;
 }
 
 __device__ float2 widened(u32 both) {
@@ -149,7 +108,8 @@ shared_linear(const __grid_constant__ TensorMap x, const __grid_constant__ Tenso
                 const u32 shared = tiles + stage * STAGE_BYTES + X_BYTES;
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
                 for (int place = 0; place < ROW_BYTES; place += 32)
-                    WGMMA(sums, descriptor(mine + place), descriptor(shared + place), step > 0 || place > 0);
+                    WGMMA(sums, rows_descriptor(mine + place), rows_descriptor(shared + place),
+                          step > 0 || place > 0);
                 asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
                 // What the step before this one read may be overwritten, here and by the others of the cluster.
                 if (step > 0 && threadIdx.x % 128 < CLUSTER)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from nanovllm.utils.nvrtc import Kernel, compile_source, tensor_map
+from nanovllm.kernels.cuda_hopper import compile_for_hopper, is_hopper, product
+from nanovllm.utils.nvrtc import Kernel, tensor_map
 
-ARCHITECTURE = "sm_90a"
 TILE_M = 128
 TILE_K = 64
 WIDEST = 256
@@ -37,7 +37,7 @@ def can_serve(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `shared_linear` is for this GEMM: not for few tokens, float32, other GPUs than Hopper's, odd sizes."""
     is_half = x.dtype in (torch.bfloat16, torch.float16) and weight.dtype == x.dtype
     is_even = x.shape[1] % 8 == 0 and weight.shape[0] % 16 == 0
-    return is_half and is_even and x.shape[0] >= MIN_TOKENS and _is_hopper(x.device)
+    return is_half and is_even and x.shape[0] >= MIN_TOKENS and is_hopper(x.device)
 
 
 def shared_linear(x: torch.Tensor, weight: torch.Tensor, num_sms: int, *, is_gated: bool = False) -> torch.Tensor:
@@ -89,11 +89,6 @@ def _clusters(tiles_down: int, num_sms: int, dtype: torch.dtype, device: torch.d
 
 
 @functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@functools.cache
 def tile_width(num_weights: int, at_a_time: int, step: int) -> int:
     """How many weight rows a tile has, of `num_weights`, if `at_a_time` tiles side by side are computed at a time.
 
@@ -131,27 +126,5 @@ def _stage_bytes(width: int) -> int:
 
 @functools.cache
 def _compiled(width: int, cluster: int, stages: int, is_gated: bool, dtype: torch.dtype) -> bytes:
-    file = Path(__file__).with_suffix(".cu")
-    constants = {
-        "WIDTH": width,
-        "CLUSTER": cluster,
-        "STAGES": stages,
-        "GATED": int(is_gated),
-        "BF16": int(dtype == torch.bfloat16),
-    }
-    defined = "".join(f"#define {name} {value}\n" for name, value in constants.items())
-    source = defined + _wgmma(width, "bf16" if dtype == torch.bfloat16 else "f16") + file.read_text(encoding="utf-8")
-    return compile_source(source, file.name, ARCHITECTURE)
-
-
-def _wgmma(width: int, kind: str) -> str:
-    """The macro of the instruction that multiplies 64 rows by `width`: it names all registers of the accumulators."""
-    number = width // 2
-    registers = ", ".join(f"%{place}" for place in range(number))
-    operands = ", ".join(f'"+f"((d)[{place}])' for place in range(number))
-    return (
-        '#define WGMMA(d, a, b, adds) asm volatile("{ .reg .pred p; '
-        f"setp.ne.b32 p, %{number + 2}, 0; wgmma.mma_async.sync.aligned.m64n{width}k16.f32.{kind}.{kind} "
-        f'{{{registers}}}, %{number}, %{number + 1}, p, 1, 1, 0, 0; }}" : {operands} : "l"(a), "l"(b), '
-        '"r"(static_cast<int>(adds)))\n'
-    )
+    constants = {"WIDTH": width, "CLUSTER": cluster, "STAGES": stages, "GATED": int(is_gated)}
+    return compile_for_hopper(Path(__file__).with_suffix(".cu"), dtype, constants, product("WGMMA", width, dtype))

@@ -1,22 +1,15 @@
 // Causal attention of prompts' queries to a paged KV pool, of 16-bit types (sm_90a). Thread blocks that stay take tiles
 // of queries one after another: a warp of each fetches queries, keys and values, two warpgroups multiply, and the
-// softmax of one runs beside the products of the other. Compiled at run time by cuda_prefill_attention.py, which
-// defines
+// softmax of one runs beside the products of the other. Compiled at run time, behind cuda_hopper.cu, by
+// cuda_prefill_attention.py, which defines
 //   HEAD_DIM    64 or 128
 //   BLOCK_SIZE  tokens of a block of the pool
 //   BOX         tokens that are fetched at once: of one block, up to 64
 //   TILE_M      queries of a tile: 64 for each of the two warpgroups that multiply
 //   KEYS        keys of a tile
 //   STAGES      tiles of keys, and of values, on their way to a thread block
-//   BF16        whether values are bfloat16, else float16
 //   QK(d, a, b, adds)           products of 64 queries and KEYS keys, on accumulators d and descriptors a and b
 //   PV(d, a0, a1, a2, a3, b)    adds those of 64 x 16 probabilities, in registers, and 16 values
-
-using u32 = unsigned int;
-using u64 = unsigned long long;
-struct alignas(64) TensorMap {
-    u64 words[16];
-};
 
 constexpr int ROW_BYTES = 128;
 constexpr int PARTS = HEAD_DIM / 64;  // of a row of a head: as long as the swizzle
@@ -25,34 +18,12 @@ constexpr int Q_BYTES = PARTS * Q_PART, KV_BYTES = PARTS * KV_PART;
 constexpr int BOXES = KEYS / BOX;
 constexpr int NUM_WARPS = 8;  // that multiply
 
-__device__ __forceinline__ u32 address_of(const void* shared) {
-    return static_cast<u32>(__cvta_generic_to_shared(shared));
-}
-
-__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{ .reg .pred done;\n"
-        "again: mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again; }" ::"r"(barrier), "r"(parity) : "memory");
-}
-
 __device__ __forceinline__ void initialize(const u64* barrier, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_of(barrier)), "r"(count));
 }
 
 __device__ __forceinline__ void arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void fetch(u32 target, const TensorMap& map, int column, int row, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        " [%0], [%1, {%2, %3}], [%4];" ::"r"(target), "l"(&map), "r"(column), "r"(row), "r"(barrier)
-        : "memory");
 }
 
 // A tile of keys or values: each of the first lanes fetches its box, from `row` on.
@@ -66,26 +37,10 @@ __device__ __forceinline__ void fetch_tile(u32 target, const TensorMap& pool, in
     }
 }
 
-// A matrix of rows of 128 bytes, as the copy engine leaves them: swizzled in groups of eight. Sums are over its
-// columns.
-__device__ __forceinline__ u64 rows_descriptor(u32 address) {
-    return static_cast<u64>((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}
-
-// The same, and sums are over its rows; the columns behind the first 64 are in the next part.
+// A matrix as of `rows_descriptor`, and sums are over its rows; the columns behind the first 64 are in the next part.
 __device__ __forceinline__ u64 columns_descriptor(u32 address) {
     return static_cast<u64>((address & 0x3FFFF) >> 4) | (static_cast<u64>(KV_PART >> 4) << 16) | (64ull << 32) |
            (1ull << 62);
-}
-
-__device__ __forceinline__ u32 rounded(float low, float high) {
-    u32 both;
-#if BF16
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-#endif
-    return both;
 }
 
 __device__ __forceinline__ float exp2_of(float x) {

@@ -17,11 +17,11 @@ import torch
 
 from nanovllm.errors import BackendUnavailableError
 from nanovllm.kernels import AttentionMetadata
-from nanovllm.utils.nvrtc import Kernel, compile_source, tensor_map
+from nanovllm.kernels.cuda_hopper import accumulators, compile_for_hopper, instruction, is_hopper, product
+from nanovllm.utils.nvrtc import Kernel, tensor_map
 
 logger = logging.getLogger(__name__)
 
-ARCHITECTURE = "sm_90a"
 HEAD_DIMS = (64, 128)
 TILE_M = 128
 """Queries of a tile."""
@@ -49,7 +49,7 @@ LOG2_E = math.log2(math.e)
 def can_serve(metadata: AttentionMetadata, num_heads: int, kv_cache: torch.Tensor, num_sms: int) -> bool:
     """Whether `plan` and `attend` are for this step, on `num_sms` SMs: by the rule in attention_backends.md."""
     is_half = kv_cache.dtype in (torch.bfloat16, torch.float16)
-    if not (is_half and kv_cache.shape[-1] in HEAD_DIMS and _is_hopper(kv_cache.device)):
+    if not (is_half and kv_cache.shape[-1] in HEAD_DIMS and is_hopper(kv_cache.device)):
         return False
     words_of_plan = _most_tiles(metadata) + len(metadata.context_lens) + 1
     has_room = words_of_plan * 4 <= PLAN_BYTES and _num_rows(kv_cache) < 2**31
@@ -143,11 +143,6 @@ def _box_tokens(block_size: int) -> int:
 
 
 @functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@functools.cache
 def _can_load(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> bool:
     try:
         _kernels(device, dtype, head_dim, block_size)
@@ -174,7 +169,6 @@ def shared_bytes(head_dim: int) -> int:
 
 @functools.cache
 def _compiled(dtype: torch.dtype, head_dim: int, block_size: int) -> bytes:
-    file = Path(__file__).with_suffix(".cu")
     constants = {
         "HEAD_DIM": head_dim,
         "BLOCK_SIZE": block_size,
@@ -182,35 +176,16 @@ def _compiled(dtype: torch.dtype, head_dim: int, block_size: int) -> bytes:
         "TILE_M": TILE_M,
         "KEYS": TILE_KEYS,
         "STAGES": STAGES,
-        "BF16": int(dtype == torch.bfloat16),
     }
-    defined = "".join(f"#define {name} {value}\n" for name, value in constants.items())
-    source = defined + _products(head_dim, "bf16" if dtype == torch.bfloat16 else "f16")
-    return compile_source(source + file.read_text(encoding="utf-8"), file.name, ARCHITECTURE)
+    macros = product("QK", TILE_KEYS, dtype) + _product_of_values(head_dim, dtype)
+    return compile_for_hopper(Path(__file__).with_suffix(".cu"), dtype, constants, macros)
 
 
-def _products(head_dim: int, kind: str) -> str:
-    """The macros of the instructions that multiply queries and keys, and probabilities and values."""
-    number = TILE_KEYS // 2
-    keys = (
-        '#define QK(d, a, b, adds) asm volatile("{ .reg .pred p; '
-        f"setp.ne.b32 p, %{number + 2}, 0; {_instruction(TILE_KEYS, kind)}, %{number}, %{number + 1}, "
-        f'p, 1, 1, 0, 0; }}" : {_accumulators(TILE_KEYS)} : "l"(a), "l"(b), "r"(static_cast<int>(adds)))\n'
-    )
+def _product_of_values(head_dim: int, dtype: torch.dtype) -> str:
+    """The macro of the instruction that multiplies probabilities, in registers, and values."""
     number = head_dim // 2
     probabilities = ", ".join(f"%{number + place}" for place in range(4))
-    values = (
-        f'#define PV(d, a0, a1, a2, a3, b) asm volatile("{_instruction(head_dim, kind)}, {{{probabilities}}}, '
-        f'%{number + 4}, 1, 1, 1, 1;" : {_accumulators(head_dim)} : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b))\n'
+    return (
+        f'#define PV(d, a0, a1, a2, a3, b) asm volatile("{instruction(head_dim, dtype)}, {{{probabilities}}}, '
+        f'%{number + 4}, 1, 1, 1, 1;" : {accumulators(head_dim)} : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b))\n'
     )
-    return keys + values
-
-
-def _instruction(width: int, kind: str) -> str:
-    """The product of 64 rows by `width` columns, up to its accumulators."""
-    registers = ", ".join(f"%{place}" for place in range(width // 2))
-    return f"wgmma.mma_async.sync.aligned.m64n{width}k16.f32.{kind}.{kind} {{{registers}}}"
-
-
-def _accumulators(width: int) -> str:
-    return ", ".join(f'"+f"((d)[{place}])' for place in range(width // 2))
