@@ -75,7 +75,8 @@ class Faults:
     Args:
         llm: the engine.
         chaos_share: of the engine's turns, those in which something happens to a device.
-        rng: decides what.
+        rng: decides when, and what. How often it is asked hangs on how fast the machine is, so that the requests and
+            what is planned for them come from another.
     """
 
     def __init__(self, llm: LLM, chaos_share: float, rng: random.Random) -> None:
@@ -83,7 +84,7 @@ class Faults:
         self.injected: collections.Counter[str] = collections.Counter()
         self._llm = llm
         self._chaos_share = chaos_share
-        self._rng = rng
+        self.rng = rng
         self._card_works_at_s = 0.0
         self._is_elastic = llm.scheduler.placement.shares_prompts
         self._late: ModelRunner | None = None
@@ -127,7 +128,7 @@ class Faults:
 
     def _be_late(self, runner: ModelRunner) -> None:
         """Keeps the device from the step that is about to be launched, or on a CPU the host."""
-        late_s = self._rng.uniform(0.0, MOST_LATE_S)
+        late_s = self.rng.uniform(0.0, MOST_LATE_S)
         if runner.stream is None:
             time.sleep(late_s)
             return
@@ -180,19 +181,19 @@ class Faults:
 
     def take_turn(self) -> None:
         """Before a turn of the engine: at times something breaks, or the split is changed by force."""
-        if self._rng.random() >= self._chaos_share:
+        if self.rng.random() >= self._chaos_share:
             return
         runners = (self._llm.prefill_runner, self._llm.decode_runner)
         kinds = [] if runners[0] is runners[1] else ["late"] if self._is_elastic else ["card"]
         if self._paths.rebalancer is not None:
             kinds += ["force"] * 4 + ["lane", "rebalance"]
-        kind = self._rng.choice(kinds) if kinds else None
+        kind = self.rng.choice(kinds) if kinds else None
         if kind == "late":
-            self._late = self._rng.choice(runners)
+            self._late = self.rng.choice(runners)
         elif kind == "card":
-            self._card_works_at_s = time.perf_counter() + self._rng.uniform(0.0, 0.2)
+            self._card_works_at_s = time.perf_counter() + self.rng.uniform(0.0, 0.2)
         elif kind == "force":
-            self._paths.force(self._rng.choice(list(self._paths.steps)))
+            self._paths.force(self.rng.choice(list(self._paths.steps)))
         elif kind is not None:
             self._due.add(kind)
 
@@ -240,8 +241,8 @@ def soak(llm: LLM, faults: Faults, num_requests: int, args: argparse.Namespace, 
             requests[request_id] = prompt, params
             num_added += 1
         to_abort = [request_id for request_id, plan in running.items() if plan.is_aborted]
-        if to_abort and rng.random() < 0.2:
-            llm.abort(rng.choice(to_abort))
+        if to_abort and faults.rng.random() < 0.2:
+            llm.abort(faults.rng.choice(to_abort))
         faults.take_turn()
         for output in llm.step():
             tokens[output.request_id] += output.new_token_ids
@@ -317,7 +318,7 @@ def main() -> None:
         if args.mode == "elastic":
             placement = llm.scheduler.placement
             placement.least_shared_tokens, placement.most_other_prompts = SHARED_TOKENS, args.num_requests
-        faults = Faults(llm, chaos_share, rng)
+        faults = Faults(llm, chaos_share, random.Random(args.seed + 1))
         started = time.perf_counter()
         early_counts = soak(llm, faults, args.num_requests // 10, args, rng)
         early = memory_mib(llm)
