@@ -2,7 +2,8 @@
 
 The engine's loop, its scheduler, the packing of steps, messages over encrypted sockets and the columns of tokens that
 leave for a server are those of `cluster="local"`. The cards are one process that computes nothing: a step ends after
-the time that it would take, with random tokens, and a push when its step has ended. A quarter of the cards prefill.
+the time that it would take, with random tokens, and a push when its step has ended. A quarter of the cards prefill, or
+with `--card-roles elastic` all prefill and decode.
 
 Each decode card has `--rows` requests at a time, all of them there from the beginning and each followed by another one
 as it ends; a decode step takes `--step-ms`, so that there is an arrival every `--num-output` / `--rows` steps of a
@@ -29,6 +30,7 @@ from lib.arguments import new_parser, write_shape
 from lib.report import report
 from lib.traces import read_trace
 from nanovllm import SamplingParams
+from nanovllm.config import CARD_ROLES
 from nanovllm.engine.distributed import cluster
 from nanovllm.engine.distributed.card_clock import host_id
 from nanovllm.engine.distributed.card_messages import (
@@ -137,7 +139,8 @@ def simulate_cards(contacts: Any, step_s: float, max_rows: int) -> None:
                 if command.task.decode is not None:
                     card.waits_s.append(began_s - card.free_s)
                 prefill = command.task.prefill
-                took_s = prefill.size / PREFILL_TOKENS_PER_S if prefill else card.step_s
+                took_s = prefill.size / PREFILL_TOKENS_PER_S if prefill else 0.0
+                took_s += card.step_s if command.task.decode is not None else 0.0
                 card.free_s = card.ends_s[command.number] = began_s + took_s
                 ended = card.ended(command, began_s, card.free_s)
                 heapq.heappush(due, (card.free_s, next(order), card, ended))
@@ -217,7 +220,7 @@ class Controller:
 
     def __init__(self, args: argparse.Namespace, num_cards: int, folder: str, lengths: list[tuple[int, int]]) -> None:
         self.num_prefill = max(num_cards // 4, 1)
-        self.num_decode = num_cards - self.num_prefill
+        self.num_decode = num_cards - (self.num_prefill if args.card_roles == "fixed" else 0)
         self.lengths, self.rng = itertools.cycle(lengths), np.random.default_rng(0)
         num_requests = args.rows * self.num_decode
         self.engine = ServedEngine(
@@ -231,7 +234,8 @@ class Controller:
             enable_prefix_caching=False,
             cluster="local",
             prefill_cards=self.num_prefill,
-            decode_cards=self.num_decode,
+            decode_cards=num_cards - self.num_prefill,
+            card_roles=args.card_roles,
             card_timeout_s=60,
         )
         for _ in range(num_requests):
@@ -279,6 +283,7 @@ class Controller:
 def read_options() -> argparse.Namespace:
     parser = new_parser(__doc__)
     parser.add_argument("--cards", type=int, nargs="+", default=[2, 8, 32])
+    parser.add_argument("--card-roles", choices=CARD_ROLES, default="fixed")
     parser.add_argument("--rows", type=int, default=64, help="requests of a decode card")
     parser.add_argument("--step-ms", type=float, default=20.0, help="what a decode step takes")
     parser.add_argument("--num-input", type=int, default=512)

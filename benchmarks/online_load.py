@@ -7,6 +7,7 @@ Modes:
 - `elastic`: one engine on two devices, each of which does both, and which compute long prompts together;
 - `tp2`: one engine on two devices, tensor parallel;
 - `processes`: one engine on `--prefill-cards` and `--decode-cards`, each in a process of its own (`cluster="local"`);
+- `elastic-processes`: the same, each of which prefills and decodes;
 - `dp2`: two engines on two devices in two processes; a request goes to the one with fewer prompt tokens to compute, or,
   where prompts share beginnings, with more of its prompt in its cache.
 
@@ -36,7 +37,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lib.arguments import new_parser
+from lib.arguments import CLUSTER_MODES, new_parser
 from lib.engines import Engine, Engines, Served
 from lib.online import (
     add_service,
@@ -85,13 +86,13 @@ def print_meters(summary: dict[str, Any]) -> None:
 
 def read_options() -> argparse.Namespace:
     parser = new_parser(__doc__)
-    add_service(parser, ("single", "pd", "elastic", "tp2", "dp2", "processes"))
-    parser.add_argument("--prefill-cards", type=int, help="of mode processes, 1 if not given")
-    parser.add_argument("--decode-cards", type=int, help="of mode processes, 1 if not given")
+    add_service(parser, ("single", "pd", "elastic", "tp2", "dp2", *CLUSTER_MODES))
+    parser.add_argument("--prefill-cards", type=int, help="of modes with processes, 1 if not given")
+    parser.add_argument("--decode-cards", type=int, help="of modes with processes, 1 if not given")
     parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics there; not of mode dp2")
     args = parse_service_args(parser)
-    if args.mode != "processes" and (args.prefill_cards or args.decode_cards):
-        parser.error(f"--prefill-cards and --decode-cards are of mode processes, not of {args.mode}")
+    if args.mode not in CLUSTER_MODES and (args.prefill_cards or args.decode_cards):
+        parser.error(f"--prefill-cards and --decode-cards are of modes {', '.join(CLUSTER_MODES)}, not of {args.mode}")
     if args.metrics_port is not None and args.mode == "dp2":
         parser.error("--metrics-port: mode dp2 has two engines in processes of their own")
     return args

@@ -1,9 +1,8 @@
 """The same loads in each way to use two cards, in turns on the same cards.
 
-Each mode (`elastic`, `pd`, `dp2`, `tp2`, `processes`, as in online_load.py) has an engine, or two, in processes of its
-own, all of which hold their weights and pools on the cards at the same time: give `--num-kvcache-blocks` so that they
-fit. Only one mode serves at a time. A load is served in every mode before the next one is, and each time another mode
-is the first.
+Each mode (all of online_load.py but `single`) has an engine, or two, in processes of its own, all of which hold their
+weights and pools on the cards at the same time: give `--num-kvcache-blocks` so that they fit. Only one mode serves at a
+time. A load is served in every mode before the next one is, and each time another mode is the first.
 
 A load is LOAD:RATE, a workload or the file of a trace, and requests per second, for `--duration`; several of them
 joined by `+` follow each other. A request is good as in online_load.py. Modes that mix prompts with decode steps aim at
@@ -17,6 +16,7 @@ import copy
 from typing import Any
 
 from lib.arguments import (
+    CLUSTER_MODES,
     add_device,
     add_kv_cache_dtype,
     add_model,
@@ -31,7 +31,7 @@ from lib.online import add_limits, add_service_size, summarize, with_hit_rate
 from lib.report import report
 from nanovllm.errors import ends_with_message
 
-MODES = ("elastic", "pd", "dp2", "tp2", "processes")
+MODES = ("elastic", "pd", "dp2", "tp2", *CLUSTER_MODES)
 NUM_REPLICAS = {"dp2": 2}
 HEADER = f"{'':<30}{'requests':>9}{'good':>7}{'TTFT p50':>10}{'p99':>8}{'ITL p50':>9}{'p99':>7}{'hits':>7}"
 

@@ -29,7 +29,7 @@ TWO_GPU_OPTIONS = (
     "max_handoff_backlog",
 )
 CLUSTER_OPTIONS = ("prefill_cards", "decode_cards", "card_timeout_s")
-NOT_IN_A_CLUSTER = ("prefill_device_id", "decode_device_id", "kv_handoff", "card_roles")
+NOT_IN_A_CLUSTER = ("prefill_device_id", "decode_device_id", "kv_handoff")
 CLUSTERS = ("local", "ray")
 CARD_ROLES = ("fixed", "elastic")
 DECODE_PIPELINES = ("static", "auto", "disabled")
@@ -83,7 +83,8 @@ class EngineConfig:
             long.
         enable_two_gpu_pd: prefill on one GPU and decode on another; with `device="cpu"`, on two logical CPU devices.
         card_roles: `fixed` (one GPU prefills, the other one decodes) or `elastic` (both prefill and decode: they
-            compute long prompts together, in chunks by turns, and others where fewer tokens of context are).
+            compute long prompts together, in chunks by turns, and others where fewer tokens of context are). In a
+            cluster with elastic cards all of them prefill and decode, and none computes a prompt together with another.
         prefill_device_id, decode_device_id: two different GPUs, by torch's ids (after `CUDA_VISIBLE_DEVICES`).
         kv_handoff: how KV is transferred to the decode GPU: `copy` (torch's copies, after each prefill step), `push`
             (the same by one kernel, over peer access), `direct` (each layer's KV within the step, while the layer
@@ -95,8 +96,9 @@ class EngineConfig:
             KV; others wait in the queue.
         cluster: `local` gives each card a process of its own on this host, and KV crosses between them by NIXL; `ray`
             the same on the hosts of a Ray cluster; None for cards of this process.
-        prefill_cards, decode_cards: cards of a cluster that prefill, and that decode. On GPUs they take torch's first
-            ones, or those that Ray gives; with `device="cpu"` they are processes of the CPU.
+        prefill_cards, decode_cards: cards of a cluster that prefill, and that decode; all do both if they are elastic.
+            On GPUs they take torch's first ones, or those that Ray gives; with `device="cpu"` they are processes of
+            the CPU.
         card_timeout_s: seconds of silence after which a card's process is taken for hung: it is ended and started
             again, and its requests are recomputed on other cards.
         itl_target_ms: what a decode step may be predicted to take: a request waits in the queue while a step with it
@@ -312,8 +314,8 @@ class EngineConfig:
         refused = [name for name in NOT_IN_A_CLUSTER if name in options]
         if in_cluster and refused:
             raise ConfigError(
-                f"{', '.join(refused)} given with cluster={short_repr(options['cluster'])}: its cards have fixed "
-                "roles, take the first GPUs, and hand over KV by NIXL; leave them out"
+                f"{', '.join(refused)} given with cluster={short_repr(options['cluster'])}: its cards take "
+                "the first GPUs and hand over KV by NIXL; leave them out"
             )
         for switch, switched in switches:
             unused = [name for name in switched if name in options]

@@ -229,7 +229,7 @@ def test_a_card_is_gone_when_a_launch_fails(llm, expected, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_cards_end_or_stop_at_any_moment(llm, expected, how, seed):
     rng = random.Random(seed)
     timer = end_one(llm, seed % 3, how, rng.uniform(0.0, 2.0))
@@ -237,6 +237,20 @@ def test_cards_end_or_stop_at_any_moment(llm, expected, how, seed):
     timer.join()
     settle(llm)
     assert answers_of(llm, *mixed_load(12)) == expected[12, 24]
+
+
+def test_elastic_cards_prefill_and_decode_whatever_happens_to_one(tiny_path, expected):
+    with LLM(tiny_path, **CLUSTER, card_roles="elastic", max_num_batched_tokens=64, verify_kv_handoff=True) as llm:
+        assert answers_of(llm, *mixed_load(12)) == expected[12, 24]
+        busy_s = llm.metrics()["busy_s"]
+        assert all(shares["decode"] + shares["mixed"] > 0 for shares in busy_s.values()), "on every card"
+        assert all(shares["prefill"] + shares["mixed"] > 0 for shares in busy_s.values())
+        timer = end_one(llm, 1, signal.SIGKILL, 0.3)
+        assert answers_of(llm, *mixed_load(40, 60)) == expected[40, 60]
+        timer.join()
+        settle(llm)
+        llm.scheduler.check_integrity()
+        assert [card.block_manager.num_held_blocks for card in llm.scheduler.cards] == [0, 0, 0]
 
 
 @pytest.mark.slow
@@ -504,10 +518,7 @@ def test_a_card_that_ends_before_it_greets_is_an_error(tiny_path, monkeypatch):
         ({"cluster": "local", "enable_two_gpu_pd": True}, "enable_two_gpu_pd=True exclude each other"),
         ({"cluster": "local", "tensor_parallel_size": 2}, "tensor_parallel_size=2 exclude each other"),
         ({"cluster": "local", "kv_handoff": "copy"}, "kv_handoff given with cluster='local'"),
-        (
-            {"cluster": "local", "card_roles": "elastic"},
-            "card_roles given with cluster='local': its cards have",
-        ),
+        ({"cluster": "local", "card_roles": "elstic"}, "did you mean 'elastic'"),
         ({"cluster": "local", "card_timeout_s": 0}, "card_timeout_s=0 is not a positive number"),
         ({"cluster": "local", "device": "cuda:1"}, "names one GPU"),
         ({"cluster": "local", "kv_cache_dtype": "fp8"}, "each card would calibrate its own"),

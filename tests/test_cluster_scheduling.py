@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +16,8 @@ from nanovllm.engine.card_watch import CardWatch
 from nanovllm.engine.in_flight import StepsInFlight
 from nanovllm.engine.scheduler import MOST_LOST_CARDS, STEPS_AHEAD, Scheduler, SchedulerLimits
 from nanovllm.engine.scheduling.card import Card
-from nanovllm.engine.scheduling.cluster_placement import ClusterPlacement
-from nanovllm.engine.scheduling.placement import OtherPrompts
+from nanovllm.engine.scheduling.cluster_placement import ClusterPlacement, ElasticClusterPlacement
+from nanovllm.engine.scheduling.placement import OtherPrompts, Places
 from nanovllm.engine.scheduling.step import PrefillChunk, Step
 from nanovllm.engine.scheduling.step_time import StepSize
 from nanovllm.engine.sequence import Sequence
@@ -25,11 +27,12 @@ MAX_MODEL_LEN = 48
 
 
 def make_cards(num_prefill: int, num_decode: int, num_blocks: int = 24) -> ClusterPlacement:
+    """Cards with fixed roles, or elastic ones if there are none that decode."""
     cards = [
         Card(f"card {index}", f"card {index}", BlockManager(num_blocks, BLOCK_SIZE), 16)
         for index in range(num_prefill + num_decode)
     ]
-    return ClusterPlacement(cards[:num_prefill], cards[num_prefill:])
+    return ClusterPlacement(cards[:num_prefill], cards[num_prefill:]) if num_decode else ElasticClusterPlacement(cards)
 
 
 def make_sequence(request_id: int, tokens: list[int], max_tokens: int = 8) -> Sequence:
@@ -150,7 +153,7 @@ class World:
         raise AssertionError("requests are left that nobody serves")
 
 
-@pytest.mark.parametrize(("num_prefill", "num_decode"), [(1, 1), (2, 1), (1, 3), (3, 2)])
+@pytest.mark.parametrize(("num_prefill", "num_decode"), [(1, 1), (2, 1), (1, 3), (3, 2), (2, 0), (4, 0)])
 @pytest.mark.parametrize("seed", range(12))
 def test_any_order_of_events_leaves_every_block_whole(num_prefill, num_decode, seed):
     world = World(num_prefill, num_decode, seed)
@@ -219,6 +222,34 @@ def test_cards_that_are_gone_get_nothing_and_any_card_can_do_all():
     assert names() == ("card 1", "card 1"), "it decodes, too"
     assert placement.is_degraded
     assert "card 2, card 3, card 0 left out" in placement.words_for_degraded[1]
+
+
+def test_an_elastic_card_prefills_and_decodes():
+    placement = make_cards(3, 0)
+    first, second, third = placement.cards
+    seq, sizes = make_sequence(0, list(range(16))), sizes_of(placement)
+    others = OtherPrompts(0, {first: 5, second: 3, third: 4})
+    assert placement.places_of(seq, sizes, others) == Places(second, second)
+    narrow = dataclasses.replace(others, room=lambda card: 0.5 if card is second else 1.0)
+    assert placement.places_of(seq, sizes, narrow) == Places(third, third), "what it has to do, by its room"
+
+
+def test_an_elastic_card_hands_over_what_it_cannot_decode():
+    placement = make_cards(3, 0)
+    first, second, third = placement.cards
+    seq, others = make_sequence(0, list(range(16))), OtherPrompts(0, {second: 9, third: 9})
+    contexts = {"card_1": 20, "card_2": 10}
+    assert placement.places_of(seq, sizes_of(placement, card_0=42, **contexts), others) == Places(first, first)
+    full = sizes_of(placement, card_0=43, **contexts)
+    assert placement.places_of(seq, full, others) == Places(first, third), "by more than two of its prompts"
+    busy = dataclasses.replace(others, has_time=lambda card: card is second)
+    assert placement.places_of(seq, sizes_of(placement, **contexts), busy) == Places(first, second)
+    for _ in range(3):
+        first.breaker.failed(time.monotonic())
+    assert placement.places_of(seq, full, others) == Places(first, first), "its handoffs fail"
+    assert placement.places_of(seq, sizes_of(placement, **contexts), busy) == Places(second, second)
+    first.is_up = False
+    assert placement.places_of(seq, full, others) == Places(third, third)
 
 
 def watch_over(world: World, failed: list[tuple[Sequence, Exception]]) -> tuple[CardWatch, StepsInFlight]:

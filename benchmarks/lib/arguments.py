@@ -11,6 +11,9 @@ from typing import Any
 
 from nanovllm.config import DECODE_PIPELINES, KV_CACHE_DTYPES, KV_HANDOFFS, QUANTIZATIONS, EngineConfig
 
+CLUSTER_MODES = {"processes": "fixed", "elastic-processes": "elastic"}
+"""Modes whose cards are processes of their own, and the roles of the cards."""
+
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {
         "hidden_size": 1024,
@@ -187,9 +190,9 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     options = {**model_options(args), "device": args.device, "num_kvcache_blocks": args.num_kvcache_blocks}
     if args.mode == "elastic":
         return options | {"enable_two_gpu_pd": True, "card_roles": "elastic"}
-    if args.mode == "processes":
+    if args.mode in CLUSTER_MODES:
         num_cards = {name: getattr(args, name, None) or 1 for name in ("prefill_cards", "decode_cards")}
-        return options | {"cluster": "local", **num_cards}
+        return options | {"cluster": "local", "card_roles": CLUSTER_MODES[args.mode], **num_cards}
     if args.mode == "tp2":
         return options | {"tensor_parallel_size": 2}
     if args.mode != "pd":

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from lib.arguments import CLUSTER_MODES
 from lib.loads import Request, Router, serve, serve_streams, vocab_size_of
 from lib.meters import BusyMeter, HandoffMeter, freeze_garbage
 from lib.online import load_of, service_options, shares_beginnings, streams_of, warm_up_load
@@ -53,7 +54,7 @@ class Engine:
         self.vocab_size = vocab_size_of(self.llm)
         self._meters: dict[str, BusyMeter] = {}
         self._handoffs: HandoffMeter | None = None
-        if args.mode != "processes":  # whose streams nobody here can watch
+        if args.mode not in CLUSTER_MODES:  # whose streams nobody here can watch
             runners = dict.fromkeys((self.llm.prefill_runner, self.llm.decode_runner))
             self._meters = {str(runner.device): BusyMeter(runner) for runner in runners}
             self._handoffs = HandoffMeter(self.llm)

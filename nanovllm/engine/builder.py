@@ -35,7 +35,7 @@ from nanovllm.engine.requests import RequestIntake
 from nanovllm.engine.runners import Runners
 from nanovllm.engine.scheduler import MAX_STREAMED_PREFILL_TOKENS, Scheduler, SchedulerLimits
 from nanovllm.engine.scheduling.card import Card
-from nanovllm.engine.scheduling.cluster_placement import ClusterPlacement
+from nanovllm.engine.scheduling.cluster_placement import ClusterPlacement, ElasticClusterPlacement
 from nanovllm.engine.scheduling.placement import ElasticPlacement, Placement
 from nanovllm.engine.scheduling.step_time import ModelCosts, StepTimeModel
 from nanovllm.engine.text.tokenizer import end_of_sequence_ids, load_tokenizer, warn_of_generation_settings
@@ -207,12 +207,18 @@ def _cluster_parts(
 ) -> EngineParts:
     from nanovllm.engine.distributed.remote_card import RemoteTransfer
 
+    is_elastic = config.card_roles == "elastic"
     prefill, decode = (
-        {make_card(config, runner, role): runner for runner in runners}
+        {
+            make_card(config, runner, f"{runner.device}" if is_elastic else f"{role} {runner.device}"): runner
+            for runner in runners
+        }
         for role, runners in (("prefill", cluster.prefill), ("decode", cluster.decode))
     )
-    placement = ClusterPlacement(list(prefill), list(decode))
     runner_of = prefill | decode
+    placement = (
+        ElasticClusterPlacement(list(runner_of)) if is_elastic else ClusterPlacement(list(prefill), list(decode))
+    )
     kv_transfers: dict[tuple[Card, Card], KVTransfer] = {
         (one, other): RemoteTransfer(runner_of[one], runner_of[other], verify=config.verify_kv_handoff)
         for one, other in itertools.permutations(placement.cards, 2)
@@ -649,22 +655,25 @@ def check_ranks(num_ranks: int, config: ModelDescription, device: Device) -> Non
 def build_placement(config: EngineConfig, prefill_runner: ModelRunner, decode_runner: ModelRunner) -> Placement:
     """A card for each runner, and the roles of the cards."""
     if prefill_runner is decode_runner:
-        card = make_card(config, decode_runner, "device")
+        card = make_card(config, decode_runner, f"device {decode_runner.device}")
         return Placement(card, card)
     if config.card_roles == "elastic":
-        first, second = make_card(config, prefill_runner, "device"), make_card(config, decode_runner, "device")
+        first, second = (
+            make_card(config, runner, f"device {runner.device}") for runner in (prefill_runner, decode_runner)
+        )
         return ElasticPlacement(first, second, can_share=decode_runner.arrivals is not None)
     return Placement(
-        make_card(config, prefill_runner, "prefill device"), make_card(config, decode_runner, "decode device")
+        make_card(config, prefill_runner, f"prefill device {prefill_runner.device}"),
+        make_card(config, decode_runner, f"decode device {decode_runner.device}"),
     )
 
 
 def make_card(config: EngineConfig, runner: ModelRunner | RemoteRunner, label: str) -> Card:
-    """The card of a runner, with a block manager for its pool."""
+    """The card of a runner, with a block manager for its pool; `label` is what messages call it."""
     block_manager = BlockManager(runner.num_kv_blocks, runner.block_size, config.enable_prefix_caching)
     return Card(
         str(runner.device),
-        f"{label} {runner.device}",
+        label,
         block_manager,
         runner.max_prefill_tokens,
         step_time=StepTimeModel(model_costs(runner.spec)),

@@ -17,7 +17,7 @@ from nanovllm.engine.scheduling.chunk_room import LEAST_TOKENS, MOST_PASSED_BY, 
 from nanovllm.engine.scheduling.decode_batch import NO_DECODE_ROWS, DecodeRow, DecodeRows
 from nanovllm.engine.scheduling.decode_set import LOOK_AHEAD_STEPS, DecodeSet
 from nanovllm.engine.scheduling.lease import Allocation, Lease
-from nanovllm.engine.scheduling.placement import OtherPrompts, Placement, Places
+from nanovllm.engine.scheduling.placement import MOST_EXCESS_PROMPTS, OtherPrompts, Placement, Places
 from nanovllm.engine.scheduling.shared_prompt import SharedPrompt
 from nanovllm.engine.scheduling.step import MAX_CHUNKS, BlockPair, PrefillChunk, Step
 from nanovllm.engine.scheduling.step_time import TOKEN_MULTIPLE, StepSize
@@ -37,12 +37,8 @@ MOST_LOST_CARDS = 4
 """A request ends with an error once so many cards were lost while they ran it: it may be what ends them."""
 
 STRETCH = 1.5
-"""Where cards share prompts and no target is given, a step takes at most so many times what it would take without
+"""Where cards are elastic and no target is given, a step takes at most so many times what it would take without
 prompts."""
-
-MOST_EXCESS_PROMPTS = 2
-"""A request may decode on a card that has more context than the other one with it, by at most so many of its prompts:
-the gap behind its first token is shorter there, and decode steps hardly longer."""
 
 MAX_STREAMED_PREFILL_TOKENS = 3072
 """Token budget of a prefill step while requests are streamed: larger steps give no more tokens per second, the first
@@ -316,10 +312,10 @@ class Scheduler:
     def _time_limit(self, card: Card) -> TimeLimit | None:
         """How long a step with prompts may take that tokens of other requests wait for.
 
-        `itl_target_ms`, or else, where cards share prompts and requests are streamed, somewhat longer than a decode
-        step: of the card, or of the other ones if it has none.
+        `itl_target_ms`, or else, where cards are elastic and requests are streamed, somewhat longer than a decode step:
+        of the card, or of the other ones if it has none.
         """
-        if self._target is not None or not (self.placement.shares_prompts and self._streamed):
+        if self._target is not None or not (self.placement.bounds_steps and self._streamed):
             return self._target
         decoding = [card] if self._decoding[card].leases else [other for other in self.cards if other is not card]
         steps_s = [

@@ -7,7 +7,14 @@ from collections.abc import Mapping
 
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.lease import Lease
-from nanovllm.engine.scheduling.placement import OtherPrompts, Placement, Places, may_hold
+from nanovllm.engine.scheduling.placement import (
+    MOST_EXCESS_PROMPTS,
+    SMALL_ROOM,
+    OtherPrompts,
+    Placement,
+    Places,
+    may_hold,
+)
 from nanovllm.engine.scheduling.step_time import StepSize
 from nanovllm.engine.sequence import Sequence
 
@@ -31,7 +38,7 @@ class ClusterPlacement(Placement):
         self.prefill_cards = prefill_cards
         self.decode_cards = decode_cards
         self._prefills = frozenset(prefill_cards)
-        self.cards = [*decode_cards, *prefill_cards]
+        self.cards = list(dict.fromkeys((*decode_cards, *prefill_cards)))
         self._looked_up: tuple[Sequence, int, dict[Card, int]] | None = None
         """The request last looked up in the prefix caches, its length, and how many of its tokens each card lacks."""
 
@@ -55,17 +62,12 @@ class ClusterPlacement(Placement):
             return Places(decode, decode)
 
         def prefill_cost(card: Card) -> tuple[bool, float]:
-            before = others.tokens_left.get(card, 0.0) + others.tokens_in_flight.get(card, 0.0)
-            return _is_full(card, lacking[card]), before + lacking[card]
+            return _is_full(card, lacking[card]), _num_before(card, others) + lacking[card]
 
         return Places(min(prefill_cards, key=prefill_cost), decode)
 
     def _prefill_cards_for(self, seq: Sequence, now_s: float) -> list[Card]:
-        return [
-            card
-            for card in _able(self.prefill_cards, seq)
-            if not card.breaker.is_open or card.breaker.allows_trial(now_s)
-        ]
+        return [card for card in _able(self.prefill_cards, seq) if _may_hand_over(card, now_s)]
 
     def prefill_began(self, lease: Lease) -> None:
         breaker = lease.prefill.card.breaker
@@ -110,6 +112,59 @@ class ClusterPlacement(Placement):
             }
             self._looked_up = seq, seq.num_tokens, lacking
         return self._looked_up[2]
+
+
+class ElasticClusterPlacement(ClusterPlacement):
+    """Many cards that all prefill and decode. No prompt is shared between them.
+
+    A request is prefilled where the fewest prompt tokens are to be computed before it and for it, for the room that the
+    card's steps have beside its decode rows; what is in a card's prefix cache costs nothing, as with fixed roles. It
+    decodes there, too, so that no KV has to cross, unless that card has no time for it beside its rows, or more context
+    than the card with the least by more than MOST_EXCESS_PROMPTS of its prompts: then it decodes on that one.
+
+    A request that has failed once is prefilled where it decodes, and so is every one of a card whose handoffs fail.
+
+    Args:
+        cards: all of them.
+    """
+
+    bounds_steps = True
+
+    def __init__(self, cards: list[Card]) -> None:
+        super().__init__(cards, cards)
+
+    def may_prefill(self, card: Card, seq: Sequence) -> bool:
+        return True
+
+    def places_of(self, seq: Sequence, sizes: Mapping[Card, StepSize], others: OtherPrompts) -> Places:
+        cards, lacking = _able(self.cards, seq) or self.cards, self._tokens_lacking(seq)
+
+        def prefill_cost(card: Card) -> tuple[bool, float, int]:
+            num_tokens = _num_before(card, others) + lacking[card]
+            room = max(others.room(card), SMALL_ROOM)
+            return _is_full(card, lacking[card]), num_tokens / room, sizes[card].context
+
+        def decode_cost(card: Card) -> tuple[bool, bool, int]:
+            return _is_full(card, lacking[card]), not others.has_time(card), sizes[card].context + lacking[card]
+
+        prefill, decode = min(cards, key=prefill_cost), min(cards, key=decode_cost)
+        has_time = others.has_time(prefill)
+        excess = sizes[prefill].context - sizes[decode].context
+        if has_time and excess <= MOST_EXCESS_PROMPTS * seq.num_tokens:
+            return Places(prefill, prefill)
+        if seq.failures or not _may_hand_over(prefill, time.monotonic()):
+            return Places(prefill, prefill) if has_time else Places(decode, decode)
+        return Places(prefill, decode)
+
+
+def _num_before(card: Card, others: OtherPrompts) -> float:
+    """Prompt tokens of others that a card has to compute, those of its steps in flight among them."""
+    return others.tokens_left.get(card, 0.0) + others.tokens_in_flight.get(card, 0.0)
+
+
+def _may_hand_over(card: Card, now_s: float) -> bool:
+    """Whether handoffs from a card work, as far as is known, or one may try."""
+    return not card.breaker.is_open or card.breaker.allows_trial(now_s)
 
 
 def _is_full(card: Card, num_tokens: int) -> bool:

@@ -22,6 +22,10 @@ chunks are cut to the shorter time, so that the first card is faster alone."""
 SMALL_ROOM = 0.05
 """Less room counts as this much: a step takes a few tokens of a prompt in any case."""
 
+MOST_EXCESS_PROMPTS = 2
+"""A request may decode on a card that has more context than another one with it, by at most so many of its prompts:
+the gap behind its first token is shorter there, and decode steps hardly longer."""
+
 MOST_OTHER_PROMPTS = 2
 """A prompt is shared beside at most so many others that are not computed to the end. With more, both cards have enough
 to do, and a prompt that is not shared is computed in fewer, larger chunks."""
@@ -72,11 +76,13 @@ class Placement:
         prefill_card, decode_card: the same object if there is one device.
         cards: all of them, in the order in which they are given work.
         shares_prompts: whether two cards may compute one prompt.
+        bounds_steps: whether steps with prompts and decode rows are bounded also where no target is given.
         least_shared_tokens: minimum number of tokens to compute of a prompt that two cards share.
         most_other_prompts: maximum number of others beside it.
     """
 
     shares_prompts = False
+    bounds_steps = False
 
     def __init__(self, prefill_card: Card, decode_card: Card) -> None:
         self.least_shared_tokens = LEAST_SHARED_TOKENS
@@ -165,7 +171,7 @@ class ElasticPlacement(Placement):
 
     def __init__(self, prefill_card: Card, decode_card: Card, *, can_share: bool) -> None:
         super().__init__(prefill_card, decode_card)
-        self.shares_prompts = can_share
+        self.shares_prompts = self.bounds_steps = can_share
         self._looked_up: tuple[Sequence, int, dict[Card, int]] | None = None
         """The request last looked up in the prefix caches, its length, and how many tokens each card would compute."""
 
