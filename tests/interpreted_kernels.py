@@ -46,6 +46,7 @@ from nanovllm.kernels.triton_attention import Backend  # noqa: E402
 from nanovllm.utils.fp8 import Fp8Format  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
+F32, F16 = TOLERANCE
 
 
 def slow(*values):
@@ -58,12 +59,14 @@ def has_tma(request, monkeypatch):
     monkeypatch.setattr(triton_attention, "_has_tma", lambda device: request.param)
 
 
-@pytest.mark.parametrize("spans", [DECODE, PREFILL], ids=["decode", "prefill"])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
-@pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim", "block_size"),
-    [slow(2, 2, 64, 16), (8, 2, 64, 32), slow(6, 2, 128, 64)],
+SHAPES = pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "block_size", "dtype"),
+    [slow(2, 2, 64, 16, F16), (8, 2, 64, 32, F16), (8, 2, 64, 32, F32), slow(6, 2, 128, 64, F32)],
 )
+
+
+@pytest.mark.parametrize("spans", [DECODE, PREFILL], ids=["decode", "prefill"])
+@SHAPES
 def test_attention_equals_reference(has_tma, spans, dtype, num_heads, num_kv_heads, head_dim, block_size):
     shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "block_size": block_size}
     case = make_case(spans, device="cpu", dtype=dtype, **shape)
@@ -71,8 +74,7 @@ def test_attention_equals_reference(has_tma, spans, dtype, num_heads, num_kv_hea
 
 
 @pytest.mark.parametrize(("has_norm", "has_rope"), OPTIONAL)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(9, 3), (14, 2), (5, 5)])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "dtype"), [(9, 3, F32), (14, 2, F16), (5, 5, F32)])
 def test_what_is_optional_and_any_head_count_equals_reference(
     monkeypatch, num_heads, num_kv_heads, dtype, has_norm, has_rope
 ):
@@ -103,17 +105,17 @@ def test_decode_spread_over_any_number_of_sms(monkeypatch, num_sms):
     assert relative_error(Backend(), case) < TOLERANCE[torch.float16]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32 by pointers", "float16 by tma"])
 @pytest.mark.parametrize(
-    ("spans", "num_sms", "num_splits"),
+    ("spans", "num_sms", "num_splits", "dtype"),  # float32 is loaded by pointers
     [
-        ([(33, 700)], 2, [1]),  # as many as heads
-        ([(33, 1700)], 8, [4]),
-        slow([(70, 1800), (5, 300), (64, 64)], 16, [3, 3, 1, 1]),
-        slow([(22, 2500), (130, 130)], 40, [5, 1, 1, 1]),
-        slow([(2, 2000)] * 2, 20, [4] * 2),
-        ([(2, 900)] * 3, 2, [1] * 3),
-        ([(64, 200), (1, 191)], 40, [1, 1]),  # too short
+        ([(33, 700)], 2, [1], F32),  # as many as heads
+        ([(33, 1700)], 8, [4], F16),
+        slow([(33, 1700)], 8, [4], F32),
+        slow([(70, 1800), (5, 300), (64, 64)], 16, [3, 3, 1, 1], F16),
+        slow([(22, 2500), (130, 130)], 40, [5, 1, 1, 1], F16),
+        slow([(2, 2000)] * 2, 20, [4] * 2, F16),
+        ([(2, 900)] * 3, 2, [1] * 3, F16),
+        ([(64, 200), (1, 191)], 40, [1, 1], F32),  # too short
     ],
 )
 def test_contexts_are_divided_into_pieces(monkeypatch, spans, num_sms, num_splits, dtype):
@@ -173,8 +175,7 @@ def test_push_moves_exactly_the_listed_blocks(words, dtype):
     assert torch.equal(target, expected)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
-@pytest.mark.parametrize("size", [64, slow(576), slow(600)])
+@pytest.mark.parametrize(("size", "dtype"), [(64, F32), (64, F16), slow(576, F32), slow(600, F16)])
 def test_fused_kernels_equal_reference(dtype, size):
     check_fused(Backend(), device="cpu", dtype=dtype, size=size)
 
@@ -208,19 +209,19 @@ def rounds_to_fp8(monkeypatch):
 
 
 FP8_SHAPES = [
-    (1, (192, 512)),
-    (5, (130, 2048)),
-    (17, (70, 200)),
-    slow(33, (256, 1024)),
-    (64, (128, 1024)),
-    slow(130, (200, 300)),
+    (1, (192, 512), F32),
+    (1, (192, 512), F16),
+    (5, (130, 2048), F16),
+    (17, (70, 200), F32),
+    slow(33, (256, 1024), F32),
+    (64, (128, 1024), F16),
+    slow(130, (200, 300), F16),
 ]
 
 
 @pytest.mark.usefixtures("rounds_to_fp8")
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
 @pytest.mark.parametrize("block", [None, 128])
-@pytest.mark.parametrize(("num_tokens", "sizes"), FP8_SHAPES)
+@pytest.mark.parametrize(("num_tokens", "sizes", "dtype"), FP8_SHAPES)
 def test_fp8_linear_equals_float64(num_tokens, sizes, block, dtype):
     shape = {"num_tokens": num_tokens, "sizes": sizes, "block": block}
     check_fp8_linear(Backend(), device="cpu", dtype=dtype, tolerance=TOLERANCE[dtype], **shape)
@@ -242,9 +243,8 @@ def test_layers_leave_their_counters_as_they_were(block):
 
 
 @pytest.mark.usefixtures("rounds_to_fp8")
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
 @pytest.mark.parametrize("block", [None, 128])
-@pytest.mark.parametrize(("num_tokens", "size"), [(1, 192), (3, 128), slow(70, 256)])
+@pytest.mark.parametrize(("num_tokens", "size", "dtype"), [(1, 192, F32), (3, 128, F16), slow(70, 256, F32)])
 def test_fp8_norm_and_gate_equal_the_reference(num_tokens, size, block, dtype):
     check_fp8_fused(Backend(), device="cpu", dtype=dtype, block=block, num_tokens=num_tokens, size=size)
 
@@ -271,16 +271,16 @@ TOLERANCE_OF_FP8 = {torch.float32: 1e-3, torch.float16: 12e-3}
 # Experts, of which each token passes some: one token, an odd number of experts, some without tokens, tiles of 16 to 128
 # assignments, padding at any place, a router whose inputs are split among programs.
 EXPERTS = [
-    (Sizes(8, 2, 64, 32), 5, [3]),
-    (Sizes(5, 3, 272, 36, renormalizes=False), 37, [0, 35, 36]),
-    (Sizes(20, 4, 272, 40, renormalizes=False), 1, None),
-    (Sizes(4, 2, 64, 200), 130, list(range(60, 130))),
-    (Sizes(3, 3, 64, 32), 20, list(range(20))),
+    (Sizes(8, 2, 64, 32), 5, [3], F16),
+    (Sizes(5, 3, 272, 36, renormalizes=False), 37, [0, 35, 36], F32),
+    (Sizes(20, 4, 272, 40, renormalizes=False), 1, None, F32),
+    (Sizes(20, 4, 272, 40, renormalizes=False), 1, None, F16),
+    (Sizes(4, 2, 64, 200), 130, list(range(60, 130)), F16),
+    (Sizes(3, 3, 64, 32), 20, list(range(20)), F32),
 ]
 
 
-@pytest.mark.parametrize(("sizes", "num_tokens", "padding"), EXPERTS)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
+@pytest.mark.parametrize(("sizes", "num_tokens", "padding", "dtype"), EXPERTS)
 def test_experts_equal_float64(sizes, num_tokens, padding, dtype):
     shape = {"num_tokens": num_tokens, "padding": padding, "has_residual": num_tokens > 1}
     check_experts(Backend(), sizes, device="cpu", dtype=dtype, tolerance=2 * TOLERANCE[dtype], **shape)
@@ -290,15 +290,15 @@ def test_experts_equal_float64(sizes, num_tokens, padding, dtype):
 @pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 @pytest.mark.usefixtures("rounds_to_fp8")
 @pytest.mark.parametrize(
-    ("sizes", "num_tokens", "padding"),
+    ("sizes", "num_tokens", "padding", "dtype"),
     [
-        (Sizes(8, 2, 256, 128), 20, [3]),
-        (Sizes(4, 2, 384, 256, renormalizes=False), 70, []),
-        (Sizes(4, 1, 128, 384), 1, None),
+        (Sizes(8, 2, 256, 128), 20, [3], F16),
+        (Sizes(4, 2, 384, 256, renormalizes=False), 70, [], F32),
+        (Sizes(4, 1, 128, 384), 1, None, F32),
+        (Sizes(4, 1, 128, 384), 1, None, F16),
     ],
 )
 @pytest.mark.parametrize("block", [None, 128])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
 def test_fp8_experts_equal_float64(sizes, num_tokens, padding, block, dtype):
     """Inputs of either GEMM that are not quantized, or otherwise, would change all results by 2 to 4 %."""
     shape = {"num_tokens": num_tokens, "padding": padding, "quantization": Fp8Format(block)}
@@ -382,11 +382,7 @@ def test_a_layer_of_experts_has_programs_for_all_tiles():
 
 @pytest.mark.usefixtures("rounds_to_fp8", "has_tma")
 @pytest.mark.parametrize("spans", [DECODE, PREFILL], ids=["decode", "prefill"])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
-@pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim", "block_size"),
-    [slow(2, 2, 64, 16), (8, 2, 64, 32), slow(6, 2, 128, 64)],
-)
+@SHAPES
 def test_attention_to_fp8_kv_equals_float64(spans, dtype, num_heads, num_kv_heads, head_dim, block_size):
     shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "block_size": block_size}
     case = make_case(spans, device="cpu", dtype=dtype, has_fp8_kv=True, **shape)

@@ -143,19 +143,24 @@ def fork_server():
     return context
 
 
-@pytest.fixture(params=["forked", pytest.param("spawned", marks=pytest.mark.slow)])
+@pytest.fixture
 def start_method(request, monkeypatch):
     """How workers are started: as for users, or forked from a server that has imported torch, seconds sooner.
 
     Scripts, below, always start them as for users.
     """
-    if request.param == "forked":
+    how = getattr(request, "param", "forked")
+    if how == "forked":
         context = fork_server()
         monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
-    return request.param
+    return how
 
 
 uses_workers = pytest.mark.usefixtures("start_method")
+starts_workers = pytest.mark.parametrize(
+    "start_method", ["forked", pytest.param("spawned", marks=pytest.mark.slow)], indirect=True
+)
+"""Of tests in which it matters how they are started."""
 
 
 def assert_no_process_is_left():
@@ -215,8 +220,8 @@ def test_greedy_tokens_equal_transformers(even, name, size, mode):
         assert answer["token_ids"] == tiny.reference_tokens(even[name, "reference"], prompt, 24)
 
 
-@uses_workers
-def test_sampled_tokens_and_logprobs_equal_those_of_one_rank(even):
+@starts_workers
+def test_sampled_tokens_and_logprobs_equal_those_of_one_rank(even, start_method):
     prompts = prompts_for(10, seed=5)
     params = [
         SamplingParams(
@@ -289,8 +294,8 @@ def test_only_what_changes_crosses(even):
     assert min(len(pickle.dumps(task)) for task in decodes) < 300  # names of classes and fields, mostly
 
 
-@uses_workers
-def test_two_engines_at_once_do_not_mix(even):
+@starts_workers
+def test_two_engines_at_once_do_not_mix(even, start_method):
     prompts = prompts_for(4, seed=8)
     greedy = SamplingParams(temperature=0, max_tokens=15)
     with ThreadPoolExecutor(2) as pool:
@@ -307,9 +312,9 @@ def test_two_engines_at_once_do_not_mix(even):
 HOW_GONE = pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 
 
-@uses_workers
+@starts_workers
 @HOW_GONE
-def test_a_worker_that_is_gone_ends_all_requests_by_name(even, how):
+def test_a_worker_that_is_gone_ends_all_requests_by_name(even, start_method, how):
     with LLM(even["biased"], device="cpu", tensor_parallel_size=2, step_timeout_s=2.0) as llm:
         check_all_end_without_a_worker(llm, how)
     assert_no_process_is_left()
@@ -431,6 +436,7 @@ def hang(ranks):
     time.sleep(600)
 
 
+@starts_workers
 def test_a_worker_that_hangs_while_it_starts_is_told_of(monkeypatch, start_method):
     timeout_s = 8 if start_method == "forked" else 20  # its imports come first, which take seconds
     monkeypatch.setattr(tensor_parallel, "START_TIMEOUT_S", float(timeout_s))
@@ -443,8 +449,8 @@ def test_a_worker_that_hangs_while_it_starts_is_told_of(monkeypatch, start_metho
     assert_no_process_is_left()
 
 
-@uses_workers
-def test_what_fails_in_a_worker_is_told_with_its_traceback(even):
+@starts_workers
+def test_what_fails_in_a_worker_is_told_with_its_traceback(even, start_method):
     with LLM(even["biased"], device="cpu", tensor_parallel_size=2, step_timeout_s=3.0) as llm:
         llm.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=5))
         for pipe in llm.decode_runner._workers._pipes:
@@ -455,8 +461,8 @@ def test_what_fails_in_a_worker_is_told_with_its_traceback(even):
     assert_no_process_is_left()
 
 
-@uses_workers
-def test_a_worker_that_cannot_start_is_told_of(even):
+@starts_workers
+def test_a_worker_that_cannot_start_is_told_of(even, start_method):
     with pytest.raises((WorkerError, OutOfKVCacheError), match="KV pool"):
         LLM(even["biased"], device="cpu", tensor_parallel_size=2, num_kvcache_blocks=10**9)
     assert_no_process_is_left()
@@ -477,8 +483,8 @@ def test_refused_sizes(even, options, message):
         LLM(even["biased"], **{"device": "cpu", **options})
 
 
-@uses_workers
-def test_an_engine_that_is_dropped_leaves_no_process(even):
+@starts_workers
+def test_an_engine_that_is_dropped_leaves_no_process(even, start_method):
     llm = LLM(even["biased"], device="cpu", tensor_parallel_size=2)
     llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)
     del llm

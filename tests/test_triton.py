@@ -341,6 +341,8 @@ def test_kernels_compile_without_a_gpu(capability, cases):
     )
     kernels = {name: kernel for module in modules for name, kernel in vars(module).items()}
     for name, dtype, constants, options in cases(capability):
+        if capability != 90 and dtype == "float16":
+            continue  # it is compiled as bfloat16 is
         kernel = kernels[name]
         signature = {
             argument: "constexpr"
