@@ -16,6 +16,7 @@ that was there before.
 from __future__ import annotations
 
 import argparse
+import gc
 import heapq
 import itertools
 import multiprocessing
@@ -54,8 +55,7 @@ from nanovllm.engine.distributed.card_messages import (
 )
 from nanovllm.engine.distributed.engine_process import ServedEngine
 from nanovllm.engine.distributed.messages import encode as encode_tokens
-from nanovllm.engine.distributed.messages import tokens_of
-from nanovllm.engine.execution.step_handle import NOTHING_SAMPLED, SampledOnHost
+from nanovllm.engine.execution.step_handle import SampledOnHost, StepTokens
 from nanovllm.errors import ends_with_message
 
 PREFILL_TOKENS_PER_S = 25_000.0
@@ -93,13 +93,12 @@ class SimulatedCard:
 
     def ended(self, launch: Launch, began_s: float, ended_s: float) -> StepEnded:
         def sampled(count: int) -> SampledOnHost:
-            return SampledOnHost(np.full(count, 7, dtype=np.int64)) if count else NOTHING_SAMPLED
+            return SampledOnHost(np.full(count, 7, dtype=np.int64))
 
         prefill, decode = launch.task.prefill, launch.task.decode
         after_chunks = sampled(prefill.num_sampled if prefill else 0)
-        return StepEnded(
-            launch.number, began_s, ended_s, after_chunks, sampled(decode.num_rows if decode else 0), NOTHING_SAMPLED
-        )
+        tokens = StepTokens(after_chunks, sampled(decode.num_rows if decode else 0))
+        return StepEnded.of(launch.number, (began_s, ended_s), tokens)
 
 
 def simulate_cards(contacts: Any, step_s: float, max_rows: int) -> None:
@@ -238,6 +237,7 @@ class Controller:
             card_roles=args.card_roles,
             card_timeout_s=60,
         )
+        gc.freeze()  # as the server's engine does
         for _ in range(num_requests):
             self.add(is_first=True)
 
@@ -250,23 +250,21 @@ class Controller:
 
     def run(self, seconds: float) -> dict[str, float]:
         """Serves so long; what it cost, and what came of it."""
-        counters, tokens, ttfts_s = self.engine.counters, 0, list[float]()
+        counters, tokens, ttfts = self.engine.counters, 0, self.engine.metrics()["ttft_s"]
         steps = counters.decode_steps + counters.prefill_steps
         decode_steps, began_s, began_cpu_s = counters.decode_steps, time.perf_counter(), time.process_time()
         began_loop_s = time.thread_time()
         while time.perf_counter() - began_s < seconds:
-            outputs = self.engine.step()
-            if outputs:
-                message = tokens_of(outputs)
+            message = self.engine.step_tokens()
+            if message.request_ids:
                 encode_tokens(message)
                 tokens += len(message.token_ids)
-                for output in outputs:
-                    if output.finished:
-                        assert output.finish_reason == "length", output.error
-                        ttfts_s.append(output.ttft_s or 0.0)
-                        self.add()
+                for ended in message.ended:
+                    assert ended.reason == "length", ended.failure
+                    self.add()
         took_s, cpu_s = time.perf_counter() - began_s, time.process_time() - began_cpu_s
         loop_s = time.thread_time() - began_loop_s
+        later = self.engine.metrics()["ttft_s"]
         num_steps = counters.decode_steps + counters.prefill_steps - steps
         return {
             "cpu_share": cpu_s / took_s,
@@ -275,7 +273,7 @@ class Controller:
             "steps_per_s": num_steps / took_s,
             "decode_steps_per_s_and_card": (counters.decode_steps - decode_steps) / took_s / self.num_decode,
             "tokens_per_s": tokens / took_s,
-            "ttft_ms_p50": 1e3 * float(np.median(ttfts_s)) if ttfts_s else 0.0,
+            "ttft_ms_mean": 1e3 * (later["sum"] - ttfts["sum"]) / max(later["count"] - ttfts["count"], 1),
             "decoding": self.engine.metrics()["requests"]["decoding"],
         }
 

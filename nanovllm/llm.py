@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from nanovllm.engine.callers import Call, Inbox
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.output_rows import OutputRows, single_outputs
 from nanovllm.engine.requests import Prompt
 from nanovllm.engine.text.chat import ChatTemplate
 from nanovllm.errors import EngineBusyError, RequestError, short_repr
@@ -211,9 +212,10 @@ class LLM(LLMEngine):
         before = replace(self.counters)
         num_open = len(answers)
         while num_open:
-            outputs: list[RequestOutput] = []
+            taken: list[RequestOutput | OutputRows] = []
             self._await_output(call, inbox)
-            inbox.take_all(outputs)
+            inbox.take_all(taken)
+            outputs = single_outputs(taken)
             for output in outputs:
                 answers[output.request_id].add(output)
             num_ended = sum(output.finished for output in outputs)

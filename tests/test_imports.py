@@ -29,7 +29,7 @@ ENGINE_LAYERS = [
     {"scheduling.timeline", "scheduling.circuit_breaker", "scheduling.step_time", "block_manager"},
     {"scheduling.card"},
     {"scheduling.shared_prompt"},
-    {"scheduling.lease"},
+    {"scheduling.lease", "output_rows"},
     {"sequence", "callers", "text"},
     {"scheduling"},
     {"scheduler"},

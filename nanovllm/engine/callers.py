@@ -14,6 +14,7 @@ import queue
 import threading
 from collections import deque
 
+from nanovllm.engine.output_rows import OutputRows
 from nanovllm.errors import EngineBusyError
 from nanovllm.outputs import RequestOutput
 
@@ -49,15 +50,15 @@ class Inbox:
     Attributes:
         is_closed: whether nobody waits for them any more.
         request_ids: unfinished requests whose outputs come here; kept by the loop.
-        outputs: those that have come and nobody has taken.
+        outputs: those that have come and nobody has taken, some of them many at once.
     """
 
     def __init__(self, call: Call | None = None) -> None:
         self.is_closed = False
         self.request_ids: set[int] = set()
         self._call = call
-        self.outputs: deque[RequestOutput] = deque()
-        self._last_put: deque[RequestOutput] = deque(maxlen=1)
+        self.outputs: deque[RequestOutput | OutputRows] = deque()
+        self._last_put: deque[RequestOutput | OutputRows] = deque(maxlen=1)
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def __bool__(self) -> bool:
@@ -71,28 +72,31 @@ class Inbox:
     def put(self, output: RequestOutput) -> None:
         """Adds an output; `was_put_last` tells whether that was done, should an interrupt strike here."""
         # Both in one operation of the interpreter, which an interrupt finds done or not done.
-        deque(map(deque.append, (self.outputs, self._last_put), (output, output)), maxlen=0)
+        queues: tuple[deque[RequestOutput | OutputRows], ...] = (self.outputs, self._last_put)
+        deque(map(deque.append, queues, (output, output)), maxlen=0)
         self.ring()
 
     def was_put_last(self, output: RequestOutput) -> bool:
         """Whether `output` is the last one that was put here, taken since or not."""
         return bool(self._last_put) and self._last_put[0] is output
 
-    def take_all(self, outputs: list[RequestOutput]) -> None:
+    def take_all(self, outputs: list[RequestOutput | OutputRows]) -> None:
         """Moves all outputs to the end of a list, the caller's, so that it can `put_back` if it is interrupted."""
         with contextlib.suppress(IndexError):  # another thread was faster
             outputs.extend(itertools.starmap(self.outputs.popleft, itertools.repeat((), len(self.outputs))))
 
-    def put_back(self, outputs: list[RequestOutput]) -> None:
+    def put_back(self, outputs: list[RequestOutput | OutputRows]) -> None:
         """Undoes `take_all`: the outputs have reached nobody."""
         self.outputs.extendleft(reversed(outputs))
 
     def pop(self) -> RequestOutput | None:
-        """The oldest output, None if there is none."""
+        """The oldest output, None if there is none. Of an inbox of one request, whose outputs come one by one."""
         try:
-            return self.outputs.popleft()
+            output = self.outputs.popleft()
         except IndexError:
             return None
+        assert isinstance(output, RequestOutput), "rows are of several requests"
+        return output
 
     def ring(self) -> None:
         """Wakes a call that waits."""

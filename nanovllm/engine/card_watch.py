@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import abc
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from nanovllm.engine.in_flight import InFlight, StepsInFlight
@@ -81,6 +82,10 @@ class CardWatch:
     def is_starting(self) -> bool:
         """Whether a card is on its way up."""
         return any(not (runner.is_up or runner.is_out) for runner in self._runners.values())
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """A block that Ctrl-C ends only behind its end if cards are remote, where nothing in it waits."""
+        return without_interrupts() if self._runners else nullcontext()
 
     def rest(self) -> None:
         """Lets others run while the loop waits for devices; waits for what remote cards say."""

@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.builder import build_engine
@@ -27,6 +27,7 @@ from nanovllm.engine.loop import Loop
 from nanovllm.engine.mailbox import Abort, Mailbox, NewRequest
 from nanovllm.engine.observer import MAX_TIMELINES
 from nanovllm.engine.output_processor import OutputProcessor
+from nanovllm.engine.output_rows import OutputRows, single_outputs
 from nanovllm.engine.recovery import Recovery
 from nanovllm.engine.requests import Prompt
 from nanovllm.engine.scheduling.timeline import Timeline
@@ -38,6 +39,8 @@ from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+Outputs = TypeVar("Outputs")
 
 
 class LLMEngine:
@@ -198,14 +201,18 @@ class LLMEngine:
             EngineClosedError: the engine was closed.
             EngineBusyError: called from within another call on the same thread, such as from a signal handler.
         """
+        return self._step(single_outputs)
+
+    def _step(self, convert: Callable[[list[RequestOutput | OutputRows]], Outputs]) -> Outputs:
+        """`step`, whose outputs are converted by a function; they are given out once that is done."""
         self._check_open()
-        call, outputs = Call(), list[RequestOutput]()
+        call, outputs = Call(), list[RequestOutput | OutputRows]()
         try:
             with call.on_stack:
                 self._run_or_wait(call, self._inbox)
                 self._inbox.take_all(outputs)
                 self._turns.wake_all()  # nobody may have the turn now
-            return outputs
+            return convert(outputs)
         except BaseException:
             self._inbox.put_back(outputs)
             raise

@@ -110,15 +110,14 @@ class OutputProcessor:
         if rows.ended_leases:
             live[:] = [seq.lease is lease for seq, lease in zip(batch.seqs, batch.leases, strict=True)]
         self._observer.times.got_tokens(batch.token_time_indices[live])
-        # Most tokens are only appended. `deque` runs the appends in C: a Python loop over 256 rows takes five times as
-        # long, in every step.
-        only_append = (live & ~needs_more).tolist()
-        appended = map(
-            list.append, itertools.compress(batch.token_lists, only_append), itertools.compress(token_ids, only_append)
-        )
-        deque(appended, maxlen=0)
+        if not batch.are_all_checked:
+            # Most tokens are only appended. `deque` runs the appends in C: a Python loop over 256 rows takes five times
+            # as long, in every step.
+            only_append = (live & ~needs_more).tolist()
+            token_lists = itertools.compress(batch.token_lists, only_append)
+            deque(map(list.append, token_lists, itertools.compress(token_ids, only_append)), maxlen=0)
         one_by_one = live & needs_more
-        if batch.checks_every_token.any():
+        if batch.are_some_checked:
             streamed = self._streamed_rows(step.card, batch)
             at_once = live & streamed.are_simple & ~are_last
             left = streamed.emit(at_once.nonzero()[0].tolist(), token_ids)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import logging
 from collections import Counter, abc
 from dataclasses import dataclass
@@ -501,10 +502,14 @@ class Scheduler:
     ) -> list[PrefillChunk]:
         """The next chunks for a step that has decode rows, or is to be no longer than one."""
         chunks: list[PrefillChunk] = []
+        candidates = self._prefill_candidates(card)
+        oldest = next(candidates, None)
+        if oldest is None:
+            return chunks  # as in most steps
         size = StepSize(len(rows), rows.num_tokens)
         demand_of = functools.partial(self._demand, card=card, free_in_s=free_in_s, limit=limit)
         room = ChunkRoom(card.step_time, size, self._prefill_token_budget(card), limit, demand_of)
-        for seq, num_tokens, reason in room.share_out(self._prefill_candidates(card)):
+        for seq, num_tokens, reason in room.share_out(itertools.chain((oldest,), candidates)):
             if num_tokens:
                 chunks.append(self._next_chunk(seq, card, num_tokens, reason))
                 room.take(chunks[-1])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanovllm.engine.callers import Inbox
+from nanovllm.engine.output_rows import OutputRows
 from nanovllm.engine.scheduling.decode_batch import MAX_STOP_IDS, HostDecodeBatch
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.text.request_text import NoText, RequestText
@@ -74,7 +75,7 @@ class StreamedRows:
             The rows that were left out, since the text of their token depends on other tokens.
         """
         if self._have_no_text:
-            self._commit(indices, [""] * len(indices), token_ids)
+            self._commit(indices, None, token_ids)
             return []
         rows, deltas, left = [], [], []
         for index in indices:
@@ -88,29 +89,22 @@ class StreamedRows:
         self._commit(rows, deltas, token_ids)
         return left
 
-    def _commit(self, rows: list[int], deltas: list[str], token_ids: list[int]) -> None:
-        columns, chosen, never = self._columns, token_ids, itertools.repeat(None)
+    def _commit(self, rows: list[int], deltas: list[str] | None, token_ids: list[int]) -> None:
+        columns, chosen = self._columns, token_ids
         if len(rows) < len(self.batch):
             columns = columns.of(rows, self._inboxes)
             chosen = [token_ids[index] for index in rows]
-        outputs = list(
-            map(
-                RequestOutput,
-                columns.request_ids,
-                [[token_id] for token_id in chosen],
-                deltas,
-                itertools.repeat(False),
-                never,
-                never,
-                never,
-                columns.ttfts_s,
-            )
-        )
+        new = OutputRows(columns.request_ids, chosen, deltas, columns.ttfts_s)
+        queues, outputs = columns.outputs, list[RequestOutput | OutputRows]()
+        if len(columns.inboxes) == 1 < len(rows):
+            queues, outputs = queues[:1], [new]  # whoever takes them makes single outputs of them, or need not
+        else:
+            outputs += new.outputs()
         # One operation of the interpreter: an interrupt finds all of it done, or nothing.
         deque(
             itertools.chain(
                 map(list.append, columns.token_lists, chosen),
-                map(deque.append, columns.outputs, outputs),
+                map(deque.append, queues, outputs),
                 # By then the tokens above are among them.
                 map(setattr, columns.seqs, itertools.repeat("num_emitted_tokens"), map(len, columns.token_lists)),
             ),
@@ -128,7 +122,7 @@ class _Columns:
     ttfts_s: list[float | None]
     seqs: list[Sequence]
     token_lists: list[list[int]]
-    outputs: list[deque[RequestOutput]]
+    outputs: list[deque[RequestOutput | OutputRows]]
     inboxes: set[Inbox]
 
     def of(self, rows: list[int], inboxes: list[Inbox]) -> _Columns:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
@@ -48,27 +47,31 @@ def await_end(process: subprocess.Popen[bytes], what: str, timeout_s: float) -> 
         logger.error("%s (process %d) was killed and does not end; end it by hand", what, process.pid)
 
 
-_is_deferring = False
+_Handler = Callable[[int, FrameType | None], object]
+_deferred: list[tuple[int, FrameType | None]] | None = None
+"""What Ctrl-C has raised within the outermost block of the main thread; None outside."""
 
 
-@contextlib.contextmanager
-def without_interrupts() -> Iterator[None]:
+class without_interrupts:  # noqa: N801 - a function to its users, made anew for each step
     """Defers Ctrl-C to the end of the outermost block, where half of it done would leave processes apart."""
-    global _is_deferring
-    if _is_deferring or threading.current_thread() is not threading.main_thread():
-        yield  # an outer block defers it, or no interrupt is raised in this thread
-        return
-    before = signal.getsignal(signal.SIGINT)
-    if not callable(before):
-        yield
-        return
-    heard: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: heard.append((number, frame)))
-    _is_deferring = True
-    try:
-        yield
-    finally:
-        _is_deferring = False
-        signal.signal(signal.SIGINT, before)
-        if heard:
-            before(*heard[0])
+
+    __slots__ = ("_before",)
+
+    def __enter__(self) -> None:
+        global _deferred
+        self._before: _Handler | None = None
+        if _deferred is not None or threading.get_ident() != threading.main_thread().ident:
+            return  # an outer block defers it, or no interrupt is raised in this thread
+        before = signal.getsignal(signal.SIGINT)
+        if callable(before):
+            heard: list[tuple[int, FrameType | None]] = []
+            signal.signal(signal.SIGINT, lambda number, frame: heard.append((number, frame)))
+            _deferred, self._before = heard, before
+
+    def __exit__(self, *_: object) -> None:
+        global _deferred
+        if self._before is not None:
+            heard, _deferred = _deferred, None
+            signal.signal(signal.SIGINT, self._before)
+            if heard:
+                self._before(*heard[0])

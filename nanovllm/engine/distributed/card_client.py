@@ -27,7 +27,7 @@ from nanovllm.engine.distributed.card_messages import (
 from nanovllm.engine.distributed.card_starter import CardStarter
 from nanovllm.errors import ClusterError
 
-LEAST_LOOK_S = 0.005
+LEAST_LOOK_S = 0.02
 """Seconds from one look whether the process is there to the next."""
 MOST_SILENCE_PER_LOOK_S = 0.1
 """Silence is counted only while somebody listens: of a longer time between two looks no more than this counts."""

@@ -11,12 +11,12 @@ import msgspec
 import numpy as np
 
 from nanovllm.engine.distributed.messages import Failure
-from nanovllm.engine.execution.step_handle import SampledOnHost
+from nanovllm.engine.execution.step_handle import NOTHING_SAMPLED, SampledOnHost, StepTokens
 from nanovllm.engine.execution.tasks import StepTask
 from nanovllm.errors import ClusterError
 from nanovllm.version import __version__
 
-VERSION = f"nanovllm {__version__}, cards 1"
+VERSION = f"nanovllm {__version__}, cards 2"
 """Both sides have to be of this version; the number is raised with every change of the messages."""
 
 DTYPES = {dtype: np.dtype(dtype) for dtype in ("bool", "int16", "int32", "int64", "float32", "float64")}
@@ -190,15 +190,27 @@ class Transports(msgspec.Struct, array_like=True, frozen=True, tag="transports")
 class StepEnded(msgspec.Struct, array_like=True, frozen=True, tag="ended"):
     """A step has ended: when it began and ended, in seconds of the card's `time.perf_counter()`, and what it sampled.
 
-    The parts are those of `StepTokens`.
+    The parts are those of `StepTokens`, None for nothing.
     """
 
     number: int
     began_s: float
     ended_s: float
-    after_chunks: SampledOnHost
-    after_decode: SampledOnHost
-    in_prompts: SampledOnHost
+    after_chunks: SampledOnHost | None
+    after_decode: SampledOnHost | None
+    in_prompts: SampledOnHost | None
+
+    @classmethod
+    def of(cls, number: int, moments: tuple[float, float], tokens: StepTokens) -> StepEnded:
+        parts = (tokens.after_chunks, tokens.after_decode, tokens.in_prompts)
+        return cls(number, *moments, *(part if len(part.token_ids) else None for part in parts))
+
+    def tokens(self) -> StepTokens:
+        return StepTokens(
+            self.after_chunks or NOTHING_SAMPLED,
+            self.after_decode or NOTHING_SAMPLED,
+            self.in_prompts or NOTHING_SAMPLED,
+        )
 
 
 class StepFailed(msgspec.Struct, array_like=True, frozen=True, tag="failed"):

@@ -231,9 +231,9 @@ class CardServer:
     def _report_steps(self) -> None:
         while self._steps and self._steps[0][1].is_done():
             number, handle = self._steps.popleft()
-            tokens, (began_s, ended_s) = handle.collect(), handle.moments()
+            ended = StepEnded.of(number, handle.moments(), handle.collect())
             self._last_ended = number
-            self.send(StepEnded(number, began_s, ended_s, tokens.after_chunks, tokens.after_decode, tokens.in_prompts))
+            self.send(ended)
 
     # Pushes
 

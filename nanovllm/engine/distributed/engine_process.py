@@ -64,6 +64,10 @@ class ServedEngine(LLMEngine):
         is_busy = self._outputs.sequences or self._mailbox.arrived or self._inbox or self._steps or self._handoffs
         return not (self._closed or is_busy)
 
+    def step_tokens(self) -> Tokens:
+        """`step`, as a message."""
+        return self._step(tokens_of)
+
     def _free_devices(self) -> None:
         """Leaves that to the end of the process, which follows: the driver takes all back at once."""
         leak_until_exit(*self._runners)
@@ -172,9 +176,9 @@ def serve(engine: ServedEngine, outbox: Outbox, bell: threading.Event) -> None:
             bell.clear()
             if engine.is_at_rest:
                 bell.wait()
-            outputs = engine.step()
-            if outputs:
-                outbox.send(tokens_of(outputs))
+            tokens = engine.step_tokens()
+            if tokens.request_ids or tokens.ended:
+                outbox.send(tokens)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from nanovllm import errors
+from nanovllm.engine.output_rows import OutputRows
 from nanovllm.errors import EngineProcessError
 from nanovllm.outputs import FinishReason, RequestOutput, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
@@ -142,19 +143,16 @@ def decode_report(data: bytes) -> Report:
     return _decode_report(data)
 
 
-def tokens_of(outputs: Iterable[RequestOutput]) -> Tokens:
+def tokens_of(outputs: Iterable[RequestOutput | OutputRows]) -> Tokens:
     """What a step gave out, as columns. Its texts are left out."""
-    outputs = list(outputs)
-    message = Tokens(
-        [output.request_id for output in outputs for _ in output.new_token_ids],
-        [token_id for output in outputs for token_id in output.new_token_ids],
-        [],
-        {},
-        {},
-    )
+    message = Tokens([], [], [], {}, {})
     for output in outputs:
-        if not (output.finished or output.new_logprobs or output.prompt_logprobs is not None):
+        if isinstance(output, OutputRows):
+            message.request_ids.extend(output.request_ids)
+            message.token_ids.extend(output.token_ids)
             continue
+        message.request_ids.extend([output.request_id] * len(output.new_token_ids))
+        message.token_ids.extend(output.new_token_ids)
         if output.new_logprobs:
             message.logprobs.setdefault(output.request_id, []).extend(output.new_logprobs)
         if output.prompt_logprobs is not None:

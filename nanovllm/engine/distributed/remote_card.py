@@ -155,7 +155,7 @@ class RemoteStep:
         ended = self._ended
         if ended is None:
             raise DeviceError(f"{self._runner.device} is lost")
-        return StepTokens(ended.after_chunks, ended.after_decode, ended.in_prompts)
+        return ended.tokens()
 
     def moments(self) -> tuple[float, float]:
         """When the step began and ended, by this host's clock. One that has not run took no time."""

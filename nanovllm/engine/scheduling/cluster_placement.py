@@ -46,7 +46,10 @@ class ClusterPlacement(Placement):
         return True
 
     def may_prefill(self, card: Card, seq: Sequence) -> bool:
-        return seq.failures > 0 or card in self._prefills or not self._prefill_cards_for(seq, time.monotonic())
+        if seq.failures > 0 or card in self._prefills:
+            return True
+        now_s = time.monotonic()
+        return not any(_is_able(other, seq) and _may_hand_over(other, now_s) for other in self.prefill_cards)
 
     def places_of(self, seq: Sequence, sizes: Mapping[Card, StepSize], others: OtherPrompts) -> Places:
         decode_cards = _able(self.decode_cards, seq) or _able(self.prefill_cards, seq) or self.decode_cards
@@ -172,5 +175,9 @@ def _is_full(card: Card, num_tokens: int) -> bool:
     return pool.blocks_for(num_tokens) > pool.num_free_blocks
 
 
+def _is_able(card: Card, seq: Sequence) -> bool:
+    return card.is_up and may_hold(card, seq)
+
+
 def _able(cards: list[Card], seq: Sequence) -> list[Card]:
-    return [card for card in cards if card.is_up and may_hold(card, seq)]
+    return [card for card in cards if _is_able(card, seq)]

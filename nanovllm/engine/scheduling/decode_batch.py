@@ -96,6 +96,16 @@ class HostDecodeBatch:
         return [seq.token_ids for seq in self.seqs]
 
     @cached_property
+    def are_all_checked(self) -> bool:
+        """Whether every token of all requests is checked one by one."""
+        return bool(self.checks_every_token.all())
+
+    @cached_property
+    def are_some_checked(self) -> bool:
+        """Whether every token of some request is checked one by one."""
+        return bool(self.checks_every_token.any())
+
+    @cached_property
     def token_time_indices(self) -> np.ndarray:
         """[B] int64, indices into `TokenTimes`: asked for when a step has ended, since every row has a token then."""
         return _integers(seq.token_time_index or 0 for seq in self.seqs)
