@@ -218,6 +218,7 @@ def draw_controller() -> None:
         rows = result["results"]
         cards = [row["cards"] for row in rows]
         label = "lengths of a trace" if result["trace"] else f"{result['num_input']} + {result['num_output']} tokens"
+        label += ", elastic cards" if result["card_roles"] == "elastic" else ""
         costs.plot(cards, [row["loop_us_per_step"] for row in rows], "o-", label=label)
         most = 1e3 / result["step_ms"]
         rates.plot(cards, [row["decode_steps_per_s_and_card"] / most for row in rows], "o-", label=label)

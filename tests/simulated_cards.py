@@ -15,6 +15,7 @@ import numpy as np
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
 from nanovllm.engine.scheduling.card import Card
+from nanovllm.engine.scheduling.cluster_placement import ElasticClusterPlacement
 from nanovllm.engine.scheduling.placement import ElasticPlacement, Placement
 from nanovllm.engine.scheduling.step import PrefillChunk, Step
 from nanovllm.engine.scheduling.step_time import StepTimeModel
@@ -29,7 +30,9 @@ NOISE = 0.015
 
 
 def placement_of(mode: str, cards: tuple[Card, Card]) -> Placement:
-    """The cards in a mode: `fixed`, `replicas` or `elastic`."""
+    """The cards in a mode: `fixed`, `replicas`, `elastic`, or `cluster` for elastic cards that share no prompt."""
+    if mode == "cluster":
+        return ElasticClusterPlacement(list(cards))
     return Placement(*cards) if mode == "fixed" else ElasticPlacement(*cards, can_share=mode == "elastic")
 
 

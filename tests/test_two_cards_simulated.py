@@ -33,6 +33,14 @@ def test_short_prompts_are_not_shared_and_lose_nothing():
     assert elastic.ttft_ms(0.99) < 1.2 * replicas.ttft_ms(0.99)
 
 
+def test_elastic_cards_of_a_cluster_serve_as_replicas_at_least():
+    """And without another prompt in the way the first token comes sooner than with fixed roles under load."""
+    cluster, fixed, replicas = (served(mode, "rag 6", 12.0) for mode in ("cluster", "fixed", "replicas"))
+    assert cluster.ttft_ms(0.5) < 1.05 * replicas.ttft_ms(0.5)
+    assert cluster.ttft_ms(0.99) < min(1.05 * replicas.ttft_ms(0.99), 0.7 * fixed.ttft_ms(0.99))
+    assert cluster.itl_ms(0.99) < 12.5
+
+
 @pytest.mark.parametrize("load", ["rag 3", "rag 6", "chat 24", "chat 60"])
 def test_without_a_target_gaps_stay_near_those_of_fixed_roles(load):
     elastic, fixed = (served(mode, load, None) for mode in ("elastic", "fixed"))
