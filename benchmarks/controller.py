@@ -256,7 +256,7 @@ class Controller:
         began_loop_s = time.thread_time()
         while time.perf_counter() - began_s < seconds:
             message = self.engine.step_tokens()
-            if message.request_ids:
+            if message.request_ids or message.ended:
                 encode_tokens(message)
                 tokens += len(message.token_ids)
                 for ended in message.ended:

@@ -323,6 +323,8 @@ class EngineConfig:
                 continue  # the others of these a cluster has, too
             if unused and not options.get(switch):
                 value = "'local' or 'ray'" if switch == "cluster" else "True"
+                if switch == "enable_two_gpu_pd" and not set(unused).intersection(NOT_IN_A_CLUSTER):
+                    value += " or cluster='local' or 'ray'"
                 raise ConfigError(f"{', '.join(unused)} given without {switch}={value}; add it or leave them out")
         return cls(model=model, **options)
 

@@ -29,6 +29,7 @@ from nanovllm import (
 )
 from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine.distributed import messages
+from nanovllm.engine.output_rows import OutputRows
 from nanovllm.outputs import RequestOutput, TokenLogprobs
 
 msgspec = pytest.importorskip("msgspec", reason="needs the extra `serve`")
@@ -444,13 +445,14 @@ def test_a_step_becomes_columns():
     entry = TokenLogprobs(8, -0.5, {8: -0.5})
     outputs = [
         RequestOutput(3, [7], "", new_logprobs=None),
+        OutputRows([3, 6], [5, 6], None, [0.1, 0.2]),
         RequestOutput(
             4, [8, 9], "", True, "error", ValueError("broken"), [entry, entry], prompt_logprobs=[None, entry]
         ),
     ]
     sent = messages.encode(messages.tokens_of(outputs))
     found = messages.decode_report(sent)
-    assert (found.request_ids, found.token_ids) == ([3, 4, 4], [7, 8, 9])
+    assert (found.request_ids, found.token_ids) == ([3, 3, 6, 4, 4], [7, 5, 6, 8, 9])
     assert found.logprobs == {4: [entry, entry]}
     assert found.prompt_logprobs == {4: [None, entry]}
     assert [(end.request_id, end.reason) for end in found.ended] == [(4, "error")]

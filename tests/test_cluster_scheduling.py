@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import random
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -245,7 +246,8 @@ def test_an_elastic_card_hands_over_what_it_cannot_decode():
     busy = dataclasses.replace(others, has_time=lambda card: card is second)
     assert placement.places_of(seq, sizes_of(placement, **contexts), busy) == Places(first, second)
     for _ in range(3):
-        first.breaker.failed(time.monotonic())
+        placement._handoffs_from[first].failed(time.monotonic())
+    assert placement.words_for_degraded == ("handoffs stopped", "no KV is handed over from card 0 for a while")
     assert placement.places_of(seq, full, others) == Places(first, first), "its handoffs fail"
     assert placement.places_of(seq, sizes_of(placement, **contexts), busy) == Places(second, second)
     first.is_up = False
@@ -285,17 +287,11 @@ def test_a_step_that_fails_counts_once_against_its_card():
     world.drain()
 
 
-@pytest.mark.parametrize("where", ["prefill", "decode"])
-@pytest.mark.parametrize("culprit", [0, 4, 7])
-def test_the_request_at_fault_is_found_by_halves(where, culprit):
-    """Every step with it fails, in its prompt or as it decodes; no other request has a failure."""
-    world = World(1, 1, seed=0)
-    failed: list[tuple[Sequence, Exception]] = []
-    watch, steps = watch_over(world, failed)
-    for request_id in range(8):
-        world.seqs.append(make_sequence(request_id, [request_id, 50]))
-        world.scheduler.add(world.seqs[-1])
-    bad, num_failed_steps = world.seqs[culprit], 0
+def serve_where_steps_fail(
+    world: World, failed: list[tuple[Sequence, Exception]], fails: Callable[[Card, Step], bool]
+) -> int:
+    """Serves all requests of a world. Returns how many steps have failed."""
+    (watch, steps), num_failed_steps = watch_over(world, failed), 0
     for _ in range(3000):
         if not (world.scheduler.unfinished() or world.handoffs or any(world.steps.values())):
             break
@@ -304,9 +300,9 @@ def test_the_request_at_fault_is_found_by_halves(where, culprit):
             step = world.steps[card][0] if world.steps[card] else None
             if step is None:
                 continue
-            touched = [chunk.seq for chunk in step.chunks] if where == "prefill" else step.decode.batch.seqs
-            if bad not in touched:
-                world.scheduler.step_worked(step)
+            if not fails(card, step):
+                if step.decode:
+                    world.scheduler.step_worked(step)
                 world.end(card)
                 continue
             num_failed_steps += 1
@@ -321,11 +317,44 @@ def test_the_request_at_fault_is_found_by_halves(where, culprit):
                 world.scheduler.release(chunk.lease)
             world.scheduler.check_integrity()
         world.end_handoff()
+    return num_failed_steps
+
+
+@pytest.mark.parametrize("where", ["prefill", "decode"])
+@pytest.mark.parametrize("culprit", [0, 4, 7])
+def test_the_request_at_fault_is_found_by_halves(where, culprit):
+    """Every step with it fails, in its prompt or as it decodes; no other request has a failure."""
+    world = World(1, 1, seed=0)
+    failed: list[tuple[Sequence, Exception]] = []
+    for request_id in range(8):
+        world.seqs.append(make_sequence(request_id, [request_id, 50]))
+        world.scheduler.add(world.seqs[-1])
+    bad = world.seqs[culprit]
+
+    def fails(card: Card, step: Step) -> bool:
+        return bad in ([chunk.seq for chunk in step.chunks] if where == "prefill" else step.decode.batch.seqs)
+
+    num_failed_steps = serve_where_steps_fail(world, failed, fails)
     assert [seq for seq, _ in failed] == [bad, bad]
     assert bad.finish_reason == "error"
     assert [seq.finish_reason for seq in world.seqs if seq is not bad] == ["length"] * 7
     assert [seq.failures for seq in world.seqs if seq is not bad] == [0] * 7
     assert num_failed_steps <= 5, "8, 4, 2, 1 requests, and once more"
+
+
+@pytest.mark.parametrize(("num_prefill", "num_decode", "sick"), [(2, 1, 0), (1, 2, 1), (3, 0, 0), (3, 0, 1)], ids=str)
+def test_a_card_on_which_all_steps_fail_is_left_out(num_prefill, num_decode, sick):
+    """What has failed there is tried elsewhere, and ends well."""
+    world = World(num_prefill, num_decode, seed=0)
+    for request_id in range(60):
+        world.seqs.append(make_sequence(request_id, [request_id, 50], max_tokens=4))
+        world.scheduler.add(world.seqs[-1])
+    sick_card = next(card for card in world.placement.cards if card.name == f"card {sick}")
+    failed: list[tuple[Sequence, Exception]] = []
+    num_failed_steps = serve_where_steps_fail(world, failed, lambda card, step: card is sick_card)
+    assert [seq.finish_reason for seq in world.seqs] == ["length"] * 60
+    assert 3 <= num_failed_steps <= 6, "some were launched before the first of them had failed"
+    assert world.placement.words_for_degraded[0] == "card left out"
 
 
 def test_nothing_is_admitted_while_no_card_is_there():

@@ -34,11 +34,13 @@ def test_short_prompts_are_not_shared_and_lose_nothing():
 
 
 def test_elastic_cards_of_a_cluster_serve_as_replicas_at_least():
-    """And without another prompt in the way the first token comes sooner than with fixed roles under load."""
+    """Under load their first tokens come sooner than with fixed roles, where prompts wait for one card."""
     cluster, fixed, replicas = (served(mode, "rag 6", 12.0) for mode in ("cluster", "fixed", "replicas"))
     assert cluster.ttft_ms(0.5) < 1.05 * replicas.ttft_ms(0.5)
     assert cluster.ttft_ms(0.99) < min(1.05 * replicas.ttft_ms(0.99), 0.7 * fixed.ttft_ms(0.99))
     assert cluster.itl_ms(0.99) < 12.5
+    unbounded, plain = served("cluster", "rag 3", None), served("fixed", "rag 3", None)
+    assert unbounded.itl_ms(0.99) < 1.35 * plain.itl_ms(0.99), "steps with prompts are bounded without a target, too"
 
 
 @pytest.mark.parametrize("load", ["rag 3", "rag 6", "chat 24", "chat 60"])

@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import textwrap
 from pathlib import Path
 
-from nanovllm.config import PIPELINE_OPTIONS, TWO_GPU_OPTIONS, EngineConfig
+from nanovllm.config import NOT_IN_A_CLUSTER, PIPELINE_OPTIONS, TWO_GPU_OPTIONS, EngineConfig
 from nanovllm.entrypoints.engine_options import descriptions
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "options.md"
@@ -60,7 +61,11 @@ def page() -> str:
     lines = [BEGINNING, "## Any engine", ""]
     lines += rows({names: text for names, text in told.items() if not switched.intersection(names)})
     for switch, options in SWITCHES.items():
-        lines += ["", f"## With `{switch}=True`", "", f"Each of these is refused without `{switch}=True`.", ""]
+        refused = f"Each of these is refused without `{switch}=True`."
+        if switch == "enable_two_gpu_pd":
+            names = ", ".join(f"`{name}`" for name in NOT_IN_A_CLUSTER)
+            refused += f" A cluster takes those of them that mean something there: all but {names}."
+        lines += ["", f"## With `{switch}=True`", "", textwrap.fill(refused, 120), ""]
         lines += rows({names: text for names, text in told.items() if set(names) <= set(options)})
     return "\n".join(lines) + "\n"
 

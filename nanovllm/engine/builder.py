@@ -669,7 +669,7 @@ def build_placement(config: EngineConfig, prefill_runner: ModelRunner, decode_ru
 
 
 def make_card(config: EngineConfig, runner: ModelRunner | RemoteRunner, label: str) -> Card:
-    """The card of a runner, with a block manager for its pool; `label` is what messages call it."""
+    """The card of a runner, with a block manager for its pool; `label` is its name in a trace."""
     block_manager = BlockManager(runner.num_kv_blocks, runner.block_size, config.enable_prefix_caching)
     return Card(
         str(runner.device),

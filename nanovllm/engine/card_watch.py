@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections import abc
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from nanovllm.engine.in_flight import InFlight, StepsInFlight
@@ -83,10 +82,6 @@ class CardWatch:
         """Whether a card is on its way up."""
         return any(not (runner.is_up or runner.is_out) for runner in self._runners.values())
 
-    def undisturbed(self) -> AbstractContextManager[None]:
-        """A block that Ctrl-C ends only behind its end if cards are remote, where nothing in it waits."""
-        return without_interrupts() if self._runners else nullcontext()
-
     def rest(self) -> None:
         """Lets others run while the loop waits for devices; waits for what remote cards say."""
         if self._agents_with_messages is None:
@@ -116,10 +111,6 @@ class CardWatch:
         failed, *later = self._steps.drop_on(card)
         assert failed is work.step, "steps of a card end in the order of their launch"
         runner.forget_device_batch()
-        for chunk in work.step.chunks:
-            if chunk.seq.lease is chunk.lease and chunk.lease.crosses:
-                self._scheduler.placement.prefill_failed(chunk.lease)
-                break
         at_fault = self._scheduler.step_failed(work.step)
         if at_fault is None:
             logger.warning("a step of %d requests on %s failed (%s)", work.step.num_requests, card, error)

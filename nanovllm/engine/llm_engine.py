@@ -137,10 +137,10 @@ class LLMEngine:
 
     @kv_transfer.setter
     def kv_transfer(self, transfer: KVTransfer) -> None:
-        if self.config.card_roles == "elastic":
-            raise ConfigError("kv_transfer cannot be replaced with card_roles='elastic': steps push KV themselves")
         if self.config.cluster is not None:
             raise ConfigError("kv_transfer cannot be replaced in a cluster: its processes push KV themselves")
+        if self.config.card_roles == "elastic":
+            raise ConfigError("kv_transfer cannot be replaced with card_roles='elastic': steps push KV themselves")
         placement = self.scheduler.placement
         self._handoffs.transfers[placement.prefill_card, placement.decode_card] = transfer
 

@@ -94,8 +94,7 @@ class Loop:
         self._card_watch.look()
         if self._card_watch.has_cards:
             self.collect_steps()  # nothing more ends until the next look, so that launches need not give way
-        with self._card_watch.undisturbed():
-            launched = self.launch_steps()
+        launched = self.launch_steps()
         self._tell_step_times()
         if not launched and self._steps.formed is None:
             self._listeners.time_wait(self._wait)

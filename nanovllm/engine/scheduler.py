@@ -38,7 +38,7 @@ MOST_LOST_CARDS = 4
 """A request ends with an error once so many cards were lost while they ran it: it may be what ends them."""
 
 STRETCH = 1.5
-"""Where cards are elastic and no target is given, a step takes at most so many times what it would take without
+"""Where placement bounds steps and no target is given, a step takes at most so many times what it would take without
 prompts."""
 
 MAX_STREAMED_PREFILL_TOKENS = 3072
@@ -192,13 +192,17 @@ class Scheduler:
             self._num_suspect_groups += 1
             self._suspects |= dict.fromkeys(half, self._num_suspect_groups)
         at_fault = suspects[0] if len(suspects) == 1 else None
+        if at_fault is not None:
+            at_fault.failed_on = step.card
+        self.placement.step_failed(step.card)
         for seq in live:
             if seq is not at_fault:
                 self._requeue(seq, f"recomputed: a step on {step.card} has failed")
         return at_fault
 
     def step_worked(self, step: Step) -> None:
-        """Notes that a step has run: requests that decoded in it are suspects no more."""
+        """Notes that a step with decode rows has run: their requests are suspects no more."""
+        self.placement.step_worked(step.card)
         if self._suspects:
             for seq in step.decode.batch.seqs:
                 self._suspects.pop(seq, None)
@@ -313,8 +317,8 @@ class Scheduler:
     def _time_limit(self, card: Card) -> TimeLimit | None:
         """How long a step with prompts may take that tokens of other requests wait for.
 
-        `itl_target_ms`, or else, where cards are elastic and requests are streamed, somewhat longer than a decode step:
-        of the card, or of the other ones if it has none.
+        `itl_target_ms`, or else, where placement bounds steps and requests are streamed, somewhat longer than a decode
+        step: of the card, or of the other ones if it has none.
         """
         if self._target is not None or not (self.placement.bounds_steps and self._streamed):
             return self._target

@@ -8,6 +8,7 @@ from enum import Enum, auto
 
 import xxhash
 
+from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.lease import Lease
 from nanovllm.engine.scheduling.timeline import Timeline
 from nanovllm.outputs import FinishReason, RequestOutput, TokenLogprobs
@@ -54,6 +55,8 @@ class Sequence:
     num_prefilled_tokens: int = 0
     """Tokens whose KV is in the prefill pool, or will be once the steps in flight have ended."""
     failures: int = 0
+    failed_on: Card | None = None
+    """Where a step with this request alone has failed, the last time."""
     num_lost_cards: int = 0
     """Cards that were lost while a step with this request was in flight there."""
 

@@ -95,16 +95,13 @@ class StreamedRows:
             columns = columns.of(rows, self._inboxes)
             chosen = [token_ids[index] for index in rows]
         new = OutputRows(columns.request_ids, chosen, deltas, columns.ttfts_s)
-        queues, outputs = columns.outputs, list[RequestOutput | OutputRows]()
-        if len(columns.inboxes) == 1 < len(rows):
-            queues, outputs = queues[:1], [new]  # whoever takes them makes single outputs of them, or need not
-        else:
-            outputs += new.outputs()
+        # Of rows with one inbox, whoever takes them makes single outputs, or need not.
+        outputs = [new] if len(columns.inboxes) == 1 < len(rows) else list(new.outputs())
         # One operation of the interpreter: an interrupt finds all of it done, or nothing.
         deque(
             itertools.chain(
                 map(list.append, columns.token_lists, chosen),
-                map(deque.append, queues, outputs),
+                map(deque.append, columns.queues, outputs),
                 # By then the tokens above are among them.
                 map(setattr, columns.seqs, itertools.repeat("num_emitted_tokens"), map(len, columns.token_lists)),
             ),
@@ -122,7 +119,7 @@ class _Columns:
     ttfts_s: list[float | None]
     seqs: list[Sequence]
     token_lists: list[list[int]]
-    outputs: list[deque[RequestOutput | OutputRows]]
+    queues: list[deque[RequestOutput | OutputRows]]
     inboxes: set[Inbox]
 
     def of(self, rows: list[int], inboxes: list[Inbox]) -> _Columns:
@@ -132,6 +129,6 @@ class _Columns:
             [self.ttfts_s[index] for index in rows],
             [self.seqs[index] for index in rows],
             [self.token_lists[index] for index in rows],
-            [self.outputs[index] for index in rows],
+            [self.queues[index] for index in rows],
             {inboxes[index] for index in rows},
         )

@@ -49,7 +49,7 @@ def await_end(process: subprocess.Popen[bytes], what: str, timeout_s: float) -> 
 
 _Handler = Callable[[int, FrameType | None], object]
 _deferred: list[tuple[int, FrameType | None]] | None = None
-"""What Ctrl-C has raised within the outermost block of the main thread; None outside."""
+"""The interrupts that the outermost block of the main thread has deferred; None outside of one."""
 
 
 class without_interrupts:  # noqa: N801 - a function to its users, made anew for each step
@@ -57,21 +57,29 @@ class without_interrupts:  # noqa: N801 - a function to its users, made anew for
 
     __slots__ = ("_before",)
 
+    def __init__(self) -> None:
+        self._before: _Handler | None = None
+
     def __enter__(self) -> None:
         global _deferred
-        self._before: _Handler | None = None
         if _deferred is not None or threading.get_ident() != threading.main_thread().ident:
             return  # an outer block defers it, or no interrupt is raised in this thread
         before = signal.getsignal(signal.SIGINT)
         if callable(before):
             heard: list[tuple[int, FrameType | None]] = []
+            self._before, _deferred = before, heard
             signal.signal(signal.SIGINT, lambda number, frame: heard.append((number, frame)))
-            _deferred, self._before = heard, before
 
     def __exit__(self, *_: object) -> None:
         global _deferred
-        if self._before is not None:
+        before = self._before
+        if before is not None:
             heard, _deferred = _deferred, None
-            signal.signal(signal.SIGINT, self._before)
+            signal.signal(signal.SIGINT, before)
+            self._before = None
             if heard:
-                self._before(*heard[0])
+                before(*heard[0])
+
+    def __del__(self) -> None:
+        """Ends the block where another signal's handler has raised before its end."""
+        self.__exit__()

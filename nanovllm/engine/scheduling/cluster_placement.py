@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from nanovllm.engine.scheduling.card import Card
+from nanovllm.engine.scheduling.card import MAX_FAILURES_IN_A_ROW, Card
+from nanovllm.engine.scheduling.circuit_breaker import CircuitBreaker
 from nanovllm.engine.scheduling.lease import Lease
 from nanovllm.engine.scheduling.placement import (
     MOST_EXCESS_PROMPTS,
@@ -20,14 +21,16 @@ from nanovllm.engine.sequence import Sequence
 
 
 class ClusterPlacement(Placement):
-    """Fixed roles over many cards: some prefill, the others decode. Any card can do both.
+    """Many cards, of which some prefill and the others decode. Any card can do both.
 
     A request is prefilled where the fewest prompt tokens are to be computed before it and for it: tokens already in a
     card's prefix cache cost nothing, so that equal beginnings go to one card until others have less to do. It decodes
     on the card with the least context, its own counted where that card lacks it.
 
-    A request that has failed once is prefilled where it decodes. So is every one while no card that prefills is there;
-    while none that decodes is there, those that prefill do that, too.
+    A request that has failed once is prefilled where it decodes, on a card that it has not failed on. So is every one
+    while no card that prefills is there; while none that decodes is there, those that prefill do that, too. A card on
+    which one step after the other fails is left out for a while, as if it were not there; so is one that prefills if
+    handoffs from it fail.
 
     Args:
         prefill_cards, decode_cards: at least one of each.
@@ -39,6 +42,7 @@ class ClusterPlacement(Placement):
         self.decode_cards = decode_cards
         self._prefills = frozenset(prefill_cards)
         self.cards = list(dict.fromkeys((*decode_cards, *prefill_cards)))
+        self._handoffs_from = {card: CircuitBreaker(MAX_FAILURES_IN_A_ROW) for card in self.cards}
         self._looked_up: tuple[Sequence, int, dict[Card, int]] | None = None
         """The request last looked up in the prefix caches, its length, and how many of its tokens each card lacks."""
 
@@ -49,41 +53,55 @@ class ClusterPlacement(Placement):
         if seq.failures > 0 or card in self._prefills:
             return True
         now_s = time.monotonic()
-        return not any(_is_able(other, seq) and _may_hand_over(other, now_s) for other in self.prefill_cards)
+        return not any(_is_usable(one, seq, now_s) and self._may_hand_over(one, now_s) for one in self.prefill_cards)
 
     def places_of(self, seq: Sequence, sizes: Mapping[Card, StepSize], others: OtherPrompts) -> Places:
-        decode_cards = _able(self.decode_cards, seq) or _able(self.prefill_cards, seq) or self.decode_cards
+        lacking, now_s = self._tokens_lacking(seq), time.monotonic()
+        decode_cards = (
+            _usable(self.decode_cards, seq, now_s)
+            or _usable(self.prefill_cards, seq, now_s)
+            or _able(self.cards, seq)
+            or self.decode_cards
+        )
 
-        lacking = self._tokens_lacking(seq)
+        def decode_cost(card: Card) -> tuple[bool, bool, int]:
+            return card is seq.failed_on, _is_full(card, seq), sizes[card].context + lacking[card]
 
-        def decode_cost(card: Card) -> tuple[bool, int]:
-            return _is_full(card, lacking[card]), sizes[card].context + lacking[card]
-
-        decode, now_s = min(decode_cards, key=decode_cost), time.monotonic()
-        prefill_cards = self._prefill_cards_for(seq, now_s)
+        decode = min(decode_cards, key=decode_cost)
+        prefill_cards = [card for card in _usable(self.prefill_cards, seq, now_s) if self._may_hand_over(card, now_s)]
         if seq.failures or not prefill_cards:
             return Places(decode, decode)
 
         def prefill_cost(card: Card) -> tuple[bool, float]:
-            return _is_full(card, lacking[card]), _num_before(card, others) + lacking[card]
+            return _is_full(card, seq), _num_before(card, others) + lacking[card]
 
         return Places(min(prefill_cards, key=prefill_cost), decode)
 
-    def _prefill_cards_for(self, seq: Sequence, now_s: float) -> list[Card]:
-        return [card for card in _able(self.prefill_cards, seq) if _may_hand_over(card, now_s)]
+    def _may_hand_over(self, card: Card, now_s: float) -> bool:
+        """Whether handoffs from a card work, as far as is known, or one may try."""
+        return self._handoffs_from[card].allows_trial(now_s)
 
     def prefill_began(self, lease: Lease) -> None:
-        breaker = lease.prefill.card.breaker
-        if lease.crosses and breaker.is_open:
-            breaker.begin_trial(time.monotonic())
+        now_s = time.monotonic()
+        breakers = [card.breaker for card in {lease.prefill.card, lease.decode.card}]
+        for breaker in [*breakers, *([self._handoffs_from[lease.prefill.card]] if lease.crosses else [])]:
+            if breaker.is_open:
+                breaker.begin_trial(now_s)
 
     def prefill_worked(self, lease: Lease) -> None:
         if lease.crosses:
             lease.prefill.card.breaker.worked()
+            self._handoffs_from[lease.prefill.card].worked()
 
     def prefill_failed(self, lease: Lease) -> None:
         if lease.crosses:
-            lease.prefill.card.breaker.failed(time.monotonic())
+            self._handoffs_from[lease.prefill.card].failed(time.monotonic())
+
+    def step_worked(self, card: Card) -> None:
+        card.breaker.worked()
+
+    def step_failed(self, card: Card) -> None:
+        card.breaker.failed(time.monotonic())
 
     @property
     def pools(self) -> dict[str, Card]:
@@ -91,12 +109,24 @@ class ClusterPlacement(Placement):
 
     @property
     def is_degraded(self) -> bool:
-        return any(card.breaker.is_open or not card.is_up for card in self.cards)
+        return bool(self._left_out or self._without_handoffs)
 
     @property
     def words_for_degraded(self) -> tuple[str, str]:
-        left_out = [str(card) for card in self.cards if card.breaker.is_open or not card.is_up]
-        return "card left out", f"{', '.join(left_out)} left out for a while, the other cards do the work"
+        words = []
+        if self._left_out:
+            words.append(f"{', '.join(self._left_out)} left out for a while, the other cards do the work")
+        if self._without_handoffs:
+            words.append(f"no KV is handed over from {', '.join(self._without_handoffs)} for a while")
+        return "card left out" if self._left_out else "handoffs stopped", "; ".join(words)
+
+    @property
+    def _left_out(self) -> list[str]:
+        return [str(card) for card in self.cards if card.breaker.is_open or not card.is_up]
+
+    @property
+    def _without_handoffs(self) -> list[str]:
+        return [str(card) for card, breaker in self._handoffs_from.items() if breaker.is_open]
 
     @property
     def words_for_recovered(self) -> str:
@@ -123,9 +153,11 @@ class ElasticClusterPlacement(ClusterPlacement):
     A request is prefilled where the fewest prompt tokens are to be computed before it and for it, for the room that the
     card's steps have beside its decode rows; what is in a card's prefix cache costs nothing, as with fixed roles. It
     decodes there, too, so that no KV has to cross, unless that card has no time for it beside its rows, or more context
-    than the card with the least by more than MOST_EXCESS_PROMPTS of its prompts: then it decodes on that one.
+    than another by more than MOST_EXCESS_PROMPTS of its prompts: then it decodes on the one with the least context,
+    among those with blocks and time for it.
 
-    A request that has failed once is prefilled where it decodes, and so is every one of a card whose handoffs fail.
+    A request that has failed once, and every one of a card whose handoffs fail, is prefilled where it decodes. A card
+    on which one step after the other fails is left out for a while.
 
     Args:
         cards: all of them.
@@ -135,27 +167,30 @@ class ElasticClusterPlacement(ClusterPlacement):
 
     def __init__(self, cards: list[Card]) -> None:
         super().__init__(cards, cards)
+        self.decode_card = cards[-1]
 
     def may_prefill(self, card: Card, seq: Sequence) -> bool:
         return True
 
     def places_of(self, seq: Sequence, sizes: Mapping[Card, StepSize], others: OtherPrompts) -> Places:
-        cards, lacking = _able(self.cards, seq) or self.cards, self._tokens_lacking(seq)
+        lacking, now_s = self._tokens_lacking(seq), time.monotonic()
+        cards = _usable(self.cards, seq, now_s) or _able(self.cards, seq) or self.cards
 
-        def prefill_cost(card: Card) -> tuple[bool, float, int]:
+        def prefill_cost(card: Card) -> tuple[bool, bool, float, int]:
             num_tokens = _num_before(card, others) + lacking[card]
             room = max(others.room(card), SMALL_ROOM)
-            return _is_full(card, lacking[card]), num_tokens / room, sizes[card].context
+            return card is seq.failed_on, _is_full(card, seq), num_tokens / room, sizes[card].context
 
-        def decode_cost(card: Card) -> tuple[bool, bool, int]:
-            return _is_full(card, lacking[card]), not others.has_time(card), sizes[card].context + lacking[card]
+        def decode_cost(card: Card) -> tuple[bool, bool, bool, int]:
+            context = sizes[card].context + lacking[card]
+            return card is seq.failed_on, _is_full(card, seq), not others.has_time(card), context
 
         prefill, decode = min(cards, key=prefill_cost), min(cards, key=decode_cost)
         has_time = others.has_time(prefill)
         excess = sizes[prefill].context - sizes[decode].context
         if has_time and excess <= MOST_EXCESS_PROMPTS * seq.num_tokens:
             return Places(prefill, prefill)
-        if seq.failures or not _may_hand_over(prefill, time.monotonic()):
+        if seq.failures or not self._may_hand_over(prefill, now_s):
             return Places(prefill, prefill) if has_time else Places(decode, decode)
         return Places(prefill, decode)
 
@@ -165,19 +200,21 @@ def _num_before(card: Card, others: OtherPrompts) -> float:
     return others.tokens_left.get(card, 0.0) + others.tokens_in_flight.get(card, 0.0)
 
 
-def _may_hand_over(card: Card, now_s: float) -> bool:
-    """Whether handoffs from a card work, as far as is known, or one may try."""
-    return not card.breaker.is_open or card.breaker.allows_trial(now_s)
-
-
-def _is_full(card: Card, num_tokens: int) -> bool:
+def _is_full(card: Card, seq: Sequence) -> bool:
+    """Whether a card may lack blocks for the request and one to grow into; what others hold of its prompt counts, too,
+    since what nobody holds of it takes up free ones."""
     pool = card.block_manager
-    return pool.blocks_for(num_tokens) > pool.num_free_blocks
-
-
-def _is_able(card: Card, seq: Sequence) -> bool:
-    return card.is_up and may_hold(card, seq)
+    return pool.blocks_for(seq.num_tokens) + 1 > pool.num_free_blocks
 
 
 def _able(cards: list[Card], seq: Sequence) -> list[Card]:
-    return [card for card in cards if _is_able(card, seq)]
+    return [card for card in cards if card.is_up and may_hold(card, seq)]
+
+
+def _is_usable(card: Card, seq: Sequence, now_s: float) -> bool:
+    return card.is_up and may_hold(card, seq) and card.breaker.allows_trial(now_s)
+
+
+def _usable(cards: list[Card], seq: Sequence, now_s: float) -> list[Card]:
+    """Those that are there, may hold the request, and run steps, as far as is known."""
+    return [card for card in cards if _is_usable(card, seq, now_s)]

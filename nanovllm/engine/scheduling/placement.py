@@ -127,6 +127,12 @@ class Placement:
         if lease.crosses:
             self.prefill_card.breaker.failed(time.monotonic())
 
+    def step_worked(self, card: Card) -> None:
+        """A step with decode rows has run on a card."""
+
+    def step_failed(self, card: Card) -> None:
+        """A step that was launched on a card of a cluster could not be run there."""
+
     @property
     def pools(self) -> dict[str, Card]:
         """The cards by what metrics call their pools."""
