@@ -41,6 +41,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that may take minutes come first: of two processes that share them out, one would end with them alone."""
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+
+
 def num_gpus_needed(item: pytest.Item) -> int:
     return 2 if item.get_closest_marker("two_gpu") else 1 if item.get_closest_marker("gpu") else 0
 
