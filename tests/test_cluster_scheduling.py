@@ -357,6 +357,24 @@ def test_a_card_on_which_all_steps_fail_is_left_out(num_prefill, num_decode, sic
     assert world.placement.words_for_degraded[0] == "card left out"
 
 
+def test_where_a_request_goes_is_asked_once_for_all_cards(monkeypatch):
+    """And again once something has changed."""
+    world = World(8, 0, seed=0)
+    asked, last = [], world.placement.cards[-1]
+    monkeypatch.setattr(world.placement, "places_of", lambda seq, *_: asked.append(seq) or Places(last, last))
+    world.add()
+    for card in world.placement.cards:
+        world.launch(card)
+    assert len(asked) == 2, "by the first of the cards, and by the one that takes it"
+    assert world.steps[last]
+    world.add()
+    for card in world.placement.cards[:3]:
+        world.launch(card)
+    world.end(last)
+    world.launch(world.placement.cards[0])
+    assert len(asked) == 4, "once, and once more since a step has ended"
+
+
 def test_nothing_is_admitted_while_no_card_is_there():
     world = World(2, 1, seed=0)
     for card in world.placement.cards:

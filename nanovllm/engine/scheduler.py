@@ -107,6 +107,10 @@ class Scheduler:
         """Leases that have ended while work in flight still touches their blocks."""
         self._prefilled: dict[Sequence, None] = {}
         self._outgrown: list[Sequence] = []
+        self._num_changes = 0
+        """Grows with all that placement goes by."""
+        self._taken_by: tuple[Sequence, int, Card] | None = None
+        """The request that waits first, the changes until then, and the card on which it is to be prefilled."""
 
     @property
     def cards(self) -> list[Card]:
@@ -117,6 +121,7 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queues a request, in order of arrival."""
+        self._num_changes += 1
         seq.timeline.mark("waits for a lease (its turn)")
         bisect.insort(self._waiting, seq, key=_request_id)
         if seq.is_streamed:
@@ -194,6 +199,7 @@ class Scheduler:
         at_fault = suspects[0] if len(suspects) == 1 else None
         if at_fault is not None:
             at_fault.failed_on = step.card
+        self._num_changes += 1
         self.placement.step_failed(step.card)
         for seq in live:
             if seq is not at_fault:
@@ -367,6 +373,7 @@ class Scheduler:
         self.release(chunk.lease)
 
     def _chunk_ended(self, chunk: PrefillChunk) -> None:
+        self._num_changes += 1
         self._tokens_in_flight[chunk.allocation.card] -= chunk.num_tokens
 
     def _cache_computed(self, chunk: PrefillChunk) -> None:
@@ -390,6 +397,7 @@ class Scheduler:
 
     def decode_done(self, step: Step) -> None:
         """The decode part of a step has run: the KV of the tokens that it was fed is in the card's pool."""
+        self._num_changes += 1
         self._decoding[step.card].rows_ended(step.decode)
         for lease in step.decode.ended_leases:
             self.release(lease)
@@ -568,6 +576,8 @@ class Scheduler:
         sizes: dict[Card, StepSize] = {}
         while self._waiting and self.placement.may_prefill(card, self._waiting[0]):
             seq = self._waiting[0]
+            if self._is_taken_by_another(seq, card):
+                return
             # Computed once for all requests admitted here, since it visits every running request.
             sizes = sizes or self._sizes_ahead()
             others = self._other_prompts(seq, sizes)
@@ -587,7 +597,20 @@ class Scheduler:
                 if seq.lease.may_compute_on(card):
                     yield seq
             else:
+                if not places.is_shared and places.prefill is not card:
+                    self._taken_by = seq, self._num_changes, places.prefill
                 return
+
+    def _is_taken_by_another(self, seq: Sequence, card: Card) -> bool:
+        """Whether the request is to be prefilled on another card, as was found when that one or a third was asked.
+
+        Else all of many cards would be compared once for each of them, in every turn. A card that is up is asked
+        itself: at once, or when one of its steps has ended, which is a change.
+        """
+        if len(self.cards) <= 2 or self._taken_by is None:
+            return False
+        first, num_changes, other = self._taken_by
+        return first is seq and num_changes == self._num_changes and other is not card and other.is_up
 
     def _other_prompts(self, seq: Sequence, sizes: abc.Mapping[Card, StepSize]) -> OtherPrompts:
         """The prompts beside that of `seq`, the first request in the queue."""
@@ -723,6 +746,7 @@ class Scheduler:
         cut = "" if reason is None else f" ({reason})"
         seq.timeline.mark(f"prefill of tokens {start} to {end} of {seq.num_tokens}{where}{cut}")
         self.hold(lease)
+        self._num_changes += 1
         self._tokens_in_flight[card] += num_tokens
         is_last = end == seq.num_tokens
         if is_last and lease.shared is not None and lease.decode.card is not card:
@@ -816,6 +840,7 @@ class Scheduler:
 
     def handoff_done(self, seq: Sequence) -> None:
         """All KV of a request is on its decode card, where it joins the others."""
+        self._num_changes += 1
         self._release_prefill_blocks(seq)
         lease = seq.lease
         assert lease is not None, f"request {seq.request_id} is handed off without a lease"
@@ -883,6 +908,7 @@ class Scheduler:
 
     def _end_lease(self, seq: Sequence) -> None:
         lease, seq.lease = seq.lease, None
+        self._num_changes += 1
         seq.num_prefilled_tokens = 0
         self._prefill_backlog.discard(seq)
         self._handing_off.pop(seq, None)
