@@ -58,8 +58,7 @@ def over_tcp() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def cluster(tiny_path) -> Iterator[LLM]:
     """Three cards; a test that ends one leaves it to be started again."""
-    options = {"max_num_batched_tokens": 64, "verify_kv_handoff": True, "card_timeout_s": 4.0}
-    with LLM(tiny_path, **CLUSTER, **options) as llm:
+    with LLM(tiny_path, **CLUSTER, max_num_batched_tokens=64, verify_kv_handoff=True) as llm:
         yield llm
 
 
@@ -367,7 +366,7 @@ def test_a_request_that_ends_cards_is_given_up(tiny_path, expected, monkeypatch)
     """Whoever runs it is killed; the others' tokens come all the same."""
     monkeypatch.setattr(scheduler, "MOST_LOST_CARDS", 2)
     deadly = list(range(50, 90))
-    with LLM(tiny_path, **CLUSTER, card_timeout_s=5) as llm:
+    with LLM(tiny_path, **CLUSTER) as llm:
         for runner in llm._runners:
             watch(runner, deadly)
         killer = llm.add_request(deadly, GREEDY)

@@ -78,7 +78,7 @@ def make_runner(sockets: CardSockets) -> RemoteRunner:
     )
 
 
-def wait_until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:
+def wait_until(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline_s
@@ -107,7 +107,7 @@ def test_a_process_that_fails_says_why_and_ends_by_itself(sockets, runs):
     (words,) = heard
     assert isinstance(words, CardFailed)
     assert words.failure.kind == "ConfigError"
-    wait_until(client.is_reaped, timeout_s=5.0)
+    wait_until(client.is_reaped)
     assert "with exit status 1" in client.how_it_ended()
     client.close()
 
@@ -148,27 +148,26 @@ def test_a_process_that_cannot_be_killed_is_not_waited_for(caplog):
 
 def test_starts_that_fail_are_counted_and_put_off(sockets, runs, monkeypatch):
     """A process may end at once, or the system not start it. The pauses double."""
-    monkeypatch.setattr(remote_card, "FIRST_PAUSE_S", 0.2)
+    monkeypatch.setattr(remote_card, "FIRST_PAUSE_S", 1.0)
     runs("raise SystemExit(3)")
     runner, pauses_s = make_runner(sockets), []
     for program in ("/no/such/program", sys.executable):
         wait_until(lambda: runner.poll() or runner.is_lost)
-        lost_s = time.monotonic()
+        pauses_s.append(runner._restart_at_s - time.monotonic())
         runner.note_loss()
         wait_until(lambda: runner.may_restart)
-        pauses_s.append(time.monotonic() - lost_s)
+        assert time.monotonic() >= runner._restart_at_s
         monkeypatch.setattr(
             card_local, "_command_line", lambda arguments, program=program: [program, "-c", "raise SystemExit"]
         )
         runner.restart()
         if program != sys.executable:
             assert "a process for card 0 cannot be started: " in runner.reason
-    assert pauses_s[0] < 0.15
-    assert pauses_s[1] >= 0.19
+    assert pauses_s[0] <= 0 < pauses_s[1]
     assert not runner.is_out
     wait_until(lambda: runner.poll() or runner.is_lost)
     assert runner.is_out
-    assert runner._restart_at_s - time.monotonic() > 0.3, "twice the pause before"
+    assert runner._restart_at_s - time.monotonic() > pauses_s[1], "twice the pause before"
     runner.close_workers()
 
 
@@ -206,7 +205,7 @@ def test_a_card_ends_when_its_controller_is_gone_from_the_network(sockets, runs,
     wait_until(lambda: client.is_gone() or client.silence_s == 0.0)
     wait_until(lambda: bool(client._messages.poll(100)))
     client._heartbeats.close()
-    wait_until(client.is_reaped, timeout_s=10.0)
+    wait_until(client.is_reaped)
     assert "with exit status 0" in client.how_it_ended()
     client.close()
 

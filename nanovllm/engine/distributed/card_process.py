@@ -431,8 +431,9 @@ def _send_heartbeats(heartbeats: zmq.Socket[bytes], progress: Progress, contact:
                 end_process(0)
     except zmq.ContextTerminated:  # the process ends
         pass
-    finally:  # the end of the context waits for them
-        heartbeats.disable_monitor()
+    finally:  # the end of the context waits until all are closed
+        with contextlib.suppress(zmq.ContextTerminated):
+            heartbeats.disable_monitor()
         monitor.close()
         heartbeats.close()
 
