@@ -160,7 +160,7 @@ uses_workers = pytest.mark.usefixtures("start_method")
 starts_workers = pytest.mark.parametrize(
     "start_method", ["forked", pytest.param("spawned", marks=pytest.mark.slow)], indirect=True
 )
-"""Of tests in which it matters how they are started."""
+"""Marks tests in which it matters how workers are started."""
 
 
 def assert_no_process_is_left():
