@@ -108,7 +108,7 @@ class Scheduler:
         self._prefilled: dict[Sequence, None] = {}
         self._outgrown: list[Sequence] = []
         self._num_changes = 0
-        """Grows with all that placement goes by."""
+        """Grows when chunks are formed, steps and handoffs end, and leases: with what placement goes by."""
         self._taken_by: tuple[Sequence, int, Card] | None = None
         """The request that waits first, the changes until then, and the card on which it is to be prefilled."""
 
@@ -121,7 +121,6 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queues a request, in order of arrival."""
-        self._num_changes += 1
         seq.timeline.mark("waits for a lease (its turn)")
         bisect.insort(self._waiting, seq, key=_request_id)
         if seq.is_streamed:
@@ -199,7 +198,6 @@ class Scheduler:
         at_fault = suspects[0] if len(suspects) == 1 else None
         if at_fault is not None:
             at_fault.failed_on = step.card
-        self._num_changes += 1
         self.placement.step_failed(step.card)
         for seq in live:
             if seq is not at_fault:

@@ -82,9 +82,10 @@ class ClusterPlacement(Placement):
         return self._handoffs_from[card].allows_trial(now_s)
 
     def prefill_began(self, lease: Lease) -> None:
-        now_s = time.monotonic()
-        breakers = [card.breaker for card in {lease.prefill.card, lease.decode.card}]
-        for breaker in [*breakers, *([self._handoffs_from[lease.prefill.card]] if lease.crosses else [])]:
+        breakers, now_s = [lease.prefill.card.breaker], time.monotonic()
+        if lease.crosses:
+            breakers += [lease.decode.card.breaker, self._handoffs_from[lease.prefill.card]]
+        for breaker in breakers:
             if breaker.is_open:
                 breaker.begin_trial(now_s)
 
@@ -109,24 +110,18 @@ class ClusterPlacement(Placement):
 
     @property
     def is_degraded(self) -> bool:
-        return bool(self._left_out or self._without_handoffs)
+        return any(card.breaker.is_open or self._handoffs_from[card].is_open or not card.is_up for card in self.cards)
 
     @property
     def words_for_degraded(self) -> tuple[str, str]:
+        left_out = [str(card) for card in self.cards if card.breaker.is_open or not card.is_up]
+        without_handoffs = [str(card) for card, breaker in self._handoffs_from.items() if breaker.is_open]
         words = []
-        if self._left_out:
-            words.append(f"{', '.join(self._left_out)} left out for a while, the other cards do the work")
-        if self._without_handoffs:
-            words.append(f"no KV is handed over from {', '.join(self._without_handoffs)} for a while")
-        return "card left out" if self._left_out else "handoffs stopped", "; ".join(words)
-
-    @property
-    def _left_out(self) -> list[str]:
-        return [str(card) for card in self.cards if card.breaker.is_open or not card.is_up]
-
-    @property
-    def _without_handoffs(self) -> list[str]:
-        return [str(card) for card, breaker in self._handoffs_from.items() if breaker.is_open]
+        if left_out:
+            words.append(f"{', '.join(left_out)} left out for a while, the other cards do the work")
+        if without_handoffs:
+            words.append(f"no KV is handed over from {', '.join(without_handoffs)} for a while")
+        return "card left out" if left_out else "handoffs stopped", "; ".join(words)
 
     @property
     def words_for_recovered(self) -> str:
