@@ -9,6 +9,7 @@ backlog, bounded by `--max-handoff-backlog`), and preemptions. What the flood le
 from __future__ import annotations
 
 import argparse
+import bisect
 import itertools
 import math
 import random
@@ -47,7 +48,8 @@ def run(llm: LLM, requests: list[Request], running: set[int], dues_s: list[float
     token_times: defaultdict[int, list[float]] = defaultdict(list)
     before, started = llm.metrics(), time.perf_counter()
     num_ended, num_arrived, most_backlog = 0, 0, 0
-    while (now_s := time.perf_counter() - started) < args.seconds:
+    num_due = 0 if dues_s is None else bisect.bisect(dues_s, args.seconds)
+    while (now_s := time.perf_counter() - started) < args.seconds or num_arrived < num_due:
         while num_arrived < len(requests) and (
             dues_s[num_arrived] <= now_s if dues_s is not None else len(running) < args.batch
         ):

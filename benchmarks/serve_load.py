@@ -63,8 +63,8 @@ IN_PROCESS = Path(__file__).parent / "online_load.py"
 MAX_OPEN_REQUESTS = 100_000
 """The server is to refuse none: a load in the engine's process is not refused either."""
 NUM_STREAMS_AT_THE_END = 32
-UNDER_LOAD_S = 2.0
-"""For how long streams go on before the SIGTERM."""
+UNDER_LOAD_S = 0.5
+"""For how long all streams go on before the SIGTERM."""
 ENDLESS_S = 3600.0
 QUANTILE_RATIOS = ("ttft_ms", "tpot_ms", "itl_ms")
 
@@ -182,12 +182,22 @@ class Service:
         return ended | {"under_way": len(under_way), "outcomes": outcomes, "last_stream_ended_s": last_s}
 
     def _begin_endless(self) -> Running:
-        """Streams of requests that take all the room there is, with one token for a prompt; some time later."""
+        """Streams of requests that take all the room there is, with one token for a prompt; when all have decoded some
+        time, or the first one has ended."""
         request = Request(0.0, [0], full_length(self.args.max_model_len - 1))
         num_streams = self.args.streams or NUM_STREAMS_AT_THE_END
+        ended_before = self._num_ended(self._server.metrics())
         running = self._clients.begin({"streams": [[body_of(request)]] * num_streams}, duration_s=ENDLESS_S)
+        while True:
+            found = self._server.metrics()
+            if self._num_ended(found) > ended_before or found["requests"]['state="decoding"'] == num_streams:
+                break
+            time.sleep(0.01)
         time.sleep(UNDER_LOAD_S)
         return running
+
+    def _num_ended(self, metrics: dict[str, Any]) -> float:
+        return sum(metrics.get("requests_ended_total", {}).values())
 
     def _check(self, requests: Sequence[Request]) -> list[str]:
         """What went wrong; raises ServerFailedError if that is everything."""

@@ -45,6 +45,8 @@ MAX_REPEATED = 500
 SHARED_TOKENS = 64
 """Prompts of so many tokens are shared, so that many are."""
 MOST_LATE_S = 0.03
+MOST_FAILED_LAUNCHES = 24
+"""Of the prefill card, one after the other."""
 CYCLES_PER_S = 1.7e9
 """A GPU's clock rate, about."""
 
@@ -85,7 +87,8 @@ class Faults:
         self._llm = llm
         self._chaos_share = chaos_share
         self.rng = rng
-        self._card_works_at_s = 0.0
+        self._launches_to_fail = 0
+        """Of the prefill card."""
         self._is_elastic = llm.scheduler.placement.shares_prompts
         self._late: ModelRunner | None = None
         """Begins its next step late."""
@@ -117,7 +120,8 @@ class Faults:
                 self.injected["late step"] += 1
                 self._be_late(runner)
             is_apart = runner is not self._llm.decode_runner
-            if is_apart and time.perf_counter() < self._card_works_at_s:
+            if is_apart and self._launches_to_fail:
+                self._launches_to_fail -= 1
                 if step.num_requests == 1:
                     plans[0].hits += 1
                     self.injected["card"] += 1
@@ -191,7 +195,7 @@ class Faults:
         if kind == "late":
             self._late = self.rng.choice(runners)
         elif kind == "card":
-            self._card_works_at_s = time.perf_counter() + self.rng.uniform(0.0, 0.2)
+            self._launches_to_fail = self.rng.randint(1, MOST_FAILED_LAUNCHES)
         elif kind == "force":
             self._paths.force(self.rng.choice(list(self._paths.steps)))
         elif kind is not None:

@@ -56,12 +56,12 @@ class ServerProcess:
         """Status, headers and content of one request."""
         return asyncio.run(ask(self.port, method, path, body, headers))
 
-    def stop(self, sig=signal.SIGTERM, within_s=30.0):
+    def stop(self, sig=signal.SIGTERM, within_s=120.0):
         """The exit status."""
         self.process.send_signal(sig)
         return self.wait(within_s)
 
-    def wait(self, within_s=30.0):
+    def wait(self, within_s=120.0):
         return self.process.wait(within_s)
 
     def kill(self):
@@ -70,9 +70,10 @@ class ServerProcess:
         self.process.stdout.close()
 
 
-def metric(server, pattern):
+def metric(server, pattern, headers=()):
     """The sum of the metrics whose lines begin like this."""
-    _, _, text = server.ask("GET", "/metrics")
+    status, _, text = server.ask("GET", "/metrics", headers=headers)
+    assert status == 200, text
     return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if re.match(pattern, line))
 
 

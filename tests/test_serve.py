@@ -28,7 +28,7 @@ def chat_body(question, **more):
     return {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 600, **more}
 
 
-def at_rest(server, within_s=15.0):
+def at_rest(server, within_s=120.0):
     """Waits until the engine holds nothing."""
     deadline = time.monotonic() + within_s
     while metric(server, r'nanovllm_kv_blocks\{.*state="held"') or metric(server, r"nanovllm_requests\{"):
@@ -52,7 +52,7 @@ def start_server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(start_server):
-    made = start_server("--max-queued-requests", "72", "--max-body-bytes", "2000000", "--body-timeout", "1")
+    made = start_server("--max-queued-requests", "72", "--max-body-bytes", "2000000")
     yield made
     assert made.process.poll() is None, made.log.read_text()
     at_rest(made)
@@ -388,6 +388,7 @@ def test_explain_by_the_id_of_an_answer(client, server):
 
 
 def test_metrics_count_what_was_served(client, server):
+    at_rest(server)
     before = metric(server, r"nanovllm_decode_tokens_total ")
     client.completions.create(model="demo", prompt="a", max_tokens=12, extra_body={"ignore_eos": True})
     assert metric(server, r"nanovllm_decode_tokens_total ") == before + 11
@@ -397,17 +398,18 @@ def test_metrics_count_what_was_served(client, server):
 
 
 async def follow(port, question, leave_after):
-    """The text of an answer, or its beginning where the client leaves after so many events."""
-    text, stream = "", events(port, "/v1/chat/completions", chat_body(question, stream=True))
+    """The text of an answer; where the client leaves after so many events, the beginning of one that goes on."""
+    more = {} if leave_after is None else {"max_tokens": 1900, "ignore_eos": True}
+    text, stream = "", events(port, "/v1/chat/completions", chat_body(question, stream=True, **more))
     async with contextlib.aclosing(stream):
         count = 0
         async for event in stream:
             if event == "[DONE]":
-                return text, True
+                return text
             text += json.loads(event)["choices"][0]["delta"]["content"]
             count += 1
             if count == leave_after:
-                return text, False
+                return text
     raise AssertionError("the stream has ended without its end")
 
 
@@ -421,26 +423,27 @@ def test_a_crowd_of_streams_of_which_a_third_leave_early(server):
         return await asyncio.gather(*calls)
 
     before = metric(server, r'nanovllm_requests_ended_total\{reason="abort"')
-    for question, left, (text, is_whole) in zip(questions, leave_after, asyncio.run(main()), strict=True):
-        assert is_whole or left is not None
-        assert text == ANSWERS[question] if is_whole else ANSWERS[question].startswith(text)
+    for question, left, text in zip(questions, leave_after, asyncio.run(main()), strict=True):
+        expected = ANSWERS[question]
+        assert text == expected if left is None else expected.startswith(text[: len(expected)])
     at_rest(server)
-    assert metric(server, r'nanovllm_requests_ended_total\{reason="abort"') > before + 20
+    assert metric(server, r'nanovllm_requests_ended_total\{reason="abort"') == before + 40
 
 
 def test_a_client_that_leaves_before_its_whole_answer_is_not_served_on(server):
     async def main():
         _, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        data = json.dumps(chat_body(PRIMES, max_tokens=1900, ignore_eos=True)).encode()
+        data = json.dumps(chat_body(PRIMES, max_tokens=1900, ignore_eos=True, n=16)).encode()
         writer.write(head("POST", "/v1/chat/completions", len(data)) + data)
         await writer.drain()
-        await asyncio.sleep(0.3)
+        while await asyncio.to_thread(metric, server, r"nanovllm_requests\{") < 16:
+            await asyncio.sleep(0.02)
         writer.close()
 
     before = metric(server, r'nanovllm_requests_ended_total\{reason="abort"')
     asyncio.run(main())
     at_rest(server)
-    assert metric(server, r'nanovllm_requests_ended_total\{reason="abort"') == before + 1
+    assert metric(server, r'nanovllm_requests_ended_total\{reason="abort"') == before + 16
 
 
 def test_too_many_requests_are_told_to_come_again(server):
@@ -497,12 +500,14 @@ def test_huge_bodies(server):
     assert asyncio.run(in_chunks()) == 413
 
 
-def test_slow_and_half_sent_bodies(server):
+def test_slow_and_half_sent_bodies(start_server):
+    served = start_server("--body-timeout", "1")
+
     async def slow():
-        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        started_s = time.monotonic()
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
         writer.write(head("POST", "/v1/completions", 100))
         answer = asyncio.create_task(read_head(reader))
-        started_s = time.monotonic()
         while not answer.done():
             with contextlib.suppress(ConnectionError):
                 writer.write(b" ")
@@ -512,7 +517,7 @@ def test_slow_and_half_sent_bodies(server):
         return (await answer)[0], time.monotonic() - started_s
 
     async def half():
-        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        _, writer = await asyncio.open_connection("127.0.0.1", served.port)
         writer.write(head("POST", "/v1/completions", 100) + b'{"prompt": "a')
         await writer.drain()
         await asyncio.sleep(0.05)
@@ -523,16 +528,41 @@ def test_slow_and_half_sent_bodies(server):
 
     status, seconds = asyncio.run(main())
     assert status == 408
-    assert 0.9 < seconds < 10
-    assert server.ask("GET", "/health")[0] == 200
+    assert seconds > 1
+    assert served.ask("GET", "/health")[0] == 200
+    assert served.stop() == 0
 
 
 # Ends
 
 
-def test_a_key_and_sigterm_under_load(start_server):
-    """Requests that end in time are answered, others are told, and new ones are refused meanwhile."""
-    served = start_server("--api-key", "secret", "--shutdown-timeout", "3", "--served-model-name", "it")
+def test_sigterm_under_load_lets_requests_end(start_server):
+    """Those under way are answered, however long that takes, and new ones are refused meanwhile."""
+    served = start_server("--shutdown-timeout", "600")
+
+    async def main():
+        stream = events(served.port, "/v1/completions", {"prompt": "a", **ENDLESS})
+        short = [ask(served.port, "POST", "/v1/chat/completions", chat_body(PRIMES)) for _ in range(20)]
+        tasks = [asyncio.create_task(each) for each in short]
+        while await asyncio.to_thread(metric, served, r"nanovllm_requests(_ended_total)?\{") < len(tasks):
+            await asyncio.sleep(0.02)
+        await anext(stream)
+        served.process.send_signal(signal.SIGTERM)
+        while (await ask(served.port, "GET", "/health"))[0] == 200:
+            await asyncio.sleep(0.02)
+        refused = await ask(served.port, "POST", "/v1/completions", {"prompt": "a"})
+        return refused, await asyncio.gather(*tasks), [event async for event in stream]
+
+    refused, short, rest = asyncio.run(main())
+    assert served.wait() == 0
+    assert refused[0] == 503
+    assert {answer[0] for answer in short} == {200}
+    assert {json.loads(answer[2])["choices"][0]["message"]["content"] for answer in short} == {ANSWERS[PRIMES]}
+    assert rest[-1] == "[DONE]"
+
+
+def test_a_key_and_what_is_told_to_requests_that_do_not_end_in_time(start_server):
+    served = start_server("--api-key", "secret", "--shutdown-timeout", "1", "--served-model-name", "it")
     key = ["Authorization: Bearer secret"]
     assert served.ask("GET", "/v1/models")[0] == 401
     assert served.ask("GET", "/v1/models", headers=["Authorization: Bearer secrex"])[0] == 401
@@ -540,32 +570,25 @@ def test_a_key_and_sigterm_under_load(start_server):
     with served.client(api_key="secret") as client:
         assert client.models.list().data[0].id == "it"
 
-    async def endless():
-        found = [event async for event in events(served.port, "/v1/completions", {"prompt": "a", **ENDLESS}, key)]
-        return json.loads(found[-1])
-
     async def main():
-        short = [ask(served.port, "POST", "/v1/chat/completions", chat_body(PRIMES), key) for _ in range(20)]
-        tasks = [asyncio.create_task(each) for each in (*short, endless(), endless())]
-        whole = {"prompt": "a", **ENDLESS, "stream": False}
-        tasks.append(asyncio.create_task(ask(served.port, "POST", "/v1/completions", whole, key)))
-        await asyncio.sleep(0.5)
-        served.process.send_signal(signal.SIGTERM)
-        started_s = time.monotonic()
-        while (await ask(served.port, "GET", "/health"))[0] == 200:
+        streams = [events(served.port, "/v1/completions", {"prompt": "a", **ENDLESS}, key) for _ in range(2)]
+        whole = {"prompt": "a", **ENDLESS, "stream": False, "n": 16}
+        answer = asyncio.create_task(ask(served.port, "POST", "/v1/completions", whole, key))
+        while await asyncio.to_thread(metric, served, r"nanovllm_requests\{", key) < 16:
             await asyncio.sleep(0.02)
-        refused = await ask(served.port, "POST", "/v1/completions", {"prompt": "a"}, key)
-        answers = await asyncio.gather(*tasks)
-        return refused, answers, time.monotonic() - started_s
+        for stream in streams:
+            await anext(stream)
+        served.process.send_signal(signal.SIGTERM)
+        last_events = []
+        for stream in streams:
+            *_, last = [event async for event in stream]
+            last_events.append(last)
+        return last_events, await answer
 
-    refused, (*short, first, second, last), seconds = asyncio.run(main())
+    last_events, answer = asyncio.run(main())
     assert served.wait() == 0
-    assert refused[0] == 503
-    assert {answer[0] for answer in short} == {200}
-    assert {json.loads(answer[2])["choices"][0]["message"]["content"] for answer in short} == {ANSWERS[PRIMES]}
-    assert first["error"]["code"] == second["error"]["code"] == "stopping"
-    assert last[0] == 503
-    assert seconds < 3 + 2
+    assert {json.loads(event)["error"]["code"] for event in last_events} == {"stopping"}
+    assert answer[0] == 503
 
 
 def test_a_killed_engine_process_is_told_and_ends_the_server(start_server):
@@ -577,6 +600,8 @@ def test_a_killed_engine_process_is_told_and_ends_the_server(start_server):
             ask(served.port, "POST", "/v1/completions", {"prompt": "a", **ENDLESS, "stream": False})
         )
         await anext(stream)
+        while await asyncio.to_thread(metric, served, r"nanovllm_requests\{") < 2:
+            await asyncio.sleep(0.02)
         os.kill(served.engine_pid, signal.SIGKILL)
         rest = [event async for event in stream]
         return json.loads(rest[-1]), await whole
@@ -588,7 +613,7 @@ def test_a_killed_engine_process_is_told_and_ends_the_server(start_server):
 
 
 def test_ctrl_c_twice_stops_at_once(start_server):
-    served = start_server("--shutdown-timeout", "60")
+    served = start_server("--shutdown-timeout", "600")
 
     async def main():
         stream = events(served.port, "/v1/completions", {"prompt": "a", **ENDLESS})
@@ -601,10 +626,8 @@ def test_ctrl_c_twice_stops_at_once(start_server):
             async for _ in stream:
                 pass
 
-    started_s = time.monotonic()
     asyncio.run(main())
-    assert served.wait() == 0
-    assert time.monotonic() - started_s < 20
+    assert served.wait() == 0, "long before its time is up"
 
 
 # The page
@@ -621,19 +644,20 @@ def test_the_page_needs_nothing_from_elsewhere(server):
 
 def test_the_feed_shows_a_card_at_work(server):
     async def main():
-        stream = events(server.port, "/v1/completions", {"prompt": "a", **ENDLESS})
+        stream = events(server.port, "/v1/completions", {"prompt": "a", "n": 8, **ENDLESS})
         await anext(stream)
         feed = events(server.port, "/live", method="GET")
-        found = [json.loads(await anext(feed)) for _ in range(3)]
+        async for event in feed:
+            sample = json.loads(event)
+            if sample["requests"]["decoding"] == 8 and sample["tokens_per_s"] > 0:
+                break
         await feed.aclose()
         await stream.aclose()
-        return found
+        return sample
 
-    *_, sample = asyncio.run(main())
+    sample = asyncio.run(main())
     assert {*sample["cards"]} == {"cpu:0"}
-    assert sum(sample["cards"]["cpu:0"].values()) > 0.1
-    assert sample["requests"]["decoding"] == 1
-    assert sample["tokens_per_s"] > 0
+    assert sum(sample["cards"]["cpu:0"].values()) > 0
     assert 0 < sample["itl_s"]["p50"] <= sample["itl_s"]["p99"]
     at_rest(server)
 
@@ -649,8 +673,6 @@ def test_who_watches_needs_the_key_and_keeps_no_server_alive(start_server):
         served.process.send_signal(signal.SIGTERM)
         return [json.loads(event) async for event in feed]
 
-    started_s = time.monotonic()
     assert "ended" in asyncio.run(watch_to_the_end())[-1]
     assert served.wait() == 0
-    assert time.monotonic() - started_s < 10
     assert "Traceback" not in served.log.read_text()

@@ -31,7 +31,7 @@ LEAST_LOOK_S = 0.02
 """Seconds from one look whether the process is there to the next."""
 MOST_SILENCE_PER_LOOK_S = 0.1
 """Silence is counted only while somebody listens: of a longer time between two looks no more than this counts."""
-LAST_MESSAGES_S = 0.1
+LAST_MESSAGES_S = 0.5
 """Seconds for which what a process has said before its end may be on the way."""
 
 

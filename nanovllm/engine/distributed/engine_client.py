@@ -23,8 +23,8 @@ from nanovllm.engine.distributed.messages import Command, NotReady, Ready, Repor
 from nanovllm.errors import EngineProcessError
 from nanovllm.utils.process import await_end
 
-LAST_WORDS_S = 0.5
-"""How long what the process has said before its end may be on the way."""
+LAST_WORDS_S = 5.0
+"""How long the process may take to end once its link has, and what it has said before may be on the way."""
 
 
 class EngineClient:

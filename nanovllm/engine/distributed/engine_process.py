@@ -49,6 +49,8 @@ CLOSE_TIMEOUT_S = 20.0
 
 LAST_WORDS_MS = 1000
 """How long messages that have not left may take at the end."""
+REASON_MS = 60_000
+"""How long the reason why there is no engine may take to leave. If the client is gone, the process ends at once."""
 
 
 class ServedEngine(LLMEngine):
@@ -89,8 +91,8 @@ class Outbox:
     def send(self, message: Report) -> None:
         self._socket.send(encode(message), zmq.NOBLOCK)
 
-    def close(self) -> None:
-        self._socket.close()
+    def close(self, last_words_ms: int = LAST_WORDS_MS) -> None:
+        self._socket.close(linger=last_words_ms)
 
 
 class Receiver:
@@ -231,7 +233,7 @@ def _made(start: Start, outbox: Outbox) -> ServedEngine:
         return ServedEngine(start.model, **start.options)
     except Exception as error:
         outbox.send(NotReady(Failure.of(error)))
-        outbox.close()
+        outbox.close(REASON_MS)
         if isinstance(error, NanoVLLMError):
             sys.exit(1)  # the client says what it was
         raise

@@ -18,7 +18,7 @@ from nanovllm.entrypoints.server.gate import Gate
 
 logger = logging.getLogger(__name__)
 
-TELL_TIMEOUT_S = 1
+TELL_TIMEOUT_S = 2
 """How long it may take to tell those who are left that there will be no answer."""
 
 

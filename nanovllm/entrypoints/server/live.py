@@ -50,10 +50,11 @@ class Live:
         while self._watchers:
             started_s = time.monotonic()
             try:
-                history.append((started_s, await self._metrics()))
+                metrics = await self._metrics()
             except Exception as error:  # noqa: BLE001 - whatever it is, those who look are told
                 self._tell({"ended": str(error)})
                 return
+            history.append((time.monotonic(), metrics))  # the engine may have taken its time to answer
             if len(history) > 1:
                 self._tell(sample_of(history))
             await asyncio.sleep(max(0.0, INTERVAL_S - (time.monotonic() - started_s)))
