@@ -26,7 +26,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in eve
 
 # One run is like the next; `pytest --hypothesis-profile=search tests/test_scheduler.py` looks for what they all miss.
 hypothesis.settings.register_profile(
-    "repeatable", derandomize=True, deadline=None, max_examples=150, stateful_step_count=60
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    max_examples=150,
+    stateful_step_count=60,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.register_profile(
     "search", deadline=None, max_examples=5000, stateful_step_count=60, print_blob=True

@@ -34,9 +34,14 @@ def tokens_of(llm: LLM, count: int) -> list[list[int]]:
     return [answer["token_ids"] for answer in answers]
 
 
-def await_all(llm: LLM) -> None:
-    deadline_s = time.monotonic() + 100
-    while not all(card.is_up for card in llm.scheduler.cards) or llm._handoffs.under_way:
+def await_loss(llm: LLM, runners: list[Any]) -> None:
+    """Until one of these was lost, and all cards are up again."""
+    deadline_s = time.monotonic() + 200
+    while (
+        not any(runner.reason for runner in runners)
+        or not all(card.is_up for card in llm.scheduler.cards)
+        or llm._handoffs.under_way
+    ):
         assert time.monotonic() < deadline_s, "a card does not come back"
         llm.step()
         time.sleep(0.01)
@@ -56,7 +61,7 @@ def one_host(folder: str) -> dict[str, Any]:
         LLM(folder, **OPTIONS, prefill_cards=2)
     except ConfigError as error:
         found["too_many"] = str(error)
-    with LLM(folder, **OPTIONS, card_timeout_s=3) as llm:
+    with LLM(folder, **OPTIONS, card_timeout_s=10) as llm:
         first, second = (next(runner for runner in llm._runners if runner.device.index == index) for index in (0, 1))
         found["endpoint"] = second._client._messages.getsockopt_string(zmq.LAST_ENDPOINT)
         found["tokens"] = tokens_of(llm, 6)
@@ -64,13 +69,13 @@ def one_host(folder: str) -> dict[str, Any]:
         timer = after(0.1, os.kill, second.pid, signal.SIGKILL)
         found["tokens_killed"] = tokens_of(llm, 24)
         timer.join()
-        await_all(llm)
+        await_loss(llm, [second])
         found["killed"] = second.reason
         pid = first.pid
         timer = after(0.1, ray.kill, first._client._process._actor)
         found["tokens_actor"] = tokens_of(llm, 24)
         timer.join()
-        await_all(llm)
+        await_loss(llm, [first])
         found["actor"], found["went_with_it"] = first.reason, not os.path.exists(f"/proc/{pid}")
         pids = [runner.pid for runner in llm._runners]
     found["tokens_async"] = asyncio.run(served(folder))
@@ -98,7 +103,7 @@ def two_hosts(folder: str) -> dict[str, Any]:
     second = cluster.add_node(num_cpus=1, node_ip_address="127.0.0.3")
     ray.init(address=cluster.address, logging_level="WARNING", _node_ip_address="127.0.0.2")
     found: dict[str, Any] = {}
-    with LLM(folder, **OPTIONS, card_timeout_s=3) as llm:
+    with LLM(folder, **OPTIONS, card_timeout_s=10) as llm:
         runners = list(llm._runners)
         found["endpoints"] = [runner._client._messages.getsockopt_string(zmq.LAST_ENDPOINT) for runner in runners]
         found["tokens"] = tokens_of(llm, 6)
@@ -107,7 +112,7 @@ def two_hosts(folder: str) -> dict[str, Any]:
         timer = after(0.2, lambda: cluster.remove_node(second, allow_graceful=False))
         found["tokens_lost"] = tokens_of(llm, 24)
         timer.join()
-        await_all(llm)
+        await_loss(llm, runners)
         found["reasons"] = [runner.reason for runner in runners]
         found["tokens_back"] = tokens_of(llm, 6)
     return found

@@ -85,6 +85,7 @@ def test_a_failed_rebalance_goes_back_to_the_last_good_split(checkpoint, arrange
         return rebalance(manager, attention_sm, ffn_sm)
 
     monkeypatch.setattr(GreenManager, "rebalance", refuse_other)
+    monkeypatch.setattr(circuit_breaker, "FIRST_PAUSE_S", 1e6)
     paths, result, metrics = serve_by_length(checkpoint)
     assert result["fallbacks"] == {"rebalance failed": 1}
     assert metrics["fallbacks"] == {"rebalance failed": 1}

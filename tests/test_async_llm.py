@@ -39,7 +39,7 @@ AsyncLLM = async_llm.AsyncLLM
 OPTIONS = {"device": "cpu", "num_kvcache_blocks": 300}
 GREEDY = SamplingParams(temperature=0, max_tokens=200)
 QUESTION = [{"role": "user", "content": "list all prime numbers within 100"}]
-LONG = SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True)
+LONG = SamplingParams(temperature=0, max_tokens=2000, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ async def collected(outputs):
     return "".join(texts), token_ids, last
 
 
-async def at_rest(llm, within_s=10.0):
+async def at_rest(llm, within_s=60.0):
     """Waits until the engine holds nothing."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
@@ -77,7 +77,7 @@ async def at_rest(llm, within_s=10.0):
     raise AssertionError(f"still there: {metrics['requests']}, {metrics['kv_blocks']}")
 
 
-async def until_gone(pid, within_s=15.0):
+async def until_gone(pid, within_s=120.0):
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         if process_state(pid) in (None, "Z"):
@@ -88,8 +88,10 @@ async def until_gone(pid, within_s=15.0):
 
 def process_state(pid):
     """One letter: `T` of a stopped process, `Z` of one that has ended; None of one that is gone."""
-    about = Path(f"/proc/{pid}/stat")
-    return about.read_text().rsplit(")", 1)[1].split()[0] if about.exists() else None
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return None
 
 
 def stop(pid):
@@ -105,9 +107,12 @@ def cpu_ticks(pid):
 
 
 def wait_until_idle(pid):
-    before = -1
-    while (ticks := cpu_ticks(pid)) != before:
-        before = ticks
+    """Until it sleeps, and has used no time since, at four looks in a row."""
+    num_idle, before = 0, None
+    while num_idle < 4:
+        look = process_state(pid), cpu_ticks(pid)
+        num_idle = num_idle + 1 if look == before and look[0] == "S" else 0
+        before = look
         time.sleep(0.5)
 
 
@@ -188,20 +193,26 @@ def test_a_request_that_is_left_is_aborted(llm):
         async for output in llm.generate("Once", LONG):
             if output.new_token_ids:
                 break
-        stream = await llm.open("Once", LONG)
-        del stream  # before anything was taken
-        opened = await llm.open("Once", LONG)
-        for outputs in (llm.generate("Once", LONG), opened):
-            task = asyncio.create_task(collected(outputs))
-            await asyncio.sleep(0.05)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
+        stop(llm.engine_pid)  # so that no request ends by itself
+        try:
+            stream = await llm.open("Once", LONG)
+            del stream  # before anything was taken
+            opened = await llm.open("Once", LONG)
+            for outputs in (llm.generate("Once", LONG), opened):
+                task = asyncio.create_task(collected(outputs))
+                await asyncio.sleep(0.05)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+        finally:
+            os.kill(llm.engine_pid, signal.SIGCONT)
         await at_rest(llm)
-        assert (await llm.metrics())["decode_tokens"] < before + 500
 
-    before = asyncio.run(llm.metrics())["decode_tokens"]
+    before = asyncio.run(llm.metrics())["requests_ended"]
     asyncio.run(main())
+    ended = asyncio.run(llm.metrics())["requests_ended"]
+    assert ended["abort"] == before.get("abort", 0) + 4
+    assert ended.get("length") == before.get("length")
 
 
 def test_abort_gives_a_last_output(llm):
@@ -234,13 +245,12 @@ def test_what_waits_is_given_out_as_one(llm):
 def test_a_client_that_stands_still_does_not_hold_the_engine_up(llm):
     async def main():
         stream = await llm.open("Once", SamplingParams(temperature=0, max_tokens=300, ignore_eos=True))
-        await anext(stream)
+        first = await anext(stream)
         wait_until_idle(llm.engine_pid)  # and nothing of this process runs
-        return [output async for output in stream]
+        return first, [output async for output in stream]
 
-    outputs = asyncio.run(main())
-    assert len(outputs) == 1
-    assert len(outputs[0].new_token_ids) > 250
+    first, others = asyncio.run(main())
+    assert [len(output.new_token_ids) for output in others] == [300 - len(first.new_token_ids)]
 
 
 def test_an_idle_engine_sleeps(llm):
@@ -248,10 +258,13 @@ def test_an_idle_engine_sleeps(llm):
         await collected(llm.generate("Once", GREEDY))
         await at_rest(llm)
 
+    def ticks_of_a_second():
+        before = cpu_ticks(llm.engine_pid)
+        time.sleep(1.0)
+        return cpu_ticks(llm.engine_pid) - before
+
     asyncio.run(main())
-    before = cpu_ticks(llm.engine_pid)
-    time.sleep(1.0)
-    assert cpu_ticks(llm.engine_pid) - before <= 2
+    assert any(ticks_of_a_second() <= 2 for _ in range(10))
 
 
 def test_refused_requests_harm_nobody(llm):
@@ -314,22 +327,30 @@ def test_a_loop_that_is_gone_leaves_no_request_behind(llm):
     async def main():
         stream = await llm.open("Once", LONG)
         await anext(stream)
+        stop(llm.engine_pid)  # so that the request does not end by itself
         return stream
+
+    async def next_main():
+        question = asyncio.create_task(llm.metrics())
+        await asyncio.sleep(0)  # until it is asked
+        os.kill(llm.engine_pid, signal.SIGCONT)
+        await question
+        await at_rest(llm)
 
     before = asyncio.run(llm.metrics())["requests_ended"].get("abort", 0)
     stream = asyncio.run(main())
-    asyncio.run(at_rest(llm))
+    asyncio.run(next_main())
     assert asyncio.run(llm.metrics())["requests_ended"]["abort"] == before + 1
     del stream
 
 
 def test_close_ends_streams_and_the_process(tiny_path):
     async def main():
-        llm = AsyncLLM(tiny_path, device="cpu", num_kvcache_blocks=100)
-        started_s = time.monotonic()
-        stream = await llm.open([1, 2, 3], SamplingParams(max_tokens=400, ignore_eos=True))
-        await anext(stream)
-        waiting = asyncio.create_task(collected(stream))
+        llm = AsyncLLM(tiny_path, device="cpu", num_kvcache_blocks=100, max_num_seqs=1)
+        params = SamplingParams(max_tokens=400, ignore_eos=True)
+        streams = [await llm.open([1, 2, 3], params) for _ in range(100)]  # one after the other
+        await anext(streams[0])
+        waiting = asyncio.create_task(collected(streams[-1]))
         await asyncio.sleep(0)
         folder, pid = Path(llm._engine._folder), llm.engine_pid
         await llm.close()
@@ -339,7 +360,7 @@ def test_close_ends_streams_and_the_process(tiny_path):
             await llm.open([1])
         with pytest.raises(EngineClosedError):
             await llm.metrics()
-        assert time.monotonic() - started_s < 10
+        assert llm._engine._process.returncode == 0, "it was not killed"
         await until_gone(pid)
         assert not folder.exists()
 
@@ -373,13 +394,11 @@ def test_a_killed_engine_process_is_an_error_of_everything_that_waits():
         stop(llm.engine_pid)  # so that it cannot answer
         question = asyncio.create_task(llm.metrics())
         await asyncio.sleep(0.01)
-        started_s = time.monotonic()
         os.kill(llm.engine_pid, signal.SIGKILL)
         for stream in streams:
             _, _, last = await collected(stream)
             assert last.finish_reason == "error"
             assert isinstance(last.error, EngineProcessError)
-        assert time.monotonic() - started_s < 2.0
         with pytest.raises(EngineProcessError, match="SIGKILL"):
             await question
         with pytest.raises(EngineProcessError, match="make a new AsyncLLM"):

@@ -48,7 +48,7 @@ class Holder:
         if self._process.stdout.readline().strip() == "holds":
             self._holds.set()
 
-    def holds(self, timeout_s: float = 30.0) -> bool:
+    def holds(self, timeout_s: float = 120.0) -> bool:
         return self._holds.wait(timeout_s)
 
     def let_go(self) -> None:
@@ -73,7 +73,7 @@ def holder(tmp_path):
 
 
 def wait_until_one_waits(folder: Path) -> None:
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + 120
     with open(folder / "entrance", "w") as entrance:
         while time.monotonic() < deadline_s:
             try:

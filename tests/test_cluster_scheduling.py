@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -16,6 +15,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.card_watch import CardWatch
 from nanovllm.engine.in_flight import StepsInFlight
 from nanovllm.engine.scheduler import MOST_LOST_CARDS, STEPS_AHEAD, Scheduler, SchedulerLimits
+from nanovllm.engine.scheduling import cluster_placement
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.cluster_placement import ClusterPlacement, ElasticClusterPlacement
 from nanovllm.engine.scheduling.placement import OtherPrompts, Places
@@ -25,6 +25,12 @@ from nanovllm.engine.sequence import Sequence
 
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 48
+
+
+@pytest.fixture
+def time_stands_still(monkeypatch):
+    """What is left out for a while stays so."""
+    monkeypatch.setattr(cluster_placement, "time", SimpleNamespace(monotonic=lambda: 0.0))
 
 
 def make_cards(num_prefill: int, num_decode: int, num_blocks: int = 24) -> ClusterPlacement:
@@ -235,6 +241,7 @@ def test_an_elastic_card_prefills_and_decodes():
     assert placement.places_of(seq, sizes, narrow) == Places(third, third), "what it has to do, by its room"
 
 
+@pytest.mark.usefixtures("time_stands_still")
 def test_an_elastic_card_hands_over_what_it_cannot_decode():
     placement = make_cards(3, 0)
     first, second, third = placement.cards
@@ -246,7 +253,7 @@ def test_an_elastic_card_hands_over_what_it_cannot_decode():
     busy = dataclasses.replace(others, has_time=lambda card: card is second)
     assert placement.places_of(seq, sizes_of(placement, **contexts), busy) == Places(first, second)
     for _ in range(3):
-        placement._handoffs_from[first].failed(time.monotonic())
+        placement._handoffs_from[first].failed(0.0)
     assert placement.words_for_degraded == ("handoffs stopped", "no KV is handed over from card 0 for a while")
     assert placement.places_of(seq, full, others) == Places(first, first), "its handoffs fail"
     assert placement.places_of(seq, sizes_of(placement, **contexts), busy) == Places(second, second)
@@ -342,6 +349,7 @@ def test_the_request_at_fault_is_found_by_halves(where, culprit):
     assert num_failed_steps <= 5, "8, 4, 2, 1 requests, and once more"
 
 
+@pytest.mark.usefixtures("time_stands_still")
 @pytest.mark.parametrize(("num_prefill", "num_decode", "sick"), [(2, 1, 0), (1, 2, 1), (3, 0, 0), (3, 0, 1)], ids=str)
 def test_a_card_on_which_all_steps_fail_is_left_out(num_prefill, num_decode, sick):
     """What has failed there is tried elsewhere, and ends well."""

@@ -132,7 +132,7 @@ class Streams:
 
 
 def run(main):
-    asyncio.run(asyncio.wait_for(main(), 10))
+    asyncio.run(asyncio.wait_for(main(), 60))
 
 
 def test_each_step_is_a_part():

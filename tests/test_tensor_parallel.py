@@ -315,7 +315,9 @@ HOW_GONE = pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=
 @starts_workers
 @HOW_GONE
 def test_a_worker_that_is_gone_ends_all_requests_by_name(even, start_method, how):
-    with LLM(even["biased"], device="cpu", tensor_parallel_size=2, step_timeout_s=2.0) as llm:
+    # A rank that is killed breaks its connections, one that is stopped does not.
+    options = {"step_timeout_s": 10.0} if how is signal.SIGSTOP else {}
+    with LLM(even["biased"], device="cpu", tensor_parallel_size=2, **options) as llm:
         check_all_end_without_a_worker(llm, how)
     assert_no_process_is_left()
 
@@ -330,7 +332,7 @@ def check_all_end_without_a_worker(llm, how):
     started, ended = time.monotonic(), []
     while not llm.is_finished():
         ended += [output for output in llm.step() if output.finished]
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 120
     assert [output.finish_reason for output in ended] == ["error"] * 6
     assert all(isinstance(output.error, WorkerError) for output in ended)
     reason = "rank 1 is gone (exit status -9)" if how is signal.SIGKILL else "no longer in step"
@@ -387,7 +389,7 @@ def test_an_interrupt_within_a_step_leaves_the_ranks_in_step(even):
 def test_no_interrupt_or_exit_within_a_step_is_lost(even, raised):
     """An exit is the caller's to hear, and an interrupt is, when the step fails that it strikes in."""
     heard = SystemExit if raised is SystemExit else KeyboardInterrupt
-    with LLM(even["biased"], device="cpu", tensor_parallel_size=2, step_timeout_s=2.0) as llm:
+    with LLM(even["biased"], device="cpu", tensor_parallel_size=2) as llm:
 
         def broken_off(task):
             if heard is KeyboardInterrupt:
@@ -420,13 +422,20 @@ def test_what_a_lost_rank_leaves_of_a_step_is_given_to_nobody(even):
     assert isinstance(of_it[-1].error, WorkerError)
 
 
+@pytest.fixture
+def long_last_words(monkeypatch):
+    """A worker that fails may take its time to say so and to end."""
+    monkeypatch.setattr(tensor_parallel, "LAST_WORDS_S", 60.0)
+
+
 @uses_workers
+@pytest.mark.usefixtures("long_last_words")
 def test_of_many_workers_the_one_that_failed_first_is_told_of(even):
-    with LLM(even["biased"], device="cpu", tensor_parallel_size=4, step_timeout_s=5.0) as llm:
+    with LLM(even["biased"], device="cpu", tensor_parallel_size=4) as llm:
         workers = llm.decode_runner._workers
         for rank, no_task in ((3, "none"), (1, 1.5), (2, 2)):
             workers._pipes[rank - 1].send(no_task)
-            time.sleep(0.5)
+            assert workers._pipes[rank - 1].poll(60), "it does not say that it fails"
         with pytest.raises(WorkerError, match=r"rank 3(.|\n)*AttributeError: 'str' object has no attribute"):
             workers.check()
     assert_no_process_is_left()
@@ -437,21 +446,23 @@ def hang(ranks):
 
 
 @starts_workers
-def test_a_worker_that_hangs_while_it_starts_is_told_of(monkeypatch, start_method):
-    timeout_s = 8 if start_method == "forked" else 20  # its imports come first, which take seconds
-    monkeypatch.setattr(tensor_parallel, "START_TIMEOUT_S", float(timeout_s))
+def test_a_worker_that_hangs_while_it_starts_is_told_of(start_method):
     workers = Workers(2, hang, lambda rank: Device("cpu", rank), 60.0)
+    timer = workers._start_timer
+    assert (timer.interval, timer.is_alive()) == (600.0, True)
+    threading.Timer(0.2, timer.function).start()  # as if the time were over
     with pytest.raises(RuntimeError, match="a rank is gone"):
         workers.ranks.all_reduce_min(0)
-    with pytest.raises(WorkerError, match=f"not all ranks have started within {timeout_s} s"):
+    with pytest.raises(WorkerError, match="not all ranks have started within 600 s"):
         workers.check()
     workers.abandon()
     assert_no_process_is_left()
 
 
 @starts_workers
+@pytest.mark.usefixtures("long_last_words")
 def test_what_fails_in_a_worker_is_told_with_its_traceback(even, start_method):
-    with LLM(even["biased"], device="cpu", tensor_parallel_size=2, step_timeout_s=3.0) as llm:
+    with LLM(even["biased"], device="cpu", tensor_parallel_size=2) as llm:
         llm.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=5))
         for pipe in llm.decode_runner._workers._pipes:
             pipe.send("what is no task")
@@ -497,7 +508,7 @@ def run_script(tmp_path, code, *arguments):
     script.write_text(textwrap.dedent(code))
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "TMPDIR": str(tmp_path)}
     command = [sys.executable, str(script), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
 NOT_CLOSED = """
@@ -559,6 +570,13 @@ def test_nothing_is_left_when_the_engine_is_gone(even, tmp_path, how, then):
     check_nothing_is_left(even["biased"], {"device": "cpu", "num_kvcache_blocks": 100}, tmp_path, how, then)
 
 
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
 def check_nothing_is_left(path, options, tmp_path, how, then):
     script = tmp_path / "serve.py"
     script.write_text(textwrap.dedent(SERVE))
@@ -572,9 +590,9 @@ def check_nothing_is_left(path, options, tmp_path, how, then):
         time.sleep(0.2)
         # As from a terminal: all processes of the group hear of Ctrl-C.
         os.killpg(engine.pid, how) if how is signal.SIGINT else engine.send_signal(how)
-        engine.wait(20)
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+        engine.wait(120)
+    deadline = time.monotonic() + 60
+    while is_running(pid):
         assert time.monotonic() < deadline, "the worker is still there"
         time.sleep(0.05)
     assert list(tmp_path.glob("nanovllm-*")) == []

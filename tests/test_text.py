@@ -311,12 +311,12 @@ def test_a_token_costs_as_much_after_8000_others_as_at_the_beginning(stream):
     token_ids = [token if isinstance(token, int) else tokenizer.convert_tokens_to_ids(token) for token in tokens]
     assert None not in token_ids
     first, last = [], []
-    for _ in range(5):
-        text, times = StreamedText(vocabulary, stop), [time.perf_counter()]
+    while len(first) < 5 or (min(last) > 3 * min(first) and len(first) < 50):
+        text, times = StreamedText(vocabulary, stop), [time.thread_time()]
         for _ in range(9):
             for number in range(1000):
                 text.add([token_ids[number % len(token_ids)]], may_stop=True)
-            times.append(time.perf_counter())
+            times.append(time.thread_time())
         assert not text.stopped
         first.append(times[1] - times[0])
         last.append(times[-1] - times[-2])
@@ -336,14 +336,12 @@ def test_ten_megabytes_are_refused_at_once_without_tokenizing_them(monkeypatch, 
     intake = intake_of(tokenizer)
     assert intake._token_bound.longest == len("<|im_start|>")
     monkeypatch.setattr(type(tokenizer), "encode", lambda *_, **__: pytest.fail("it was tokenized"))
+    fewest, counted = TokenBound._fewest, []
+    monkeypatch.setattr(TokenBound, "_fewest", lambda bound, chunk: (counted.append(chunk), fewest(bound, chunk))[1])
     text *= 10_000_000 // len(text.encode())
-    best = float("inf")
-    for _ in range(3):
-        started = time.perf_counter()
-        with pytest.raises(RequestError, match=f"the prompt has {len(text)} characters.*4095.*max_model_len=4096"):
-            intake.checked_prompt(text)
-        best = min(best, time.perf_counter() - started)
-    assert best < 0.05
+    with pytest.raises(RequestError, match=f"the prompt has {len(text)} characters.*4095.*max_model_len=4096"):
+        intake.checked_prompt(text)
+    assert 0 < sum(map(len, counted)) <= 2 << 16, "no more than its beginning is looked at"
 
 
 @pytest.mark.parametrize("text", ["\ud800" + "a" * 10**6, "é\ud800" * 10**5])

@@ -20,7 +20,7 @@ from nanovllm.kernels import AttentionMetadata
 from tests import weights
 from tests.transfers import LazyTransfer
 
-pytestmark = [pytest.mark.weights, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.weights, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parent.parent
 TWO = {"enable_two_gpu_pd": True}
