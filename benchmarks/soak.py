@@ -321,7 +321,8 @@ def main() -> None:
     ) as llm:
         if args.mode == "elastic":
             placement = llm.scheduler.placement
-            placement.least_shared_tokens, placement.most_other_prompts = SHARED_TOKENS, args.num_requests
+            placement.least_shared_tokens = placement.least_shared_when_gathered = SHARED_TOKENS
+            placement.most_other_prompts = args.num_requests
         faults = Faults(llm, chaos_share, random.Random(args.seed + 1))
         started = time.perf_counter()
         early_counts = soak(llm, faults, args.num_requests // 10, args, rng)

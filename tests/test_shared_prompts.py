@@ -43,8 +43,9 @@ GREEDY = SamplingParams(temperature=0, max_tokens=10)
 def make(path: str, **options) -> LLM:
     """An engine that shares prompts of 30 tokens, in which no KV is there that was not stored or pushed."""
     llm = LLM(path, **{**ELASTIC, **options})
-    llm.scheduler.placement.least_shared_tokens = 30
-    llm.scheduler.placement.most_other_prompts = 1000
+    placement = llm.scheduler.placement
+    placement.least_shared_tokens = placement.least_shared_when_gathered = 30
+    placement.most_other_prompts = 1000
     for runner in (llm.prefill_runner, llm.decode_runner):
         with runner.on(runner.stream):
             runner.kv_pool[:-1] = float("nan")
@@ -144,7 +145,7 @@ def test_graphs_of_shared_steps_give_the_same_tokens(checkpoint, emulated):  # n
     with make(path, max_num_seqs=6, max_num_batched_tokens=64, prefill_chunk_tokens=32) as llm:
         found, _ = serve(llm, prompts, GREEDY, steps_ahead=2)
         for runner in (llm.prefill_runner, llm.decode_runner):
-            for graphs in (runner.prefill._shared_graphs, runner.mixed._shared_pass_graphs):
+            for graphs in (runner.prefill._exchange_graphs, runner.mixed._exchange_graphs):
                 assert isinstance(graphs, EmulatedGraphs)
                 assert graphs.num_replays
     assert found == [tiny.reference_tokens(reference, prompt, 10) for prompt in prompts]
@@ -755,6 +756,7 @@ def long_sequence(number: int, length: int):
 @pytest.mark.parametrize("target_s", [None, 0.02])
 def test_short_prompts_are_not_held_up_by_long_ones_that_are_shared(target_s):
     scheduler = scheduler_of(cards(num_blocks=3000), target_s, most=16)
+    scheduler.placement.least_shared_when_gathered = 0  # a row stays on each card
     for number, card in enumerate(scheduler.cards):
         row = prefilled(scheduler, card, number, 5)
         row.is_streamed = True

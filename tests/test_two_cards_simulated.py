@@ -28,9 +28,20 @@ def test_first_tokens_of_long_prompts_come_sooner_and_gaps_are_as_asked_for(rate
 
 def test_short_prompts_are_not_shared_and_lose_nothing():
     elastic, replicas = (served(mode, "chat 40", 15.0) for mode in ("elastic", "replicas"))
-    assert elastic.chunks["single"] > elastic.chunks["shared"]  # seven of ten prompts have fewer than 512 tokens
+    assert elastic.chunks["single"] > elastic.chunks["shared"]  # few prompts have 2,048 tokens
     assert elastic.ttft_ms(0.5) < 1.05 * replicas.ttft_ms(0.5)
     assert elastic.ttft_ms(0.99) < 1.2 * replicas.ttft_ms(0.99)
+
+
+@pytest.mark.parametrize(
+    ("load", "target_ms"),
+    [("chat 4", 15.0), ("chat 12", 15.0), ("chat 28", 15.0), ("chat 48", 15.0), ("chat 4", None), ("chat 24", None)],
+)
+def test_while_one_card_can_decode_all_first_tokens_come_as_soon_as_with_fixed_roles(load, target_ms):
+    elastic, fixed = (served(mode, load, target_ms) for mode in ("elastic", "fixed"))
+    assert elastic.ttft_ms(0.5) < 1.03 * fixed.ttft_ms(0.5)
+    assert elastic.ttft_ms(0.99) < 1.03 * fixed.ttft_ms(0.99)
+    assert elastic.itl_ms(0.5) < 1.03 * fixed.itl_ms(0.5)
 
 
 def test_elastic_cards_of_a_cluster_serve_as_replicas_at_least():

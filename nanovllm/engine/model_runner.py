@@ -237,7 +237,7 @@ class ModelRunner:
             push = PushToPool(other.kv_pool, self.copy_stream)
             self.prefill.share(LayerExchange(self.arrivals, other.arrivals, push, self.device), self._graph_pool)
             if self._graph_pool is not None:
-                self.mixed.capture_shared(self._graph_pool)
+                self.mixed.capture_exchange(self._graph_pool)
         self.synchronize()
 
     # Copies of KV blocks

@@ -18,7 +18,7 @@ from nanovllm.engine.scheduling.chunk_room import LEAST_TOKENS, MOST_PASSED_BY, 
 from nanovllm.engine.scheduling.decode_batch import NO_DECODE_ROWS, DecodeRow, DecodeRows
 from nanovllm.engine.scheduling.decode_set import LOOK_AHEAD_STEPS, DecodeSet
 from nanovllm.engine.scheduling.lease import Allocation, Lease
-from nanovllm.engine.scheduling.placement import MOST_EXCESS_PROMPTS, OtherPrompts, Placement, Places
+from nanovllm.engine.scheduling.placement import GATHERED_SHARE, MOST_EXCESS_PROMPTS, OtherPrompts, Placement, Places
 from nanovllm.engine.scheduling.shared_prompt import SharedPrompt
 from nanovllm.engine.scheduling.step import MAX_CHUNKS, BlockPair, PrefillChunk, Step
 from nanovllm.engine.scheduling.step_time import TOKEN_MULTIPLE, StepSize
@@ -620,8 +620,9 @@ class Scheduler:
                 cards = [lease.prefill.card] if lease.shared is None else self.cards
                 for card in cards:
                     tokens_left[card] += other.num_tokens_to_prefill / len(cards)
-        has_time = functools.partial(self._has_time, seq, sizes)
-        return OtherPrompts(number, tokens_left, has_time, functools.partial(self._room, sizes), self._tokens_in_flight)
+        has_time, may_gather = (functools.partial(ask, seq, sizes) for ask in (self._has_time, self._may_gather))
+        room = functools.partial(self._room, sizes)
+        return OtherPrompts(number, tokens_left, has_time, may_gather, room, self._tokens_in_flight)
 
     def _may_admit(self, seq: Sequence, places: Places, sizes: abc.Mapping[Card, StepSize]) -> bool:
         if not places.decode.is_up:
@@ -652,6 +653,18 @@ class Scheduler:
         size = sizes[card].with_row(seq.num_tokens_ahead(LOOK_AHEAD_STEPS))
         is_alone = size.num_tokens == 1  # then it makes the shortest possible steps
         return self._target is None or is_alone or not card.step_time.may_exceed(self._target.seconds, size)
+
+    def _may_gather(self, seq: Sequence, sizes: abc.Mapping[Card, StepSize], card: Card) -> bool:
+        """Whether the card, on which requests decode that are streamed, has decode steps that are short enough with all
+        requests and this one."""
+        if not (self._streamed and sizes[card].num_tokens):
+            return False
+        size = StepSize(sum(each.num_tokens for each in sizes.values()), sum(each.context for each in sizes.values()))
+        size = size.with_row(seq.num_tokens_ahead(LOOK_AHEAD_STEPS))
+        decode_s, alone_s = card.step_time.predict(size), card.step_time.predict(StepSize(1, 1))
+        if decode_s is None or alone_s is None:
+            return False
+        return decode_s <= (STRETCH * alone_s if self._target is None else GATHERED_SHARE * self._target.seconds)
 
     def _room(self, sizes: abc.Mapping[Card, StepSize], card: Card) -> float:
         """Share of a step's time that the card has for prompts, beside so many decode rows."""

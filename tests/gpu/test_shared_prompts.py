@@ -60,8 +60,9 @@ def short_pairs(monkeypatch):
 def make(path: str, **options) -> LLM:
     """An engine that shares prompts of 48 tokens, in which no KV is there that was not stored or pushed."""
     llm = LLM(path, **{**OPTIONS, **options})
-    llm.scheduler.placement.least_shared_tokens = 48
-    llm.scheduler.placement.most_other_prompts = 1000
+    placement = llm.scheduler.placement
+    placement.least_shared_tokens = placement.least_shared_when_gathered = 48
+    placement.most_other_prompts = 1000
     for runner in (llm.prefill_runner, llm.decode_runner):
         with runner.on(runner.stream):
             runner.kv_pool[:-1] = float("nan")
@@ -96,6 +97,26 @@ def test_float32_tokens_equal_transformers(tiny_on_disk, mode):
     with make(path, **MODES[mode]) as llm:
         found = serve(llm, prompts)
         assert num_shared(llm) > 8
+        assert_whole(llm)
+    assert found == [tiny.reference_tokens(reference, prompt, 16) for prompt in prompts]
+
+
+@pytest.mark.parametrize("mode", ["graphs", "eager", "small blocks", "reversed", "verified"])
+def test_short_prompts_cross_to_the_card_where_requests_gather(tiny_on_disk, mode):
+    """One request decodes there from the first to the last; the other card has no decode rows."""
+    path, reference = tiny_on_disk
+    prompts = make_prompts(32)
+    with make(path, **{**MODES[mode], "itl_target_ms": 1e6}) as llm:
+        llm.scheduler.placement.least_shared_when_gathered = 1000
+        llm.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=400, ignore_eos=True))
+        while llm.metrics()["predicted_itl_s"] is None:
+            llm.step()
+        found = serve(llm, prompts)
+        assert num_shared(llm) == 0
+        assert len(llm.metrics()["handoff_bytes_by_link"]) == 1
+        _, idle = sorted(llm.metrics()["busy_s"].values(), key=lambda kinds: -kinds["decode"])
+        assert idle["prefill"] > 0
+        assert idle["decode"] == idle["mixed"] == 0
         assert_whole(llm)
     assert found == [tiny.reference_tokens(reference, prompt, 16) for prompt in prompts]
 

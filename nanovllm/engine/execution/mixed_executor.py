@@ -53,8 +53,8 @@ class MixedExecutor:
             else None
         )
         self._pass_graphs: StepGraphs[None] | None = None
-        self._shared_pass_graphs: StepGraphs[None] | None = None
-        """Those of steps with a chunk of a prompt that two runners compute."""
+        self._exchange_graphs: StepGraphs[None] | None = None
+        """Those of steps that exchange KV with the other runner."""
         self._sampling_graphs: StepGraphs[StepOutput] | None = None
 
     def capture(self, graph_pool: Any) -> None:
@@ -64,11 +64,11 @@ class MixedExecutor:
         sizes = batch_buckets(self.max_num_sampled)
         self._sampling_graphs = StepGraphs("sampling", self.run_sampling_core, sizes, graph_pool)
 
-    def capture_shared(self, graph_pool: Any) -> None:
-        """Captures graphs of passes with a chunk of a prompt that another runner computes, too."""
+    def capture_exchange(self, graph_pool: Any) -> None:
+        """Captures graphs of passes that exchange KV with the other runner."""
         assert self._pass_graphs is not None, "those of other passes are captured first"
-        run, sizes = functools.partial(self.run_core, shared=True), self._pass_graphs.sizes
-        self._shared_pass_graphs = StepGraphs("shared mixed", run, sizes, graph_pool, prepare=self._send_padding_row)
+        run, sizes = functools.partial(self.run_core, exchanges=True), self._pass_graphs.sizes
+        self._exchange_graphs = StepGraphs("exchanging mixed", run, sizes, graph_pool, prepare=self._send_padding_row)
 
     def _send_padding_row(self, size: int) -> None:
         """Makes the step on the device one of the padding row and tokens of padding."""
@@ -88,12 +88,12 @@ class MixedExecutor:
         self._decode.apply(decode)
         self._prefill.buffers.send(prefill.packed)
         num_rows, num_sampled = decode.num_rows, decode.num_rows + prefill.num_sampled
-        graphs = self._shared_pass_graphs if prefill.is_shared else self._pass_graphs
+        graphs = self._exchange_graphs if prefill.exchanges else self._pass_graphs
         if graphs is not None and prefill.size <= graphs.sizes[-1] and prefill.prompt_rows is None:
             graphs.replay(prefill.size)
             yield None
         else:
-            hidden = self._run_pass(prefill.size, num_rows, shared=prefill.is_shared)
+            hidden = self._run_pass(prefill.size, num_rows, exchanges=prefill.exchanges)
             yield self._prefill.report(hidden, prefill)
         if self._sampling_graphs is not None:
             output = self._sampling_graphs.replay(self._sampling_graphs.size_for(num_sampled))
@@ -106,12 +106,12 @@ class MixedExecutor:
         yield after_chunks
         yield self._decode.finish(output, decode)
 
-    def run_core(self, size: int, *, shared: bool = False) -> None:
+    def run_core(self, size: int, *, exchanges: bool = False) -> None:
         """The pass over `size` tokens, on the device alone, with as many rows as fit.
 
-        `shared` if it has a chunk of a prompt that another runner computes, too.
+        `exchanges` if KV crosses between this runner and another that both prefill and decode.
         """
-        self._run_pass(size, min(size, self._decode.max_num_rows), shared=shared)
+        self._run_pass(size, min(size, self._decode.max_num_rows), exchanges=exchanges)
 
     def run_sampling_core(self, size: int) -> StepOutput:
         """Samples a token for each row and after each last chunk of the pass before, `size` in all, padded; and makes
@@ -129,7 +129,7 @@ class MixedExecutor:
         self._decode.rows.advance(rows, output.sampled.token_ids[:most_rows])
         return output
 
-    def _run_pass(self, size: int, most_rows: int, *, shared: bool) -> torch.Tensor:
+    def _run_pass(self, size: int, most_rows: int, *, exchanges: bool) -> torch.Tensor:
         """The hidden states of a pass over `size` tokens, of which at most `most_rows` are rows'.
 
         It leaves those to sample from to `run_sampling_core`. `most_rows` is an upper bound in a graph, and the number
@@ -151,10 +151,10 @@ class MixedExecutor:
             metadata,
             decode=dataclasses.replace(rows.metadata, context_lens=context_lens),
             decode_stream=self._decode_stream,
-            hooks=self._prefill.layer_hooks(chunks.pushed_blocks, shared=shared),
+            hooks=self._prefill.layer_hooks(chunks.pushed_blocks, exchanges=exchanges),
         )
         hidden = self._forward.hidden_states(chunks.input_ids, chunks.positions, metadata, self._kv_pool)
-        self._prefill.join(shared=shared)
+        self._prefill.join(exchanges=exchanges)
         is_row, at_row, at_chunk = self._parts(self.max_num_sampled, most_rows)
         sampled_rows = torch.where(is_row, at_row, self._prefill.buffers.sampled_rows()[at_chunk])
         torch.index_select(hidden, 0, sampled_rows, out=self._sampled_hidden)
@@ -179,7 +179,7 @@ class NoMixedSteps:
 
     def capture(self, graph_pool: Any) -> None: ...
 
-    def capture_shared(self, graph_pool: Any) -> None:
+    def capture_exchange(self, graph_pool: Any) -> None:
         self._refuse()
 
     def run(self, prefill: PrefillTask, decode: DecodeTask) -> abc.Iterator[SampledTokens | None]:

@@ -60,8 +60,8 @@ class PrefillExecutor:
         )
         self.buffers = PrefillBuffers(forward.device, self.layout)
         self.graphs: StepGraphs[StepOutput] | None = None
-        self._shared_graphs: StepGraphs[StepOutput] | None = None
-        """Those of steps with a chunk of a prompt that two runners compute."""
+        self._exchange_graphs: StepGraphs[StepOutput] | None = None
+        """Those of steps that exchange KV with the other runner."""
         self._exchange: LayerExchange | None = None
 
     def capture(self, graph_pool: Any) -> None:
@@ -73,9 +73,9 @@ class PrefillExecutor:
         """Prepares for prompts that another runner computes, too; captures graphs if there is a pool for them."""
         self._exchange = exchange
         if self.graphs is not None:
-            run, sizes = functools.partial(self.run_core, shared=True), self.graphs.sizes
+            run, sizes = functools.partial(self.run_core, exchanges=True), self.graphs.sizes
             prepare = self.buffers.send_padding
-            self._shared_graphs = StepGraphs("shared prefill", run, sizes, graph_pool, prepare=prepare)
+            self._exchange_graphs = StepGraphs("exchanging prefill", run, sizes, graph_pool, prepare=prepare)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -87,12 +87,12 @@ class PrefillExecutor:
         self.buffers.send(task.packed)
         in_prompts = None
         output: StepOutput | None
-        graphs = self._shared_graphs if task.is_shared else self.graphs
+        graphs = self._exchange_graphs if task.exchanges else self.graphs
         if graphs is not None and task.size <= graphs.sizes[-1] and task.prompt_rows is None:
             output = graphs.replay(task.size)
         else:
             # Where the hidden states of all tokens are wanted, too: those of a graph's pass cannot be had after it.
-            hidden, output = self._run(task.size, task.num_sampled, shared=task.is_shared)
+            hidden, output = self._run(task.size, task.num_sampled, exchanges=task.exchanges)
             in_prompts = self.report(hidden, task)
         return in_prompts, None if output is None or not task.num_sampled else self.finish(output, task)
 
@@ -111,31 +111,31 @@ class PrefillExecutor:
         rows = torch.arange(task.num_sampled, device=device.torch_device)
         return self._forward.sampled_tokens(output, task.num_sampled, task.sampling, counts.tensor, rows)
 
-    def run_core(self, size: int, *, shared: bool = False) -> StepOutput:
+    def run_core(self, size: int, *, exchanges: bool = False) -> StepOutput:
         """Runs the step in the buffers, padded to `size` tokens and to the maximum number of requests.
 
-        `shared` if it has a chunk of a prompt that another runner computes, too.
+        `exchanges` if KV crosses between this runner and another that both prefill and decode.
         """
-        _, output = self._run(size, self.layout.max_num_requests, shared=shared)
+        _, output = self._run(size, self.layout.max_num_requests, exchanges=exchanges)
         assert output is not None, "a step that is padded to at least one request samples a token"
         return output
 
-    def layer_hooks(self, pushed_blocks: torch.Tensor | None, *, shared: bool) -> LayerHooks:
+    def layer_hooks(self, pushed_blocks: torch.Tensor | None, *, exchanges: bool) -> LayerHooks:
         """What the layers of a step call; `pushed_blocks` are those of `ModelInputs`."""
-        if pushed_blocks is None or not (shared or self._push.is_on):
+        if pushed_blocks is None or not (exchanges or self._push.is_on):
             return NO_HOOKS
-        if not shared:
+        if not exchanges:
             return LayerHooks(self._push.after_store(pushed_blocks))
-        assert self._exchange is not None, "prompts are shared by runners that are connected"
+        assert self._exchange is not None, "KV is exchanged by runners that are connected"
         return self._exchange.hooks(pushed_blocks, self.buffers.step_numbers())
 
-    def join(self, *, shared: bool) -> None:
+    def join(self, *, exchanges: bool) -> None:
         """Makes the current stream wait for what the layers of a step have pushed."""
-        (self._exchange if shared and self._exchange is not None else self._push).join()
+        (self._exchange if exchanges and self._exchange is not None else self._push).join()
 
-    def _run(self, size: int, num_sampled: int, *, shared: bool) -> tuple[torch.Tensor, StepOutput | None]:
+    def _run(self, size: int, num_sampled: int, *, exchanges: bool) -> tuple[torch.Tensor, StepOutput | None]:
         inputs = self.buffers.gather(size, num_sampled)
-        hooks = self.layer_hooks(inputs.pushed_blocks, shared=shared)
+        hooks = self.layer_hooks(inputs.pushed_blocks, exchanges=exchanges)
         hidden, output = self._forward.run(inputs, self._kv_pool, hooks)
-        self.join(shared=shared)
+        self.join(exchanges=exchanges)
         return hidden, output

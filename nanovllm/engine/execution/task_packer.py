@@ -24,8 +24,8 @@ class TaskPacker:
         vocab_size: of the model.
         prefill_sizes, mixed_sizes: tokens of the passes that have graphs, ascending, with chunks alone and with rows
             besides; empty where there are no graphs, and nothing is padded.
-        new_report: numbers the report of a step with chunks of prompts that two devices compute; None where there are
-            none.
+        new_report: numbers the report of a step that pushes KV to another device of the same roles, or waits for it;
+            None where there is none.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class TaskPacker:
         sampling = None if samples_in_graph or not last else sampling_arrays(last, self._vocab_size)
         counted = None if sampling is None else count_tokens((index, seq) for index, (seq, _) in enumerate(last))
         number, report = max(chunk.number for chunk in chunks), None
-        if number:
-            assert self._new_report is not None, "prompts are shared by runners that are connected"
+        assert self._new_report is not None or not number, "KV is exchanged by runners that are connected"
+        if self._new_report is not None and any(chunk.number or chunk.handoff for chunk in chunks):
             report = self._new_report()
         step_numbers = (number, max(chunk.waits_for for chunk in chunks), report or 0)
         packed = self._layout.pack(chunks, size, num_rows=num_rows, step_numbers=step_numbers)

@@ -23,8 +23,7 @@ class PrefillTask:
         sampling: all sampling parameters, if some request needs more than temperature, seed and output index.
         counted: token counts of the requests that have penalties, by their index among those that sample.
         prompt_rows: the prompt tokens whose log-probabilities are asked for, None for none.
-        report: where the step reports how it has waited for the other runner; None if it has no chunk of a prompt that
-            two runners compute.
+        report: where the step reports how it has waited for the other runner; None if it exchanges no KV.
     """
 
     packed: np.ndarray
@@ -36,8 +35,8 @@ class PrefillTask:
     report: int | None = None
 
     @property
-    def is_shared(self) -> bool:
-        """Whether it has a chunk of a prompt that two runners compute."""
+    def exchanges(self) -> bool:
+        """Whether KV crosses, within the step, between two runners that both prefill and decode."""
         return self.report is not None
 
 

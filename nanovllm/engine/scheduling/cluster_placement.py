@@ -15,6 +15,7 @@ from nanovllm.engine.scheduling.placement import (
     Placement,
     Places,
     may_hold,
+    num_before,
 )
 from nanovllm.engine.scheduling.step_time import StepSize
 from nanovllm.engine.sequence import Sequence
@@ -73,7 +74,7 @@ class ClusterPlacement(Placement):
             return Places(decode, decode)
 
         def prefill_cost(card: Card) -> tuple[bool, float]:
-            return _is_full(card, seq), _num_before(card, others) + lacking[card]
+            return _is_full(card, seq), num_before(card, others) + lacking[card]
 
         return Places(min(prefill_cards, key=prefill_cost), decode)
 
@@ -172,7 +173,7 @@ class ElasticClusterPlacement(ClusterPlacement):
         cards = _usable(self.cards, seq, now_s) or _able(self.cards, seq) or self.cards
 
         def prefill_cost(card: Card) -> tuple[bool, bool, float, int]:
-            num_tokens = _num_before(card, others) + lacking[card]
+            num_tokens = num_before(card, others) + lacking[card]
             room = max(others.room(card), SMALL_ROOM)
             return card is seq.failed_on, _is_full(card, seq), num_tokens / room, sizes[card].context
 
@@ -188,11 +189,6 @@ class ElasticClusterPlacement(ClusterPlacement):
         if seq.failures or not self._may_hand_over(prefill, now_s):
             return Places(prefill, prefill) if has_time else Places(decode, decode)
         return Places(prefill, decode)
-
-
-def _num_before(card: Card, others: OtherPrompts) -> float:
-    """Prompt tokens of others that a card has to compute, those of its steps in flight among them."""
-    return others.tokens_left.get(card, 0.0) + others.tokens_in_flight.get(card, 0.0)
 
 
 def _is_full(card: Card, seq: Sequence) -> bool:

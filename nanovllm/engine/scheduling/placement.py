@@ -15,6 +15,13 @@ LEAST_SHARED_TOKENS = 512
 """Prompts that have fewer tokens to compute run on one card: two halves of 512 take 0.8 of the time of one card, and
 shorter ones gain less."""
 
+LEAST_SHARED_WHEN_GATHERED = 2048
+"""The same while the requests that decode are gathered on one card: the other one computes a shorter prompt as soon
+alone, and is left without decode rows for the next."""
+
+GATHERED_SHARE = 0.85
+"""Requests gather on one card while a decode step of all of them takes no more of `itl_target_ms` than this."""
+
 LEAST_ROOM = 0.25
 """A prompt is not shared if one of the cards has more of a step's time for prompts than this, and the other one less:
 chunks are cut to the shorter time, so that the first card is faster alone."""
@@ -39,6 +46,8 @@ class OtherPrompts:
         number: requests that wait, or whose prompts are not computed to the end.
         tokens_left: prompt tokens that each card is to compute; half of those of a shared prompt. 0 where not given.
         has_time: whether a card's decode steps have time for the request.
+        may_gather: whether a card, on which some requests decode, may decode all of them and the request: its steps
+            would still be short.
         room: share of a step's time that a card has for prompts beside its decode rows: 1 without rows, or if steps
             have no limit.
         tokens_in_flight: prompt tokens of the steps that were launched on each card and have not ended.
@@ -47,6 +56,7 @@ class OtherPrompts:
     number: int = 0
     tokens_left: Mapping[Card, float] = field(default_factory=dict)
     has_time: Callable[[Card], bool] = lambda card: True
+    may_gather: Callable[[Card], bool] = lambda card: False
     room: Callable[[Card], float] = lambda card: 1.0
     tokens_in_flight: Mapping[Card, float] = field(default_factory=dict)
 
@@ -78,6 +88,7 @@ class Placement:
         shares_prompts: whether two cards may compute one prompt.
         bounds_steps: whether steps with prompts and decode rows are bounded also where no target is given.
         least_shared_tokens: minimum number of tokens to compute of a prompt that two cards share.
+        least_shared_when_gathered: the same while requests gather on one card.
         most_other_prompts: maximum number of others beside it.
     """
 
@@ -86,6 +97,7 @@ class Placement:
 
     def __init__(self, prefill_card: Card, decode_card: Card) -> None:
         self.least_shared_tokens = LEAST_SHARED_TOKENS
+        self.least_shared_when_gathered = LEAST_SHARED_WHEN_GATHERED
         self.most_other_prompts = MOST_OTHER_PROMPTS
         self.prefill_card = prefill_card
         self.decode_card = decode_card
@@ -158,12 +170,15 @@ class Placement:
 class ElasticPlacement(Placement):
     """Both cards prefill and decode. Long prompts are shared: the cards compute their chunks in turns.
 
-    A prompt that is not shared is computed where its request decodes, on the card that then has fewer prompt tokens to
-    compute for the room in its steps, its own among them but for what is in the card's prefix cache, or with less
-    context if these are as many: one that is short, has many others beside it, has failed once, reports
+    While one card may decode all requests, those whose prompts are not as long gather there, so that the other one has
+    no decode rows: a prompt is computed where it is done first, which is mostly there, and its KV crosses meanwhile.
+
+    Otherwise a prompt that is not shared is computed where its request decodes, on the card that then has fewer prompt
+    tokens to compute for the room in its steps, its own among them but for what is in the card's prefix cache, or with
+    less context if these are as many: one that is short, has many others beside it, has failed once, reports
     log-probabilities, or is too long for one of the pools; any prompt where only one card has room; and every prompt
-    while too many shared ones fail, or if the cards cannot write to each other's memory. It goes to the other card if
-    this one has no blocks for it now, or no time beside its decode rows.
+    while too many fail whose KV crosses, or if the cards cannot write to each other's memory. It goes to the other card
+    if this one has no blocks for it now, or no time beside its decode rows.
 
     The request of a shared prompt decodes on the card with less context. What the other card has in its prefix cache it
     pushes there, so that a prefix that many requests have comes to be on both cards.
@@ -187,23 +202,31 @@ class ElasticPlacement(Placement):
     def places_of(self, seq: Sequence, sizes: Mapping[Card, StepSize], others: OtherPrompts) -> Places:
         holding = [card for card in self.cards if may_hold(card, seq)] or self.cards
         decode, *rest = sorted(holding, key=lambda card: sizes[card].context)
-        are_few = others.number <= self.most_other_prompts
-        is_long = self._num_to_compute(seq, decode) >= self.least_shared_tokens
         rooms = {card: others.room(card) for card in holding}
-        is_uneven = min(rooms.values()) < LEAST_ROOM <= max(rooms.values())
-        if rest and are_few and is_long and not is_uneven and self._may_share(seq):
-            return Places(rest[0], decode, is_shared=True)
 
-        def cost(card: Card) -> tuple[bool, float, int]:
+        def cost(card: Card, num_before: float) -> tuple[bool, float, int]:
             num_to_compute, pool = self._num_to_compute(seq, card), card.block_manager
             is_full = pool.blocks_for(num_to_compute) > pool.num_free_blocks
-            tokens = others.tokens_left.get(card, 0.0) + num_to_compute
-            return is_full, tokens / max(rooms[card], SMALL_ROOM), sizes[card].context
+            return is_full, (num_before + num_to_compute) / max(rooms[card], SMALL_ROOM), sizes[card].context
 
-        card = min(holding, key=cost)
+        if rest and self._may_cross(seq):
+            busier, num_to_compute = rest[0], self._num_to_compute(seq, decode)
+            if num_to_compute < self.least_shared_when_gathered and self._may_gather(seq, busier, others):
+                return Places(min(holding, key=lambda card: cost(card, num_before(card, others))), busier)
+            are_few = others.number <= self.most_other_prompts
+            is_uneven = min(rooms.values()) < LEAST_ROOM <= max(rooms.values())
+            if num_to_compute >= self.least_shared_tokens and are_few and not is_uneven:
+                return Places(busier, decode, is_shared=True)
+        card = min(holding, key=lambda card: cost(card, others.tokens_left.get(card, 0.0)))
         if card is not decode and not others.has_time(card):
             card = decode
         return Places(card, card)
+
+    def _may_gather(self, seq: Sequence, card: Card, others: OtherPrompts) -> bool:
+        """Whether the request may join those that decode on the card, which keep half of its blocks free."""
+        pool = card.block_manager
+        num_held = pool.num_held_blocks + pool.blocks_for(seq.num_tokens)
+        return 2 * num_held <= pool.num_blocks and others.may_gather(card)
 
     def _num_to_compute(self, seq: Sequence, card: Card) -> int:
         """Tokens of the request that the card's prefix cache lacks.
@@ -220,7 +243,8 @@ class ElasticPlacement(Placement):
             )
         return self._looked_up[2][card]
 
-    def _may_share(self, seq: Sequence) -> bool:
+    def _may_cross(self, seq: Sequence) -> bool:
+        """Whether KV of the request's prompt may cross from one card to the other."""
         if not self.shares_prompts or seq.failures or seq.params.prompt_logprobs is not None:
             return False
         breaker = self.prefill_card.breaker
@@ -228,12 +252,17 @@ class ElasticPlacement(Placement):
 
     @property
     def words_for_degraded(self) -> tuple[str, str]:
-        words = "too many prompts failed that two cards computed; for a while each runs on one card"
+        words = "too many prompts failed whose KV crossed between the cards; for a while each runs on one card"
         return "prompts not shared", words
 
     @property
     def words_for_recovered(self) -> str:
         return "prompts are shared again"
+
+
+def num_before(card: Card, others: OtherPrompts) -> float:
+    """Prompt tokens of others that a card has to compute, those of its steps in flight among them."""
+    return others.tokens_left.get(card, 0.0) + others.tokens_in_flight.get(card, 0.0)
 
 
 def may_hold(card: Card, seq: Sequence) -> bool:
