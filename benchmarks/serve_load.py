@@ -65,6 +65,7 @@ MAX_OPEN_REQUESTS = 100_000
 NUM_STREAMS_AT_THE_END = 32
 UNDER_LOAD_S = 0.5
 """For how long all streams go on before the SIGTERM."""
+BEGIN_TIMEOUT_S = 300.0
 ENDLESS_S = 3600.0
 QUANTILE_RATIOS = ("ttft_ms", "tpot_ms", "itl_ms")
 
@@ -188,10 +189,13 @@ class Service:
         num_streams = self.args.streams or NUM_STREAMS_AT_THE_END
         ended_before = self._num_ended(self._server.metrics())
         running = self._clients.begin({"streams": [[body_of(request)]] * num_streams}, duration_s=ENDLESS_S)
+        deadline_s = time.monotonic() + BEGIN_TIMEOUT_S
         while True:
             found = self._server.metrics()
-            if self._num_ended(found) > ended_before or found["requests"]['state="decoding"'] == num_streams:
+            if self._num_ended(found) > ended_before or found["requests"]['state="decoding"'] >= num_streams:
                 break
+            if time.monotonic() > deadline_s:
+                raise ServerFailedError(f"not all of {num_streams} streams decode within {BEGIN_TIMEOUT_S:g} s")
             time.sleep(0.01)
         time.sleep(UNDER_LOAD_S)
         return running

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
+import torch
 
 from nanovllm import SamplingParams
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.placement import ElasticPlacement, OtherPrompts, Places
 from nanovllm.engine.scheduling.step_time import StepSize
+from nanovllm.engine.sequence import Sequence
+from nanovllm.errors import HandoffError
 from tests import tiny
 from tests.test_engine import drain, tokens_of
-from tests.test_scheduler import make_sequence
 from tests.test_shared_prompts import GREEDY, assert_whole, make, num_shared, teach
 
 MODES = {
@@ -63,16 +67,24 @@ def test_tokens_equal_transformers(checkpoint, mode):
         assert tokens_of(outputs[number]) == tiny.reference_tokens(reference, prompt, 10)
 
 
+def tokens_after(llm, prompt: list[int], params: SamplingParams = GREEDY) -> list[int]:
+    """The answer to a streamed request."""
+    number, outputs = llm.add_request(prompt, params), []
+    while not (outputs and outputs[-1].finished):
+        outputs += [output for output in llm.step() if output.request_id == number]
+    return tokens_of(outputs)
+
+
 def test_what_cannot_cross_runs_where_it_decodes(checkpoint, monkeypatch):
-    """Log-probabilities of a prompt are reported from there, and a request that has failed once has no other chance."""
+    """Log-probabilities of a prompt are reported there, a request that has failed once has no other chance, and one
+    that ends with its first token leaves no KV that is read. Requests that are not streamed do not gather."""
     path, reference = checkpoint("gqa2")
-    prompts = tiny.random_prompts(2, seed=83, longest=60)
+    prompts = tiny.random_prompts(4, seed=83, longest=60)
     llm, _ = make_gathering(path)
+    llm.scheduler.placement.least_shared_tokens = 1000
     with llm:
         reporting = SamplingParams(temperature=0, max_tokens=10, prompt_logprobs=1)
-        (answer,) = llm.generate([prompts[0]], reporting, use_tqdm=False)
-        assert answer["token_ids"] == tiny.reference_tokens(reference, prompts[0], 10)
-        assert not crossed(llm)
+        assert tokens_after(llm, prompts[0], reporting) == tiny.reference_tokens(reference, prompts[0], 10)
         launches, errors = [], [RuntimeError("injected")]
         for runner in llm._runners:
 
@@ -83,10 +95,14 @@ def test_what_cannot_cross_runs_where_it_decodes(checkpoint, monkeypatch):
                 return launch(step)
 
             monkeypatch.setattr(runner, "launch", launch)
-        (answer,) = llm.generate([prompts[1]], GREEDY, use_tqdm=False)
-        assert answer["token_ids"] == tiny.reference_tokens(reference, prompts[1], 10)
+        assert tokens_after(llm, prompts[1]) == tiny.reference_tokens(reference, prompts[1], 10)
         assert len(launches) == 2
+        assert len(tokens_after(llm, prompts[2], SamplingParams(temperature=0, max_tokens=1))) == 1
+        (answer,) = llm.generate([prompts[3]], GREEDY, use_tqdm=False)
+        assert answer["token_ids"] == tiny.reference_tokens(reference, prompts[3], 10)
         assert not crossed(llm)
+        assert tokens_after(llm, prompts[3][::-1]) == tiny.reference_tokens(reference, prompts[3][::-1], 10)
+        assert crossed(llm), "others do cross"
         drain(llm)
         assert_whole(llm)
 
@@ -122,29 +138,37 @@ def test_kv_that_does_not_arrive_as_it_left_fails_and_is_computed_again(checkpoi
     (prompt,) = tiny.random_prompts(1, seed=85, longest=60)
     llm, _ = make_gathering(path, verify_kv_handoff=True)
     with llm:
-        spoiled = []
-        checksums = llm._runners[llm.scheduler.cards[0]].__class__.checksum_blocks
+        compared, errors = [], []
+        checksums, fail = ModelRunner.checksum_blocks, llm._outputs.fail
 
         def spoil(runner, blocks, after):
-            if not spoiled:
-                spoiled.append(runner)
-                runner.kv_pool[blocks[0], 0] += 1
+            compared.append(runner)
+            if len(compared) == 2:  # the first ones are those of the blocks that were sent
+                with torch.inference_mode():
+                    runner.kv_pool[blocks[0], 0] += 1
             return checksums(runner, blocks, after)
 
-        monkeypatch.setattr(llm._runners[llm.scheduler.cards[0]].__class__, "checksum_blocks", spoil)
-        (answer,) = llm.generate([prompt], GREEDY, use_tqdm=False)
-        assert answer["token_ids"] == tiny.reference_tokens(reference, prompt, 10)
-        assert spoiled
+        monkeypatch.setattr(ModelRunner, "checksum_blocks", spoil)
+        monkeypatch.setattr(llm._outputs, "fail", lambda seq, error: (errors.append(error), fail(seq, error)))
+        assert tokens_after(llm, prompt) == tiny.reference_tokens(reference, prompt, 10)
+        (error,) = errors
+        assert isinstance(error, HandoffError)
+        assert "differs in layer 0" in str(error)
         drain(llm)
         assert_whole(llm)
 
 
+def make_long(number: int, prompt: list[int], max_tokens: int = 8) -> Sequence:
+    params = SamplingParams(max_tokens=max_tokens)
+    return Sequence(number, prompt, params, seed=0, arrival_s=0.0, max_num_tokens=len(prompt) + max_tokens)
+
+
 def test_where_a_short_prompt_runs():
-    busy, idle = (Card(f"cpu:{index}", "", BlockManager(100, 16), 4096) for index in range(2))
+    busy, idle = (Card(f"cpu:{index}", "", BlockManager(200, 16), 4096) for index in range(2))
     placement = ElasticPlacement(idle, busy, can_share=True)
     sizes = {busy: StepSize(3, 300), idle: StepSize(0)}
     gathers = OtherPrompts(may_gather=lambda card: card is busy, room=lambda card: 0.5 if card is busy else 1.0)
-    short, long = make_sequence(0, [1] * 600), make_sequence(1, [2] * 1200)
+    short, long = make_long(0, [1] * 600), make_long(1, [2] * 1200)
     assert placement.places_of(short, sizes, gathers) == Places(idle, busy), "it is not shared, either"
     assert placement.places_of(short, sizes, OtherPrompts()) == Places(busy, idle, is_shared=True)
     placement.least_shared_when_gathered = 1000
@@ -153,7 +177,17 @@ def test_where_a_short_prompt_runs():
         may_gather=gathers.may_gather, room=gathers.room, tokens_left={idle: 500.0}, tokens_in_flight={idle: 200.0}
     )
     assert placement.places_of(short, sizes, waiting) == Places(busy, busy), "there it is done first"
-    busy.block_manager.allocate((), 20)
+    full = dataclasses.replace(gathers, has_time=lambda card: card is not busy)
+    assert placement.places_of(short, sizes, full).decode is idle, "it would not be admitted there"
+    last = make_long(2, [3] * 600, max_tokens=1)
+    assert placement.places_of(last, sizes, gathers) == Places(idle, idle), "nothing reads its KV"
+    held = busy.block_manager.allocate((), 70)
     assert placement.places_of(short, sizes, gathers).is_shared, "half of the busy card's blocks stay free"
+    busy.block_manager.free(held)
+    history = busy.block_manager.allocate((), 75)
+    busy.block_manager.cache(long, history, 0, 1200)
+    busy.block_manager.free(history)
+    later = make_long(3, [2] * 1200 + [4] * 50)
+    assert placement.places_of(later, sizes, gathers) == Places(busy, busy), "it goes where its history is"
     apart = ElasticPlacement(idle, busy, can_share=False)
     assert apart.places_of(short, sizes, gathers) == Places(idle, idle), "nothing can cross"

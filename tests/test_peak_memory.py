@@ -34,12 +34,16 @@ sys.exit(7)
 """
     command = [sys.executable, str(TOOL), "--interval", "0.05", sys.executable, "-c", code]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tool:
-        while not all((tmp_path / name).exists() for name in ("orphan", "child")):
-            time.sleep(0.01)
-        before = cpu_ticks(tool.pid)
-        while cpu_ticks(tool.pid) < before + 10:  # which it uses for samples alone
-            time.sleep(0.01)
-        (tmp_path / "end").touch()
+        try:
+            while not all((tmp_path / name).exists() for name in ("orphan", "child")):
+                assert tool.poll() is None
+                time.sleep(0.01)
+            before = cpu_ticks(tool.pid)
+            while cpu_ticks(tool.pid) < before + 10:  # which it uses for samples alone
+                assert tool.poll() is None
+                time.sleep(0.01)
+        finally:
+            (tmp_path / "end").touch()
         _, said = tool.communicate()
     assert tool.returncode == 7, said
     found = re.search(r"peak (\d+) MiB PSS in (\d+) processes", said)

@@ -36,6 +36,14 @@ def at_rest(server, within_s=120.0):
         time.sleep(0.02)
 
 
+async def until_there(server, count, pattern=r"nanovllm_requests\{", headers=()):
+    """Waits until the engine has so many requests, by the metrics that begin like this."""
+    deadline = time.monotonic() + 120
+    while await asyncio.to_thread(metric, server, pattern, headers) < count:
+        assert time.monotonic() < deadline, f"the engine has not got {count} requests"
+        await asyncio.sleep(0.02)
+
+
 @pytest.fixture(scope="module")
 def start_server(tmp_path_factory):
     """Makes servers; whatever becomes of the test, none is left behind."""
@@ -436,8 +444,7 @@ def test_a_client_that_leaves_before_its_whole_answer_is_not_served_on(server):
         data = json.dumps(chat_body(PRIMES, max_tokens=1900, ignore_eos=True, n=16)).encode()
         writer.write(head("POST", "/v1/chat/completions", len(data)) + data)
         await writer.drain()
-        while await asyncio.to_thread(metric, server, r"nanovllm_requests\{") < 16:
-            await asyncio.sleep(0.02)
+        await until_there(server, 16)
         writer.close()
 
     before = metric(server, r'nanovllm_requests_ended_total\{reason="abort"')
@@ -544,8 +551,7 @@ def test_sigterm_under_load_lets_requests_end(start_server):
         stream = events(served.port, "/v1/completions", {"prompt": "a", **ENDLESS})
         short = [ask(served.port, "POST", "/v1/chat/completions", chat_body(PRIMES)) for _ in range(20)]
         tasks = [asyncio.create_task(each) for each in short]
-        while await asyncio.to_thread(metric, served, r"nanovllm_requests(_ended_total)?\{") < len(tasks):
-            await asyncio.sleep(0.02)
+        await until_there(served, len(tasks), r"nanovllm_requests(_ended_total)?\{")
         await anext(stream)
         served.process.send_signal(signal.SIGTERM)
         while (await ask(served.port, "GET", "/health"))[0] == 200:
@@ -574,8 +580,7 @@ def test_a_key_and_what_is_told_to_requests_that_do_not_end_in_time(start_server
         streams = [events(served.port, "/v1/completions", {"prompt": "a", **ENDLESS}, key) for _ in range(2)]
         whole = {"prompt": "a", **ENDLESS, "stream": False, "n": 16}
         answer = asyncio.create_task(ask(served.port, "POST", "/v1/completions", whole, key))
-        while await asyncio.to_thread(metric, served, r"nanovllm_requests\{", key) < 16:
-            await asyncio.sleep(0.02)
+        await until_there(served, 16, headers=key)
         for stream in streams:
             await anext(stream)
         served.process.send_signal(signal.SIGTERM)
@@ -600,8 +605,7 @@ def test_a_killed_engine_process_is_told_and_ends_the_server(start_server):
             ask(served.port, "POST", "/v1/completions", {"prompt": "a", **ENDLESS, "stream": False})
         )
         await anext(stream)
-        while await asyncio.to_thread(metric, served, r"nanovllm_requests\{") < 2:
-            await asyncio.sleep(0.02)
+        await until_there(served, 2)
         os.kill(served.engine_pid, signal.SIGKILL)
         rest = [event async for event in stream]
         return json.loads(rest[-1]), await whole
@@ -655,7 +659,7 @@ def test_the_feed_shows_a_card_at_work(server):
         await stream.aclose()
         return sample
 
-    sample = asyncio.run(main())
+    sample = asyncio.run(asyncio.wait_for(main(), 120))
     assert {*sample["cards"]} == {"cpu:0"}
     assert sum(sample["cards"]["cpu:0"].values()) > 0
     assert 0 < sample["itl_s"]["p50"] <= sample["itl_s"]["p99"]

@@ -135,6 +135,7 @@ def test_every_step_handoff_and_request_is_there_once(tiny_path, tmp_path, mode,
         of_it = [span for spans in rows.values() for span in spans if place in span["args"].get("request_ids", ())]
         assert of_it
         assert begins <= min(span["ts"] for span in of_it)
+        assert ends >= min(span["ts"] + span["dur"] for span in of_it), "it ends after its first step"
         assert any(what.startswith("prefill of tokens") for what, _, _ in tracks[place])
 
 

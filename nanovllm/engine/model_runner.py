@@ -224,10 +224,11 @@ class ModelRunner:
     # Prompts that two runners compute
 
     def share_prompts_with(self, other: ModelRunner) -> None:
-        """Prepares for prompts whose chunks this runner and another one compute in turns; both call it, once.
+        """Prepares for KV that crosses between this runner and another one, within steps; both call it, once.
 
-        From then on a step with chunks of such prompts pushes the KV of each layer into the other's pool, and waits
-        for the KV of the layer that the other one pushes. It waits only for steps that were launched before it.
+        From then on a step pushes the KV of each layer into the other's pool, of prompts whose chunks the two compute
+        in turns and of those that decode there. It waits for the KV of the layer that the other one pushes of a chunk
+        before its own, and only for steps that were launched before it.
         """
         assert self.arrivals is not None, "this runner was made to share prompts"
         assert other.arrivals is not None, "the other runner was made to share prompts"

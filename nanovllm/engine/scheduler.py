@@ -303,7 +303,10 @@ class Scheduler:
             self._join_ahead(in_flight[-1])
         # The rows first: room for their next tokens may be taken from a request that is prefilled.
         rows = self._decoding[card].next_rows(self._grow)
-        if rows is None and any(chunk.seq.params.needs_counts for step in in_flight for chunk in step.sampling_chunks):
+        ending = (chunk for step in in_flight for chunk in step.sampling_chunks)
+        if rows is None and any(
+            chunk.seq.params.needs_counts and chunk.allocation is chunk.lease.decode for chunk in ending
+        ):
             return None  # who joins only once that step has ended would wait for one more step of prompts
         rows = rows or NO_DECODE_ROWS
         limit = self._time_limit(card)
@@ -655,9 +658,10 @@ class Scheduler:
         return self._target is None or is_alone or not card.step_time.may_exceed(self._target.seconds, size)
 
     def _may_gather(self, seq: Sequence, sizes: abc.Mapping[Card, StepSize], card: Card) -> bool:
-        """Whether the card, on which requests decode that are streamed, has decode steps that are short enough with all
-        requests and this one."""
-        if not (self._streamed and sizes[card].num_tokens):
+        """Whether a streamed request may gather on the card: some decode there, and its steps would still be short with
+        those of all cards and this one."""
+        is_backlog_full = len(self._prefill_backlog) >= self.limits.max_handoff_backlog
+        if is_backlog_full or not (seq.is_streamed and sizes[card].num_tokens):
             return False
         size = StepSize(sum(each.num_tokens for each in sizes.values()), sum(each.context for each in sizes.values()))
         size = size.with_row(seq.num_tokens_ahead(LOOK_AHEAD_STEPS))
@@ -753,7 +757,8 @@ class Scheduler:
         start = seq.num_prefilled_tokens
         end = start + num_tokens
         seq.num_prefilled_tokens = end
-        where = "" if lease.shared is None else f" on {card}"
+        names_card = lease.shared is not None or (self.placement.shares_prompts and lease.crosses)
+        where = f" on {card}" if names_card else ""
         cut = "" if reason is None else f" ({reason})"
         seq.timeline.mark(f"prefill of tokens {start} to {end} of {seq.num_tokens}{where}{cut}")
         self.hold(lease)

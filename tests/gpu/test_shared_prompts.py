@@ -106,7 +106,7 @@ def test_short_prompts_cross_to_the_card_where_requests_gather(tiny_on_disk, mod
     """One request decodes there from the first to the last; the other card has no decode rows."""
     path, reference = tiny_on_disk
     prompts = make_prompts(32)
-    with make(path, **{**MODES[mode], "itl_target_ms": 1e6}) as llm:
+    with make(path, **{**MODES[mode], "itl_target_ms": 1e6, "num_kvcache_blocks": 1000}) as llm:
         llm.scheduler.placement.least_shared_when_gathered = 1000
         llm.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=400, ignore_eos=True))
         while llm.metrics()["predicted_itl_s"] is None:

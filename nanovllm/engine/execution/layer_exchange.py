@@ -1,5 +1,6 @@
-"""KV of prompts that two runners compute in turns: each layer's goes to the other pool within the step that computes
-it, and the other runner's step waits for it there, layer by layer.
+"""KV of prompts that crosses between two runners that both prefill and decode: each layer's goes to the other pool
+within the step that computes it. Of a prompt that the two compute in turns, the other runner's step waits for it there,
+layer by layer.
 
 A flag for each layer, in the memory of the runner that waits, says how far the other one is. Flags are compared with a
 number that a step is given, and the numbers of chunks only grow, in the order of their launch.
@@ -95,7 +96,7 @@ class LayerArrivals:
 
 
 class LayerExchange:
-    """Connects a runner to the other one that computes the same prompts.
+    """Connects a runner to the other one, with which it exchanges KV.
 
     Args:
         arrivals: of this runner's pool.

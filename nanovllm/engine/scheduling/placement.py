@@ -85,7 +85,7 @@ class Placement:
     Attributes:
         prefill_card, decode_card: the same object if there is one device.
         cards: all of them, in the order in which they are given work.
-        shares_prompts: whether two cards may compute one prompt.
+        shares_prompts: whether two cards may compute one prompt, and KV may cross between elastic ones.
         bounds_steps: whether steps with prompts and decode rows are bounded also where no target is given.
         least_shared_tokens: minimum number of tokens to compute of a prompt that two cards share.
         least_shared_when_gathered: the same while requests gather on one card.
@@ -170,8 +170,9 @@ class Placement:
 class ElasticPlacement(Placement):
     """Both cards prefill and decode. Long prompts are shared: the cards compute their chunks in turns.
 
-    While one card may decode all requests, those whose prompts are not as long gather there, so that the other one has
-    no decode rows: a prompt is computed where it is done first, which is mostly there, and its KV crosses meanwhile.
+    While one card may decode all requests, streamed ones with short prompts gather there, so that the other card has no
+    decode rows. A prompt of theirs is computed where that ends first, mostly on the other card, and its KV crosses
+    meanwhile.
 
     Otherwise a prompt that is not shared is computed where its request decodes, on the card that then has fewer prompt
     tokens to compute for the room in its steps, its own among them but for what is in the card's prefix cache, or with
@@ -211,8 +212,11 @@ class ElasticPlacement(Placement):
 
         if rest and self._may_cross(seq):
             busier, num_to_compute = rest[0], self._num_to_compute(seq, decode)
-            if num_to_compute < self.least_shared_when_gathered and self._may_gather(seq, busier, others):
-                return Places(min(holding, key=lambda card: cost(card, num_before(card, others))), busier)
+            is_short = min(num_to_compute, self._num_to_compute(seq, busier)) < self.least_shared_when_gathered
+            if is_short and self._may_gather(seq, busier, others):
+                card = min(holding, key=lambda card: cost(card, num_before(card, others)))
+                ends_at_once = seq.num_tokens + 1 >= seq.max_num_tokens  # then nothing reads its KV
+                return Places(card, card if ends_at_once else busier)
             are_few = others.number <= self.most_other_prompts
             is_uneven = min(rooms.values()) < LEAST_ROOM <= max(rooms.values())
             if num_to_compute >= self.least_shared_tokens and are_few and not is_uneven:
@@ -226,7 +230,7 @@ class ElasticPlacement(Placement):
         """Whether the request may join those that decode on the card, which keep half of its blocks free."""
         pool = card.block_manager
         num_held = pool.num_held_blocks + pool.blocks_for(seq.num_tokens)
-        return 2 * num_held <= pool.num_blocks and others.may_gather(card)
+        return 2 * num_held <= pool.num_blocks and others.has_time(card) and others.may_gather(card)
 
     def _num_to_compute(self, seq: Sequence, card: Card) -> int:
         """Tokens of the request that the card's prefix cache lacks.
