@@ -169,6 +169,7 @@ def test_hash_ids_stand_for_the_same_tokens_in_every_prompt(traces, tmp_path):
         assert max((num_alike(prompts[place], earlier) for earlier in prompts[:place]), default=0) == shared
 
 
+@pytest.mark.slow
 def test_the_prefix_cache_hits_where_hash_ids_repeat(tmp_path):
     """One request at a time, so that what the cache holds for one is known: all full blocks of those before it."""
     trace = write_trace(tmp_path / "trace.jsonl", SHARED)
@@ -400,6 +401,7 @@ def test_what_a_server_cannot_be_loaded_with_is_refused(refusal, options, compla
     assert complaint in refusal("serve_load.py", *options)
 
 
+@pytest.mark.slow
 def test_the_cpu_of_the_server_is_measured_of_streams_that_have_their_own_texts():
     command = [sys.executable, str(BENCHMARKS / "server_cpu.py"), "--streams", "20", "--seconds", "1", "--rounds", "1"]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
@@ -668,6 +670,7 @@ def test_every_benchmark_says_what_it_takes(monkeypatch, capsys):
         assert "--output" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_modes_of_two_cards_take_turns(tmp_path):
     command = [
         *(sys.executable, str(BENCHMARKS / "two_cards.py"), "--model", str(DEMO_MODEL_PATH), "--device", "cpu"),

@@ -249,8 +249,8 @@ def test_stop_ends_the_request(page, server):
     assert not page.may_send()
     page.find("stop").click()
     page.wait(page.may_send, "it has stopped")
-    page.wait(lambda: "0\nrequests running" in page.text("tiles"), "the engine has, too")
-    assert metric(server, ABORTED) == before + 1
+    page.wait(lambda: metric(server, ABORTED) == before + 1, "the engine has, too")
+    page.wait(lambda: "0\nrequests running" in page.text("tiles"), "and the page says so")
 
 
 def test_a_phone_does_not_scroll_sideways(page):

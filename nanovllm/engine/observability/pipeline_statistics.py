@@ -92,9 +92,15 @@ class LaneClock:
 
 
 class Anchor:
-    """One moment by two clocks, that of the lanes and that of a trace: gives the offset between them."""
+    """One moment by two clocks, that of the lanes and that of a trace: gives the offset between them.
+
+    On a CPU they are the same clock, which is not read twice: the thread may be held up in between.
+    """
 
     def __init__(self, clock: DeviceClock, device: Device) -> None:
+        self._is_one_clock = not device.is_cuda
+        if self._is_one_clock:
+            return
         stamped = torch.zeros(1, dtype=torch.int64, device=device.torch_device)
         _stamp(stamped, 0)
         self._moment = clock.record_moment()
@@ -102,7 +108,7 @@ class Anchor:
 
     def offset_s(self) -> float:
         """Seconds to add to the lanes' time to get the trace's. Called when the step has ended."""
-        return self._moment.seconds() - int(self._stamped) / 1e9
+        return 0.0 if self._is_one_clock else self._moment.seconds() - int(self._stamped) / 1e9
 
 
 def _stamp(moments: torch.Tensor, offset: int) -> None:
