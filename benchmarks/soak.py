@@ -46,7 +46,7 @@ SHARED_TOKENS = 64
 """Prompts of so many tokens are shared, so that many are."""
 MOST_LATE_S = 0.03
 MOST_FAILED_LAUNCHES = 24
-"""Of the prefill card, one after the other."""
+"""Launches of the prefill card that fail one after the other."""
 CYCLES_PER_S = 1.7e9
 """A GPU's clock rate, about."""
 
@@ -88,7 +88,7 @@ class Faults:
         self._chaos_share = chaos_share
         self.rng = rng
         self._launches_to_fail = 0
-        """Of the prefill card."""
+        """Launches of the prefill card, from the next one on."""
         self._is_elastic = llm.scheduler.placement.shares_prompts
         self._late: ModelRunner | None = None
         """Begins its next step late."""

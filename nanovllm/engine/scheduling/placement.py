@@ -205,10 +205,10 @@ class ElasticPlacement(Placement):
         decode, *rest = sorted(holding, key=lambda card: sizes[card].context)
         rooms = {card: others.room(card) for card in holding}
 
-        def cost(card: Card, num_before: float) -> tuple[bool, float, int]:
+        def cost(card: Card, tokens_before: float) -> tuple[bool, float, int]:
             num_to_compute, pool = self._num_to_compute(seq, card), card.block_manager
             is_full = pool.blocks_for(num_to_compute) > pool.num_free_blocks
-            return is_full, (num_before + num_to_compute) / max(rooms[card], SMALL_ROOM), sizes[card].context
+            return is_full, (tokens_before + num_to_compute) / max(rooms[card], SMALL_ROOM), sizes[card].context
 
         if rest and self._may_cross(seq):
             busier, num_to_compute = rest[0], self._num_to_compute(seq, decode)
