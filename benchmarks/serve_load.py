@@ -109,6 +109,11 @@ def busy_share(before: dict[str, Any], after: dict[str, Any], seconds: float) ->
     return dict(shares)
 
 
+def num_ended(metrics: dict[str, Any]) -> float:
+    """Requests that have ended, by a reading of /metrics."""
+    return sum(metrics.get("requests_ended_total", {}).values())
+
+
 def chunks_between(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
     """What `online_load.py` says of chunks, by two readings of /metrics."""
 
@@ -187,21 +192,18 @@ class Service:
         time, or the first one has ended."""
         request = Request(0.0, [0], full_length(self.args.max_model_len - 1))
         num_streams = self.args.streams or NUM_STREAMS_AT_THE_END
-        ended_before = self._num_ended(self._server.metrics())
+        ended_before = num_ended(self._server.metrics())
         running = self._clients.begin({"streams": [[body_of(request)]] * num_streams}, duration_s=ENDLESS_S)
         deadline_s = time.monotonic() + BEGIN_TIMEOUT_S
         while True:
             found = self._server.metrics()
-            if self._num_ended(found) > ended_before or found["requests"]['state="decoding"'] >= num_streams:
+            if num_ended(found) > ended_before or found["requests"]['state="decoding"'] >= num_streams:
                 break
             if time.monotonic() > deadline_s:
                 raise ServerFailedError(f"not all of {num_streams} streams decode within {BEGIN_TIMEOUT_S:g} s")
             time.sleep(0.01)
         time.sleep(UNDER_LOAD_S)
         return running
-
-    def _num_ended(self, metrics: dict[str, Any]) -> float:
-        return sum(metrics.get("requests_ended_total", {}).values())
 
     def _check(self, requests: Sequence[Request]) -> list[str]:
         """What went wrong; raises ServerFailedError if that is everything."""

@@ -31,6 +31,7 @@ from nanovllm.demo import DEMO_MODEL_PATH
 from nanovllm.engine.distributed import messages
 from nanovllm.engine.output_rows import OutputRows
 from nanovllm.outputs import RequestOutput, TokenLogprobs
+from tests.processes import cpu_ticks, process_state
 
 msgspec = pytest.importorskip("msgspec", reason="needs the extra `serve`")
 async_llm = pytest.importorskip("nanovllm.entrypoints.async_llm", reason="needs the extra `serve`")
@@ -86,24 +87,11 @@ async def until_gone(pid, within_s=120.0):
     raise AssertionError(f"process {pid} is still there")
 
 
-def process_state(pid):
-    """One letter: `T` of a stopped process, `Z` of one that has ended; None of one that is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except OSError:
-        return None
-
-
 def stop(pid):
     """Stops a process as SIGSTOP does, which takes a moment."""
     os.kill(pid, signal.SIGSTOP)
     while process_state(pid) != "T":
         time.sleep(0.001)
-
-
-def cpu_ticks(pid):
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return int(fields[11]) + int(fields[12])
 
 
 def wait_until_idle(pid):

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.processes import cpu_ticks
+
 TOOL = Path(__file__).parent.parent / "tools" / "peak_memory.py"
 HOLD = """import sys, time, pathlib
 held = bytearray(b'x') * (96 << 20)
@@ -15,11 +17,6 @@ folder = pathlib.Path(sys.argv[1])
 (folder / sys.argv[2]).touch()
 while not (folder / "end").exists(): time.sleep(0.01)
 """
-
-
-def cpu_ticks(pid: int) -> int:
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return int(fields[11]) + int(fields[12])
 
 
 def test_a_commands_children_and_orphans_count(tmp_path):

@@ -31,6 +31,7 @@ from nanovllm.utils.checkpoint import checkpoint_folder, read_json
 from nanovllm.utils.device import Device
 from nanovllm.utils.loader import fill_randomly, load_weights
 from tests import tiny
+from tests.processes import process_state
 from tests.test_engine import drain, tokens_of
 from tests.test_prompt_logprobs import assert_reported
 
@@ -570,13 +571,6 @@ def test_nothing_is_left_when_the_engine_is_gone(even, tmp_path, how, then):
     check_nothing_is_left(even["biased"], {"device": "cpu", "num_kvcache_blocks": 100}, tmp_path, how, then)
 
 
-def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except OSError:
-        return False
-
-
 def check_nothing_is_left(path, options, tmp_path, how, then):
     script = tmp_path / "serve.py"
     script.write_text(textwrap.dedent(SERVE))
@@ -592,7 +586,7 @@ def check_nothing_is_left(path, options, tmp_path, how, then):
         os.killpg(engine.pid, how) if how is signal.SIGINT else engine.send_signal(how)
         engine.wait(120)
     deadline = time.monotonic() + 60
-    while is_running(pid):
+    while process_state(pid) not in (None, "Z"):
         assert time.monotonic() < deadline, "the worker is still there"
         time.sleep(0.05)
     assert list(tmp_path.glob("nanovllm-*")) == []

@@ -665,10 +665,12 @@ class Scheduler:
             return False
         size = StepSize(sum(each.num_tokens for each in sizes.values()), sum(each.context for each in sizes.values()))
         size = size.with_row(seq.num_tokens_ahead(LOOK_AHEAD_STEPS))
-        decode_s, alone_s = card.step_time.predict(size), card.step_time.predict(StepSize(1, 1))
-        if decode_s is None or alone_s is None:
-            return False
-        return decode_s <= (STRETCH * alone_s if self._target is None else GATHERED_SHARE * self._target.seconds)
+        if self._target is not None:
+            limit_s = GATHERED_SHARE * self._target.seconds
+        else:
+            limit_s = STRETCH * (card.step_time.predict(StepSize(1, 1)) or 0.0)
+        decode_s = card.step_time.predict(size)
+        return decode_s is not None and decode_s <= limit_s
 
     def _room(self, sizes: abc.Mapping[Card, StepSize], card: Card) -> float:
         """Share of a step's time that the card has for prompts, beside so many decode rows."""
