@@ -602,7 +602,7 @@ def _sum_of_experts_kernel(
     scales = _load_scales_of_experts(w_scales, chosen, program, num_outputs, num_inputs, BLOCK, TILE_N, PADDED_INPUTS)
     if OVERLAPS:
         width: tl.constexpr = LINE // (weight.dtype.element_ty.primitive_bitwidth // 8)
-        lines = tl.arange(0, PADDED_INPUTS // width) * width
+        lines = tl.arange(0, tl.cdiv(PADDED_INPUTS, width)) * width
         rows = (program + programs) * TILE_N + tl.arange(0, TILE_N)
         there = ((rows < num_outputs)[:, None] & (chosen >= 0)[None, :])[:, :, None] & (lines < num_inputs)[
             None, None, :
