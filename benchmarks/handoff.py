@@ -3,6 +3,10 @@
 The first table moves random blocks between the two pools, by each method that the devices allow. The second serves
 single prompts with `max_tokens=2` by each `--kv-handoff` and shows how long prefill takes, and how long after the end
 of its last chunk the KV was there: the exposed handoff, by the events that end the step and the copies (on GPUs).
+
+With `--processes` each card is in a process of its own and NIXL moves the KV. Shown are then, of prompts one by one,
+the time to the first token, the handoffs (one for each chunk), and how long KV was on its way after the engine knew of
+the end of the step that made it; from that and the bytes, the rate.
 """
 
 from __future__ import annotations
@@ -93,6 +97,31 @@ def measure_exposure(llm: LLM, prompt_lens: Sequence[int]) -> list[dict[str, Any
     return rows
 
 
+def measure_processes(llm: LLM, prompt_lens: Sequence[int]) -> list[dict[str, Any]]:
+    """Prompts one by one between two processes, each length nine times; medians."""
+    rng, vocab_size = random.Random(1), vocab_size_of(llm)
+    rows = []
+    print(f"{'prompt':>8}{'TTFT us':>12}{'handoffs':>10}{'us each':>10}{'GB/s':>8}")
+    for prompt_len in prompt_lens:
+        found = []
+        for _ in range(9):
+            before = llm.metrics()
+            llm.generate([random_prompt(rng, vocab_size, prompt_len)], full_length(2), use_tqdm=False)
+            after = llm.metrics()
+            ttft_s, handoff_s = (after[name]["sum"] - before[name]["sum"] for name in ("ttft_s", "handoff_s"))
+            num_handoffs = after["handoff_s"]["count"] - before["handoff_s"]["count"]
+            num_bytes = sum(after["handoff_bytes_by_link"].values()) - sum(before["handoff_bytes_by_link"].values())
+            found.append((handoff_s, ttft_s, num_handoffs, num_bytes))
+        handoff_s, ttft_s, num_handoffs, num_bytes = sorted(found)[len(found) // 2]
+        row = {"method": "nixl", "prompt_len": prompt_len, "ttft_s": ttft_s, "handoffs": num_handoffs}
+        rows.append({**row, "bytes": num_bytes, "handoff_s": handoff_s / num_handoffs})
+        print(
+            f"{prompt_len:8}{ttft_s * 1e6:12.0f}{num_handoffs:10}{handoff_s / num_handoffs * 1e6:10.0f}"
+            f"{num_bytes / handoff_s / 1e9:8.1f}"
+        )
+    return rows
+
+
 @ends_with_message()
 def main() -> None:
     parser = new_parser(__doc__)
@@ -101,22 +130,25 @@ def main() -> None:
     parser.add_argument("--prompt-lens", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--max-num-batched-tokens", type=int, default=16384, help="of a prefill step")
     parser.add_argument("--kv-handoff", nargs="+", default=["auto"], help="of the served prompts, one after another")
+    parser.add_argument("--processes", action="store_true", help="a process for each card, KV by NIXL")
     add_device(parser)
     add_pool(parser)
     args = parser.parse_args()
     copies: list[dict[str, Any]] = []
     exposure: list[dict[str, Any]] = []
-    for method in args.kv_handoff:
-        with LLM(
-            **model_options(args),
-            device=args.device,
-            enable_two_gpu_pd=True,
-            kv_handoff=method,
-            max_num_batched_tokens=args.max_num_batched_tokens,
-            num_kvcache_blocks=args.num_kvcache_blocks,
-            max_model_len=max(args.prompt_lens) + 8,
-            enable_prefix_caching=False,
-        ) as llm:
+    options = {
+        **model_options(args),
+        "device": args.device,
+        "max_num_batched_tokens": args.max_num_batched_tokens,
+        "num_kvcache_blocks": args.num_kvcache_blocks,
+        "max_model_len": max(args.prompt_lens) + 8,
+        "enable_prefix_caching": False,
+    }
+    if args.processes:
+        with LLM(**options, cluster="local") as llm:
+            exposure = measure_processes(llm, args.prompt_lens)
+    for method in [] if args.processes else args.kv_handoff:
+        with LLM(**options, enable_two_gpu_pd=True, kv_handoff=method) as llm:
             copies = copies or measure_copies(llm, args.blocks)
             exposure += measure_exposure(llm, args.prompt_lens)
     result = {"model_shape": args.model_shape, "max_num_batched_tokens": args.max_num_batched_tokens}
