@@ -213,9 +213,12 @@ def one_token_cases(capability: int, dtype: str):
         gate = {"PADDED_INPUTS": 2048, "TILE_N": 2, "TILE_LINES": 64, "IS_GATED": True, "NUM_WARPS": 4}
         formats = {"BLOCK": block, "GROUP": block or 2048, **scales}
         yield "_vector_kernel", dtype, {**experts, **gate, **formats, **absent}, {"num_warps": 4}
-        down = {"PADDED_INPUTS": 1024, "TILE_N": 1, "TOP_K": 8, "PADDED_TOP_K": 8, "NUM_WARPS": 8}
-        formats = {"BLOCK": block, "GROUP": block or 1024, "RENORMALIZES": True, **scales}
-        yield "_sum_of_experts_kernel", dtype, {**experts, **down, **formats}, {"num_warps": 8}
+        itemsize = {"float32": 4}.get(dtype, 2) if "w_scales" in scales else 1
+        for padded_inputs in (max(32, block or 1), 1024):  # less than a line, and several
+            down = {"PADDED_INPUTS": padded_inputs, "TILE_N": 1, "TOP_K": 8, "PADDED_TOP_K": 8, "NUM_WARPS": 8}
+            down["ROW_LINES"] = triton.cdiv(padded_inputs * itemsize, 128)
+            formats = {"BLOCK": block, "GROUP": block or padded_inputs, "RENORMALIZES": True, **scales}
+            yield "_sum_of_experts_kernel", dtype, {**experts, **down, **formats}, {"num_warps": 8}
 
 
 def test_programs_of_a_gemm_of_few_tokens_run_at_once():

@@ -216,6 +216,7 @@ def _sum_of_experts(
         GROUP=padded_inputs if block is None else block,
         TILE_N=tile_n,
         PADDED_INPUTS=padded_inputs,
+        ROW_LINES=triton.cdiv(padded_inputs * values.itemsize, LINE.value),
         STAGES=STAGES,
         SCALE_OF_ONE=SCALE_OF_ONE,
         MIN_SCALE=SMALLEST_SCALE,
@@ -569,6 +570,7 @@ def _sum_of_experts_kernel(
     GROUP: tl.constexpr,
     TILE_N: tl.constexpr,
     PADDED_INPUTS: tl.constexpr,
+    ROW_LINES: tl.constexpr,
     STAGES: tl.constexpr,
     SCALE_OF_ONE: tl.constexpr,
     MIN_SCALE: tl.constexpr,
@@ -602,7 +604,7 @@ def _sum_of_experts_kernel(
     scales = _load_scales_of_experts(w_scales, chosen, program, num_outputs, num_inputs, BLOCK, TILE_N, PADDED_INPUTS)
     if OVERLAPS:
         width: tl.constexpr = LINE // (weight.dtype.element_ty.primitive_bitwidth // 8)
-        lines = tl.arange(0, tl.cdiv(PADDED_INPUTS, width)) * width
+        lines = tl.arange(0, ROW_LINES) * width
         rows = (program + programs) * TILE_N + tl.arange(0, TILE_N)
         there = ((rows < num_outputs)[:, None] & (chosen >= 0)[None, :])[:, :, None] & (lines < num_inputs)[
             None, None, :
