@@ -559,6 +559,22 @@ def test_the_cost_of_handoffs_on_two_logical_devices():
     assert all(row["prefill_s"] > row["exposed_s"] > 0 for row in result["exposure"])
 
 
+@pytest.mark.slow
+def test_the_cost_of_handoffs_between_processes():
+    pytest.importorskip("nixl_cu13")
+    command = [
+        *(sys.executable, str(BENCHMARKS / "handoff.py"), "--model", str(DEMO_MODEL_PATH), "--device", "cpu"),
+        *("--prompt-lens", "20", "60", "--max-num-batched-tokens", "32", "--processes", *SMALL_POOLS),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert result["copies"] == []
+    served = [(row["method"], row["prompt_len"], row["handoffs"]) for row in result["exposure"]]
+    assert served == [("nixl", 20, 1), ("nixl", 60, 2)]
+    assert all(row["bytes"] > 0 and row["ttft_s"] > 0 and row["handoff_s"] > 0 for row in result["exposure"])
+
+
 @pytest.mark.parametrize("mode", ["single", "pd"])
 def test_what_prefill_does_to_decode_on_a_cpu(mode):
     command = [

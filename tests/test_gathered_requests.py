@@ -173,10 +173,12 @@ def test_where_a_short_prompt_runs():
     assert placement.places_of(short, sizes, OtherPrompts()) == Places(busy, idle, is_shared=True)
     placement.least_shared_when_gathered = 1000
     assert placement.places_of(long, sizes, gathers) == Places(busy, idle, is_shared=True)
-    waiting = OtherPrompts(
-        may_gather=gathers.may_gather, room=gathers.room, tokens_left={idle: 500.0}, tokens_in_flight={idle: 200.0}
+    sooner, much_sooner = (
+        dataclasses.replace(gathers, tokens_left={idle: 500.0}, tokens_in_flight={idle: tokens})
+        for tokens in (200.0, 1400.0)
     )
-    assert placement.places_of(short, sizes, waiting) == Places(busy, busy), "there it is done first"
+    assert placement.places_of(short, sizes, sooner) == Places(idle, busy), "it would make the others' gaps longer"
+    assert placement.places_of(short, sizes, much_sooner) == Places(busy, busy)
     full = dataclasses.replace(gathers, has_time=lambda card: card is not busy)
     assert placement.places_of(short, sizes, full).decode is idle, "it would not be admitted there"
     last = make_long(2, [3] * 600, max_tokens=1)

@@ -22,6 +22,10 @@ alone, and is left without decode rows for the next."""
 GATHERED_SHARE = 0.85
 """Requests gather on one card while a decode step of all of them takes no more of `itl_target_ms` than this."""
 
+COST_BESIDE_GATHERED = 2.0
+"""A short prompt is computed on the card where requests gather only if the other one would need more than so many times
+as long: beside their rows it makes the gaps of all of them longer."""
+
 LEAST_ROOM = 0.25
 """A prompt is not shared if one of the cards has more of a step's time for prompts than this, and the other one less:
 chunks are cut to the shorter time, so that the first card is faster alone."""
@@ -171,8 +175,8 @@ class ElasticPlacement(Placement):
     """Both cards prefill and decode. Long prompts are shared: the cards compute their chunks in turns.
 
     While one card may decode all requests, streamed ones with short prompts gather there, so that the other card has no
-    decode rows. A prompt of theirs is computed where that ends first, mostly on the other card, and its KV crosses
-    meanwhile.
+    decode rows. A prompt of theirs is computed on that other card, whose KV crosses meanwhile, unless it would end much
+    sooner where they decode.
 
     Otherwise a prompt that is not shared is computed where its request decodes, on the card that then has fewer prompt
     tokens to compute for the room in its steps, its own among them but for what is in the card's prefix cache, or with
@@ -214,7 +218,12 @@ class ElasticPlacement(Placement):
             busier, num_to_compute = rest[0], self._num_to_compute(seq, decode)
             is_short = min(num_to_compute, self._num_to_compute(seq, busier)) < self.least_shared_when_gathered
             if is_short and self._may_gather(seq, busier, others):
-                card = min(holding, key=lambda card: cost(card, num_before(card, others)))
+
+                def cost_apart(card: Card) -> tuple[bool, float, int]:
+                    is_full, tokens, context = cost(card, num_before(card, others))
+                    return is_full, tokens * (COST_BESIDE_GATHERED if card is busier else 1.0), context
+
+                card = min(holding, key=cost_apart)
                 ends_at_once = seq.num_tokens + 1 >= seq.max_num_tokens  # then nothing reads its KV
                 return Places(card, card if ends_at_once else busier)
             are_few = others.number <= self.most_other_prompts
