@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, BackendUnavailableError
+from nanovllm.errors import ClusterError
 from tests import tiny
 
 needs_zmq = pytest.mark.skipif(importlib.util.find_spec("zmq") is None, reason="needs pyzmq")
@@ -123,6 +124,10 @@ def test_a_gpu_is_found_among_those_that_are_visible():
 def test_ucx_listens_where_the_node_is_and_on_rdma(monkeypatch, tmp_path):
     monkeypatch.setattr(card_ray, "INFINIBAND", tmp_path)
     assert net_devices("127.0.0.1") == {"UCX_NET_DEVICES": "lo"}
+    assert net_devices("127.0.0.3") == {"UCX_NET_DEVICES": "lo"}, "not its first address, but of its network"
+    monkeypatch.delenv("UCX_NET_DEVICES", raising=False)
+    with pytest.raises(ClusterError, match=r"no network interface is in the network of 203\.0\.113\.9"):
+        net_devices("203.0.113.9")
     (tmp_path / "mlx5_0" / "ports" / "1").mkdir(parents=True)
     assert net_devices("127.0.0.1") == {"UCX_NET_DEVICES": "lo,mlx5_0:1"}
 

@@ -7,6 +7,7 @@ speaks with its controller by ZMQ, with the keys that the actor was handed.
 from __future__ import annotations
 
 import fcntl
+import ipaddress
 import logging
 import os
 import signal
@@ -31,7 +32,7 @@ KILL_TIMEOUT_S = 5.0
 """Seconds after which an actor that has not ended its card is ended itself."""
 KEEP_VISIBLE_DEVICES = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 """Every card sees all GPUs of its host: CUDA's memory of other processes is opened by what is visible."""
-SIOCGIFADDR = 0x8915
+SIOCGIFADDR, SIOCGIFNETMASK = 0x8915, 0x891B
 INFINIBAND = Path("/sys/class/infiniband")
 
 
@@ -83,14 +84,19 @@ def visible_index(gpu_ids: list[Any], visible: str | None) -> int:
 def net_devices(address: str) -> dict[str, str]:
     """What UCX may listen on: the interface of this address, and RDMA devices; nothing else of the host.
 
+    Linux is asked for an interface's first address alone. If the node's is another one, the interface is that whose
+    first address is in the same network.
+
     Raises:
         ClusterError: there is neither, and the variable is not set.
     """
-    devices = [name for name in _interfaces() if _address_of(name) == address]
+    networks = {name: network for name in _interfaces() if (network := _network_of(name)) is not None}
+    devices = [name for name, network in networks.items() if str(network.ip) == address]
+    devices = devices or [name for name, each in networks.items() if ipaddress.ip_address(address) in each.network]
     devices += [f"{port.parent.parent.name}:{port.name}" for port in sorted(INFINIBAND.glob("*/ports/*"))]
     if not devices and "UCX_NET_DEVICES" not in os.environ:
         raise ClusterError(
-            f"no network interface has {address}, the node's address, as its first one, and UCX would listen on all of "
+            f"no network interface is in the network of {address}, the node's address, and UCX would listen on all of "
             f"them; set UCX_NET_DEVICES where Ray is started on this host, to one of {', '.join(_interfaces())}"
         )
     return {"UCX_NET_DEVICES": ",".join(devices)} if devices else {}
@@ -100,13 +106,15 @@ def _interfaces() -> list[str]:
     return [name for _, name in socket.if_nameindex()]
 
 
-def _address_of(interface: str) -> str | None:
+def _network_of(interface: str) -> ipaddress.IPv4Interface | None:
+    """The first address of an interface and its network, if it has one."""
+    request = struct.pack("256s", interface[:15].encode())
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
         try:
-            answer = fcntl.ioctl(asking.fileno(), SIOCGIFADDR, struct.pack("256s", interface[:15].encode()))
-        except OSError:  # it has none
+            address, mask = (fcntl.ioctl(asking.fileno(), what, request) for what in (SIOCGIFADDR, SIOCGIFNETMASK))
+        except OSError:
             return None
-    return socket.inet_ntoa(answer[20:24])
+    return ipaddress.IPv4Interface(f"{socket.inet_ntoa(address[20:24])}/{socket.inet_ntoa(mask[20:24])}")
 
 
 class RayProcess:
