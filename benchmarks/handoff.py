@@ -126,14 +126,16 @@ def measure_processes(llm: LLM, prompt_lens: Sequence[int]) -> list[dict[str, An
 def main() -> None:
     parser = new_parser(__doc__)
     add_model(parser, "qwen3-8b")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 4, 16, 64, 128, 512])
+    parser.add_argument("--blocks", type=int, nargs="+", help="of the first table, 1 to 512 if not given")
     parser.add_argument("--prompt-lens", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--max-num-batched-tokens", type=int, default=16384, help="of a prefill step")
-    parser.add_argument("--kv-handoff", nargs="+", default=["auto"], help="of the served prompts, one after another")
+    parser.add_argument("--kv-handoff", nargs="+", help="of the served prompts, one after another; auto if not given")
     parser.add_argument("--processes", action="store_true", help="a process for each card, KV by NIXL")
     add_device(parser)
     add_pool(parser)
     args = parser.parse_args()
+    if args.processes and (args.blocks or args.kv_handoff):
+        parser.error("--blocks and --kv-handoff are of cards in one process, not of --processes")
     copies: list[dict[str, Any]] = []
     exposure: list[dict[str, Any]] = []
     options = {
@@ -147,9 +149,9 @@ def main() -> None:
     if args.processes:
         with LLM(**options, cluster="local") as llm:
             exposure = measure_processes(llm, args.prompt_lens)
-    for method in [] if args.processes else args.kv_handoff:
+    for method in [] if args.processes else args.kv_handoff or ["auto"]:
         with LLM(**options, enable_two_gpu_pd=True, kv_handoff=method) as llm:
-            copies = copies or measure_copies(llm, args.blocks)
+            copies = copies or measure_copies(llm, args.blocks or [1, 4, 16, 64, 128, 512])
             exposure += measure_exposure(llm, args.prompt_lens)
     result = {"model_shape": args.model_shape, "max_num_batched_tokens": args.max_num_batched_tokens}
     report("handoff", {**result, "copies": copies, "exposure": exposure}, args.output)

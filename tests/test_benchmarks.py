@@ -281,6 +281,11 @@ def test_a_drift_is_served(tmp_path):
     assert "soon p99" in run.stdout
 
 
+def test_methods_of_one_process_are_refused_between_processes(refusal):
+    assert "not of --processes" in refusal("handoff.py", "--processes", "--kv-handoff", "direct")
+    assert "not of --processes" in refusal("handoff.py", "--processes", "--blocks", "4")
+
+
 def test_a_speed_without_a_trace_is_refused(refusal):
     assert "--speed is of a trace" in refusal("online_load.py", "--speed", "2")
 

@@ -112,7 +112,7 @@ def _network_of(interface: str) -> ipaddress.IPv4Interface | None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
         try:
             address, mask = (fcntl.ioctl(asking.fileno(), what, request) for what in (SIOCGIFADDR, SIOCGIFNETMASK))
-        except OSError:
+        except OSError:  # it has none
             return None
     return ipaddress.IPv4Interface(f"{socket.inet_ntoa(address[20:24])}/{socket.inet_ntoa(mask[20:24])}")
 
