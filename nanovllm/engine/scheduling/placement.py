@@ -175,8 +175,8 @@ class ElasticPlacement(Placement):
     """Both cards prefill and decode. Long prompts are shared: the cards compute their chunks in turns.
 
     While one card may decode all requests, streamed ones with short prompts gather there, so that the other card has no
-    decode rows. A prompt of theirs is computed on that other card, whose KV crosses meanwhile, unless it would end much
-    sooner where they decode.
+    decode rows. A prompt of theirs is computed on that other card, and its KV crosses meanwhile, unless it would end
+    much sooner where they decode.
 
     Otherwise a prompt that is not shared is computed where its request decodes, on the card that then has fewer prompt
     tokens to compute for the room in its steps, its own among them but for what is in the card's prefix cache, or with
