@@ -7,6 +7,8 @@ time. A load is served in every mode before the next one is, and each time anoth
 A load is LOAD:RATE, a workload or the file of a trace, and requests per second, for `--duration`; several of them
 joined by `+` follow each other. A request is good as in online_load.py. Modes that mix prompts with decode steps aim at
 `--itl-target-ms`; as steps scatter, that should be a few percent below `--itl-limit-ms`.
+
+`processes*2` and `elastic-processes*2` have twice the cards, two of each role, and twice the requests of each load.
 """
 
 from __future__ import annotations
@@ -31,9 +33,14 @@ from lib.online import add_limits, add_service_size, summarize, with_hit_rate
 from lib.report import report
 from nanovllm.errors import ends_with_message
 
-MODES = ("elastic", "pd", "dp2", "tp2", *CLUSTER_MODES)
+MODES = ("elastic", "pd", "dp2", "tp2", *CLUSTER_MODES, *(f"{mode}*2" for mode in CLUSTER_MODES))
 NUM_REPLICAS = {"dp2": 2}
-HEADER = f"{'':<30}{'requests':>9}{'good':>7}{'TTFT p50':>10}{'p99':>8}{'ITL p50':>9}{'p99':>7}{'hits':>7}"
+TWICE = "*2"
+"""Behind the name of a mode: with twice the cards and requests."""
+HEADER = (
+    f"{'':<42}{'requests':>9}{'good':>7}{'TTFT p50':>10}{'p99':>8}{'ITL p50':>9}{'p99':>7}{'first gap':>11}{'p95':>6}"
+    f"{'hits':>7}  not good by"
+)
 
 
 def read_options() -> argparse.Namespace:
@@ -62,8 +69,12 @@ def read_options() -> argparse.Namespace:
 def in_mode(args: argparse.Namespace, mode: str, loads: list[str]) -> argparse.Namespace:
     """The options of online_load.py that serve these loads, one after another, in a mode."""
     options = copy.copy(args)
-    options.mode, options.drift, options.workload = mode, loads, "rag"
+    options.mode, options.drift, options.workload = mode.removesuffix(TWICE), loads, "rag"
     options.trace = options.streams = options.kv_handoff = options.decode_pipeline = None
+    if mode.endswith(TWICE):
+        options.prefill_cards = options.decode_cards = 2
+        phases = [parse_phase(load) for load in loads]
+        options.drift = [f"{phase.load}:{2 * phase.rate}" for phase in phases]
     return options
 
 
@@ -75,12 +86,13 @@ def summary_of(args: argparse.Namespace, load: str, mode: str, served: Served) -
 
 def print_summary(summary: dict[str, Any]) -> None:
     """A line, and one for each part of a load that has several."""
-    ttft, itl = summary["ttft_ms"], summary["itl_ms"]
+    ttft, itl, first_gap = summary["ttft_ms"], summary["itl_ms"], summary["first_gap_ms"]
+    flaws = ", ".join(f"{flaw} {number}" for flaw, number in summary["flaws"].items() if number)
     hits = f"{summary['prefix_cache']['hit_rate']:.1%}" if summary["prefix_cache"] else ""
     print(
-        f"{summary['mode']:<8}{summary['load'].rpartition('/')[2]:<22}{summary['num_requests']:>9}"
+        f"{summary['mode']:<20}{summary['load'].rpartition('/')[2]:<22}{summary['num_requests']:>9}"
         f"{summary['good_share']:>7.3f}{ttft['p50']:>10.0f}{ttft['p99']:>8.0f}{itl['p50']:>9.1f}{itl['p99']:>7.1f}"
-        f"{hits:>7}",
+        f"{first_gap['p50']:>11.1f}{first_gap['p95']:>6.1f}{hits:>7}  {flaws}",
         flush=True,
     )
     if len(summary["phases"]) > 1:

@@ -102,6 +102,9 @@ def test_latencies_count_from_the_moment_a_request_was_due(online, loads):
     assert steady.is_good(0.6, 1.5), "of 251 gaps two"
     assert not steady.is_good(0.6, 0.6), "and one of these is three times as long"
     assert not failed.is_good(100.0, 100.0)
+    assert failed.flaws(0.1, 0.1) == ["error"]
+    assert quick.flaws(0.4, 0.25) == ["TTFT", "stall"]
+    assert quick.flaws(0.6, 0.1) == ["gaps", "stall"]
 
 
 def write_trace(path: Path, rows) -> str:

@@ -35,6 +35,10 @@ WORKLOADS: dict[str, tuple[Lengths, Lengths]] = {
 }
 """Lengths of prompts and of outputs."""
 
+FLAWS = ("error", "TTFT", "gaps", "stall")
+"""What makes a request no good one: it failed, its first token came late, too many gaps are too long, one is three times
+as long as the limit."""
+
 
 @dataclass
 class Request:
@@ -60,10 +64,19 @@ class Request:
 
     def is_good(self, ttft_limit_s: float, itl_limit_s: float) -> bool:
         """Whether it was answered within the limits: one gap in a hundred, or one, may be longer, none three times."""
-        if self.error is not None or self.ttft_s > ttft_limit_s:
-            return False
+        return not self.flaws(ttft_limit_s, itl_limit_s)
+
+    def flaws(self, ttft_limit_s: float, itl_limit_s: float) -> list[str]:
+        """Why it is not good, some of FLAWS."""
+        if self.error is not None:
+            return ["error"]
         too_long = [gap_s for gap_s in self.gaps_s if gap_s > itl_limit_s]
-        return len(too_long) <= max(len(self.gaps_s) // 100, 1) and max(too_long, default=0.0) <= 3 * itl_limit_s
+        is_one = {
+            "TTFT": self.ttft_s > ttft_limit_s,
+            "gaps": len(too_long) > max(len(self.gaps_s) // 100, 1),
+            "stall": max(too_long, default=0.0) > 3 * itl_limit_s,
+        }
+        return [flaw for flaw in FLAWS if is_one.get(flaw)]
 
 
 def gaps_of(times_s: Sequence[float]) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lib.arguments import (
     parse_args,
 )
 from lib.drift import Phase, drift_load, parse_phase, print_phases, summarize_phases
-from lib.loads import WORKLOADS, Request, make_load, make_streams
+from lib.loads import FLAWS, WORKLOADS, Request, make_load, make_streams
 from lib.report import QUANTILES, quantiles_ms
 from lib.traces import Trace, read_trace
 
@@ -175,6 +176,7 @@ def summarize_requests(requests: Sequence[Request], ttft_limit_s: float, itl_lim
     in_window = sum(last_due_s / 10 <= time_s <= last_due_s for time_s in all_times) * num_tokens / len(all_times)
     tpot = [(r.token_times_s[-1] - r.token_times_s[0]) / (r.num_tokens - 1) for r in answered if r.num_tokens > 1]
     num_good = sum(r.is_good(ttft_limit_s, itl_limit_s) for r in requests)
+    flaws = Counter(flaw for request in requests for flaw in request.flaws(ttft_limit_s, itl_limit_s))
     return {
         "num_requests": len(requests),
         "num_failed": len(requests) - len(answered),
@@ -186,6 +188,7 @@ def summarize_requests(requests: Sequence[Request], ttft_limit_s: float, itl_lim
         "saturated_tokens_per_s": in_window / (0.9 * last_due_s) if last_due_s else 0.0,
         "goodput_per_s": num_good / all_times[-1],
         "good_share": num_good / len(requests),
+        "flaws": {flaw: flaws[flaw] for flaw in FLAWS},
         "ttft_ms": quantiles_ms([request.ttft_s for request in answered]),
         "tpot_ms": quantiles_ms(tpot),
         "itl_ms": quantiles_ms([gap for request in answered for gap in request.gaps_s]),
@@ -222,6 +225,8 @@ def print_served(args: argparse.Namespace, summary: dict[str, Any]) -> None:
     limits = f"TTFT {args.ttft_limit_ms:g} ms, ITL {args.itl_limit_ms:g} ms"
     good = f"{summary['goodput_per_s']:.2f} requests/s, {summary['good_share']:.1%} of them,"
     print(f"goodput              {good} within {limits}")
+    if flaws := {flaw: number for flaw, number in summary["flaws"].items() if number}:
+        print(f"not good             {', '.join(f'{number} by {flaw}' for flaw, number in flaws.items())}")
     shares = ", ".join(f"{device} {share:.0%}" for device, share in summary["busy_share"].items())
     print(f"busy                 {shares}")
     if cache := summary["prefix_cache"]:
