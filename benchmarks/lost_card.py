@@ -22,6 +22,7 @@ from lib.loads import full_length, gaps_of, random_prompt, vocab_size_of
 from lib.report import report
 from nanovllm import LLM
 from nanovllm.config import CARD_ROLES
+from nanovllm.engine.distributed.remote_card import RemoteRunner
 from nanovllm.errors import ends_with_message
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
@@ -74,8 +75,9 @@ def lose_card(llm: LLM, number: int, args: argparse.Namespace) -> dict[str, Any]
     decoding = [card for card in llm.scheduler.cards if card in where.values()]
     card = decoding[number % len(decoding)]
     lost = [request_id for request_id, its_card in where.items() if its_card is card]
-    process = next(runner for runner in llm._runners if str(runner.device) == card.name)
-    os.kill(process.pid, SIGNALS[args.how])
+    runner = next(runner for runner in llm._runners if str(runner.device) == card.name)
+    assert isinstance(runner, RemoteRunner), "it is in a process of its own"
+    os.kill(runner.pid, SIGNALS[args.how])
     lost_s, noticed_s, back_s = time.perf_counter(), 0.0, 0.0
     while answers.num_unfinished or not card.is_up:
         answers.step()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -695,6 +695,25 @@ def test_every_benchmark_says_what_it_takes(monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("nixl_cu13") is None, reason="needs nixl-cu13")
+def test_the_cost_of_a_lost_card():
+    command = [
+        *(sys.executable, str(BENCHMARKS / "lost_card.py"), "--model", str(DEMO_MODEL_PATH), "--device", "cpu"),
+        *("--streams", "8", "--prompt-len", "64", "--num-output", "300", "--num-kvcache-blocks", "300"),
+        *("--rounds", "2"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1", "UCX_TLS": "tcp"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    first, second = json.loads(run.stdout.splitlines()[-1])["rounds"]
+    assert {first["card"], second["card"]} == {"card 0", "card 1"}
+    for found in first, second:
+        assert 0 < found["num_lost"] < 8
+        assert 0 < found["noticed_s"] <= found["first_token_s"] <= found["last_token_s"]
+        assert found["noticed_s"] < found["back_s"]
+
+
+@pytest.mark.slow
 def test_modes_of_two_cards_take_turns(tmp_path):
     command = [
         *(sys.executable, str(BENCHMARKS / "two_cards.py"), "--model", str(DEMO_MODEL_PATH), "--device", "cpu"),
@@ -710,6 +729,17 @@ def test_modes_of_two_cards_take_turns(tmp_path):
     assert all(load["num_requests"] and not load["num_failed"] for load in loads)
     assert loads[0]["input_tokens"] == loads[1]["input_tokens"]
     assert [phase["rate"] for phase in loads[2]["phases"]] == [2, 6]
+
+
+def test_twice_the_cards_get_twice_the_requests():
+    import two_cards
+
+    args = SimpleNamespace(prefill_cards=None)
+    twice = two_cards.in_mode(args, "elastic-processes*2", ["rag:4.5", "chat:40"])
+    assert (twice.mode, twice.prefill_cards, twice.decode_cards) == ("elastic-processes", 2, 2)
+    assert twice.drift == ["rag:9.0", "chat:80.0"]
+    once = two_cards.in_mode(args, "elastic-processes", ["rag:4.5", "chat:40"])
+    assert (once.mode, once.prefill_cards, once.drift) == ("elastic-processes", None, ["rag:4.5", "chat:40"])
 
 
 def test_a_load_of_two_cards_that_is_none_is_refused(refusal):

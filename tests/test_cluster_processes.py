@@ -21,6 +21,7 @@ from nanovllm import ClusterError, ConfigError, HandoffError
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.decode_batch import NO_DECODE_ROWS
+from nanovllm.utils import process
 from nanovllm.utils.process import await_end
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("zmq") is None, reason="needs pyzmq")
@@ -69,13 +70,13 @@ def make_client(sockets: CardSockets) -> CardClient:
         "card 0 of start 1",
         Start("model", {}, "cpu", 0, "card 0 of start 1", False),
         sockets,
-        LocalStarter("cpu"),
+        LocalStarter("cpu", 1),
     )
 
 
 def make_runner(sockets: CardSockets) -> RemoteRunner:
     return RemoteRunner(
-        RemoteDevice("cpu", 0, "card 0"), None, "model", {}, sockets, LocalStarter("cpu"), itertools.count(1), 60.0
+        RemoteDevice("cpu", 0, "card 0"), None, "model", {}, sockets, LocalStarter("cpu", 1), itertools.count(1), 60.0
     )
 
 
@@ -269,3 +270,19 @@ def test_streamed_rows_are_kept_for_each_card():
     assert [outputs._streamed_rows(card, batch) for card, batch in zip(cards, batches, strict=True)] == made
     assert outputs._streamed_rows(cards[0], batches[1]) is not made[0]
     assert len(outputs._streamed) == 2, "the latest batch of each card, and no more"
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, "2"), ({"OMP_NUM_THREADS": "3"}, "3")])
+def test_cards_of_a_cpu_divide_its_cores(monkeypatch, given, expected):
+    """Threads that spin on cores of other cards would take a hundred times as long; who says how many is obeyed."""
+    started = []
+    monkeypatch.setattr(card_local.subprocess, "Popen", lambda *_, env, **__: started.append(env))
+    monkeypatch.setattr(process.os, "sched_getaffinity", lambda _: set(range(9)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    LocalStarter("cpu", 4).start(0, "card 0", b"").hang_up()
+    assert started[0]["OMP_NUM_THREADS"] == expected
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    LocalStarter("cuda", 4).start(0, "card 0", b"").hang_up()
+    assert "OMP_NUM_THREADS" not in started[1]

@@ -36,8 +36,7 @@ WORKLOADS: dict[str, tuple[Lengths, Lengths]] = {
 """Lengths of prompts and of outputs."""
 
 FLAWS = ("error", "TTFT", "gaps", "stall")
-"""What makes a request no good one: it failed, its first token came late, too many gaps are too long, one is three times
-as long as the limit."""
+"""Why a request is not good: it failed, its first token came late, too many gaps are too long, or one far too long."""
 
 
 @dataclass

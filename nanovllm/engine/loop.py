@@ -314,6 +314,7 @@ class Loop:
             step.card
         ].check_workers()  # collectives with a rank that is gone were ended, and their results mean nothing
         began_s, ended_s = work.handle.moments()
+        self._launch_times.ended(work)
         self._steps.remove(work, ended_s)
         self._observer.step_ended(work, tokens.waits)
         self._num_collected += 1

@@ -16,7 +16,7 @@ import sys
 from collections import abc
 
 from nanovllm.errors import ClusterError
-from nanovllm.utils.process import await_end
+from nanovllm.utils.process import await_end, num_threads_of
 
 CLOSE_TIMEOUT_S = 5.0
 
@@ -92,19 +92,27 @@ class LocalProcess:
 
 
 class LocalStarter:
-    """Starts cards on this host; a `CardStarter`."""
+    """Starts cards on this host; a `CardStarter`.
+
+    Args:
+        kind: `cpu` or `cuda`.
+        num_cards: how many there will be; those of a CPU divide its cores.
+    """
 
     address = "127.0.0.1"
     controller_timeout_s = 0.0
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, num_cards: int) -> None:
         self.kind = kind
+        self._environment = dict(ONE_HOST)
+        if kind == "cpu":
+            self._environment["OMP_NUM_THREADS"] = str(num_threads_of(num_cards))
 
     def name_of(self, index: int) -> str:
         return f"card {index}" if self.kind == "cpu" else f"card {index} ({self.kind}:{index})"
 
     def start(self, index: int, card: str, contact: bytes) -> LocalProcess:
-        return LocalProcess(card, contact, ONE_HOST)
+        return LocalProcess(card, contact, self._environment)
 
     def close(self) -> None:
         """Nothing is reserved."""

@@ -86,13 +86,13 @@ def make_starter(config: EngineConfig) -> CardStarter:
         return RayStarter(config.device, num_cards, config.card_timeout_s)
     num_gpus = torch.cuda.device_count()
     if config.device == "cpu" or (config.device == "auto" and not num_gpus):
-        return LocalStarter("cpu")
+        return LocalStarter("cpu", num_cards)
     if num_cards > num_gpus:
         raise ConfigError(
             f"prefill_cards={config.prefill_cards} and decode_cards={config.decode_cards} are {num_cards} cards, torch "
             f"sees {num_gpus} GPUs; pass fewer, or device='cpu' to try it on processes of the CPU"
         )
-    return LocalStarter("cuda")
+    return LocalStarter("cuda", num_cards)
 
 
 def start_cluster(

@@ -33,7 +33,7 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.errors import BackendUnavailableError, WorkerError
 from nanovllm.kernels.cuda_all_reduce import PeerAllReduce
 from nanovllm.utils.device import Device, leak_until_exit
-from nanovllm.utils.process import without_interrupts
+from nanovllm.utils.process import num_threads_of, without_interrupts
 
 logger = logging.getLogger(__name__)
 
@@ -349,6 +349,8 @@ def _work(
     """The main function of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine decides what an interrupt ends
     threading.Thread(target=_leave_if_orphaned, args=(folder, None), daemon=True).start()
+    if not device.is_cuda and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(num_threads_of(size))
     status = 0
     try:
         pipe.send(READY)
