@@ -43,9 +43,12 @@ class TwoCards(SimulatedRequests):
         trace: arrivals, as (seconds, prompt tokens, output tokens).
         mode: as of `placement_of`.
         target_ms: `itl_target_ms`.
+        late_ms: mean of the times by which tokens are taken in late, which vary as exponentials do.
     """
 
-    def __init__(self, trace, mode: str, target_ms: float | None, *, chunk_tokens: int = 1024) -> None:
+    def __init__(
+        self, trace, mode: str, target_ms: float | None, *, chunk_tokens: int = 1024, late_ms: float = 0.0
+    ) -> None:
         limits = SchedulerLimits(chunk_tokens, 512, 64, itl_target_s=None if target_ms is None else target_ms * MS)
         self.cards = tuple(
             Card(f"cpu:{index}", "", BlockManager(2**13, 64, False), 16384, step_time=StepTimeModel(COSTS))
@@ -53,6 +56,9 @@ class TwoCards(SimulatedRequests):
         )
         super().__init__(Scheduler(limits, placement_of(mode, self.cards)))
         self.rng = random.Random(0)
+        self.late_s = late_ms * MS
+        self.taken_in_s = dict.fromkeys(self.cards, 0.0)
+        """By card, when the last step's tokens are taken in."""
         self.steps: dict[Card, list[Step]] = {card: [] for card in self.cards}
         self.began_s: dict[Step, float] = {}
         self.waited_s: dict[Step, float] = {}
@@ -61,7 +67,9 @@ class TwoCards(SimulatedRequests):
         self.stored_s: dict[int, np.ndarray] = {}
         """By the number of a shared chunk, when each layer's KV has arrived on the other card."""
         self.ends_s: dict[int, float] = {}
-        self.queued: dict[Card, tuple[Step | None, float]] = {}
+        self.before: dict[Step, tuple[Step, float]] = {}
+        """By step, the one before it on its card if it was launched before that was taken in, and when it was."""
+        self.ended_s: dict[Step, float] = {}
         self.chunks: Counter[str] = Counter()
         self.serve(trace, self.launch)
 
@@ -121,17 +129,24 @@ class TwoCards(SimulatedRequests):
             if chunk.handoff:
                 self.scheduler.hold(chunk.lease)
         self.steps[card].append(step)
+        self.ended_s[step] = moment
+        late_s = self.rng.expovariate(1 / self.late_s) if self.late_s else 0.0
         # A chunk is taken in after the one before it, whose KV it has read.
-        self.at(max(moment, self.ends_s.get(step.waits_for, 0.0)), self.step_ended, card)
+        readable_s = max(moment, self.ends_s.get(step.waits_for, 0.0))
+        self.taken_in_s[card] = max(readable_s + late_s, self.taken_in_s[card])
+        self.at(self.taken_in_s[card], self.step_ended, card)
 
     def step_ended(self, card: Card) -> None:
         step = self.steps[card].pop(0)
-        if self.queued.get(card, (None, 0.0))[0] is step:
-            self.scheduler.step_took(step, self.now - self.queued[card][1] - self.waited_s[step])
-        following = self.steps[card][0] if self.steps[card] else None
-        self.queued[card] = (following, self.now)
-        if following is not None:
-            self.began_s[following] = self.now
+        if step in self.before:
+            before, taken_in_s = self.before.pop(step)
+            gap_s = self.now - taken_in_s if step.decode and before.decode else None
+            took_s = self.ended_s[step] - self.ended_s[before] - self.waited_s[step]
+            self.scheduler.step_took(step, took_s, gap_s)
+        if self.steps[card]:
+            following = self.steps[card][0]
+            self.before[following] = step, self.now
+            self.began_s[following] = self.ended_s[step]
         for chunk in step.chunks:
             self.chunk_ended(chunk)
         self.take_decoded_tokens(step)

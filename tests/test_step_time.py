@@ -215,6 +215,29 @@ def test_noisy_steps_are_given_less():
     assert 0.001 < too_long[0.04] < 0.03
 
 
+def test_gaps_that_exceed_their_steps_leave_less_time_for_chunks():
+    model, rng = StepTimeModel(COSTS), random.Random(0)
+    size = StepSize(20, 20 * 3000)
+    for _ in range(2000):
+        mixed = size.with_chunk(1000, rng.randint(64, 512))
+        model.observe(mixed, true_step_s(mixed))
+    room = model.tokens_that_fit(12 * MS, size, 1000, 4096)
+    for _ in range(2000):
+        mixed = size.with_chunk(1000, rng.randint(64, 512))
+        model.observe_gap(mixed, true_step_s(mixed) + rng.expovariate(1 / (0.2 * MS)))
+        model.observe_gap(size, true_step_s(size) + 5 * MS)  # without a chunk, nothing can be left out
+    # Of an exponential distribution one in a hundred exceeds 4.6 times the mean.
+    assert model.statistics()["gap_excess_s"] == pytest.approx(4.6 * 0.2 * MS, rel=0.3)
+    assert model.tokens_that_fit(12 * MS, size, 1000, 4096) < room
+    for _ in range(2000):
+        model.observe_gap(mixed, 3 * true_step_s(mixed))
+    assert model.tokens_that_fit(12 * MS, size, 1000, 4096) > 0, "a slow caller leaves time for prompts"
+    for _ in range(40_000):
+        model.observe_gap(mixed, true_step_s(mixed))
+    assert model.statistics()["gap_excess_s"] < 0.1 * MS
+    assert model.tokens_that_fit(12 * MS, size, 1000, 4096) >= room - 16, "and is forgotten"
+
+
 def test_the_search_finds_what_looking_at_every_count_finds():
     rng, model = random.Random(8), StepTimeModel(COSTS)
     for _ in range(300):

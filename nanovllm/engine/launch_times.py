@@ -17,12 +17,10 @@ LEAST_LEAD_S = 0.3e-3
 CHANGE, CHANGE_S = 0.1, 0.2e-3
 """Share of the lead, and seconds besides, that are added after a launch that came too late. So a caller that takes its
 time between two `step()` soon has its steps launched at once."""
-LATE_SHARE = 0.05
+LATE_SHARE = 0.02
 """Share of launches that come too late, in the long run: each launch in time takes this share of a change off the
-lead. So a millisecond of lead, in which others may become ready, is worth 0.05 ms in which the device is idle: with
-less, a few launches that take long in any case would have all steps launched far ahead."""
-REMOTE_LATE_SHARE = 0.01
-"""The same for cards in other processes, which are late by more: by what holds up a process, or messages."""
+lead. Each late one is a longer gap for all that decode there, and requests are judged by one gap in a hundred. With
+much less, a few launches that take long in any case would have all steps launched far ahead."""
 GRACE_S = 0.1e-3
 """Seconds from the predicted end of another card's step to a launch that waits for no more, and how late the moment of
 a launch may be noticed."""
@@ -47,8 +45,6 @@ class LaunchTimes:
         puts_off: False to launch at once. Ranks in other processes begin a step later than this one, and how much later
             cannot be seen here.
     """
-
-    late_share = LATE_SHARE
 
     def __init__(self, steps: StepsInFlight, counters: Counters, *, puts_off: bool = True) -> None:
         self._steps = steps
@@ -141,7 +137,7 @@ class LaunchTimes:
         self._counters.late_launches += is_late
         lead_s = self._leads_s[card]
         change_s = CHANGE * lead_s + CHANGE_S
-        self._leads_s[card] = max(lead_s + (change_s if is_late else -self.late_share * change_s), LEAST_LEAD_S)
+        self._leads_s[card] = max(lead_s + (change_s if is_late else -LATE_SHARE * change_s), LEAST_LEAD_S)
 
 
 class RemoteLaunchTimes(LaunchTimes):
@@ -153,8 +149,6 @@ class RemoteLaunchTimes(LaunchTimes):
     Args:
         rest_s: seconds for which the loop may rest when nothing happens; a moment may be noticed so much later.
     """
-
-    late_share = REMOTE_LATE_SHARE
 
     def __init__(self, steps: StepsInFlight, counters: Counters, *, rest_s: float) -> None:
         super().__init__(steps, counters)

@@ -28,6 +28,9 @@ MAX_ARRIVALS_PER_TURN = 256
 STEPS_PER_LESSON = 4
 """Step times are learned from one in so many decode steps of remote cards: tens of cards run hundreds a second."""
 
+LONGEST_PAUSE_S = 5e-3
+"""Seconds between two decode steps of a card up to which the first one's requests have waited for the second."""
+
 TURNS_PER_SWEEP = 64
 """Turns from one search for requests whose callers are gone without having closed their inbox to the next."""
 
@@ -83,8 +86,11 @@ class Loop:
         self._step_timeout_s = step_timeout_s
         self._is_stopped = False
         self._turns_until_sweep = TURNS_PER_SWEEP
-        self._step_times: list[tuple[Step, float]] = []
-        """Steps that have ended and what they took, which the scheduler has not been told."""
+        self._step_times: list[tuple[Step, float, float | None]] = []
+        """Steps that have ended, what they took, and the gap before their tokens, which the scheduler has not been
+        told."""
+        self._taken_in: dict[Card, tuple[float, float]] = {}
+        """When the tokens of a card's last decode step were taken in, and when that had ended."""
         self._last_progress_s = time.perf_counter()
         self._num_collected = 0
 
@@ -318,11 +324,6 @@ class Loop:
         self._steps.remove(work, ended_s)
         self._observer.step_ended(work, tokens.waits)
         self._num_collected += 1
-        teaches = step.chunks or not self._card_watch.has_cards or self._num_collected % STEPS_PER_LESSON == 0
-        # Else the time includes that of its launch.
-        if teaches and (work.launched_s <= began_s or work.handle.ran_in_launch):
-            # The time for which it has waited for another card is not the step's.
-            self._step_times.append((step, ended_s - began_s - tokens.waits.waited_s))
         self._listeners.step_ended(work)
         self._progressed()
         if step.chunks:
@@ -338,12 +339,25 @@ class Loop:
             self._scheduler.decode_done(step)
             self._scheduler.step_worked(step)
             self._outputs.take_decoded_tokens(step, tokens.after_decode)
+        gap_s = self._gap_s(step, began_s, ended_s) if step.decode else None
+        teaches = step.chunks or not self._card_watch.has_cards or self._num_collected % STEPS_PER_LESSON == 0
+        # Else the time includes that of its launch.
+        if teaches and (work.launched_s <= began_s or work.handle.ran_in_launch):
+            # The time for which it has waited for another card is not the step's.
+            self._step_times.append((step, ended_s - began_s - tokens.waits.waited_s, gap_s))
+
+    def _gap_s(self, step: Step, began_s: float, ended_s: float) -> float | None:
+        """Seconds since the tokens of its card's last decode step were taken in; None if that had not just ended."""
+        now_s = time.perf_counter()
+        before_s, before_ended_s = self._taken_in.get(step.card, (0.0, -math.inf))
+        self._taken_in[step.card] = now_s, ended_s
+        return now_s - before_s if began_s - before_ended_s < LONGEST_PAUSE_S else None
 
     def _tell_step_times(self) -> None:
         """Has the scheduler learn from the steps of the last turn. It takes a while, for which neither their tokens nor
         the next launch should wait."""
-        for step, seconds in self._step_times:
-            self._scheduler.step_took(step, seconds)
+        for step, seconds, gap_s in self._step_times:
+            self._scheduler.step_took(step, seconds, gap_s)
         self._step_times.clear()
 
     def _chunk_ended(self, chunk: PrefillChunk, missed_layer: int | None) -> bool:

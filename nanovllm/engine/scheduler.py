@@ -390,11 +390,16 @@ class Scheduler:
             self.placement.prefill_worked(lease)
         self.release(lease)
 
-    def step_took(self, step: Step, seconds: float) -> None:
-        """A step has taken so long on its card; its launch and waits for another card are not in it."""
+    def step_took(self, step: Step, seconds: float, gap_s: float | None = None) -> None:
+        """A step has taken so long on its card; its launch and waits for another card are not in it.
+
+        `gap_s` is the time from the tokens of the decode step before it, if there was one just before, to its own.
+        """
         if any(chunk.logprob_positions for chunk in step.chunks):
             return  # it took longer than its size says, to make the logits of prompts
         step.card.step_time.observe(step.size, seconds)
+        if gap_s is not None:
+            step.card.step_time.observe_gap(step.size, gap_s)
 
     def decode_done(self, step: Step) -> None:
         """The decode part of a step has run: the KV of the tokens that it was fed is in the card's pool."""

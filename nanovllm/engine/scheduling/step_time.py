@@ -52,6 +52,11 @@ MAX_DEVIATIONS = 4.0
 """Standard deviations from its prediction beyond which a step teaches nothing: a hitch is no slow card."""
 MOST_NOISE = 0.1
 """Relative error of a prediction that counts as noise; what is beyond it was a hitch."""
+LONG_GAP_SHARE, EXCESS_CHANGE_S = 0.01, 0.1e-3
+"""Share of gaps with a chunk in them that may exceed what a step with a chunk leaves time for, and by how much that
+changes after one that has."""
+MOST_EXCESS = 0.15
+"""Share of a step's time that is left for such an excess at most."""
 CAREFUL_TOKENS = 64
 """Prompt tokens that are taken to fit before any step has been seen: no card computes so few slower than it reads."""
 TOKEN_MULTIPLE = 16
@@ -166,6 +171,8 @@ class StepTimeModel:
         """Steps since the unit was set."""
         self._num_restarts_left = MAX_RESTARTS
         self._noise_squared = NOISE**2
+        self._excess_s = 0.0
+        """Seconds by which hardly any gap with a chunk in it exceeds the prediction of its step."""
         self._surprises: list[float] = []
         """Seen over predicted times of the last steps, if these were surprisingly long, or short, in a row."""
         self._recent: deque[tuple[float, float]] = deque(maxlen=NUM_RECENT)
@@ -192,6 +199,20 @@ class StepTimeModel:
             self._unit_s = unit_s * float(np.median(self._surprises))
             self._surprises.clear()
             self._covariance += SCALE_DEVIATION**2
+
+    def observe_gap(self, size: StepSize, gap_s: float) -> None:
+        """The tokens of a step came so long after those of the step before it.
+
+        Beside the step, a gap has in it how much later the device began, waited for another card, and the host took the
+        tokens in. Chunks leave time for that, too, but no more than MOST_EXCESS: a host that is slower still would
+        leave none for prompts.
+        """
+        expected_s = self.predict(size)
+        if size.num_pairs and expected_s is not None:
+            if gap_s - expected_s <= self._excess_s:
+                self._excess_s = max(self._excess_s - EXCESS_CHANGE_S * LONG_GAP_SHARE, 0.0)
+            elif self._excess_s < MOST_EXCESS * expected_s:
+                self._excess_s += EXCESS_CHANGE_S * (1 - LONG_GAP_SHARE)
 
     def _begin(self, unit_s: float) -> float:
         """Begins anew, with this unit, which it returns."""
@@ -243,13 +264,13 @@ class StepTimeModel:
         if self._unit_s is None:
             return False
         above, share = _knot_above(size.num_tokens)
-        return float(self._bounds(above, share, size.context, size.num_pairs)) * self._unit_s > limit_s
+        return float(self._bounds(self._unit_s, above, share, size.context, size.num_pairs)) > limit_s
 
     def tokens_that_fit(self, limit_s: float, size: StepSize, start: int, most: int) -> int:
         """How many prompt tokens a step of this size has room for, that it may take `limit_s` with them.
 
         More than expected has to fit: a standard deviation of what is known of such steps, and NOISE_MARGIN of single
-        ones.
+        ones, or what gaps have exceeded their steps by, if that is more.
 
         Args:
             limit_s: maximum seconds of the step.
@@ -267,13 +288,14 @@ class StepTimeModel:
         aboves, shares = (column[begin : begin + len(counts)] for column in (_ABOVE, _SHARE))
         counts = counts[: len(aboves)]  # 131,056 tokens at most are looked at
         pairs = size.num_pairs + counts * (start + counts / 2)
-        fitting = (self._bounds(aboves, shares, size.context, pairs) * self._unit_s <= limit_s).nonzero()[0]
+        fitting = (self._bounds(self._unit_s, aboves, shares, size.context, pairs) <= limit_s).nonzero()[0]
         return int(counts[fitting[-1]]) if len(fitting) else 0
 
-    def _bounds(self, above: Any, share: Any, context: float, pairs: Any) -> Any:
-        """Times, in units, that steps of these sizes hardly exceed: of one, or [N] of N.
+    def _bounds(self, unit_s: float, above: Any, share: Any, context: float, pairs: Any) -> Any:
+        """Seconds that steps of these sizes hardly exceed: of one, or [N] of N.
 
         Args:
+            unit_s: seconds of the prior's unit.
             above, share: as of `_knot_above`, of their tokens.
             context, pairs: as in `StepSize`.
         """
@@ -287,9 +309,10 @@ class StepTimeModel:
         variance += b * (b * known[above, above] + 2 * c * known[above, -2])
         variance += d * (d * known[-1, -1] + 2 * (a * known[below, -1] + b * known[above, -1] + c * known[-2, -1]))
         variance += c * c * known[-2, -2]
-        # There is hardly any noise without chunks.
-        noise = NOISE_MARGIN**2 * self._noise_squared * (np.asarray(pairs) > 0)
-        return expected + np.sqrt(np.maximum(variance, 0.0) + noise * expected * expected)
+        noise = NOISE_MARGIN * math.sqrt(self._noise_squared) * expected
+        excess = np.minimum(self._excess_s / unit_s, MOST_EXCESS * expected)
+        margin = np.maximum(noise, excess) * (np.asarray(pairs) > 0)  # hardly any without chunks
+        return unit_s * (expected + np.sqrt(np.maximum(variance, 0.0) + margin * margin))
 
     def state(self) -> dict[str, Any]:
         """What was learned, as JSON takes it, for `restore`."""
@@ -326,10 +349,12 @@ class StepTimeModel:
         return self._unit_s is not None
 
     def statistics(self) -> dict[str, float | int | None]:
-        """The last steps' seen and predicted mean, and relative errors of their predictions; None without steps."""
+        """The last steps' seen and predicted mean, relative errors of their predictions, None without steps; and by how
+        much gaps exceed them."""
         recent = np.array(self._recent)
         if not len(recent):
-            return {"steps": 0, "predicted_s": None, "seen_s": None, "error_p50": None, "error_p95": None}
+            names = ("predicted_s", "seen_s", "error_p50", "error_p95")
+            return {"steps": 0, **dict.fromkeys(names), "gap_excess_s": self._excess_s}
         predicted, seen = recent.T
         errors = np.abs(predicted / np.maximum(seen, 1e-9) - 1)
         return {
@@ -338,6 +363,7 @@ class StepTimeModel:
             "seen_s": float(seen.mean()),
             "error_p50": float(np.quantile(errors, 0.5)),
             "error_p95": float(np.quantile(errors, 0.95)),
+            "gap_excess_s": self._excess_s,
         }
 
     def _features(self, size: StepSize) -> np.ndarray:
