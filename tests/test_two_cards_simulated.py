@@ -8,9 +8,10 @@ from functools import cache
 import numpy as np
 import pytest
 
+from nanovllm.engine.scheduling import placement
 from nanovllm.engine.scheduling.step_time import StepTimeModel
 from tests.simulated_cards import TwoCards
-from tests.test_step_time import chat, rag
+from tests.test_step_time import MS, chat, poisson, rag
 
 
 @cache
@@ -37,6 +38,26 @@ def test_gaps_are_as_asked_for_though_tokens_are_taken_in_late(mode, monkeypatch
     assert unaware.good_share(600, 12.0) < 0.7
     assert late.itl_ms(0.99) < 11.6 < 12.0 < unaware.itl_ms(0.99)
     assert late.ttft_ms(0.5) < 1.1 * unaware.ttft_ms(0.5)
+
+
+def test_requests_do_not_gather_beside_many_prompts(monkeypatch):
+    """Else prompts are computed beside all decode rows, and first gaps are two full steps."""
+
+    def prompt(rng: random.Random) -> int:
+        return rng.randint(300, 1900) if rng.random() < 0.65 else rng.randint(3000, 7500)
+
+    trace = poisson(9.0, 12.0, prompt, lambda rng: rng.randint(16, 40))
+
+    def share_of_long_first_gaps() -> tuple[float, TwoCards]:
+        elastic = TwoCards(trace, "elastic", 11.2)
+        return float(np.mean([gaps[0] > 12 * MS for gaps in elastic.gaps_s.values()])), elastic
+
+    few, elastic = share_of_long_first_gaps()
+    monkeypatch.setattr(placement, "MOST_TOKENS_LEFT", 10**9)
+    many, gathered = share_of_long_first_gaps()
+    assert few < 0.8 * many
+    assert elastic.itl_ms(0.99) < 0.95 * gathered.itl_ms(0.99)
+    assert elastic.ttft_ms(0.5) < 1.05 * gathered.ttft_ms(0.5)
 
 
 def test_short_prompts_are_not_shared_and_lose_nothing():

@@ -22,6 +22,10 @@ alone, and is left without decode rows for the next."""
 GATHERED_SHARE = 0.85
 """Requests gather on one card while a decode step of all of them takes no more of `itl_target_ms` than this."""
 
+MOST_TOKENS_LEFT = 4096
+"""With more prompt tokens of others left to compute, requests do not gather: both cards have prompts enough, and where
+these are computed beside all decode rows, a first gap is two long steps."""
+
 COST_BESIDE_GATHERED = 2.0
 """A short prompt is computed on the card where requests gather only if the other one would need more than so many times
 as long: beside their rows it makes the gaps of all of them longer."""
@@ -237,6 +241,8 @@ class ElasticPlacement(Placement):
 
     def _may_gather(self, seq: Sequence, card: Card, others: OtherPrompts) -> bool:
         """Whether the request may join those that decode on the card, which keep half of its blocks free."""
+        if sum(others.tokens_left.values()) > MOST_TOKENS_LEFT:
+            return False
         pool = card.block_manager
         num_held = pool.num_held_blocks + pool.blocks_for(seq.num_tokens)
         return 2 * num_held <= pool.num_blocks and others.has_time(card) and others.may_gather(card)
