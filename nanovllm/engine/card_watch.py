@@ -129,8 +129,10 @@ class CardWatch:
             return
         with without_interrupts():  # once for all that they say
             for runner in self._runners.values():
-                if checks_all or runner.agent in agents:
+                if checks_all:
                     runner.poll()
+                elif runner.agent in agents:
+                    runner.take_in()
 
     def _take_note(self, card: Card, runner: RemoteRunner) -> None:
         if card.is_up and not runner.is_up:

@@ -25,8 +25,8 @@ from nanovllm.errors import DeviceError
 MAX_ARRIVALS_PER_TURN = 256
 """New requests that a turn takes in: those that come faster wait in the mailbox, and decode steps go on."""
 
-STEPS_PER_LESSON = 4
-"""Step times are learned from one in so many decode steps of remote cards: tens of cards run hundreds a second."""
+LESSONS_PER_S = 100
+"""From so many decode steps of all remote cards step times are learned: tens of cards run hundreds a second."""
 
 LONGEST_PAUSE_S = 5e-3
 """Seconds between two decode steps of a card up to which the first one's requests have waited for the second."""
@@ -92,7 +92,8 @@ class Loop:
         self._taken_in: dict[Card, tuple[float, float]] = {}
         """When the tokens of a card's last decode step were taken in, and when that had ended."""
         self._last_progress_s = time.perf_counter()
-        self._num_collected = 0
+        self._taught_s: dict[Card, float] = {}
+        """When the last step of each remote card ended from which step times were learned."""
 
     def run_turn(self) -> None:
         """One turn: launch what can be launched, else wait until something can be or has ended; collect what has."""
@@ -171,7 +172,8 @@ class Loop:
         Where another card's step has ended meanwhile, the turn ends early, before or within a launch: its tokens come
         first, but not time and again, since the other card's steps may be short.
         """
-        self._launch_at_s, before = math.inf, {id(work) for work in self._steps}
+        # Nobody asks for steps of remote cards, which end between turns alone.
+        self._launch_at_s, before = math.inf, set() if self._card_watch.has_cards else set(map(id, self._steps))
         launched = self._launch_formed(before)
         for card in self._scheduler.cards:
             if self._steps.formed is not None:
@@ -323,7 +325,6 @@ class Loop:
         self._launch_times.ended(work)
         self._steps.remove(work, ended_s)
         self._observer.step_ended(work, tokens.waits)
-        self._num_collected += 1
         self._listeners.step_ended(work)
         self._progressed()
         if step.chunks:
@@ -340,11 +341,19 @@ class Loop:
             self._scheduler.step_worked(step)
             self._outputs.take_decoded_tokens(step, tokens.after_decode)
         gap_s = self._gap_s(step, began_s, ended_s) if step.decode else None
-        teaches = step.chunks or not self._card_watch.has_cards or self._num_collected % STEPS_PER_LESSON == 0
         # Else the time includes that of its launch.
-        if teaches and (work.launched_s <= began_s or work.handle.ran_in_launch):
+        is_alone = work.launched_s <= began_s or work.handle.ran_in_launch
+        if is_alone and (step.chunks or self._teaches(step.card, ended_s)):
             # The time for which it has waited for another card is not the step's.
             self._step_times.append((step, ended_s - began_s - tokens.waits.waited_s, gap_s))
+
+    def _teaches(self, card: Card, ended_s: float) -> bool:
+        """Whether step times are learned from a decode step that ended then."""
+        if self._card_watch.has_cards:
+            if ended_s - self._taught_s.get(card, -math.inf) < len(self._scheduler.cards) / LESSONS_PER_S:
+                return False
+            self._taught_s[card] = ended_s
+        return True
 
     def _gap_s(self, step: Step, began_s: float, ended_s: float) -> float | None:
         """Seconds since the tokens of its card's last decode step were taken in; None if that had not just ended."""

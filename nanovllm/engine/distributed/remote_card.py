@@ -458,15 +458,11 @@ class RemoteRunner:
 
     def poll(self) -> None:
         """Takes in what the card has said; notices that it is gone or silent."""
+        if self._client.has_messages():
+            self.take_in()
         if self.state not in (CardState.STARTING, CardState.UP):
             return
         try:
-            if self._client.has_messages():
-                with without_interrupts():  # what was received and not taken in would be missed for ever
-                    for report in self._client.receive():
-                        self._take(report)
-            if self.state not in (CardState.STARTING, CardState.UP):
-                return
             if self._client.is_gone():
                 if not self._client.may_have_sent_more():  # its last messages, which say more than its exit status
                     self._lose(self._client.how_it_ended())
@@ -477,6 +473,18 @@ class RemoteRunner:
                 self._lose(f"its process runs, and has stood still for {self._client.stalled_s:.1f} s ({limit})")
             elif self.is_up and self.clock.wants_ping(time.perf_counter()):
                 self.ping()
+        except ClusterError as error:
+            self._failure = error
+            self._lose(str(error))
+
+    def take_in(self) -> None:
+        """Takes in what the card has said."""
+        if self.state not in (CardState.STARTING, CardState.UP):
+            return
+        try:
+            with without_interrupts():  # what was received and not taken in would be missed for ever
+                for report in self._client.receive():
+                    self._take(report)
         except ClusterError as error:
             self._failure = error
             self._lose(str(error))

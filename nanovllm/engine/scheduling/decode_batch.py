@@ -110,6 +110,11 @@ class HostDecodeBatch:
         """[B] int64, indices into `TokenTimes`: asked for when a step has ended, since every row has a token then."""
         return _integers(seq.token_time_index or 0 for seq in self.seqs)
 
+    @cached_property
+    def used_stop_ids(self) -> np.ndarray:
+        """[B, N] int64: the columns of `stop_ids` that some row needs, few or none."""
+        return self.stop_ids[:, (self.stop_ids != NO_TOKEN).any(axis=0)]
+
     def row(self, index: int) -> DecodeRow:
         return DecodeRow(self.seqs[index], self.leases[index], int(self.positions[index]))
 
@@ -196,8 +201,10 @@ class DecodeRows:
         Not considered are stop strings, and the stop tokens of requests with more than MAX_STOP_IDS.
         """
         batch = self.batch
-        is_end = (self.positions >= batch.last_positions) | (batch.stop_ids == token_ids[:, None]).any(axis=1)
-        return np.asarray(is_end | (token_ids < 0))
+        is_end = (self.positions >= batch.last_positions) | (token_ids < 0)
+        for column in batch.used_stop_ids.T:
+            is_end |= column == token_ids
+        return np.asarray(is_end)
 
     def complete_blocks(self, block_size: int) -> np.ndarray:
         """[B] bool: whether the KV of the token fed completes a block."""
