@@ -28,6 +28,10 @@ def test_first_tokens_of_long_prompts_come_sooner_and_gaps_are_as_asked_for(rate
     assert elastic.chunks["shared"] > 3 * elastic.chunks["single"]
 
 
+def some_long_prompts(rng: random.Random) -> int:
+    return rng.randint(300, 1900) if rng.random() < 0.65 else rng.randint(3000, 7500)
+
+
 @pytest.mark.parametrize("mode", ["elastic", "replicas"])
 def test_gaps_are_as_asked_for_though_tokens_are_taken_in_late(mode, monkeypatch):
     """Steps with chunks leave time for a busy host: it is seen in the gaps, not in the steps."""
@@ -42,11 +46,7 @@ def test_gaps_are_as_asked_for_though_tokens_are_taken_in_late(mode, monkeypatch
 
 def test_requests_do_not_gather_beside_many_prompts(monkeypatch):
     """Else prompts are computed beside all decode rows, and first gaps are two full steps."""
-
-    def prompt(rng: random.Random) -> int:
-        return rng.randint(300, 1900) if rng.random() < 0.65 else rng.randint(3000, 7500)
-
-    trace = poisson(9.0, 12.0, prompt, lambda rng: rng.randint(16, 40))
+    trace = poisson(9.0, 12.0, some_long_prompts, lambda rng: rng.randint(16, 40))
 
     def share_of_long_first_gaps() -> tuple[float, TwoCards]:
         elastic = TwoCards(trace, "elastic", 11.2)
@@ -58,6 +58,14 @@ def test_requests_do_not_gather_beside_many_prompts(monkeypatch):
     assert few < 0.8 * many
     assert elastic.itl_ms(0.99) < 0.95 * gathered.itl_ms(0.99)
     assert elastic.ttft_ms(0.5) < 1.05 * gathered.ttft_ms(0.5)
+
+
+@pytest.mark.parametrize("seed", [0, 2, 4, 6])
+def test_a_card_with_nothing_to_decode_is_soon_ready_for_what_will_join(seed):
+    """Whoever is to decode there would wait for a long step of prompts behind the first token."""
+    trace = poisson(9.0, 10.0, some_long_prompts, lambda rng: rng.randint(4, 20), seed)
+    elastic = TwoCards(trace, "elastic", 11.2, late_ms=0.3)
+    assert max(max(gaps) for gaps in elastic.gaps_s.values()) < 2.7 * 11.2 * MS
 
 
 def test_short_prompts_are_not_shared_and_lose_nothing():

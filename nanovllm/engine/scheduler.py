@@ -310,16 +310,24 @@ class Scheduler:
             return None  # who joins only once that step has ended would wait for one more step of prompts
         rows = rows or NO_DECODE_ROWS
         limit = self._time_limit(card)
-        keeps_to_it = rows or (limit is not None and self._others_wait)
+        keeps_to_it = rows or (limit is not None and self._others_wait_for(card))
         chunks = self._chunks_beside(card, rows, free_in_s, limit) if keeps_to_it else self._next_chunks(card)
         return Step(card, chunks, rows) if chunks or rows else None
 
-    @property
-    def _others_wait(self) -> bool:
-        """Whether a step without decode rows keeps to the limit, too: a card that computes a shared prompt with its own
-        has some, and what waits for the step takes as long."""
+    def _others_wait_for(self, card: Card) -> bool:
+        """Whether a card's step without decode rows keeps to the limit, too.
+
+        A card that computes a shared prompt with its own has some, and what waits for the step takes as long; or a
+        request is about to decode on this card, whose prompt another one computes or computes to the end.
+        """
         is_any_shared = any(seq.lease is not None and seq.lease.shared is not None for seq in self._prefilling)
-        return is_any_shared and any(decoding.leases for decoding in self._decoding.values())
+        if is_any_shared and any(decoding.leases for decoding in self._decoding.values()):
+            return True
+        return any(
+            lease.decode.card is card and lease.crosses and not (lease.shared and _has_tokens_to_prefill(seq))
+            for seq in self._prefill_backlog
+            if (lease := seq.lease) is not None
+        )
 
     def _time_limit(self, card: Card) -> TimeLimit | None:
         """How long a step with prompts may take that tokens of other requests wait for.
