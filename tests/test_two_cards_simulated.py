@@ -55,8 +55,8 @@ def test_requests_do_not_gather_beside_many_prompts(monkeypatch):
     few, elastic = share_of_long_first_gaps()
     monkeypatch.setattr(placement, "MOST_TOKENS_LEFT", 10**9)
     many, gathered = share_of_long_first_gaps()
-    assert few < 0.8 * many
-    assert elastic.itl_ms(0.99) < 0.95 * gathered.itl_ms(0.99)
+    assert few < 0.9 * many
+    assert elastic.itl_ms(0.99) < 0.97 * gathered.itl_ms(0.99)
     assert elastic.ttft_ms(0.5) < 1.05 * gathered.ttft_ms(0.5)
 
 
