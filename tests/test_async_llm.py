@@ -178,6 +178,8 @@ def test_min_tokens_holds_for_stop_strings(llm, reference):
 
 def test_a_request_that_is_left_is_aborted(llm):
     async def main():
+        await at_rest(llm)  # what another test has left may be aborted only now
+        before = (await llm.metrics())["requests_ended"]
         async for output in llm.generate("Once", LONG):
             if output.new_token_ids:
                 break
@@ -195,9 +197,9 @@ def test_a_request_that_is_left_is_aborted(llm):
         finally:
             os.kill(llm.engine_pid, signal.SIGCONT)
         await at_rest(llm)
+        return before
 
-    before = asyncio.run(llm.metrics())["requests_ended"]
-    asyncio.run(main())
+    before = asyncio.run(main())
     ended = asyncio.run(llm.metrics())["requests_ended"]
     assert ended["abort"] == before.get("abort", 0) + 4
     assert ended.get("length") == before.get("length")

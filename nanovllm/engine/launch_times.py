@@ -27,7 +27,7 @@ a launch may be noticed."""
 OVERDUE_S = 0.5e-3
 """Seconds for which a launch waits for another card's step that should have ended."""
 MOST_CARDS_TO_PUT_OFF = 8
-"""In clusters of more cards steps are launched at once: to look at each card for its moment would cost the loop a tenth
+"""Steps of more cards than these are launched at once: to look at each card for its moment would cost the loop a tenth
 more for each step, and with tens of cards it has little time."""
 MOST_IN_FLIGHT = 2
 MOST_IDLE_S = 0.15e-3

@@ -26,7 +26,7 @@ MAX_ARRIVALS_PER_TURN = 256
 """New requests that a turn takes in: those that come faster wait in the mailbox, and decode steps go on."""
 
 LESSONS_PER_S = 100
-"""From so many decode steps of all remote cards step times are learned: tens of cards run hundreds a second."""
+"""Decode steps of all remote cards that step times are learned from: tens of cards run hundreds a second."""
 
 LONGEST_PAUSE_S = 5e-3
 """Seconds between two decode steps of a card up to which the first one's requests have waited for the second."""
