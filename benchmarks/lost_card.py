@@ -73,6 +73,8 @@ def lose_card(llm: LLM, number: int, args: argparse.Namespace) -> dict[str, Any]
         answers.step()
     where = {seq.request_id: seq.lease.decode.card for seq in llm.scheduler.unfinished() if seq.lease is not None}
     decoding = [card for card in llm.scheduler.cards if card in where.values()]
+    if not decoding:
+        raise RuntimeError(f"all answers ended before a card was lost; raise --num-output ({args.num_output})")
     card = decoding[number % len(decoding)]
     lost = [request_id for request_id, its_card in where.items() if its_card is card]
     runner = next(runner for runner in llm._runners if str(runner.device) == card.name)
@@ -81,6 +83,8 @@ def lose_card(llm: LLM, number: int, args: argparse.Namespace) -> dict[str, Any]
     lost_s, noticed_s, back_s = time.perf_counter(), 0.0, 0.0
     while answers.num_unfinished or not card.is_up:
         answers.step()
+        if runner.is_out:
+            raise RuntimeError(f"{card} cannot be started again: {runner.reason}")
         if not noticed_s and not card.is_up:
             noticed_s = time.perf_counter() - lost_s
         if noticed_s and not back_s and card.is_up:

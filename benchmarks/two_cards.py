@@ -33,10 +33,10 @@ from lib.online import add_limits, add_service_size, summarize, with_hit_rate
 from lib.report import report
 from nanovllm.errors import ends_with_message
 
-MODES = ("elastic", "pd", "dp2", "tp2", *CLUSTER_MODES, *(f"{mode}*2" for mode in CLUSTER_MODES))
-NUM_REPLICAS = {"dp2": 2}
 TWICE = "*2"
 """Behind the name of a mode: with twice the cards and requests."""
+MODES = ("elastic", "pd", "dp2", "tp2", *CLUSTER_MODES, *(mode + TWICE for mode in CLUSTER_MODES))
+NUM_REPLICAS = {"dp2": 2}
 HEADER = (
     f"{'':<42}{'requests':>9}{'good':>7}{'TTFT p50':>10}{'p99':>8}{'ITL p50':>9}{'p99':>7}{'first gap':>11}{'p95':>6}"
     f"{'hits':>7}  not good by"

@@ -274,7 +274,7 @@ def test_streamed_rows_are_kept_for_each_card():
 
 @pytest.mark.parametrize(("given", "expected"), [({}, "2"), ({"OMP_NUM_THREADS": "3"}, "3")])
 def test_cards_of_a_cpu_divide_its_cores(monkeypatch, given, expected):
-    """Threads that spin on cores of other cards would take a hundred times as long; who says how many is obeyed."""
+    """Threads that spin on each other's cores would take fifty times as long; a number that is given is kept."""
     started = []
     monkeypatch.setattr(card_local.subprocess, "Popen", lambda *_, env, **__: started.append(env))
     monkeypatch.setattr(process.os, "sched_getaffinity", lambda _: set(range(9)))

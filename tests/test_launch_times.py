@@ -14,7 +14,7 @@ from nanovllm.engine import launch_times
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.execution.step_handle import StepHandle
 from nanovllm.engine.in_flight import StepsInFlight
-from nanovllm.engine.launch_times import AT_ONCE, LaunchTimes, RemoteLaunchTimes
+from nanovllm.engine.launch_times import AT_ONCE, LaunchTimes
 from nanovllm.engine.observer import Counters
 from nanovllm.engine.scheduling.card import Card
 from nanovllm.engine.scheduling.step import Step
@@ -119,7 +119,7 @@ class Clock:
 
     def __init__(self, monkeypatch, launch_s: Callable[[random.Random], float], caller_s: float = 0.0) -> None:
         self.now_s, self.rng = 0.0, random.Random(0)
-        self.launch_s, self.caller_s, self.message_s = launch_s, caller_s, 0.0
+        self.launch_s, self.caller_s = launch_s, caller_s
         monkeypatch.setattr(launch_times.time, "perf_counter", lambda: self.now_s)
         self.card = card_of_steps("cpu:0")
         self.steps, self.counters = StepsInFlight(), Counters()
@@ -131,11 +131,9 @@ class Clock:
     def launch(self) -> None:
         before, began_s = self.steps.on(self.card), self.now_s
         self.now_s += self.launch_s(self.rng)
-        there_s = self.now_s + self.message_s
-        self.idle_s.append(max(0.0, there_s - self.free_s))
-        device_began_s = max(there_s, self.free_s)
-        self.free_s = device_began_s + STEP_S * self.rng.gauss(1, 0.01)
-        self.steps.put(Work(self, self.now_s, self.free_s, began_s=device_began_s))
+        self.idle_s.append(max(0.0, self.now_s - self.free_s))
+        self.free_s = max(self.now_s, self.free_s) + STEP_S * self.rng.gauss(1, 0.01)
+        self.steps.put(Work(self, self.now_s, self.free_s))
         self.times.launched(self.card, before, self.now_s - began_s)
 
     def run(self, num_steps: int) -> None:
@@ -147,39 +145,24 @@ class Clock:
                 self.leads_s.append(self.free_s - self.now_s)
                 self.launch()
                 continue
-            self.now_s = max(self.now_s, min(work.end_s for work in works) + self.message_s)
+            self.now_s = max(self.now_s, min(work.end_s for work in works))
             if len(works) == 1:
                 self.now_s = min(self.now_s, max(launch_at_s, works[0].launched_s))
             if works[0].is_done():
-                self.times.ended(works[0])
-                self.steps.remove(works[0], works[0].end_s)
+                self.steps.remove(works[0], self.now_s)
                 self.now_s += self.caller_s
-
-
-class RemoteClock(Clock):
-    """The same in another process: a message takes `message_s`, and a moment is noticed up to `rest_s` late."""
-
-    def __init__(self, monkeypatch, launch_s, caller_s=0.0, message_s: float = 0.4e-3, rest_s: float = 1e-3) -> None:
-        super().__init__(monkeypatch, launch_s, caller_s)
-        self.message_s = message_s
-        self.times = RemoteLaunchTimes(self.steps, self.counters, rest_s=rest_s)
 
 
 class Work:
     """A step in flight, as far as `LaunchTimes` looks at it."""
 
-    def __init__(
-        self, clock: Clock, launched_s: float, end_s: float, card: Card | None = None, began_s: float = 0.0
-    ) -> None:
-        self.clock, self.launched_s, self.end_s, self.device_began_s = clock, launched_s, end_s, began_s
+    def __init__(self, clock: Clock, launched_s: float, end_s: float, card: Card | None = None) -> None:
+        self.clock, self.launched_s, self.end_s = clock, launched_s, end_s
         self.step = Step(card or clock.card)
         self.queue, self.handle = self.step.card, self
 
     def is_done(self) -> bool:
-        return self.clock.now_s >= self.end_s + self.clock.message_s
-
-    def moments(self) -> tuple[float, float]:
-        return self.device_began_s, self.end_s
+        return self.clock.now_s >= self.end_s
 
 
 LAUNCHES = {
@@ -189,22 +172,19 @@ LAUNCHES = {
 }
 
 
-@pytest.mark.parametrize("make", [Clock, RemoteClock])
 @pytest.mark.parametrize("launch_s", LAUNCHES.values(), ids=LAUNCHES)
-def test_the_device_is_hardly_ever_idle_and_steps_are_launched_late(monkeypatch, launch_s, make):
-    clock = make(monkeypatch, launch_s)
+def test_the_device_is_hardly_ever_idle_and_steps_are_launched_late(monkeypatch, launch_s):
+    clock = Clock(monkeypatch, launch_s)
     clock.run(20_000)
     idle_s, leads_s = clock.idle_s[2000:], clock.leads_s[2000:]
     assert sum(idle_s) / len(idle_s) < 0.002 * STEP_S
-    unseen_s = launch_times.MOST_IDLE_S if make is RemoteClock else 0.0
-    assert sum(idle > unseen_s for idle in idle_s) / len(idle_s) < 1.5 * launch_times.LATE_SHARE
+    assert sum(idle > 0 for idle in idle_s) / len(idle_s) < 1.5 * launch_times.LATE_SHARE
     assert clock.counters.late_launches / 20_000 < 1.5 * launch_times.LATE_SHARE
     assert median(leads_s) < launch_s(random.Random(1)) + 0.1 * STEP_S + 3e-3
 
 
-@pytest.mark.parametrize("make", [Clock, RemoteClock])
-def test_a_slow_caller_has_its_steps_launched_at_once(monkeypatch, make):
-    clock = make(monkeypatch, lambda rng: 5e-4, caller_s=0.6 * STEP_S)
+def test_a_slow_caller_has_its_steps_launched_at_once(monkeypatch):
+    clock = Clock(monkeypatch, lambda rng: 5e-4, caller_s=0.6 * STEP_S)
     clock.run(3000)
     assert sum(clock.idle_s[1000:]) / 2000 < 0.01 * STEP_S
 
@@ -223,25 +203,6 @@ def test_what_is_not_known_is_not_waited_for(monkeypatch):
     assert clock.times.next_on(clock.card) > clock.now_s
     clock.card.step_time = StepTimeModel()
     assert clock.times.next_on(clock.card) == AT_ONCE
-
-
-def test_the_lead_of_a_remote_card_has_room_for_the_message(monkeypatch):
-    """The host sees that a launch was late only by the moments of its step."""
-    clock = RemoteClock(monkeypatch, lambda rng: 0.0, message_s=5e-3)
-    clock.run(3000)
-    assert clock.times._leads_s[clock.card] > 5e-3 - launch_times.UNSURE * STEP_S - 1e-3
-    assert sum(clock.idle_s[1000:]) / 2000 < 0.002 * STEP_S
-
-
-def test_a_remote_card_whose_launch_has_failed_teaches_nothing(monkeypatch):
-    clock = RemoteClock(monkeypatch, lambda rng: 0.0)
-    clock.launch()
-    assert clock.times.next_on(clock.card) > clock.now_s
-    works = clock.steps.on(clock.card)
-    clock.times.launched(clock.card, works, 0.0)
-    lead_s = clock.times._leads_s[clock.card]
-    clock.times.ended(works[0])
-    assert clock.times._leads_s[clock.card] == lead_s
 
 
 def test_behind_a_step_that_has_ended_there_is_no_wait(monkeypatch):

@@ -10,13 +10,14 @@ import bisect
 import json
 import math
 import random
+import time
 from collections import Counter, deque
 
 import numpy as np
 import pytest
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine import scheduler
+from nanovllm.engine import loop, scheduler
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler, SchedulerLimits
 from nanovllm.engine.scheduling.card import Card
@@ -402,6 +403,27 @@ def test_a_first_gap_is_one_step():
 
 
 # The engine
+
+
+def test_gaps_are_those_that_a_caller_sees(checkpoint, monkeypatch):
+    path, _ = checkpoint("gqa2")
+    told: list[float | None] = []
+    monkeypatch.setattr(loop, "LONGEST_PAUSE_S", math.inf)  # of a slow machine, too
+    with LLM(path, device="cpu") as llm:
+        monkeypatch.setattr(llm.scheduler, "step_took", lambda step, seconds, gap_s: told.append(gap_s))
+        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+        llm.generate([[1, 2, 3]], params, use_tqdm=False)
+        assert told
+        assert not any(told), "nobody sees single tokens"
+        told.clear()
+        began_s = time.perf_counter()
+        llm.add_request([1, 2, 3], params)
+        while not llm.is_finished():
+            llm.step()
+        took_s = time.perf_counter() - began_s
+    gaps = [gap_s for gap_s in told if gap_s is not None]
+    assert 8 <= len(gaps) <= 10, "those of twelve tokens but the first, of what was told before the end"
+    assert 0 < min(gaps) <= sum(gaps) < took_s
 
 
 def test_a_prompt_says_that_it_waited_for_the_target(checkpoint, monkeypatch):

@@ -75,7 +75,7 @@ class Request:
             "gaps": len(too_long) > max(len(self.gaps_s) // 100, 1),
             "stall": max(too_long, default=0.0) > 3 * itl_limit_s,
         }
-        return [flaw for flaw in FLAWS if is_one.get(flaw)]
+        return [flaw for flaw, is_there in is_one.items() if is_there]
 
 
 def gaps_of(times_s: Sequence[float]) -> list[float]:

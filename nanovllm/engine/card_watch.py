@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 REST_MS = 1
 """How long the loop waits for a card's message before it looks at all else that it may wait for."""
-CHECK_S = 0.02
-"""Seconds from one look whether cards that say nothing are there to the next."""
+CHECK_S = 0.025
+"""Seconds from one look whether cards are there to the next; more than a client's own least time between two."""
 
 
 class CardWatch:

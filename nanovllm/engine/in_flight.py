@@ -128,11 +128,7 @@ class StepsInFlight:
 
     def began_s(self, work: InFlight) -> float:
         """When the first step of a queue began, if the host had it launched at once."""
-        return max(work.launched_s, self.last_end_s(work))
-
-    def last_end_s(self, work: InFlight) -> float:
-        """When the last step of the same queue ended that was taken out; 0 before there was one."""
-        return self._last_end_s.get(work.queue, 0.0)
+        return max(work.launched_s, self._last_end_s.get(work.queue, 0.0))
 
     def late(self, timeout_s: float) -> InFlight | None:
         """A step that has been the first of its queue for `timeout_s` and has not ended; None if there is none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Sequence
 
 from nanovllm.engine.in_flight import InFlight, StepsInFlight
@@ -26,12 +26,6 @@ GRACE_S = 0.1e-3
 a launch may be noticed."""
 OVERDUE_S = 0.5e-3
 """Seconds for which a launch waits for another card's step that should have ended."""
-MOST_CARDS_TO_PUT_OFF = 8
-"""Steps of more cards than these are launched at once: to look at each card for its moment would cost the loop a tenth
-more for each step, and with tens of cards it has little time."""
-MOST_IN_FLIGHT = 2
-MOST_IDLE_S = 0.15e-3
-"""Seconds between two steps of a remote card above which the second one was launched too late."""
 UNSURE = 0.03
 """Share of the predicted time that is added to the lead: longer steps are predicted with larger errors."""
 
@@ -44,7 +38,7 @@ class LaunchTimes:
 
     Args:
         steps: the work in flight.
-        counters: count the launches that were put off and came too late for the device to be busy all the time.
+        counters: count the launches that were put off and had not been done when the step before ended.
         puts_off: False to launch at once. Ranks in other processes begin a step later than this one, and how much later
             cannot be seen here.
     """
@@ -126,72 +120,11 @@ class LaunchTimes:
         self._launch_s[card] = max(took_s, self._launch_s[card] * (1 - CHANGE))
         is_late = card in self._put_off and all(work.handle.is_done() for work in before)
         self._put_off.discard(card)
-        self._learn(card, is_late)
-
-    def ended(self, work: InFlight) -> None:
-        """Notes that a step has ended, which is still in flight here: `launched` has seen whether it came in time."""
-
-    def excuse(self, card: Card) -> None:
-        """Notes that the card's next step is not late, whenever it comes: there is none, or others' tokens go first."""
-        self._put_off.discard(card)
-
-    def _learn(self, card: Card, is_late: bool) -> None:
-        """Makes the lead longer after a launch that came too late, else a little shorter."""
         self._counters.late_launches += is_late
         lead_s = self._leads_s[card]
         change_s = CHANGE * lead_s + CHANGE_S
         self._leads_s[card] = max(lead_s + (change_s if is_late else -LATE_SHARE * change_s), LEAST_LEAD_S)
 
-
-class RemoteLaunchTimes(LaunchTimes):
-    """The same for cards in processes of their own, which may be many.
-
-    What has happened on a card is known a message later. Whether a launch came too late is told by the moments of its
-    step: by how long after the one before it has begun.
-
-    Args:
-        rest_s: seconds for which the loop may rest when nothing happens; a moment may be noticed so much later.
-    """
-
-    def __init__(self, steps: StepsInFlight, counters: Counters, *, rest_s: float) -> None:
-        super().__init__(steps, counters)
-        self._rest_s = rest_s
-        self._due: dict[Card, tuple[InFlight, float]] = {}
-        """The moment for what comes behind a step, which is asked for many times while that runs."""
-        self._were_put_off: defaultdict[Card, deque[InFlight]] = defaultdict(lambda: deque(maxlen=MOST_IN_FLIGHT))
-        """Steps whose launch was put off and that have not ended, or were given up."""
-
-    def next_on(self, card: Card) -> float:
-        works = self._steps.on(card)
-        if len(works) != 1:
-            return AT_ONCE
-        work, due_s = self._due.get(card, (None, AT_ONCE))
-        if work is not works[0]:
-            work = works[0]
-            predicted_s = card.step_time.predict(work.step.size)
-            if predicted_s is None:
-                return AT_ONCE
-            due_s = self._steps.began_s(work) + predicted_s * (1 - UNSURE) - self._leads_s[card] - self._rest_s
-            self._due[card] = work, due_s
-        if due_s <= time.perf_counter():
-            return AT_ONCE
-        self._put_off.add(card)
-        return due_s
-
-    def makes_late(self, card: Card, launch_at_s: float) -> bool:
-        """Never: leads are learned with the launches on all other cards in between."""
-        return False
-
-    def launched(self, card: Card, before: Sequence[InFlight], took_s: float) -> None:
-        works = self._steps.on(card)
-        if card in self._put_off and works and works[-1] not in before:  # else the launch has failed
-            self._were_put_off[card].append(works[-1])
+    def excuse(self, card: Card) -> None:
+        """Notes that the card's next step is not late, whenever it comes: there is none, or others' tokens go first."""
         self._put_off.discard(card)
-
-    def ended(self, work: InFlight) -> None:
-        """Notes that a step has ended, which is still in flight here."""
-        put_off = self._were_put_off[work.step.card]
-        if work in put_off:
-            put_off.remove(work)
-            idle_s = work.handle.moments()[0] - self._steps.last_end_s(work)
-            self._learn(work.step.card, idle_s > MOST_IDLE_S)

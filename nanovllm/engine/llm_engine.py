@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from nanovllm.config import EngineConfig
 from nanovllm.engine.builder import build_engine
 from nanovllm.engine.callers import Call, Inbox, Turns
-from nanovllm.engine.card_watch import REST_MS, CardWatch
+from nanovllm.engine.card_watch import CardWatch
 from nanovllm.engine.execution.kv_transfer import KVTransfer
 from nanovllm.engine.handoffs import Handoffs
 from nanovllm.engine.in_flight import StepsInFlight
-from nanovllm.engine.launch_times import MOST_CARDS_TO_PUT_OFF, LaunchTimes, RemoteLaunchTimes
+from nanovllm.engine.launch_times import LaunchTimes
 from nanovllm.engine.loop import Loop
 from nanovllm.engine.mailbox import Abort, Mailbox, NewRequest
 from nanovllm.engine.observer import MAX_TIMELINES
@@ -107,7 +107,7 @@ class LLMEngine:
             self.scheduler,
             self._steps,
             self._handoffs,
-            self._launch_times(),
+            LaunchTimes(self._steps, self.counters, puts_off=not self._has_processes),
             self._outputs,
             self._mailbox,
             self._observer,
@@ -120,11 +120,6 @@ class LLMEngine:
         self._closed = False
         if self._has_processes:
             atexit.register(_close, weakref.ref(self))  # while graphs and collectives can still be given back in order
-
-    def _launch_times(self) -> LaunchTimes:
-        if self.config.cluster is not None and len(self.scheduler.cards) <= MOST_CARDS_TO_PUT_OFF:
-            return RemoteLaunchTimes(self._steps, self.counters, rest_s=REST_MS * 1e-3)
-        return LaunchTimes(self._steps, self.counters, puts_off=not self._has_processes)
 
     @property
     def _has_processes(self) -> bool:

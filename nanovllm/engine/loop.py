@@ -26,7 +26,7 @@ MAX_ARRIVALS_PER_TURN = 256
 """New requests that a turn takes in: those that come faster wait in the mailbox, and decode steps go on."""
 
 LESSONS_PER_S = 100
-"""Decode steps of all remote cards that step times are learned from: tens of cards run hundreds a second."""
+"""Decode steps of all remote cards in a second that step times are learned from: tens of cards run hundreds."""
 
 LONGEST_PAUSE_S = 5e-3
 """Seconds between two decode steps of a card up to which the first one's requests have waited for the second."""
@@ -86,9 +86,9 @@ class Loop:
         self._step_timeout_s = step_timeout_s
         self._is_stopped = False
         self._turns_until_sweep = TURNS_PER_SWEEP
-        self._step_times: list[tuple[Step, float, float | None]] = []
-        """Steps that have ended, what they took, and the gap before their tokens, which the scheduler has not been
-        told."""
+        self._step_times: list[tuple[Step, float | None, float | None]] = []
+        """Steps that have ended, what they took, and the gap before their tokens, where these are known: what the
+        scheduler has not been told."""
         self._taken_in: dict[Card, tuple[float, float]] = {}
         """When the tokens of a card's last decode step were taken in, and when that had ended."""
         self._last_progress_s = time.perf_counter()
@@ -172,7 +172,7 @@ class Loop:
         Where another card's step has ended meanwhile, the turn ends early, before or within a launch: its tokens come
         first, but not time and again, since the other card's steps may be short.
         """
-        # Nobody asks for steps of remote cards, which end between turns alone.
+        # Not needed for remote cards: their steps end only between turns.
         self._launch_at_s, before = math.inf, set() if self._card_watch.has_cards else set(map(id, self._steps))
         launched = self._launch_formed(before)
         for card in self._scheduler.cards:
@@ -322,7 +322,6 @@ class Loop:
             step.card
         ].check_workers()  # collectives with a rank that is gone were ended, and their results mean nothing
         began_s, ended_s = work.handle.moments()
-        self._launch_times.ended(work)
         self._steps.remove(work, ended_s)
         self._observer.step_ended(work, tokens.waits)
         self._listeners.step_ended(work)
@@ -340,12 +339,12 @@ class Loop:
             self._scheduler.decode_done(step)
             self._scheduler.step_worked(step)
             self._outputs.take_decoded_tokens(step, tokens.after_decode)
-        gap_s = self._gap_s(step, began_s, ended_s) if step.decode else None
-        # Else the time includes that of its launch.
-        is_alone = work.launched_s <= began_s or work.handle.ran_in_launch
-        if is_alone and (step.chunks or self._teaches(step.card, ended_s)):
-            # The time for which it has waited for another card is not the step's.
-            self._step_times.append((step, ended_s - began_s - tokens.waits.waited_s, gap_s))
+        gap_s = self._gap_s(step, began_s, ended_s)
+        if step.chunks or self._teaches(step.card, ended_s):
+            # The time of a step that began within its launch includes that. Waiting for another card is not the step's.
+            was_queued = work.launched_s <= began_s or work.handle.ran_in_launch
+            took_s = ended_s - began_s - tokens.waits.waited_s if was_queued else None
+            self._step_times.append((step, took_s, gap_s))
 
     def _teaches(self, card: Card, ended_s: float) -> bool:
         """Whether step times are learned from a decode step that ended then."""
@@ -356,7 +355,13 @@ class Loop:
         return True
 
     def _gap_s(self, step: Step, began_s: float, ended_s: float) -> float | None:
-        """Seconds since the tokens of its card's last decode step were taken in; None if that had not just ended."""
+        """Seconds since the tokens of its card's last step were taken in, as a caller sees them.
+
+        None if one of the two has no decode rows, the last one had not just ended, or nobody sees single tokens.
+        """
+        if not step.decode or not self._scheduler.has_streamed_requests:
+            self._taken_in.pop(step.card, None)
+            return None
         now_s = time.perf_counter()
         before_s, before_ended_s = self._taken_in.get(step.card, (0.0, -math.inf))
         self._taken_in[step.card] = now_s, ended_s
@@ -365,8 +370,8 @@ class Loop:
     def _tell_step_times(self) -> None:
         """Has the scheduler learn from the steps of the last turn. It takes a while, for which neither their tokens nor
         the next launch should wait."""
-        for step, seconds, gap_s in self._step_times:
-            self._scheduler.step_took(step, seconds, gap_s)
+        for step, took_s, gap_s in self._step_times:
+            self._scheduler.step_took(step, took_s, gap_s)
         self._step_times.clear()
 
     def _chunk_ended(self, chunk: PrefillChunk, missed_layer: int | None) -> bool:

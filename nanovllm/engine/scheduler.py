@@ -310,15 +310,16 @@ class Scheduler:
             return None  # who joins only once that step has ended would wait for one more step of prompts
         rows = rows or NO_DECODE_ROWS
         limit = self._time_limit(card)
-        keeps_to_it = rows or (limit is not None and self._others_wait_for(card))
+        keeps_to_it = rows or (limit is not None and self._is_waited_for(card))
         chunks = self._chunks_beside(card, rows, free_in_s, limit) if keeps_to_it else self._next_chunks(card)
         return Step(card, chunks, rows) if chunks or rows else None
 
-    def _others_wait_for(self, card: Card) -> bool:
-        """Whether a card's step without decode rows keeps to the limit, too.
+    def _is_waited_for(self, card: Card) -> bool:
+        """Whether a card's next step keeps to the limit even without decode rows, since tokens wait for it.
 
-        A card that computes a shared prompt with its own has some, and what waits for the step takes as long; or a
-        request is about to decode on this card, whose prompt another one computes or computes to the end.
+        So it is if the other card has rows and computes a prompt together with this one: its steps take as long as what
+        they wait for. And so it is while another card computes the prompt of a request that will decode here, or the
+        last chunk of a shared one.
         """
         is_any_shared = any(seq.lease is not None and seq.lease.shared is not None for seq in self._prefilling)
         if is_any_shared and any(decoding.leases for decoding in self._decoding.values()):
@@ -398,14 +399,18 @@ class Scheduler:
             self.placement.prefill_worked(lease)
         self.release(lease)
 
-    def step_took(self, step: Step, seconds: float, gap_s: float | None = None) -> None:
+    def step_took(self, step: Step, seconds: float | None, gap_s: float | None = None) -> None:
         """A step has taken so long on its card; its launch and waits for another card are not in it.
 
-        `gap_s` is the time from the tokens of the decode step before it, if there was one just before, to its own.
+        Args:
+            step: the step.
+            seconds: what it took; None if that is not known.
+            gap_s: the time from the tokens of the decode step before it to its own; None if there was none just before.
         """
         if any(chunk.logprob_positions for chunk in step.chunks):
             return  # it took longer than its size says, to make the logits of prompts
-        step.card.step_time.observe(step.size, seconds)
+        if seconds is not None:
+            step.card.step_time.observe(step.size, seconds)
         if gap_s is not None:
             step.card.step_time.observe_gap(step.size, gap_s)
 

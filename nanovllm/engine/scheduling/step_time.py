@@ -207,12 +207,13 @@ class StepTimeModel:
         tokens in. Chunks leave time for that, too, but no more than MOST_EXCESS: a host that is slower still would
         leave none for prompts.
         """
-        expected_s = self.predict(size)
-        if size.num_pairs and expected_s is not None:
-            if gap_s - expected_s <= self._excess_s:
-                self._excess_s = max(self._excess_s - EXCESS_CHANGE_S * LONG_GAP_SHARE, 0.0)
-            elif self._excess_s < MOST_EXCESS * expected_s:
-                self._excess_s += EXCESS_CHANGE_S * (1 - LONG_GAP_SHARE)
+        expected_s = self.predict(size) if size.num_pairs else None
+        if expected_s is None:
+            return
+        if gap_s - expected_s <= self._excess_s:
+            self._excess_s = max(self._excess_s - EXCESS_CHANGE_S * LONG_GAP_SHARE, 0.0)
+        elif self._excess_s < MOST_EXCESS * expected_s:
+            self._excess_s += EXCESS_CHANGE_S * (1 - LONG_GAP_SHARE)
 
     def _begin(self, unit_s: float) -> float:
         """Begins anew, with this unit, which it returns."""
@@ -349,8 +350,8 @@ class StepTimeModel:
         return self._unit_s is not None
 
     def statistics(self) -> dict[str, float | int | None]:
-        """The last steps' seen and predicted mean, relative errors of their predictions, None without steps; and by how
-        much gaps exceed them."""
+        """Means of what the last steps took and were predicted to take, and relative errors of their predictions; None
+        without steps. And by how much gaps exceed the predictions."""
         recent = np.array(self._recent)
         if not len(recent):
             names = ("predicted_s", "seen_s", "error_p50", "error_p95")
