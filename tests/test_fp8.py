@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from nanovllm import LLM, BackendUnavailableError, ConfigError, ModelLoadError, SamplingParams
 from nanovllm.config import QUANTIZATIONS
 from nanovllm.engine.builder import check_fp8, model_costs, model_memory, with_quantization
+from nanovllm.engine.distributed import tensor_parallel
 from nanovllm.engine.execution.load_model import weight_bytes
 from nanovllm.kernels import BackendRequirements, torch_reference, unsupported_reasons
 from nanovllm.layers.feed_forward import LINEAR_LAYERS
@@ -414,7 +416,7 @@ def test_an_unknown_quantization_is_refused(wide):
         LLM(wide[0], device="cpu", quantization="int8")
 
 
-def test_parts_that_are_no_whole_blocks_are_refused_by_name(tmp_path):
+def test_parts_that_are_no_whole_blocks_are_refused_by_name(tmp_path, monkeypatch):
     sizes = {"intermediate_size": 384, "num_hidden_layers": 1}
     fp8_checkpoints.write(tmp_path, "block", **sizes)
     with LLM(str(tmp_path), device="cpu"):
@@ -423,6 +425,13 @@ def test_parts_that_are_no_whole_blocks_are_refused_by_name(tmp_path):
         ModelLoadError, match=r"tensor_parallel_size=2 leaves 192 outputs of mlp.gate_proj.weight to each"
     ):
         make_model(str(tmp_path), ThreadRanks(0, 2, None, None)).checkpoint_tensors()
+    connect = tensor_parallel.ProcessRanks.connect
+
+    def connect_slowly(ranks) -> None:
+        connect(ranks)
+        time.sleep(0.5)  # meanwhile the other rank has failed, which is no other error
+
+    monkeypatch.setattr(tensor_parallel.ProcessRanks, "connect", connect_slowly)
     with pytest.raises(
         ModelLoadError, match=r"tensor_parallel_size=2 leaves 192 outputs of mlp.gate_proj.weight to each"
     ):

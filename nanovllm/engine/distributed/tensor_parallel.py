@@ -41,6 +41,8 @@ READY = "ready"
 START_TIMEOUT_S = 600.0
 """Seconds for all ranks to load their weights and capture their graphs."""
 CLOSE_TIMEOUT_S = 5.0
+CONNECTED_S = 1.0
+"""Seconds for rank 0 to have connected, too, after a worker that had is gone."""
 LAST_WORDS_S = 3.0
 """Seconds that a failed worker may take to send its traceback."""
 
@@ -308,7 +310,13 @@ class Workers:
         self._joining = thread = threading.Thread(target=join, daemon=True)
         thread.start()
         while thread.is_alive():
-            self.check()
+            try:
+                self.check()
+            except WorkerError:
+                # It may have failed after both had connected: what it cannot load, rank 0 refuses by name.
+                thread.join(CONNECTED_S)
+                if thread.is_alive():
+                    raise
             thread.join(0.01)
         for error in failed:
             raise self.diagnose(error) from error
