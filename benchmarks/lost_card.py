@@ -27,7 +27,7 @@ from nanovllm.errors import ends_with_message
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 TOKENS_BEFORE = 32
-"""Of each request when the card is lost."""
+"""Tokens that each request has when the card is lost."""
 
 
 class Answers:
