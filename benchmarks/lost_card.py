@@ -91,7 +91,8 @@ def lose_card(llm: LLM, number: int, args: argparse.Namespace) -> dict[str, Any]
             back_s = time.perf_counter() - lost_s
     if not noticed_s:
         raise RuntimeError(f"all answers ended before the engine noticed; raise --num-output ({args.num_output})")
-    again_s = sorted(answers.next_token_s(request_id, lost_s) for request_id in lost)
+    # Until then tokens of steps that had ended may come.
+    again_s = sorted(noticed_s + answers.next_token_s(request_id, lost_s + noticed_s) for request_id in lost)
     gaps_s = [
         gap_s
         for request_id in where.keys() - set(lost)
