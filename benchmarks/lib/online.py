@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -175,8 +176,8 @@ def summarize_requests(requests: Sequence[Request], ttft_limit_s: float, itl_lim
     last_due_s = requests[-1].due_s
     in_window = sum(last_due_s / 10 <= time_s <= last_due_s for time_s in all_times) * num_tokens / len(all_times)
     tpot = [(r.token_times_s[-1] - r.token_times_s[0]) / (r.num_tokens - 1) for r in answered if r.num_tokens > 1]
-    num_good = sum(r.is_good(ttft_limit_s, itl_limit_s) for r in requests)
-    flaws = Counter(flaw for request in requests for flaw in request.flaws(ttft_limit_s, itl_limit_s))
+    flaws_of = [request.flaws(ttft_limit_s, itl_limit_s) for request in requests]
+    num_good, flaws = flaws_of.count([]), Counter(itertools.chain.from_iterable(flaws_of))
     return {
         "num_requests": len(requests),
         "num_failed": len(requests) - len(answered),
