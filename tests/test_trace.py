@@ -373,10 +373,14 @@ def test_a_cpus_clock_is_the_hosts():
 
 
 class FakeGpu:
-    """Its clock is a little fast, and it tells times between events in float32 milliseconds, as CUDA does."""
+    """Its clock is a little fast, and it tells times between events in float32 milliseconds, as CUDA does.
+
+    Until `busy_until_s` it records nothing new.
+    """
 
     def __init__(self) -> None:
         self.host_s = 1e5
+        self.busy_until_s = 0.0
 
     def perf_counter(self) -> float:
         self.host_s += 1e-7
@@ -388,23 +392,33 @@ class FakeGpu:
 
         def record(stream: object) -> None:
             self.host_s += 3e-6
-            event.ms = (self.host_s - 7.0) * (1 + 20e-6) * 1e3
+            event.done_s = max(self.host_s, self.busy_until_s)
+            event.ms = (event.done_s - 7.0) * (1 + 20e-6) * 1e3
+
+        def query() -> bool:
+            self.host_s += 2.5e-6
+            return self.host_s >= event.done_s
 
         def synchronize() -> None:
-            self.host_s += 5e-6
+            self.host_s = max(self.host_s, event.done_s) + 5e-6
 
-        event.record, event.synchronize = record, synchronize
+        event.record, event.query, event.synchronize = record, query, synchronize
         event.elapsed_time = lambda later: float(np.float32(later.ms - event.ms))
         return event
 
 
-@pytest.mark.parametrize("pause_s", [0.013, 1.7, 300.0])
-def test_a_gpus_clock_stays_within_microseconds_of_the_hosts(monkeypatch, pause_s):
+@pytest.fixture
+def gpu(monkeypatch):
     gpu = FakeGpu()
     monkeypatch.setattr(devices.torch.cuda, "Event", gpu.event)
     monkeypatch.setattr(devices.torch.cuda, "Stream", lambda *args, **options: None)
     monkeypatch.setattr(devices.torch.cuda, "current_stream", lambda *args: None)
     monkeypatch.setattr(devices.time, "perf_counter", gpu.perf_counter)
+    return gpu
+
+
+@pytest.mark.parametrize("pause_s", [0.013, 1.7, 300.0])
+def test_a_gpus_clock_stays_within_microseconds_of_the_hosts(gpu, pause_s):
     clock = DeviceClock(Device("cuda", 0))
     last_s = 0.0
     for _ in range(1000):
@@ -415,6 +429,25 @@ def test_a_gpus_clock_stays_within_microseconds_of_the_hosts(monkeypatch, pause_
         assert moment.seconds() == pytest.approx(recorded_s, abs=30e-6)
         assert moment.seconds() > last_s
         last_s = moment.seconds()
+
+
+def test_a_busy_gpu_keeps_nobody_waiting_for_a_new_base(gpu):
+    """A step's times are read while the next one runs, which may keep other streams from recording anything."""
+    clock = DeviceClock(Device("cuda", 0))
+    for _ in range(300):
+        gpu.host_s += 0.05
+        moment = clock.record_moment()
+        recorded_s = gpu.host_s
+        gpu.host_s += 0.001
+        gpu.busy_until_s = gpu.host_s + 0.01
+        assert moment.seconds() == pytest.approx(recorded_s, abs=30e-6 + 20e-6 * 300 * 0.06)
+        assert gpu.host_s - recorded_s < 0.0015
+    gpu.busy_until_s = 0.0
+    gpu.host_s += 0.1
+    moment = clock.record_moment()
+    recorded_s = gpu.host_s
+    moment.seconds()
+    assert moment.seconds() == pytest.approx(recorded_s, abs=30e-6)
 
 
 # The log

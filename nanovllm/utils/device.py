@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -36,6 +37,9 @@ Event = torch.cuda.Event | DoneEvent
 MAX_S_FROM_BASE = 1.0
 """Events give the milliseconds between two of them in float32: over one second, to a tenth of a microsecond."""
 NUM_BASE_TRIES = 3
+MOST_BASE_WAIT_S, BASE_RETRY_S = 0.1e-3, 0.05
+"""A GPU that does not record a new base at once may not do so before the graph that runs has ended: the host does not
+wait for that, and asks again later."""
 
 
 def leak_until_exit(*objects: object) -> None:
@@ -154,7 +158,7 @@ class DeviceClock:
     """Tells when work on a device begins or ends, in seconds of `time.perf_counter()`.
 
     A GPU event gives its time since another event, the base, whose time the host knows. The clocks of host and GPU
-    drift apart, so there is a new base every second, for which the host waits some microseconds.
+    drift apart, so there is a new base about every second, for which the host waits some microseconds.
     """
 
     def __init__(self, device: Device) -> None:
@@ -162,9 +166,10 @@ class DeviceClock:
         self._base: torch.cuda.Event | None = None
         self._base_s = 0.0
         if device.is_cuda:
-            # Nothing else runs on this stream, so an event there is done as soon as the GPU reads it.
+            # Nothing else runs on this stream, so that an event there is mostly done as soon as the GPU reads it.
             self._stream = torch.cuda.Stream(device.index, priority=-1)
-            self._renew_base()
+            self._renew_base(math.inf)
+        self._renew_at_s = self._base_s + MAX_S_FROM_BASE
 
     def record_moment(self) -> Moment:
         """The moment when the device's current stream has run everything launched so far; on a CPU, now."""
@@ -177,21 +182,25 @@ class DeviceClock:
     def seconds_of(self, event: torch.cuda.Event) -> float:
         """The time of an event, in seconds of `time.perf_counter()`; waits for the event."""
         event.synchronize()
-        if time.perf_counter() - self._base_s > MAX_S_FROM_BASE:
-            self._renew_base()
+        if time.perf_counter() > self._renew_at_s:
+            has_renewed = self._renew_base(MOST_BASE_WAIT_S)
+            self._renew_at_s = time.perf_counter() + (MAX_S_FROM_BASE if has_renewed else BASE_RETRY_S)
         return self._seconds_by_base(event)
 
     def _seconds_by_base(self, event: torch.cuda.Event) -> float:
         assert self._base is not None, "events are a GPU's"
         return self._base_s + self._base.elapsed_time(event) / 1e3
 
-    def _renew_base(self) -> None:
+    def _renew_base(self, most_wait_s: float) -> bool:
+        """Takes a new base, unless the GPU keeps the host waiting for longer. Returns whether it did."""
         tightest: tuple[float, float, float, torch.cuda.Event] | None = None
         for _ in range(NUM_BASE_TRIES):
             event = torch.cuda.Event(enable_timing=True)
             before_s = time.perf_counter()
             event.record(self._stream)
-            event.synchronize()
+            while not event.query():
+                if time.perf_counter() - before_s > most_wait_s:
+                    return False
             after_s = time.perf_counter()
             if tightest is None or after_s - before_s < tightest[0]:
                 tightest = (after_s - before_s, before_s, after_s, event)
@@ -200,6 +209,7 @@ class DeviceClock:
         # The time by the old base is kept as far as possible, so that consecutive steps stay consecutive.
         guess_s = (before_s + after_s) / 2 if self._base is None else self._seconds_by_base(event)
         self._base, self._base_s = event, min(max(guess_s, before_s), after_s)
+        return True
 
 
 @dataclass(frozen=True)
