@@ -64,6 +64,7 @@ def serve_replicas(args: argparse.Namespace) -> list[Served]:
     try:
         for started in engines.start():
             started.result()
+        engines.warm_up()
         return [engines.serve(args, rate) for rate in args.rate]
     finally:
         engines.close()
@@ -115,6 +116,7 @@ def main() -> None:
         results = serve_replicas(args)
     else:
         engine = Engine(args, args.device)
+        engine.warm_up()
         if args.metrics_port is not None:
             serve_metrics(engine.llm, args.metrics_port)
         with engine.llm:

@@ -2,7 +2,8 @@
 
 Each mode (all of online_load.py but `single`) has an engine, or two, in processes of its own, all of which hold their
 weights and pools on the cards at the same time: give `--num-kvcache-blocks` so that they fit. Only one mode serves at a
-time. A load is served in every mode before the next one is, and each time another mode is the first.
+time, once all have started. A load is served in every mode before the next one is, and each time another mode is the
+first.
 
 A load is LOAD:RATE, a workload or the file of a trace, and requests per second, for `--duration`; several of them
 joined by `+` follow each other. A request is good as in online_load.py. Modes that mix prompts with decode steps aim at
@@ -110,6 +111,8 @@ def serve_in_turns(args: argparse.Namespace) -> list[dict[str, Any]]:
             modes[mode] = Engines(in_mode(args, mode, everything), NUM_REPLICAS.get(mode, 1), loads)
         for started in [future for engines in modes.values() for future in engines.start()]:
             started.result()
+        for engines in modes.values():
+            engines.warm_up()
         print(HEADER, flush=True)
         for number, load in enumerate(args.loads * args.rounds):
             first = number % len(args.modes)

@@ -143,6 +143,10 @@ class TwoCards(SimulatedRequests):
             gap_s = self.now - taken_in_s if step.decode and before.decode else None
             took_s = self.ended_s[step] - self.ended_s[before] - self.waited_s[step]
             self.scheduler.step_took(step, took_s, gap_s)
+        else:
+            launched_s = self.rng.random() * LAUNCH_S
+            took_s = self.ended_s[step] - self.began_s[step] - self.waited_s[step]
+            self.scheduler.step_took(step, took_s + launched_s, launch_s=LAUNCH_S)
         if self.steps[card]:
             following = self.steps[card][0]
             self.before[following] = step, self.now

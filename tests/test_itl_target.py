@@ -312,7 +312,9 @@ def test_an_impossible_target_changes_no_token_and_explains_the_wait(tiny_path):
 def observations(llm: LLM, monkeypatch) -> list[tuple[int, int, float]]:
     found: list[tuple[int, int, float]] = []
     model = llm.scheduler.placement.decode_card.step_time
-    monkeypatch.setattr(model, "observe", lambda size, seconds: found.append((size.num_tokens, size.context, seconds)))
+    monkeypatch.setattr(
+        model, "observe", lambda size, seconds, launch_s: found.append((size.num_tokens, size.context, seconds))
+    )
     return found
 
 

@@ -78,7 +78,7 @@ def teach(llm: LLM, decode_s: float, with_chunk_s: float) -> None:
         for _ in range(50):
             card.step_time.observe(StepSize(1, 50), decode_s)
             card.step_time.observe(StepSize(1, 50).with_chunk(0, 400), with_chunk_s)
-        card.step_time.observe = lambda size, seconds: None
+        card.step_time.observe = lambda *_: None
 
 
 MODES = {
@@ -577,6 +577,23 @@ def test_a_prompt_is_not_shared_where_only_one_card_has_room():
     assert places(2, first=0.1, second=0.1).is_shared, "neither is faster alone"
     assert places(3, first=1.0, second=0.1) == Places(first, first)
     assert places(4, first=0.1, second=0.4) == Places(second, second)
+
+
+def test_a_card_that_is_busy_for_longer_than_a_prompt_takes_is_given_no_part_of_it():
+    """Nor does its request decode there: its first token would wait for that step to end."""
+    both = cards()
+    first, second = both
+    placement, sizes = ElasticPlacement(*both, can_share=True), {first: StepSize(0), second: StepSize(3, 900)}
+
+    def places(in_flight: float, *, number: int = 0, num_tokens: int = 900) -> Places:
+        others = OtherPrompts(number, tokens_in_flight={first: in_flight})
+        return placement.places_of(make_sequence(1, [1] * num_tokens), sizes, others)
+
+    assert places(600) == Places(second, first, is_shared=True)
+    assert places(3000) == Places(second, second)
+    assert places(3000, num_tokens=4000).is_shared
+    assert places(600, number=9, num_tokens=100) == Places(second, second)
+    assert places(0, number=9, num_tokens=100) == Places(first, first)
 
 
 def test_a_card_without_rows_takes_a_prompt_of_its_own_in_large_chunks():

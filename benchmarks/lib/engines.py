@@ -46,9 +46,10 @@ class Served:
 
 
 class Engine:
-    """An engine that serves load after load, with meters on its devices."""
+    """An engine that serves load after load, with meters on its devices; `warm_up` comes first."""
 
     def __init__(self, args: argparse.Namespace, device: str) -> None:
+        self._args = args
         self.has_prefix_cache = shares_beginnings(args)
         self.llm = LLM(**{**service_options(args), "device": device})
         self.vocab_size = vocab_size_of(self.llm)
@@ -58,7 +59,10 @@ class Engine:
             runners = dict.fromkeys((self.llm.prefill_runner, self.llm.decode_runner))
             self._meters = {str(runner.device): BusyMeter(runner) for runner in runners}
             self._handoffs = HandoffMeter(self.llm)
-        serve(self.llm, warm_up_load(args, self.vocab_size))
+
+    def warm_up(self) -> None:
+        """Serves some requests. Nothing else may run on the devices: engines learn how long their steps take."""
+        serve(self.llm, warm_up_load(self._args, self.vocab_size))
         freeze_garbage()
 
     def serve_streams(self, args: argparse.Namespace) -> Served:
@@ -121,6 +125,10 @@ def _start(args: argparse.Namespace, device: str) -> None:
     _engine = Engine(args, device)
 
 
+def _warm_up() -> None:
+    _engine.warm_up()
+
+
 def _make_load(args: argparse.Namespace, rate: float) -> None:
     global _requests
     _requests = load_of(args, rate, _engine.vocab_size)
@@ -155,12 +163,17 @@ class Engines:
         self._args = args
 
     def start(self) -> list[Future[None]]:
-        """Begins to start them; each is ready when its future has a result."""
+        """Begins to start them; each is there when its future has a result."""
         indexed = self._args.device in ("auto", "cuda") and len(self._processes) > 1
         devices = [f"cuda:{index}" if indexed else self._args.device for index in range(len(self._processes))]
         return [
             process.submit(_start, self._args, device) for process, device in zip(self._processes, devices, strict=True)
         ]
+
+    def warm_up(self) -> None:
+        """Has each serve some requests, once all that are to run on its device have started."""
+        for done in [process.submit(_warm_up) for process in self._processes]:
+            done.result()
 
     def serve(self, args: argparse.Namespace, rate: float) -> Served:
         """Serves the load of these options at this rate, and waits for its end."""

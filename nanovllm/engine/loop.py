@@ -86,9 +86,9 @@ class Loop:
         self._step_timeout_s = step_timeout_s
         self._is_stopped = False
         self._turns_until_sweep = TURNS_PER_SWEEP
-        self._step_times: list[tuple[Step, float | None, float | None]] = []
-        """Steps that have ended, what they took, and the gap before their tokens, where these are known: what the
-        scheduler has not been told."""
+        self._step_times: list[tuple[Step, float, float, float | None]] = []
+        """Steps that have ended, what they took, how much of that may have been their launch, and the gap before their
+        tokens, if one is known: what the scheduler has not been told."""
         self._taken_in: dict[Card, tuple[float, float]] = {}
         """When the tokens of a card's last decode step were taken in, and when that had ended."""
         self._last_progress_s = time.perf_counter()
@@ -342,9 +342,8 @@ class Loop:
         gap_s = self._gap_s(step, began_s, ended_s)
         if step.chunks or self._teaches(step.card, ended_s):
             # The time of a step that began within its launch includes that. Waiting for another card is not the step's.
-            was_queued = work.launched_s <= began_s or work.handle.ran_in_launch
-            took_s = ended_s - began_s - tokens.waits.waited_s if was_queued else None
-            self._step_times.append((step, took_s, gap_s))
+            launch_s = 0.0 if work.handle.ran_in_launch else max(work.launched_s - began_s, 0.0)
+            self._step_times.append((step, ended_s - began_s - tokens.waits.waited_s, launch_s, gap_s))
 
     def _teaches(self, card: Card, ended_s: float) -> bool:
         """Whether step times are learned from a decode step that ended then."""
@@ -370,8 +369,8 @@ class Loop:
     def _tell_step_times(self) -> None:
         """Has the scheduler learn from the steps of the last turn. It takes a while, for which neither their tokens nor
         the next launch should wait."""
-        for step, took_s, gap_s in self._step_times:
-            self._scheduler.step_took(step, took_s, gap_s)
+        for step, took_s, launch_s, gap_s in self._step_times:
+            self._scheduler.step_took(step, took_s, gap_s, launch_s=launch_s)
         self._step_times.clear()
 
     def _chunk_ended(self, chunk: PrefillChunk, missed_layer: int | None) -> bool:

@@ -399,18 +399,18 @@ class Scheduler:
             self.placement.prefill_worked(lease)
         self.release(lease)
 
-    def step_took(self, step: Step, seconds: float | None, gap_s: float | None = None) -> None:
-        """A step has taken so long on its card; its launch and waits for another card are not in it.
+    def step_took(self, step: Step, seconds: float, gap_s: float | None = None, *, launch_s: float = 0.0) -> None:
+        """A step has taken so long on its card; waits for another card are not in it.
 
         Args:
             step: the step.
-            seconds: what it took; None if that is not known.
+            seconds: what it took.
             gap_s: the time from the tokens of the decode step before it to its own; None if there was none just before.
+            launch_s: how much of `seconds` may have been its launch.
         """
         if any(chunk.logprob_positions for chunk in step.chunks):
             return  # it took longer than its size says, to make the logits of prompts
-        if seconds is not None:
-            step.card.step_time.observe(step.size, seconds)
+        step.card.step_time.observe(step.size, seconds, launch_s)
         if gap_s is not None:
             step.card.step_time.observe_gap(step.size, gap_s)
 

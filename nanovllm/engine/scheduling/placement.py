@@ -183,11 +183,12 @@ class ElasticPlacement(Placement):
     much sooner where they decode.
 
     Otherwise a prompt that is not shared is computed where its request decodes, on the card that then has fewer prompt
-    tokens to compute for the room in its steps, its own among them but for what is in the card's prefix cache, or with
-    less context if these are as many: one that is short, has many others beside it, has failed once, reports
-    log-probabilities, or is too long for one of the pools; any prompt where only one card has room; and every prompt
-    while too many fail whose KV crosses, or if the cards cannot write to each other's memory. It goes to the other card
-    if this one has no blocks for it now, or no time beside its decode rows.
+    tokens to compute for the room in its steps, those in flight and its own among them but for what is in the card's
+    prefix cache, or with less context if these are as many: one that is short, has many others beside it, has failed
+    once, reports log-probabilities, or is too long for one of the pools; any prompt where only one card has room, or
+    one card's step in flight has more tokens than the prompt; and every prompt while too many fail whose KV crosses, or
+    if the cards cannot write to each other's memory. It goes to the other card if this one has no blocks for it now, or
+    no time beside its decode rows.
 
     The request of a shared prompt decodes on the card with less context. What the other card has in its prefix cache it
     pushes there, so that a prefix that many requests have comes to be on both cards.
@@ -232,9 +233,11 @@ class ElasticPlacement(Placement):
                 return Places(card, card if ends_at_once else busier)
             are_few = others.number <= self.most_other_prompts
             is_uneven = min(rooms.values()) < LEAST_ROOM <= max(rooms.values())
-            if num_to_compute >= self.least_shared_tokens and are_few and not is_uneven:
+            # A card in whose step more tokens are computed than the prompt has is of no help.
+            is_any_busy = any(others.tokens_in_flight.get(card, 0.0) > num_to_compute for card in holding)
+            if num_to_compute >= self.least_shared_tokens and are_few and not is_uneven and not is_any_busy:
                 return Places(busier, decode, is_shared=True)
-        card = min(holding, key=lambda card: cost(card, others.tokens_left.get(card, 0.0)))
+        card = min(holding, key=lambda card: cost(card, num_before(card, others)))
         if card is not decode and not others.has_time(card):
             card = decode
         return Places(card, card)

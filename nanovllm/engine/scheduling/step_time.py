@@ -34,7 +34,10 @@ BALANCED_TOKENS = 200
 ATTENTION_RATE = 0.65
 """Prior: the rate of attention over that of GEMMs."""
 CORRELATION_OCTAVES = 2.0
-"""Prior: over so many doublings of a step's tokens, what is learned of one size says little of the other."""
+"""Prior: over so many doublings of a step's tokens, what is learned of one size says little of the other. Closer ones
+change smoothly (a Matern kernel, 3/2): a card whose steps have little time left finds out that more tokens fit."""
+TILE_SHARE = 0.02
+"""Prior: share of their variance that sizes have to themselves, since GEMMs are computed in tiles."""
 SCALE_DEVIATION, KNOT_DEVIATION = 0.5, 0.3
 """Prior: relative standard deviations of what all times have in common, and of single ones."""
 NOISE = 0.02
@@ -45,9 +48,10 @@ NOISE_MARGIN = 2.5
 Few gaps may exceed what was asked for, since a request is judged by the slowest of its hundred or two."""
 NOISE_CHANGE = 0.02
 """How much of the noise each step with a chunk teaches."""
-DRIFT = 2e-4
-"""Share of the prior's uncertainty that comes back with each step: clocks change. After thousands of decode steps
-without prompts, the first prompts are taken in smaller chunks again."""
+DRIFT = 4e-4
+"""Share of the prior, and of its uncertainty, that comes back with each step: clocks change, and a size that was once
+seen too long would not be tried again. After thousands of decode steps without prompts, the first prompts are taken in
+smaller chunks again."""
 MAX_DEVIATIONS = 4.0
 """Standard deviations from its prediction beyond which a step teaches nothing: a hitch is no slow card."""
 MOST_NOISE = 0.1
@@ -63,6 +67,9 @@ TOKEN_MULTIPLE = 16
 """Steps are filled up to multiples of this: graphs of mixed steps are padded to it, those above 512 tokens to more."""
 MOST_PADDED_TOKENS = 512
 """Up to so many tokens a step takes as long as one of the next multiple."""
+MOST_LAUNCH_SHARE = 0.5
+"""Share of a step's time up to which it teaches something if it began while it was being launched. On a card that is
+idle each time a prompt comes, no step begins otherwise."""
 MIN_STEP_S = 2e-5
 """Shorter times are no step's."""
 FAR = 4.0
@@ -70,8 +77,15 @@ FEW_STEPS = 4
 MAX_RESTARTS = 2
 """A step FAR from its prediction among the first FEW_STEPS may mean that the scale was taken from a step that hung. Or
 that the card is unlike the prior: so it is taken anew MAX_RESTARTS times at the most."""
-SURPRISES_IN_A_ROW = 6
-"""Steps in a row, all far too short or all far too long, after which another scale is taken: clocks have changed."""
+SURPRISES_IN_A_ROW, MOST_CLOCK_CHANGE = 6, 1.6
+"""Steps in a row, all far too short or all far too long, after which another scale is taken: clocks have changed. They
+do not by more than the second: then what was learned was taught by something else."""
+NUM_JUDGED, MOST_MISSED = 32, 16
+"""The last steps by which the model is judged. If so many of them are beyond MAX_DEVIATIONS it begins anew: other work
+on the card, such as another engine that starts, had taught it times that do not hold."""
+UNIT_CHANGE = 0.02
+"""How much of a step's time, relative to the prior's, each step adds to the unit. The times that are known stay; those
+that are not drift towards the prior in a unit by which it is right for recent steps."""
 NUM_RECENT = 1024
 
 
@@ -160,7 +174,10 @@ class StepTimeModel:
         covariance = np.zeros((len(self._prior), len(self._prior)))
         num_knots = len(KNOTS)
         distances = np.abs(octaves[:, None] - octaves[None, :])
-        covariance[:num_knots, :num_knots] = KNOT_DEVIATION**2 * np.exp(-distances / CORRELATION_OCTAVES)
+        distances *= math.sqrt(3) / CORRELATION_OCTAVES
+        smooth = (1 + distances) * np.exp(-distances)
+        tiles = np.eye(num_knots)
+        covariance[:num_knots, :num_knots] = KNOT_DEVIATION**2 * ((1 - TILE_SHARE) * smooth + TILE_SHARE * tiles)
         covariance[num_knots:, num_knots:] = np.eye(2) * KNOT_DEVIATION**2
         self._prior_covariance = covariance + SCALE_DEVIATION**2
         self._covariance = self._prior_covariance.copy()
@@ -175,30 +192,50 @@ class StepTimeModel:
         """Seconds by which hardly any gap with a chunk in it exceeds the prediction of its step."""
         self._surprises: list[float] = []
         """Seen over predicted times of the last steps, if these were surprisingly long, or short, in a row."""
+        self._judged: deque[tuple[float, bool]] = deque(maxlen=NUM_JUDGED)
+        """Of the last steps, the unit by which the prior is right, and whether they were beyond MAX_DEVIATIONS."""
         self._recent: deque[tuple[float, float]] = deque(maxlen=NUM_RECENT)
         """Predicted and seen seconds of the last steps."""
 
-    def observe(self, size: StepSize, seconds: float) -> None:
-        """A step took so long on the device. Takes microseconds."""
-        if seconds < MIN_STEP_S:
+    def observe(self, size: StepSize, seconds: float, launch_s: float = 0.0) -> None:
+        """A step took so long on the device, of which up to `launch_s` may have been its launch. Takes microseconds."""
+        if seconds < MIN_STEP_S or launch_s > MOST_LAUNCH_SHARE * seconds:
             return
+        is_exact = not launch_s
+        seconds -= launch_s / 2
         features = self._features(size)
         own_unit_s = seconds / float(features.sum())
         unit_s = self._begin(own_unit_s) if self._unit_s is None else self._unit_s
         expected_s = float(features @ self._coefficients) * unit_s
-        self._recent.append((expected_s, seconds))
+        if is_exact:
+            self._recent.append((expected_s, seconds))
         if not 1 / FAR < seconds / expected_s < FAR and self._num_observed < FEW_STEPS and self._num_restarts_left:
             self._num_restarts_left -= 1
             unit_s = self._begin(own_unit_s)  # the steps before it, or this one, were no measure
-        if size.num_pairs:
+        if size.num_pairs and is_exact:
             error = min(abs(seconds / expected_s - 1), MOST_NOISE)
             self._noise_squared += NOISE_CHANGE * (error**2 - self._noise_squared)
-        self._learn(features, seconds / unit_s)
+        is_missed = self._learn(features, seconds / unit_s, launch_s / math.sqrt(12) / unit_s)
+        self._judged.append((own_unit_s, is_missed))
         if len(self._surprises) == SURPRISES_IN_A_ROW:
-            # The shape stays.
-            self._unit_s = unit_s * float(np.median(self._surprises))
-            self._surprises.clear()
-            self._covariance += SCALE_DEVIATION**2
+            scale = float(np.median(self._surprises))
+            if 1 / MOST_CLOCK_CHANGE < scale < MOST_CLOCK_CHANGE:
+                self._change_scale(unit_s * scale)
+            else:
+                self._begin(own_unit_s)
+        elif sum(is_missed for _, is_missed in self._judged) >= MOST_MISSED:
+            self._begin(sorted(judged_unit_s for judged_unit_s, _ in self._judged)[len(self._judged) // 2])
+        elif not is_missed:
+            change = (float(features @ self._coefficients) / float(features.sum())) ** UNIT_CHANGE
+            self._unit_s = unit_s * change
+            self._coefficients /= change
+
+    def _change_scale(self, unit_s: float) -> None:
+        """Takes another unit, and keeps the shape."""
+        self._unit_s = unit_s
+        self._surprises.clear()
+        self._judged.clear()
+        self._covariance += SCALE_DEVIATION**2
 
     def observe_gap(self, size: StepSize, gap_s: float) -> None:
         """The tokens of a step came so long after those of the step before it.
@@ -219,27 +256,37 @@ class StepTimeModel:
         """Begins anew, with this unit, which it returns."""
         self._unit_s, self._num_observed = unit_s, 0
         self._surprises.clear()
+        self._judged.clear()
         self._coefficients = np.ones(len(self._prior))
         self._covariance = self._prior_covariance.copy()
         return unit_s
 
-    def _learn(self, features: np.ndarray, took: float) -> None:
-        """One step of the filter; `took` is in units."""
-        expected = float(features @ self._coefficients)
+    def _learn(self, features: np.ndarray, took: float, deviation: float) -> bool:
+        """One step of the filter. Returns whether it was too far off to learn from.
+
+        Args:
+            features: of the step.
+            took: what it took, in units.
+            deviation: standard deviation of that, in units, beside the noise of all steps.
+        """
         self._covariance += DRIFT * (self._prior_covariance - self._covariance)
+        self._coefficients += DRIFT / 2 * (1 - self._coefficients)
+        expected = float(features @ self._coefficients)
         weighted = self._covariance @ features
-        variance = float(features @ weighted) + (NOISE * expected) ** 2
+        noise_squared = self._noise_squared if features[-1] else NOISE**2
+        variance = float(features @ weighted) + noise_squared * expected**2 + deviation**2
         surprise = took - expected
         if abs(surprise) > MAX_DEVIATIONS * math.sqrt(variance):
             if self._surprises and (self._surprises[-1] > 1) != (surprise > 0):
                 self._surprises.clear()  # in a row are those of one sign
             self._surprises.append(took / expected)
-            return
+            return True
         self._surprises.clear()
         self._coefficients += weighted * (surprise / variance)
         self._covariance -= np.outer(weighted, weighted) / variance
         np.maximum(self._coefficients, 1e-3, out=self._coefficients)
         self._num_observed += 1
+        return False
 
     def predict(self, size: StepSize) -> float | None:
         """Expected seconds of a step; None before any was seen. Safe to call from any thread."""
