@@ -309,12 +309,11 @@ def test_an_impossible_target_changes_no_token_and_explains_the_wait(tiny_path):
     assert all(end < begin for end, begin in zip(ends[:-1], begins[1:], strict=True))
 
 
-def observations(llm: LLM, monkeypatch) -> list[tuple[int, int, float]]:
-    found: list[tuple[int, int, float]] = []
+def observations(llm: LLM, monkeypatch) -> list[tuple[StepSize, float, float]]:
+    """The size of each step that is observed, what it took, and how much of that may have been its launch."""
+    found: list[tuple[StepSize, float, float]] = []
     model = llm.scheduler.placement.decode_card.step_time
-    monkeypatch.setattr(
-        model, "observe", lambda size, seconds, launch_s: found.append((size.num_tokens, size.context, seconds))
-    )
+    monkeypatch.setattr(model, "observe", lambda *observed: found.append(observed))
     return found
 
 
@@ -326,12 +325,13 @@ def test_on_a_cpu_every_step_is_observed(tiny_path, monkeypatch):
         drain(llm, steps_overlap=True)
         llm._loop._tell_step_times()
         passed = time.perf_counter() - started
-        assert [(rows, tokens) for rows, tokens, _ in found] == [(1, tokens) for tokens in range(31, 39)]
-        assert 0 < sum(seconds for *_, seconds in found) < passed
+        assert [size for size, *_ in found] == [StepSize(1, tokens) for tokens in range(31, 39)]
+        assert 0 < sum(seconds for _, seconds, _ in found) < passed
+        assert not any(launch_s for *_, launch_s in found), "the CPU's steps are their launches"
 
 
 @pytest.mark.parametrize("waited_s", [0.0, 0.25])
-def test_a_step_whose_time_includes_its_launch_is_not_observed(tiny_path, monkeypatch, waited_s):
+def test_a_step_whose_time_includes_its_launch_is_observed_with_that(tiny_path, monkeypatch, waited_s):
     """Steps begin and end after their launch here, like those of a GPU."""
     with two_devices(tiny_path, itl_target_ms=1000) as llm:
         found = observations(llm, monkeypatch)
@@ -352,7 +352,8 @@ def test_a_step_whose_time_includes_its_launch_is_not_observed(tiny_path, monkey
             monkeypatch.setattr(StepHandle, "moments", lambda handle, moments=moments: moments)
             llm._loop.collect_steps()
             llm._loop._tell_step_times()
-            assert [seconds for *_, seconds in found] == ([] if began_s < 0 else [pytest.approx(0.5 - waited_s)])
+            assert [seconds for _, seconds, _ in found] == [pytest.approx(0.5 - waited_s)]
+            assert [launch_s for *_, launch_s in found] == [pytest.approx(max(-began_s, 0.0))]
             assert llm._loop._steps._last_end_s[work.queue] == moments[1]
 
 
