@@ -86,6 +86,24 @@ def test_while_one_card_can_decode_all_first_tokens_come_as_soon_as_with_fixed_r
     assert elastic.itl_ms(0.5) < 1.03 * fixed.itl_ms(0.5)
 
 
+@pytest.mark.parametrize("per_s", [12.0, 28.0, 40.0])
+def test_a_long_prompt_among_short_ones_leaves_one_card_without_rows(per_s):
+    """Its request decodes where the others do, though both cards compute it: else short prompts would wait for steps of
+    rows on either."""
+
+    def num_input(rng: random.Random) -> int:
+        return min(max(int(rng.lognormvariate(6.1, 0.8)), 16), 4096)
+
+    ratios = []
+    for seed in range(3):
+        trace = poisson(per_s, 10.0, num_input, lambda rng: max(int(rng.lognormvariate(5.3, 0.7)), 8), seed)
+        elastic, fixed = (TwoCards(trace, mode, 15.0) for mode in ("elastic", "fixed"))
+        ratios.append((elastic.ttft_ms(0.5) / fixed.ttft_ms(0.5), elastic.ttft_ms(0.99) / fixed.ttft_ms(0.99)))
+    median, slowest = np.mean(ratios, axis=0)
+    assert median < 1.05
+    assert slowest < 0.9
+
+
 def test_elastic_cards_of_a_cluster_serve_as_replicas_at_least():
     """Under load their first tokens come sooner than with fixed roles, where prompts wait for one card."""
     cluster, fixed, replicas = (served(mode, "rag 6", 12.0) for mode in ("cluster", "fixed", "replicas"))
@@ -103,7 +121,7 @@ def test_without_a_target_gaps_stay_near_those_of_fixed_roles(load):
     assert elastic.itl_ms(0.99) < 1.35 * fixed.itl_ms(0.99)
     if load.startswith("rag"):
         assert elastic.ttft_ms(0.5) < 0.75 * fixed.ttft_ms(0.5)
-        assert elastic.ttft_ms(0.99) < 0.75 * fixed.ttft_ms(0.99)
+        assert elastic.ttft_ms(0.99) < 0.78 * fixed.ttft_ms(0.99)
 
 
 @pytest.mark.parametrize("length", [4096, 8192, 32768])

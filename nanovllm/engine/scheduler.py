@@ -744,7 +744,7 @@ class Scheduler:
         if places.is_shared:
             # The card that has more of the prompt begins, and pushes what the other lacks.
             longer = None if len(hit) == len(cached) else prefill_card if len(hit) > len(cached) else decode_card
-            seq.lease.shared = SharedPrompt(longer)
+            seq.lease.shared = SharedPrompt(longer, places.gathers)
             num_on_both, num_hit_blocks = sorted((len(hit), len(cached)))
             seq.lease.num_handed_off_tokens = num_on_both * block_size
         self.placement.prefill_began(seq.lease)
@@ -804,8 +804,11 @@ class Scheduler:
         """Has a request decode where its last chunk runs: it joins the next step there, while the other card would have
         to wait for the end of this step and of its own.
 
-        Unless that card has much more context to decode than the other one, has no time for it or no block.
+        Unless that card has much more context to decode than the other one, has no time for it or no block, or the
+        request is to join others.
         """
+        if lease.shared is not None and lease.shared.gathers:
+            return
         sizes = self._sizes_ahead()
         excess = sizes[card].context - sizes[lease.decode.card].context
         if excess > MOST_EXCESS_PROMPTS * seq.num_tokens or not self._has_time(seq, sizes, card):

@@ -23,8 +23,8 @@ GATHERED_SHARE = 0.85
 """Requests gather on one card while a decode step of all of them takes no more of `itl_target_ms` than this."""
 
 MOST_TOKENS_LEFT = 4096
-"""With more prompt tokens of others left to compute, requests do not gather: both cards have prompts enough, and where
-these are computed beside all decode rows, a first gap is two long steps."""
+"""With more prompt tokens left to compute, of others and of a long prompt itself, requests do not gather: both cards
+have prompts enough, and where these are computed beside all decode rows, a first gap is two long steps."""
 
 COST_BESIDE_GATHERED = 2.0
 """A short prompt is computed on the card where requests gather only if the other one would need more than so many times
@@ -77,11 +77,14 @@ class Places:
         prefill: computes its prompt; of a shared prompt, the card other than `decode`, which computes it, too.
         decode: decodes it.
         is_shared: whether both cards compute the prompt, chunk by chunk in turns.
+        gathers: whether the request of a shared prompt decodes on `decode`, where others do, whichever card computes
+            the last chunk.
     """
 
     prefill: Card
     decode: Card
     is_shared: bool = False
+    gathers: bool = False
 
 
 class Placement:
@@ -178,9 +181,9 @@ class Placement:
 class ElasticPlacement(Placement):
     """Both cards prefill and decode. Long prompts are shared: the cards compute their chunks in turns.
 
-    While one card may decode all requests, streamed ones with short prompts gather there, so that the other card has no
-    decode rows. A prompt of theirs is computed on that other card, and its KV crosses meanwhile, unless it would end
-    much sooner where they decode.
+    While one card may decode all requests, streamed ones gather there, so that the other card has no decode rows. A
+    short prompt of theirs is computed on that other card, and its KV crosses meanwhile, unless it would end much sooner
+    where they decode; a longer one is shared, up to MOST_TOKENS_LEFT with what is left of others.
 
     Otherwise a prompt that is not shared is computed where its request decodes, on the card that then has fewer prompt
     tokens to compute for the room in its steps, those in flight and its own among them but for what is in the card's
@@ -190,8 +193,8 @@ class ElasticPlacement(Placement):
     if the cards cannot write to each other's memory. It goes to the other card if this one has no blocks for it now, or
     no time beside its decode rows.
 
-    The request of a shared prompt decodes on the card with less context. What the other card has in its prefix cache it
-    pushes there, so that a prefix that many requests have comes to be on both cards.
+    The request of another shared prompt decodes on the card with less context. What the other card has in its prefix
+    cache it pushes there, so that a prefix that many requests have comes to be on both cards.
 
     The circuit breaker of `prefill_card` is that of sharing.
 
@@ -236,15 +239,20 @@ class ElasticPlacement(Placement):
             # A card in whose step more tokens are computed than the prompt has is of no help.
             is_any_busy = any(others.tokens_in_flight.get(card, 0.0) > num_to_compute for card in holding)
             if num_to_compute >= self.least_shared_tokens and are_few and not is_uneven and not is_any_busy:
+                if self._may_gather(seq, busier, others, num_own=seq.num_tokens):
+                    return Places(decode, busier, is_shared=True, gathers=True)
                 return Places(busier, decode, is_shared=True)
         card = min(holding, key=lambda card: cost(card, num_before(card, others)))
         if card is not decode and not others.has_time(card):
             card = decode
         return Places(card, card)
 
-    def _may_gather(self, seq: Sequence, card: Card, others: OtherPrompts) -> bool:
-        """Whether the request may join those that decode on the card, which keep half of its blocks free."""
-        if sum(others.tokens_left.values()) > MOST_TOKENS_LEFT:
+    def _may_gather(self, seq: Sequence, card: Card, others: OtherPrompts, *, num_own: int = 0) -> bool:
+        """Whether the request may join those that decode on the card, which keep half of its blocks free.
+
+        `num_own` are prompt tokens of its own that count as those of others do.
+        """
+        if num_own + sum(others.tokens_left.values()) > MOST_TOKENS_LEFT:
             return False
         pool = card.block_manager
         num_held = pool.num_held_blocks + pool.blocks_for(seq.num_tokens)

@@ -24,6 +24,7 @@ class SharedPrompt:
 
     Attributes:
         first_card: computes the first chunk; None if either may.
+        gathers: whether its request decodes where others do, whichever card computes the last chunk.
         last_numbers: number of the last chunk that each card was given, if any.
         ended_numbers: number of the last one of them that has ended.
         planned_end: where the next chunk is to end.
@@ -31,6 +32,7 @@ class SharedPrompt:
     """
 
     first_card: Card | None
+    gathers: bool = False
     last_numbers: dict[Card, int] = field(default_factory=dict)
     ended_numbers: dict[Card, int] = field(default_factory=dict)
     planned_end: int = 0

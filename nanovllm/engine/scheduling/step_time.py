@@ -193,7 +193,7 @@ class StepTimeModel:
         self._surprises: list[float] = []
         """Seen over predicted times of the last steps, if these were surprisingly long, or short, in a row."""
         self._judged: deque[tuple[float, bool]] = deque(maxlen=NUM_JUDGED)
-        """Of the last steps, the unit by which the prior is right, and whether they were beyond MAX_DEVIATIONS."""
+        """The unit by which the prior is right for each of the last steps, and whether it was beyond MAX_DEVIATIONS."""
         self._recent: deque[tuple[float, float]] = deque(maxlen=NUM_RECENT)
         """Predicted and seen seconds of the last steps."""
 
