@@ -353,7 +353,7 @@ def test_a_step_whose_time_includes_its_launch_is_observed_with_that(tiny_path, 
             llm._loop.collect_steps()
             llm._loop._tell_step_times()
             assert [seconds for _, seconds, _ in found] == [pytest.approx(0.5 - waited_s)]
-            assert [launch_s for *_, launch_s in found] == [pytest.approx(max(-began_s, 0.0))]
+            assert [launch_s for *_, launch_s in found] == [pytest.approx(max(-began_s - waited_s, 0.0))]
             assert llm._loop._steps._last_end_s[work.queue] == moments[1]
 
 

@@ -36,7 +36,7 @@ def some_long_prompts(rng: random.Random) -> int:
 def test_gaps_are_as_asked_for_though_tokens_are_taken_in_late(mode, monkeypatch):
     """Steps with chunks leave time for a busy host: it is seen in the gaps, not in the steps."""
     late = TwoCards(rag(4.5, 20.0), mode, 11.2, late_ms=0.6)
-    assert late.good_share(600, 12.0) > 0.85
+    assert late.good_share(600, 12.0) > 0.8
     monkeypatch.setattr(StepTimeModel, "observe_gap", lambda *_: None)
     unaware = TwoCards(rag(4.5, 20.0), mode, 11.2, late_ms=0.6)
     assert unaware.good_share(600, 12.0) < 0.7
@@ -72,7 +72,7 @@ def test_short_prompts_are_not_shared_and_lose_nothing():
     elastic, replicas = (served(mode, "chat 40", 15.0) for mode in ("elastic", "replicas"))
     assert elastic.chunks["single"] > elastic.chunks["shared"]  # few prompts have 2,048 tokens
     assert elastic.ttft_ms(0.5) < 1.05 * replicas.ttft_ms(0.5)
-    assert elastic.ttft_ms(0.99) < 1.25 * replicas.ttft_ms(0.99)
+    assert elastic.ttft_ms(0.99) < 1.25 * replicas.ttft_ms(0.99)  # their prompts, too, wait behind few others
 
 
 @pytest.mark.parametrize(

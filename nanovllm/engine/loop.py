@@ -341,9 +341,11 @@ class Loop:
             self._outputs.take_decoded_tokens(step, tokens.after_decode)
         gap_s = self._gap_s(step, began_s, ended_s)
         if step.chunks or self._teaches(step.card, ended_s):
-            # The time of a step that began within its launch includes that. Waiting for another card is not the step's.
-            launch_s = 0.0 if work.handle.ran_in_launch else max(work.launched_s - began_s, 0.0)
-            self._step_times.append((step, ended_s - began_s - tokens.waits.waited_s, launch_s, gap_s))
+            # The time of a step that began within its launch may include a part of that. Waiting for another card,
+            # perhaps meanwhile, is not the step's.
+            waited_s = tokens.waits.waited_s
+            launch_s = 0.0 if work.handle.ran_in_launch else max(work.launched_s - began_s - waited_s, 0.0)
+            self._step_times.append((step, ended_s - began_s - waited_s, launch_s, gap_s))
 
     def _teaches(self, card: Card, ended_s: float) -> bool:
         """Whether step times are learned from a decode step that ended then."""

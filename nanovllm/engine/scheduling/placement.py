@@ -189,12 +189,12 @@ class ElasticPlacement(Placement):
     tokens to compute for the room in its steps, those in flight and its own among them but for what is in the card's
     prefix cache, or with less context if these are as many: one that is short, has many others beside it, has failed
     once, reports log-probabilities, or is too long for one of the pools; any prompt where only one card has room, or
-    one card's step in flight has more tokens than the prompt; and every prompt while too many fail whose KV crosses, or
-    if the cards cannot write to each other's memory. It goes to the other card if this one has no blocks for it now, or
-    no time beside its decode rows.
+    one card's steps in flight have more tokens than the other's and the prompt together; and every prompt while too
+    many fail whose KV crosses, or if the cards cannot write to each other's memory. It goes to the other card if this
+    one has no blocks for it now, or no time beside its decode rows.
 
-    The request of another shared prompt decodes on the card with less context. What the other card has in its prefix
-    cache it pushes there, so that a prefix that many requests have comes to be on both cards.
+    Where requests do not gather, that of a shared prompt decodes on the card with less context. What the other card has
+    in its prefix cache it pushes there, so that a prefix that many requests have comes to be on both cards.
 
     The circuit breaker of `prefill_card` is that of sharing.
 
@@ -236,10 +236,11 @@ class ElasticPlacement(Placement):
                 return Places(card, card if ends_at_once else busier)
             are_few = others.number <= self.most_other_prompts
             is_uneven = min(rooms.values()) < LEAST_ROOM <= max(rooms.values())
-            # A card in whose step more tokens are computed than the prompt has is of no help.
-            is_any_busy = any(others.tokens_in_flight.get(card, 0.0) > num_to_compute for card in holding)
-            if num_to_compute >= self.least_shared_tokens and are_few and not is_uneven and not is_any_busy:
-                if self._may_gather(seq, busier, others, num_own=seq.num_tokens):
+            # A card whose steps in flight have so many more tokens is of no help: the other one ends the prompt before.
+            in_flight = [others.tokens_in_flight.get(card, 0.0) for card in holding]
+            is_one_busy = max(in_flight) - min(in_flight) > num_to_compute
+            if num_to_compute >= self.least_shared_tokens and are_few and not is_uneven and not is_one_busy:
+                if self._may_gather(seq, busier, others, num_own=num_to_compute):
                     return Places(decode, busier, is_shared=True, gathers=True)
                 return Places(busier, decode, is_shared=True)
         card = min(holding, key=lambda card: cost(card, num_before(card, others)))
@@ -250,7 +251,7 @@ class ElasticPlacement(Placement):
     def _may_gather(self, seq: Sequence, card: Card, others: OtherPrompts, *, num_own: int = 0) -> bool:
         """Whether the request may join those that decode on the card, which keep half of its blocks free.
 
-        `num_own` are prompt tokens of its own that count as those of others do.
+        `num_own` are tokens left to compute of its own prompt that count as those of others do.
         """
         if num_own + sum(others.tokens_left.values()) > MOST_TOKENS_LEFT:
             return False

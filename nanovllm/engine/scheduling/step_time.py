@@ -48,7 +48,7 @@ NOISE_MARGIN = 2.5
 Few gaps may exceed what was asked for, since a request is judged by the slowest of its hundred or two."""
 NOISE_CHANGE = 0.02
 """How much of the noise each step with a chunk teaches."""
-DRIFT = 4e-4
+DRIFT = 6e-4
 """Share of the prior, and of its uncertainty, that comes back with each step: clocks change, and a size that was once
 seen too long would not be tried again. After thousands of decode steps without prompts, the first prompts are taken in
 smaller chunks again."""
@@ -79,13 +79,13 @@ MAX_RESTARTS = 2
 that the card is unlike the prior: so it is taken anew MAX_RESTARTS times at the most."""
 SURPRISES_IN_A_ROW, MOST_CLOCK_CHANGE = 6, 1.6
 """Steps in a row, all far too short or all far too long, after which another scale is taken: clocks have changed. They
-do not by more than the second: then what was learned was taught by something else."""
+do not change by more than MOST_CLOCK_CHANGE: then what was learned was taught by something else."""
 NUM_JUDGED, MOST_MISSED = 32, 16
 """The last steps by which the model is judged. If so many of them are beyond MAX_DEVIATIONS it begins anew: other work
 on the card, such as another engine that starts, had taught it times that do not hold."""
 UNIT_CHANGE = 0.02
-"""How much of a step's time, relative to the prior's, each step adds to the unit. The times that are known stay; those
-that are not drift towards the prior in a unit by which it is right for recent steps."""
+"""The power of a step's predicted time over the prior's by which each step changes the unit. Predictions stay as they
+are, and those of sizes that are not known drift towards the prior in a unit by which it is right for recent steps."""
 NUM_RECENT = 1024
 
 
@@ -187,13 +187,15 @@ class StepTimeModel:
         self._num_observed = 0
         """Steps since the unit was set."""
         self._num_restarts_left = MAX_RESTARTS
-        self._noise_squared = NOISE**2
+        self._noise_squared, self._decode_noise_squared = NOISE**2, NOISE**2
+        """The noise of steps with chunks, and of steps without."""
         self._excess_s = 0.0
         """Seconds by which hardly any gap with a chunk in it exceeds the prediction of its step."""
         self._surprises: list[float] = []
         """Seen over predicted times of the last steps, if these were surprisingly long, or short, in a row."""
         self._judged: deque[tuple[float, bool]] = deque(maxlen=NUM_JUDGED)
-        """The unit by which the prior is right for each of the last steps, and whether it was beyond MAX_DEVIATIONS."""
+        """The unit by which the prior is right for each of the last steps, and whether it was too far off to learn
+        from."""
         self._recent: deque[tuple[float, float]] = deque(maxlen=NUM_RECENT)
         """Predicted and seen seconds of the last steps."""
 
@@ -201,7 +203,7 @@ class StepTimeModel:
         """A step took so long on the device, of which up to `launch_s` may have been its launch. Takes microseconds."""
         if seconds < MIN_STEP_S or launch_s > MOST_LAUNCH_SHARE * seconds:
             return
-        is_exact = not launch_s
+        is_exact = launch_s <= NOISE * seconds
         seconds -= launch_s / 2
         features = self._features(size)
         own_unit_s = seconds / float(features.sum())
@@ -212,9 +214,12 @@ class StepTimeModel:
         if not 1 / FAR < seconds / expected_s < FAR and self._num_observed < FEW_STEPS and self._num_restarts_left:
             self._num_restarts_left -= 1
             unit_s = self._begin(own_unit_s)  # the steps before it, or this one, were no measure
-        if size.num_pairs and is_exact:
+        if is_exact:
             error = min(abs(seconds / expected_s - 1), MOST_NOISE)
-            self._noise_squared += NOISE_CHANGE * (error**2 - self._noise_squared)
+            if size.num_pairs:
+                self._noise_squared += NOISE_CHANGE * (error**2 - self._noise_squared)
+            else:
+                self._decode_noise_squared += NOISE_CHANGE * (error**2 - self._decode_noise_squared)
         is_missed = self._learn(features, seconds / unit_s, launch_s / math.sqrt(12) / unit_s)
         self._judged.append((own_unit_s, is_missed))
         if len(self._surprises) == SURPRISES_IN_A_ROW:
@@ -222,13 +227,19 @@ class StepTimeModel:
             if 1 / MOST_CLOCK_CHANGE < scale < MOST_CLOCK_CHANGE:
                 self._change_scale(unit_s * scale)
             else:
-                self._begin(own_unit_s)
+                self._begin(self._median_unit_s(SURPRISES_IN_A_ROW))
         elif sum(is_missed for _, is_missed in self._judged) >= MOST_MISSED:
-            self._begin(sorted(judged_unit_s for judged_unit_s, _ in self._judged)[len(self._judged) // 2])
+            self._begin(self._median_unit_s(NUM_JUDGED))
         elif not is_missed:
+            # The covariance is relative to the unit, and stays: what is known is known to a share of the time.
             change = (float(features @ self._coefficients) / float(features.sum())) ** UNIT_CHANGE
             self._unit_s = unit_s * change
             self._coefficients /= change
+
+    def _median_unit_s(self, count: int) -> float:
+        """The unit by which the prior is right for the last steps, so many of those that are judged."""
+        units = sorted(unit_s for unit_s, _ in list(self._judged)[-count:])
+        return units[len(units) // 2]
 
     def _change_scale(self, unit_s: float) -> None:
         """Takes another unit, and keeps the shape."""
@@ -273,8 +284,13 @@ class StepTimeModel:
         self._coefficients += DRIFT / 2 * (1 - self._coefficients)
         expected = float(features @ self._coefficients)
         weighted = self._covariance @ features
-        noise_squared = self._noise_squared if features[-1] else NOISE**2
-        variance = float(features @ weighted) + noise_squared * expected**2 + deviation**2
+        known = float(features @ weighted)
+        if known < deviation**2:
+            return (
+                False  # how much of a launch is in a step's time is much the same each time, and does not average out
+            )
+        noise_squared = max(self._noise_squared if features[-1] else self._decode_noise_squared, NOISE**2)
+        variance = known + noise_squared * expected**2 + deviation**2
         surprise = took - expected
         if abs(surprise) > MAX_DEVIATIONS * math.sqrt(variance):
             if self._surprises and (self._surprises[-1] > 1) != (surprise > 0):
@@ -289,7 +305,8 @@ class StepTimeModel:
         return False
 
     def predict(self, size: StepSize) -> float | None:
-        """Expected seconds of a step; None before any was seen. Safe to call from any thread."""
+        """Expected seconds of a step; None before any was seen. Any thread may call it, and may mix two states for a
+        moment."""
         if self._unit_s is None:
             return None
         # As the product of `_features` and the coefficients: a scheduler asks dozens of times a step, and with an array
