@@ -47,7 +47,7 @@ NOISE_MARGIN = 2.5
 """Standard deviations of single steps for which a step with chunks leaves time: one in a hundred or so takes longer.
 Few gaps may exceed what was asked for, since a request is judged by the slowest of its hundred or two."""
 NOISE_CHANGE = 0.02
-"""How much of the noise each step with a chunk teaches."""
+"""How much of the noise each step teaches."""
 DRIFT = 6e-4
 """Share of the prior, and of its uncertainty, that comes back with each step: clocks change, and a size that was once
 seen too long would not be tried again. After thousands of decode steps without prompts, the first prompts are taken in
@@ -286,9 +286,8 @@ class StepTimeModel:
         weighted = self._covariance @ features
         known = float(features @ weighted)
         if known < deviation**2:
-            return (
-                False  # how much of a launch is in a step's time is much the same each time, and does not average out
-            )
+            # How much of a launch is in a step's time is much the same each time, and does not average out.
+            return False
         noise_squared = max(self._noise_squared if features[-1] else self._decode_noise_squared, NOISE**2)
         variance = known + noise_squared * expected**2 + deviation**2
         surprise = took - expected
