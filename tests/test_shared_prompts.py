@@ -595,8 +595,6 @@ def test_a_card_that_is_busy_for_longer_than_a_prompt_takes_is_given_no_part_of_
     assert places(600) == Places(second, first, is_shared=True)
     assert places(3000) == Places(second, second)
     assert places(3000, num_tokens=4000).is_shared
-    assert places(600, number=9, num_tokens=100) == Places(second, second)
-    assert places(0, number=9, num_tokens=100) == Places(first, first)
 
 
 def test_a_card_without_rows_takes_a_prompt_of_its_own_in_large_chunks():

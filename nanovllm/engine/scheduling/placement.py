@@ -186,12 +186,12 @@ class ElasticPlacement(Placement):
     where they decode; a longer one is shared, up to MOST_TOKENS_LEFT with what is left of others.
 
     Otherwise a prompt that is not shared is computed where its request decodes, on the card that then has fewer prompt
-    tokens to compute for the room in its steps, those in flight and its own among them but for what is in the card's
-    prefix cache, or with less context if these are as many: one that is short, has many others beside it, has failed
-    once, reports log-probabilities, or is too long for one of the pools; any prompt where only one card has room, or
-    one card's steps in flight have more tokens than the other's and the prompt together; and every prompt while too
-    many fail whose KV crosses, or if the cards cannot write to each other's memory. It goes to the other card if this
-    one has no blocks for it now, or no time beside its decode rows.
+    tokens to compute for the room in its steps, its own among them but for what is in the card's prefix cache, or with
+    less context if these are as many: one that is short, has many others beside it, has failed once, reports
+    log-probabilities, or is too long for one of the pools; any prompt where only one card has room; and every prompt
+    while too many fail whose KV crosses, or if the cards cannot write to each other's memory. It goes to the other card
+    if this one has no blocks for it now, or no time beside its decode rows. A prompt that would be shared is computed
+    on one card while the other one has more tokens in flight than that card and the prompt together.
 
     Where requests do not gather, that of a shared prompt decodes on the card with less context. What the other card has
     in its prefix cache it pushes there, so that a prefix that many requests have comes to be on both cards.
@@ -236,14 +236,16 @@ class ElasticPlacement(Placement):
                 return Places(card, card if ends_at_once else busier)
             are_few = others.number <= self.most_other_prompts
             is_uneven = min(rooms.values()) < LEAST_ROOM <= max(rooms.values())
-            # A card whose steps in flight have so many more tokens is of no help: the other one ends the prompt before.
-            in_flight = [others.tokens_in_flight.get(card, 0.0) for card in holding]
-            is_one_busy = max(in_flight) - min(in_flight) > num_to_compute
-            if num_to_compute >= self.least_shared_tokens and are_few and not is_uneven and not is_one_busy:
+            if num_to_compute >= self.least_shared_tokens and are_few and not is_uneven:
+                # A card whose steps in flight have so many more tokens is of no help: the other ends the prompt first.
+                less_busy, more_busy = sorted(holding, key=lambda card: others.tokens_in_flight.get(card, 0.0))
+                ahead = others.tokens_in_flight.get(more_busy, 0.0) - others.tokens_in_flight.get(less_busy, 0.0)
+                if ahead > num_to_compute and others.has_time(less_busy):
+                    return Places(less_busy, less_busy)
                 if self._may_gather(seq, busier, others, num_own=num_to_compute):
                     return Places(decode, busier, is_shared=True, gathers=True)
                 return Places(busier, decode, is_shared=True)
-        card = min(holding, key=lambda card: cost(card, num_before(card, others)))
+        card = min(holding, key=lambda card: cost(card, others.tokens_left.get(card, 0.0)))
         if card is not decode and not others.has_time(card):
             card = decode
         return Places(card, card)
