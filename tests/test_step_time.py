@@ -249,7 +249,7 @@ def test_what_is_no_change_of_clocks_begins_anew(factor):
 
 @pytest.mark.parametrize("noise", [0.1, 0.25])
 def test_steps_that_vary_much_are_predicted_by_their_mean(noise):
-    """As on a CPU that others use."""
+    """A CPU that others use has such steps."""
     rng, model, size, errors = random.Random(9), StepTimeModel(COSTS), StepSize(8, 8000), []
     for step in range(600):
         if step > 200:

@@ -35,13 +35,24 @@ def some_long_prompts(rng: random.Random) -> int:
 @pytest.mark.parametrize("mode", ["elastic", "replicas"])
 def test_gaps_are_as_asked_for_though_tokens_are_taken_in_late(mode, monkeypatch):
     """Steps with chunks leave time for a busy host: it is seen in the gaps, not in the steps."""
-    late = TwoCards(rag(4.5, 20.0), mode, 11.2, late_ms=0.6)
-    assert late.good_share(600, 12.0) > 0.8
+
+    def mean_of_courses() -> tuple[float, float, float]:
+        """Good requests, ITL p99 and TTFT p50."""
+        found = []
+        for seed in range(3):
+            trace = poisson(4.5, 20.0, lambda rng: rng.randint(2000, 8000), lambda rng: rng.randint(64, 256), seed)
+            cards = TwoCards(trace, mode, 11.2, late_ms=0.6)
+            found.append((cards.good_share(600, 12.0), cards.itl_ms(0.99), cards.ttft_ms(0.5)))
+        good, itl_ms, ttft_ms = np.mean(found, axis=0)
+        return good, itl_ms, ttft_ms
+
+    good, itl_ms, ttft_ms = mean_of_courses()
+    assert good > 0.85
     monkeypatch.setattr(StepTimeModel, "observe_gap", lambda *_: None)
-    unaware = TwoCards(rag(4.5, 20.0), mode, 11.2, late_ms=0.6)
-    assert unaware.good_share(600, 12.0) < 0.7
-    assert late.itl_ms(0.99) < 11.6 < 12.0 < unaware.itl_ms(0.99)
-    assert late.ttft_ms(0.5) < 1.1 * unaware.ttft_ms(0.5)
+    unaware_good, unaware_itl_ms, unaware_ttft_ms = mean_of_courses()
+    assert unaware_good < 0.7
+    assert itl_ms < 11.6 < 12.0 < unaware_itl_ms
+    assert ttft_ms < 1.1 * unaware_ttft_ms
 
 
 def test_requests_do_not_gather_beside_many_prompts(monkeypatch):
@@ -72,7 +83,7 @@ def test_short_prompts_are_not_shared_and_lose_nothing():
     elastic, replicas = (served(mode, "chat 40", 15.0) for mode in ("elastic", "replicas"))
     assert elastic.chunks["single"] > elastic.chunks["shared"]  # few prompts have 2,048 tokens
     assert elastic.ttft_ms(0.5) < 1.05 * replicas.ttft_ms(0.5)
-    assert elastic.ttft_ms(0.99) < 1.25 * replicas.ttft_ms(0.99)  # their prompts, too, wait behind few others
+    assert elastic.ttft_ms(0.99) < 1.2 * replicas.ttft_ms(0.99)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +92,7 @@ def test_short_prompts_are_not_shared_and_lose_nothing():
 )
 def test_while_one_card_can_decode_all_first_tokens_come_as_soon_as_with_fixed_roles(load, target_ms):
     elastic, fixed = (served(mode, load, target_ms) for mode in ("elastic", "fixed"))
-    assert elastic.ttft_ms(0.5) < 1.06 * fixed.ttft_ms(0.5)
+    assert elastic.ttft_ms(0.5) < 1.03 * fixed.ttft_ms(0.5)
     assert elastic.ttft_ms(0.99) < 1.03 * fixed.ttft_ms(0.99)
     assert elastic.itl_ms(0.5) < 1.03 * fixed.itl_ms(0.5)
 
@@ -121,7 +132,7 @@ def test_without_a_target_gaps_stay_near_those_of_fixed_roles(load):
     assert elastic.itl_ms(0.99) < 1.35 * fixed.itl_ms(0.99)
     if load.startswith("rag"):
         assert elastic.ttft_ms(0.5) < 0.75 * fixed.ttft_ms(0.5)
-        assert elastic.ttft_ms(0.99) < 0.78 * fixed.ttft_ms(0.99)
+        assert elastic.ttft_ms(0.99) < 0.75 * fixed.ttft_ms(0.99)
 
 
 @pytest.mark.parametrize("length", [4096, 8192, 32768])
