@@ -140,9 +140,8 @@ def test_seeded_tokens_are_those_of_one_card(tiny_path):
 
 
 def test_graphs_of_shared_steps_give_the_same_tokens(checkpoint, emulated, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(
-        "nanovllm.engine.scheduling.placement.MOST_TOKENS_LEFT", 0
-    )  # nobody gathers, so that both cards have rows
+    # Nobody gathers, so that both cards have rows.
+    monkeypatch.setattr("nanovllm.engine.scheduling.placement.MOST_TOKENS_LEFT", -1)
     path, reference = checkpoint("gqa2")
     prompts = tiny.random_prompts(10, seed=64, longest=110)
     with make(path, max_num_seqs=6, max_num_batched_tokens=64, prefill_chunk_tokens=32) as llm:

@@ -18,7 +18,7 @@ from nanovllm.engine.scheduling.chunk_room import LEAST_TOKENS, MOST_PASSED_BY, 
 from nanovllm.engine.scheduling.decode_batch import NO_DECODE_ROWS, DecodeRow, DecodeRows
 from nanovllm.engine.scheduling.decode_set import LOOK_AHEAD_STEPS, DecodeSet
 from nanovllm.engine.scheduling.lease import Allocation, Lease
-from nanovllm.engine.scheduling.placement import GATHERED_SHARE, MOST_EXCESS_PROMPTS, OtherPrompts, Placement, Places
+from nanovllm.engine.scheduling.placement import MOST_EXCESS_PROMPTS, OtherPrompts, Placement, Places
 from nanovllm.engine.scheduling.shared_prompt import SharedPrompt
 from nanovllm.engine.scheduling.step import MAX_CHUNKS, BlockPair, PrefillChunk, Step
 from nanovllm.engine.scheduling.step_time import TOKEN_MULTIPLE, StepSize
@@ -40,6 +40,10 @@ MOST_LOST_CARDS = 4
 STRETCH = 1.5
 """Where placement bounds steps and no target is given, a step takes at most so many times what it would take without
 prompts."""
+
+WAITED_FOR_SHARE = 0.9
+"""A step with a chunk that waits for another card's step is launched if that one is predicted to end within so much of
+this one's limit: the last layer follows, and predictions of both are off by some percent."""
 
 MAX_STREAMED_PREFILL_TOKENS = 3072
 """Token budget of a prefill step while requests are streamed: larger steps give no more tokens per second, the first
@@ -563,8 +567,8 @@ class Scheduler:
         # Blocks that are to be verified are pushed as a whole.
         multiple = block_size if self.limits.verifies_handoffs else min(block_size, TOKEN_MULTIPLE)
         if limit is not None and free_in_s is not None and lease.shared.has_in_flight(partner):
-            # The step is as long as what it waits for.
-            is_too_long = free_in_s(partner) > free_in_s(card) + limit.seconds
+            # The step is as long as what it waits for, and some more.
+            is_too_long = free_in_s(partner) > free_in_s(card) + WAITED_FOR_SHARE * limit.seconds
             if is_too_long:
                 return Demand(0, 0, num_left, reason=f"{limit.reason}, waits for its chunk on {partner}")
         most = min(self._prefill_token_budget(card), self._prefill_token_budget(partner))
@@ -675,16 +679,16 @@ class Scheduler:
         is_alone = size.num_tokens == 1  # then it makes the shortest possible steps
         return self._target is None or is_alone or not card.step_time.may_exceed(self._target.seconds, size)
 
-    def _may_gather(self, seq: Sequence, sizes: abc.Mapping[Card, StepSize], card: Card) -> bool:
-        """Whether a streamed request may gather on the card: some decode there, and its steps would still be short with
-        those of all cards and this one."""
+    def _may_gather(self, seq: Sequence, sizes: abc.Mapping[Card, StepSize], card: Card, share: float) -> bool:
+        """Whether a streamed request may gather on the card: some decode there, and its steps would still take no more
+        than a share of the target with those of all cards and this one."""
         is_backlog_full = len(self._prefill_backlog) >= self.limits.max_handoff_backlog
         if is_backlog_full or not (seq.is_streamed and sizes[card].num_tokens):
             return False
         size = StepSize(sum(each.num_tokens for each in sizes.values()), sum(each.context for each in sizes.values()))
         size = size.with_row(seq.num_tokens_ahead(LOOK_AHEAD_STEPS))
         if self._target is not None:
-            limit_s = GATHERED_SHARE * self._target.seconds
+            limit_s = share * self._target.seconds
         else:
             limit_s = STRETCH * (card.step_time.predict(StepSize(1, 1)) or 0.0)
         decode_s = card.step_time.predict(size)

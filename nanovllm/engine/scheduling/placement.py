@@ -22,9 +22,13 @@ alone, and is left without decode rows for the next."""
 GATHERED_SHARE = 0.85
 """Requests gather on one card while a decode step of all of them takes no more of `itl_target_ms` than this."""
 
-MOST_TOKENS_LEFT = 4096
-"""With more prompt tokens left to compute, of others and of a long prompt itself, requests do not gather: both cards
-have prompts enough, and where these are computed beside all decode rows, a first gap is two long steps."""
+GATHERED_SHARE_OF_LONG = 0.6
+"""The same for a request whose prompt both cards compute: its first gap is one such step to two, where it would be one
+if the request decoded where its last chunk runs."""
+
+MOST_TOKENS_LEFT = 2048
+"""With more prompt tokens of others left to compute, requests do not gather: both cards have prompts enough, and where
+these are computed beside all decode rows, a first gap is two long steps."""
 
 COST_BESIDE_GATHERED = 2.0
 """A short prompt is computed on the card where requests gather only if the other one would need more than so many times
@@ -55,7 +59,7 @@ class OtherPrompts:
         tokens_left: prompt tokens that each card is to compute; half of those of a shared prompt. 0 where not given.
         has_time: whether a card's decode steps have time for the request.
         may_gather: whether a card, on which some requests decode, may decode all of them and the request: its steps
-            would still be short.
+            would still take no more than a share of the target.
         room: share of a step's time that a card has for prompts beside its decode rows: 1 without rows, or if steps
             have no limit.
         tokens_in_flight: prompt tokens of the steps that were launched on each card and have not ended.
@@ -64,7 +68,7 @@ class OtherPrompts:
     number: int = 0
     tokens_left: Mapping[Card, float] = field(default_factory=dict)
     has_time: Callable[[Card], bool] = lambda card: True
-    may_gather: Callable[[Card], bool] = lambda card: False
+    may_gather: Callable[[Card, float], bool] = lambda card, share: False
     room: Callable[[Card], float] = lambda card: 1.0
     tokens_in_flight: Mapping[Card, float] = field(default_factory=dict)
 
@@ -183,7 +187,7 @@ class ElasticPlacement(Placement):
 
     While one card may decode all requests, streamed ones gather there, so that the other card has no decode rows. A
     short prompt of theirs is computed on that other card, and its KV crosses meanwhile, unless it would end much sooner
-    where they decode; a longer one is shared, up to MOST_TOKENS_LEFT with what is left of others.
+    where they decode; a longer one is shared, and its request joins them if their steps are shorter still.
 
     Otherwise a prompt that is not shared is computed where its request decodes, on the card that then has fewer prompt
     tokens to compute for the room in its steps, its own among them but for what is in the card's prefix cache, or with
@@ -225,7 +229,7 @@ class ElasticPlacement(Placement):
         if rest and self._may_cross(seq):
             busier, num_to_compute = rest[0], self._num_to_compute(seq, decode)
             is_short = min(num_to_compute, self._num_to_compute(seq, busier)) < self.least_shared_when_gathered
-            if is_short and self._may_gather(seq, busier, others):
+            if is_short and self._may_gather(seq, busier, others, GATHERED_SHARE):
 
                 def cost_apart(card: Card) -> tuple[bool, float, int]:
                     is_full, tokens, context = cost(card, num_before(card, others))
@@ -242,7 +246,7 @@ class ElasticPlacement(Placement):
                 ahead = others.tokens_in_flight.get(more_busy, 0.0) - others.tokens_in_flight.get(less_busy, 0.0)
                 if ahead > num_to_compute and others.has_time(less_busy):
                     return Places(less_busy, less_busy)
-                if self._may_gather(seq, busier, others, num_own=num_to_compute):
+                if self._may_gather(seq, busier, others, GATHERED_SHARE_OF_LONG):
                     return Places(decode, busier, is_shared=True, gathers=True)
                 return Places(busier, decode, is_shared=True)
         card = min(holding, key=lambda card: cost(card, others.tokens_left.get(card, 0.0)))
@@ -250,16 +254,14 @@ class ElasticPlacement(Placement):
             card = decode
         return Places(card, card)
 
-    def _may_gather(self, seq: Sequence, card: Card, others: OtherPrompts, *, num_own: int = 0) -> bool:
-        """Whether the request may join those that decode on the card, which keep half of its blocks free.
-
-        `num_own` are tokens left to compute of its own prompt that count as those of others do.
-        """
-        if num_own + sum(others.tokens_left.values()) > MOST_TOKENS_LEFT:
+    def _may_gather(self, seq: Sequence, card: Card, others: OtherPrompts, share: float) -> bool:
+        """Whether the request may join those that decode on the card, which keep half of its blocks free, and whose
+        steps take no more than this share of the target."""
+        if sum(others.tokens_left.values()) > MOST_TOKENS_LEFT:
             return False
         pool = card.block_manager
         num_held = pool.num_held_blocks + pool.blocks_for(seq.num_tokens)
-        return 2 * num_held <= pool.num_blocks and others.has_time(card) and others.may_gather(card)
+        return 2 * num_held <= pool.num_blocks and others.has_time(card) and others.may_gather(card, share)
 
     def _num_to_compute(self, seq: Sequence, card: Card) -> int:
         """Tokens of the request that the card's prefix cache lacks.
