@@ -285,6 +285,37 @@ def test_a_card_whose_steps_are_short_does_not_keep_the_other_from_launching(che
     assert str(llm.scheduler.cards[0]) in launched
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_card_that_needs_its_next_step_first_is_given_it_first(checkpoint, monkeypatch, first):
+    """Whichever it is: in a fixed order one card's gaps would be longer. Its launch does not give way to the later
+    moment of the other one, either; an idle card's does."""
+    path, _ = checkpoint("gqa2")
+    with LLM(path, device="cpu", enable_two_gpu_pd=True, card_roles="elastic") as llm:
+        llm.scheduler.placement.shares_prompts = False
+        for prompt in ([1, 2, 3], [4, 5, 6]):
+            llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
+        loop, launched, cards = llm._loop, [], llm.scheduler.cards
+        loop.take_in_mail()
+        loop.launch_steps()
+        sooner, later = cards[first], cards[1 - first]
+        now_s = time.perf_counter()
+        moments = {sooner: now_s - 2e-3, later: now_s - 1e-3}
+        monkeypatch.setattr(loop._launch_times, "next_on", lambda card: moments[card])
+        monkeypatch.setattr(loop, "_has_tokens_of_others", lambda *_: False)
+        monkeypatch.setattr(llm.scheduler, "schedule", lambda card, *_: launched.append(card))
+        loop.launch_steps()
+        assert launched == [sooner, later]
+        del launched[:]
+        moments[later] = now_s + 60
+        loop._launch_times._launch_s[sooner] = 120.0
+        loop.launch_steps()
+        assert launched == [sooner], "it would not be in time after the other one"
+        del launched[:]
+        monkeypatch.setattr(loop._steps, "num_on", lambda card: int(card is later))
+        loop.launch_steps()
+        assert launched == [], "an idle card's launch would make the other one late"
+
+
 def test_tokens_are_taken_in_before_a_launch_on_another_card(checkpoint, timed_steps, monkeypatch):
     path, _ = checkpoint("gqa2")
     with LLM(path, device="cpu", enable_two_gpu_pd=True, card_roles="elastic") as llm:

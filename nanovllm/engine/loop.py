@@ -175,7 +175,7 @@ class Loop:
         # Not needed for remote cards: their steps end only between turns.
         self._launch_at_s, before = math.inf, set() if self._card_watch.has_cards else set(map(id, self._steps))
         launched = self._launch_formed(before)
-        for card in self._scheduler.cards:
+        for card in self._by_urgency():
             if self._steps.formed is not None:
                 break
             if self._card_watch.has_cards and self._steps.num_on(card) >= STEPS_AHEAD:
@@ -192,6 +192,16 @@ class Loop:
         for seq in self._scheduler.get_outgrown_sequences():
             self._outputs.emit(seq)
         return launched
+
+    def _by_urgency(self) -> list[Card]:
+        """The cards, those first whose next step has to be launched first, and idle ones last.
+
+        In any fixed order one card's launches would give way to all others', and its requests would have longer gaps.
+        """
+        cards = self._scheduler.cards
+        if len(cards) == 1 or not self._scheduler.has_streamed_requests:
+            return cards
+        return sorted(cards, key=lambda card: self._launch_times.next_on(card) if self._steps.num_on(card) else math.inf)
 
     def _is_due(self, card: Card, before: Collection[int]) -> bool:
         """Whether the card is given its next step now. `before` is what was in flight when the turn began."""
