@@ -437,15 +437,15 @@ def poisson(per_s: float, seconds: float, prompt, output, seed: int = 0) -> list
     return trace
 
 
-def rag(per_s: float, seconds: float = 40.0) -> list[tuple[float, int, int]]:
-    return poisson(per_s, seconds, lambda rng: rng.randint(2000, 8000), lambda rng: rng.randint(64, 256))
+def rag(per_s: float, seconds: float = 40.0, seed: int = 0) -> list[tuple[float, int, int]]:
+    return poisson(per_s, seconds, lambda rng: rng.randint(2000, 8000), lambda rng: rng.randint(64, 256), seed)
 
 
-def chat(per_s: float, seconds: float = 20.0) -> list[tuple[float, int, int]]:
+def chat(per_s: float, seconds: float = 20.0, seed: int = 0) -> list[tuple[float, int, int]]:
     def length(mean: float):
         return lambda rng: max(4, min(4000, int(rng.lognormvariate(math.log(mean), 0.7))))
 
-    return poisson(per_s, seconds, length(350), length(160))
+    return poisson(per_s, seconds, length(350), length(160), seed)
 
 
 def test_a_step_that_is_full_ends_with_a_full_tile_of_its_gemms():

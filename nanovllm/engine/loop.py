@@ -201,7 +201,9 @@ class Loop:
         cards = self._scheduler.cards
         if len(cards) == 1 or not self._scheduler.has_streamed_requests:
             return cards
-        return sorted(cards, key=lambda card: self._launch_times.next_on(card) if self._steps.num_on(card) else math.inf)
+        return sorted(
+            cards, key=lambda card: self._launch_times.next_on(card) if self._steps.num_on(card) else math.inf
+        )
 
     def _is_due(self, card: Card, before: Collection[int]) -> bool:
         """Whether the card is given its next step now. `before` is what was in flight when the turn began."""
