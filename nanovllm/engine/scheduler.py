@@ -564,10 +564,11 @@ class Scheduler:
         if lease.shared is None:
             return Demand(num_left, LEAST_TOKENS, num_left)
         partner, block_size = lease.card_beside(card), card.block_manager.block_size
-        # Blocks that are to be verified are pushed as a whole. A step with a limit is filled up, rows and all; of 2 since
-        # a chunk may not leave a single token.
-        multiple = min(block_size, TOKEN_MULTIPLE) if limit is None else 2
-        multiple = block_size if self.limits.verifies_handoffs else multiple
+        multiple = min(block_size, TOKEN_MULTIPLE)
+        if self.limits.verifies_handoffs:
+            multiple = block_size  # blocks that are to be verified are pushed as a whole
+        elif limit is not None:
+            multiple = 2  # rows and chunk together fill the step up; a single token must not be left
         if limit is not None and free_in_s is not None and lease.shared.has_in_flight(partner):
             # The step is as long as what it waits for, and some more.
             is_too_long = free_in_s(partner) > free_in_s(card) + WAITED_FOR_SHARE * limit.seconds
