@@ -6,7 +6,6 @@ Beside each other both run for longer than is measured. The bandwidth is that of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,17 +13,15 @@ from torch.nn import functional
 
 from lib.arguments import SHAPES, add_shape, new_parser, sm_split
 from lib.report import report
+from lib.side_by_side import NUM_WARM, Work, measure_us
 from lib.tensors import decode_problem, random_normal
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.kernels import cuda_gemm
 from nanovllm.kernels.triton_attention import Backend
-from nanovllm.kernels.triton_stamps import stamp
 from nanovllm.utils.device import Device
 
-NUM_COPIES = 4
+NUM_COPIES = NUM_WARM
 """Copies of all data, used in turn: more than the caches hold."""
-BESIDE_MS = 20
-Work = Callable[[int], object]
 
 
 def attention(batch: int, context: int, shape: str, num_sms: int) -> Work:
@@ -52,45 +49,6 @@ def gemms(batch: int, shape: str, num_sms: int | None) -> Work:
                 cuda_gemm.shared_linear(x, weight, num_sms)
 
     return run
-
-
-def captured(works: Sequence[tuple[torch.cuda.Stream, Work, int, torch.Tensor]]) -> torch.cuda.CUDAGraph:
-    """Works on their streams, side by side, each some times, with stamps of the GPU's clock before and after each."""
-    graph, capturing = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    for stream, work, _, _ in works:
-        with torch.cuda.stream(stream):
-            for turn in range(NUM_COPIES):
-                work(turn)
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=capturing):
-        for stream, _, _, _ in works:
-            stream.wait_stream(capturing)
-        for stream, work, times, stamps in works:
-            with torch.cuda.stream(stream):
-                stamp(stamps, 0)
-                for turn in range(times):
-                    work(turn)
-                    stamp(stamps, turn + 1)
-        for stream, _, _, _ in works:
-            capturing.wait_stream(stream)
-    return graph
-
-
-def measure_us(*works: tuple[torch.cuda.Stream, Work], alone_us: Sequence[float] = ()) -> list[float]:
-    """Microseconds of each work while all of them run."""
-    times = [int(BESIDE_MS * 1e3 / us) for us in alone_us] or [40] * len(works)
-    stamps = [torch.zeros(count + 1, dtype=torch.int64, device="cuda") for count in times]
-    graph = captured([(*work, count, of_it) for work, count, of_it in zip(works, times, stamps, strict=True)])
-    for _ in range(3):
-        graph.replay()
-    torch.cuda.synchronize()
-    moments = [of_it.tolist() for of_it in stamps]
-    all_end = min(of_it[-1] for of_it in moments)
-    results = []
-    for of_it in moments:
-        together = [moment for moment in of_it[1:] if moment <= all_end]
-        results.append((together[-1] - together[0]) / (len(together) - 1) / 1e3)
-    return results
 
 
 def main() -> None:
