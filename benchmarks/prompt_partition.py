@@ -152,11 +152,11 @@ def batch_of(text: str) -> tuple[int, int]:
 def main() -> None:
     parser = new_parser(__doc__)
     add_shape(parser, "qwen3-8b")
-    parser.add_argument("--batches", type=batch_of, nargs="+", default=[(8, 4096), (32, 1024), (64, 4096), (128, 1024)])
-    parser.add_argument("--chunks", type=int, nargs="+", default=[64, 128, 256, 512, 1024], help="of mixed steps")
+    parser.add_argument("--batches", type=batch_of, nargs="+", default=[(8, 4096), (64, 4096), (128, 1024)])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[128, 256, 512, 1024, 2048], help="of mixed steps")
     parser.add_argument("--partition-chunk", type=int, default=2048, help="tokens of a step on its partition")
     parser.add_argument("--start", type=int, default=2048, help="tokens of the prompt before the chunk")
-    parser.add_argument("--splits", type=sm_split, nargs="+", default=[(32, 100), (48, 84), (64, 68), (84, 48)])
+    parser.add_argument("--splits", type=sm_split, nargs="+", default=[(32, 100), (64, 68), (84, 48)])
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a GPU")

@@ -11,6 +11,7 @@ from nanovllm.kernels.triton_stamps import stamp
 NUM_WARM = 4
 """Turns of each work before it is captured."""
 BESIDE_MS = 20
+LEAST_TIMES_BESIDE = 5
 TIMES_ALONE = 40
 Work = Callable[[int], object]
 """Is given the number of its turn."""
@@ -48,11 +49,13 @@ def measure_us(
 
     Args:
         works: each with its stream.
-        alone_us: what each takes alone, so that all run for `beside_ms`; none to run each `times_alone`.
-        beside_ms: more than the shortest time that is to be measured.
+        alone_us: what each takes alone, so that all run for `beside_ms`, and some times; none to run each
+            `times_alone`.
+        beside_ms: for how long, if each ran as fast as alone.
         times_alone: how often.
     """
-    times = [int(beside_ms * 1e3 / us) for us in alone_us] or [times_alone] * len(works)
+    beside_us = max(beside_ms * 1e3, LEAST_TIMES_BESIDE * max(alone_us, default=0.0))
+    times = [int(beside_us / us) for us in alone_us] or [times_alone] * len(works)
     stamps = [torch.zeros(count + 1, dtype=torch.int64, device="cuda") for count in times]
     graph = captured([(*work, count, of_it) for work, count, of_it in zip(works, times, stamps, strict=True)])
     for _ in range(3):

@@ -686,7 +686,7 @@ class Scheduler:
         """Whether a streamed request may gather on the card: some decode there, and its steps would still take no more
         than a share of the target with those of all cards and this one."""
         is_backlog_full = len(self._prefill_backlog) >= self.limits.max_handoff_backlog
-        if is_backlog_full or not (seq.is_streamed and sizes[card].num_tokens):
+        if is_backlog_full or not (seq.is_streamed and self._decoding[card].leases):
             return False
         size = StepSize(sum(each.num_tokens for each in sizes.values()), sum(each.context for each in sizes.values()))
         size = size.with_row(seq.num_tokens_ahead(LOOK_AHEAD_STEPS))
@@ -699,9 +699,13 @@ class Scheduler:
 
     def _room(self, sizes: abc.Mapping[Card, StepSize], card: Card) -> float:
         """Share of a step's time that the card has for prompts, beside so many decode rows."""
-        limit, size = self._time_limit(card), sizes[card]
+        size = sizes[card]
         decode_s = card.step_time.predict(size) if size.num_tokens else None
-        return 1.0 if limit is None or decode_s is None else max(1 - decode_s / limit.seconds, 0.0)
+        if decode_s is None:
+            return 1.0
+        if self._target is None:
+            return 1 - 1 / STRETCH if self.placement.bounds_steps and self._streamed else 1.0
+        return max(1 - decode_s / self._target.seconds, 0.0)
 
     def _sizes_ahead(self) -> dict[Card, StepSize]:
         """The step of each card LOOK_AHEAD_STEPS from now, with all requests that have a lease and decode there.

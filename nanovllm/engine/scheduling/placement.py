@@ -22,9 +22,9 @@ alone, and is left without decode rows for the next."""
 GATHERED_SHARE = 0.85
 """Requests gather on one card while a decode step of all of them takes no more of `itl_target_ms` than this."""
 
-GATHERED_SHARE_OF_LONG = 0.6
-"""The same for a request whose prompt both cards compute: its first gap is one such step to two, where it would be one
-if the request decoded where its last chunk runs."""
+GATHERED_SHARE_OF_LONG = 0.5
+"""The same for a request whose prompt both cards compute: its first gap may be two such steps, where it would be one if
+the request decoded where its last chunk runs."""
 
 MOST_TOKENS_LEFT = 2048
 """With more prompt tokens of others left to compute, requests do not gather: both cards have prompts enough, and where
@@ -188,7 +188,7 @@ class ElasticPlacement(Placement):
 
     While one card may decode all requests, streamed ones gather there, so that the other card has no decode rows. A
     short prompt of theirs is computed on that other card, and its KV crosses meanwhile, unless it would end much sooner
-    where they decode; a longer one is shared, and its request joins them if their steps are shorter still.
+    where they decode; a longer one is shared, and its request joins them if two of their steps fit into the target.
 
     Otherwise a prompt that is not shared is computed where its request decodes, on the card that then has fewer prompt
     tokens to compute for the room in its steps, its own among them but for what is in the card's prefix cache, or with
