@@ -530,6 +530,30 @@ def test_a_script_that_does_not_close_ends_cleanly(even, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
 
 
+NOT_CLOSED_BY_A_CHILD = """
+import concurrent.futures, multiprocessing, sys
+from nanovllm import LLM, SamplingParams
+
+def answer(path):
+    global llm
+    llm = LLM(path, device="cpu", tensor_parallel_size=2, num_kvcache_blocks=100)
+    return llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)[0]["token_ids"]
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as executor:
+        print(executor.submit(answer, sys.argv[1]).result())
+"""
+
+
+def test_a_process_of_multiprocessing_that_does_not_close_ends_cleanly(even, tmp_path):
+    """It calls nothing of `atexit`, and ends its daemons, the other ranks, itself."""
+    run = run_script(tmp_path, NOT_CLOSED_BY_A_CHILD, even["biased"])
+    assert (run.returncode, run.stderr) == (0, "")
+    assert len(json.loads(run.stdout)) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
+
+
 def test_a_script_without_a_main_guard_is_told_of_it(even, tmp_path):
     code = """
     import sys

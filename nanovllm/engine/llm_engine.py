@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import atexit
+import functools
 import itertools
 import operator
 import os
@@ -36,6 +36,7 @@ from nanovllm.engine.step_listeners import StepListener, StepListeners
 from nanovllm.errors import ConfigError, EngineClosedError, UnknownRequestError, short_repr
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.process import call_at_exit
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -119,7 +120,8 @@ class LLMEngine:
         self._is_torn_down = False
         self._closed = False
         if self._has_processes:
-            atexit.register(_close, weakref.ref(self))  # while graphs and collectives can still be given back in order
+            # While graphs and collectives can still be given back in order.
+            call_at_exit(functools.partial(_close, weakref.ref(self)))
 
     @property
     def _has_processes(self) -> bool:

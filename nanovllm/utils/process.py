@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import subprocess
@@ -28,6 +31,18 @@ def end_process(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def call_at_exit(function: Callable[[], object]) -> Callable[[], object]:
+    """Has a function called when this process ends. Returns one that takes that back.
+
+    A process that `multiprocessing` has started calls nothing of `atexit`: it ends its own daemons, and would do so
+    before whoever talks to them knows.
+    """
+    if multiprocessing.parent_process() is None:
+        atexit.register(function)
+        return lambda: atexit.unregister(function)
+    return multiprocessing.util.Finalize(None, function, exitpriority=1).cancel
 
 
 def await_end(process: subprocess.Popen[bytes], what: str, timeout_s: float) -> None:

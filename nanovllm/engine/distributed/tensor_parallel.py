@@ -6,7 +6,6 @@ would send to its device, and nothing else. All ranks sample the same tokens.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import datetime
 import logging
@@ -33,7 +32,7 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.errors import BackendUnavailableError, WorkerError
 from nanovllm.kernels.cuda_all_reduce import PeerAllReduce
 from nanovllm.utils.device import Device, leak_until_exit
-from nanovllm.utils.process import num_threads_of, without_interrupts
+from nanovllm.utils.process import call_at_exit, num_threads_of, without_interrupts
 
 logger = logging.getLogger(__name__)
 
@@ -193,6 +192,8 @@ class Workers:
         self._joining: threading.Thread | None = None
         self._start_timer = threading.Timer(START_TIMEOUT_S, self._give_up_start)
         self._start_timer.daemon = True
+        # Before multiprocessing's own end, which would wait for a worker that hangs.
+        self._take_back_close = call_at_exit(self.close)
         context = multiprocessing.get_context("spawn")
         try:
             for rank in range(1, size):
@@ -204,7 +205,6 @@ class Workers:
                 theirs.close()
                 self._processes.append(process)
                 self._pipes.append(ours)
-            atexit.register(self.close)  # before multiprocessing's own, which would wait for a worker that hangs
             self._start_timer.start()
             self._await_ready()
             self.ranks = self._joined(size, device_of(0))
@@ -262,7 +262,7 @@ class Workers:
 
     def close(self) -> None:
         """Ends all workers; kills those that do not end by themselves, and after a failure all of them."""
-        atexit.unregister(self.close)
+        self._take_back_close()
         self._closing = True
         self._start_timer.cancel()
         deadline_s = time.monotonic() + (CLOSE_TIMEOUT_S if self._failure is None else 0.0)
