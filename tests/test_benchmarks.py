@@ -686,7 +686,7 @@ def test_waiting_is_not_host_work(monkeypatch):
 def test_every_benchmark_says_what_it_takes(monkeypatch, capsys):
     """All but plots.py, which takes nothing; a parser with two options of a name would fail."""
     names = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != "plots")
-    assert len(names) == 24
+    assert len(names) == 25
     for name in names:
         monkeypatch.setattr(sys, "argv", [name, "--help"])
         with pytest.raises(SystemExit, match="0"):

@@ -173,7 +173,7 @@ def test_where_a_short_prompt_runs():
     assert placement.places_of(short, sizes, OtherPrompts()) == Places(busy, idle, is_shared=True)
     placement.least_shared_when_gathered = 1000
     assert placement.places_of(long, sizes, gathers) == Places(idle, busy, is_shared=True, gathers=True)
-    many = dataclasses.replace(gathers, tokens_left={idle: 3000.0})
+    many = dataclasses.replace(gathers, tokens_left={idle: 5000.0})
     assert placement.places_of(long, sizes, many) == Places(busy, idle, is_shared=True), (
         "both cards have prompts enough"
     )

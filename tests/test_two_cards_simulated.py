@@ -73,18 +73,24 @@ def test_gaps_are_as_asked_for_though_tokens_are_taken_in_late(mode, monkeypatch
 
 def test_requests_do_not_gather_beside_many_prompts(monkeypatch):
     """Else prompts are computed beside all decode rows, and first gaps are two full steps."""
-    trace = poisson(9.0, 12.0, some_long_prompts, lambda rng: rng.randint(16, 40))
 
-    def share_of_long_first_gaps() -> tuple[float, TwoCards]:
-        elastic = TwoCards(trace, "elastic", 11.2)
-        return float(np.mean([gaps[0] > 12 * MS for gaps in elastic.gaps_s.values()])), elastic
+    def mean_of_courses() -> tuple[float, float, float]:
+        """Share of first gaps beyond 12 ms, ITL p99 and TTFT p50."""
+        found = []
+        for seed in range(4):
+            trace = poisson(9.0, 12.0, some_long_prompts, lambda rng: rng.randint(16, 40), seed)
+            elastic = TwoCards(trace, "elastic", 11.2)
+            share_of_long = float(np.mean([gaps[0] > 12 * MS for gaps in elastic.gaps_s.values()]))
+            found.append((share_of_long, elastic.itl_ms(0.99), elastic.ttft_ms(0.5)))
+        share_of_long, itl_ms, ttft_ms = np.mean(found, axis=0)
+        return share_of_long, itl_ms, ttft_ms
 
-    few, elastic = share_of_long_first_gaps()
+    few, itl_ms, ttft_ms = mean_of_courses()
     monkeypatch.setattr(placement, "MOST_TOKENS_LEFT", 10**9)
-    many, gathered = share_of_long_first_gaps()
+    many, itl_gathered_ms, ttft_gathered_ms = mean_of_courses()
     assert few < 0.9 * many
-    assert elastic.itl_ms(0.99) < 0.99 * gathered.itl_ms(0.99)
-    assert elastic.ttft_ms(0.5) < 1.05 * gathered.ttft_ms(0.5)
+    assert itl_ms < 0.97 * itl_gathered_ms
+    assert ttft_ms < 1.05 * ttft_gathered_ms
 
 
 @pytest.mark.parametrize("seed", [0, 2, 4, 6])

@@ -197,9 +197,10 @@ class Loop:
         """The cards, those first whose next step has to be launched first, and idle ones last.
 
         In any fixed order one card's launches would give way to all others', and its requests would have longer gaps.
+        Steps of remote cards are launched at once.
         """
         cards = self._scheduler.cards
-        if len(cards) == 1 or not self._scheduler.has_streamed_requests:
+        if len(cards) == 1 or self._card_watch.has_cards or not self._scheduler.has_streamed_requests:
             return cards
         return sorted(
             cards, key=lambda card: self._launch_times.next_on(card) if self._steps.num_on(card) else math.inf

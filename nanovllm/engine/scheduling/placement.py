@@ -26,7 +26,7 @@ GATHERED_SHARE_OF_LONG = 0.5
 """The same for a request whose prompt both cards compute: its first gap may be two such steps, where it would be one if
 the request decoded where its last chunk runs."""
 
-MOST_TOKENS_LEFT = 2048
+MOST_TOKENS_LEFT = 4096
 """With more prompt tokens of others left to compute, requests do not gather: both cards have prompts enough, and where
 these are computed beside all decode rows, a first gap is two long steps."""
 
