@@ -13,14 +13,14 @@ from torch.nn import functional
 
 from lib.arguments import SHAPES, add_shape, new_parser, sm_split
 from lib.report import report
-from lib.side_by_side import NUM_WARM, Work, measure_us
+from lib.side_by_side import Work, measure_us
 from lib.tensors import decode_problem, random_normal
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.kernels import cuda_gemm
 from nanovllm.kernels.triton_attention import Backend
 from nanovllm.utils.device import Device
 
-NUM_COPIES = NUM_WARM
+NUM_COPIES = 4
 """Copies of all data, used in turn: more than the caches hold."""
 
 

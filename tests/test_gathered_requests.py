@@ -177,6 +177,9 @@ def test_where_a_short_prompt_runs():
     assert placement.places_of(long, sizes, many) == Places(busy, idle, is_shared=True), (
         "both cards have prompts enough"
     )
+    for_short = dataclasses.replace(gathers, may_gather=lambda card, share: card is busy and share > 0.5)
+    assert placement.places_of(short, sizes, for_short).decode is busy
+    assert placement.places_of(long, sizes, for_short).decode is idle, "two steps would be longer than the target"
     sooner, much_sooner = (
         dataclasses.replace(gathers, tokens_left={idle: 500.0}, tokens_in_flight={idle: tokens})
         for tokens in (200.0, 1400.0)

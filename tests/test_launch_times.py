@@ -300,7 +300,8 @@ def test_the_card_that_needs_its_next_step_first_is_given_it_first(checkpoint, m
         sooner, later = cards[first], cards[1 - first]
         now_s = time.perf_counter()
         moments = {sooner: now_s - 2e-3, later: now_s - 1e-3}
-        monkeypatch.setattr(loop._launch_times, "next_on", lambda card: moments[card])
+        for name in ("due_on", "next_on"):
+            monkeypatch.setattr(loop._launch_times, name, lambda card: moments[card])
         monkeypatch.setattr(loop, "_has_tokens_of_others", lambda *_: False)
         monkeypatch.setattr(llm.scheduler, "schedule", lambda card, *_: launched.append(card))
         loop.launch_steps()

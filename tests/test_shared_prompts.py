@@ -615,15 +615,16 @@ def test_what_a_card_has_wrong_of_large_steps_does_not_tip_a_pair():
     assert even[0] == pytest.approx(0.53 * 6000, rel=0.05)
 
 
+@pytest.mark.parametrize("target_s", [None, 10.0])
 @pytest.mark.parametrize("block_size", [4, 8])
 @pytest.mark.parametrize("seed", range(12))
-def test_steps_wait_only_for_steps_that_were_launched_before(seed, block_size):
+def test_steps_wait_only_for_steps_that_were_launched_before(seed, block_size, target_s):
     """The scheduler alone, under random ends, failures and aborts: no two steps can wait for each other."""
     rng = random.Random(seed)
     both = [Card(f"cpu:{index}", "", BlockManager(160 // block_size, block_size), 24) for index in range(2)]
     placement = ElasticPlacement(*both, can_share=True)
     placement.least_shared_tokens, placement.most_other_prompts = 9, 1000
-    limits = SchedulerLimits(prefill_chunk_tokens=12, max_num_seqs=6, max_handoff_backlog=4)
+    limits = SchedulerLimits(prefill_chunk_tokens=12, max_num_seqs=6, max_handoff_backlog=4, itl_target_s=target_s)
     scheduler = Scheduler(limits, placement)
     steps: dict[Card, list[Step]] = {card: [] for card in both}
     handoffs, seqs, launched = [], [], {0}
@@ -661,7 +662,8 @@ def test_steps_wait_only_for_steps_that_were_launched_before(seed, block_size):
                 last_number = chunk.number
                 assert chunk.waits_for in launched, "it waits for a chunk that was launched before"
                 assert chunk.allocation.card is card
-                assert chunk.end % 4 == 0 or chunk.is_last
+                assert chunk.end % (4 if target_s is None else 2) == 0 or chunk.is_last
+                assert chunk.num_tokens >= 4 or chunk.is_last
                 assert chunk.num_tokens > 1 or chunk.start % block_size == 0, "it clears what follows in its block"
                 for _, target in chunk.handoff:
                     assert chunk.handoff_target.block_manager._ref_counts[target] == 1, "others hold it"
@@ -714,7 +716,7 @@ def test_a_step_takes_no_chunk_that_would_keep_its_rows_waiting():
     scheduler.add(prompt)
     producing = scheduler.schedule(second, [], lambda card: 0.0)
     assert producing.number == 1
-    free_in_s = {first: 0.001, second: 0.03}
+    free_in_s = {first: 0.001, second: 0.02}  # in time by its prediction, but its last layer follows
     late = scheduler.schedule(first, [], free_in_s.__getitem__)
     assert late.decode
     assert not late.chunks
@@ -723,6 +725,48 @@ def test_a_step_takes_no_chunk_that_would_keep_its_rows_waiting():
     free_in_s[second] = 0.015
     in_time = scheduler.schedule(first, [], free_in_s.__getitem__)
     assert in_time.waits_for == 1
+
+
+def test_requests_gather_on_a_card_that_decodes_now():
+    """One whose requests are all being computed may have just begun a long step of prompts."""
+    scheduler = scheduler_of(cards(num_blocks=3000), 0.02)
+    first, second = scheduler.cards
+    joining = long_sequence(9, 100)
+
+    def may_gather() -> list[bool]:
+        others = scheduler._other_prompts(joining, scheduler._sizes_ahead())
+        return [others.may_gather(card, 0.85) for card in (first, second)]
+
+    scheduler.add(long_sequence(0, 5))
+    chunk = scheduler.schedule(first, []).chunks[0]
+    assert scheduler._leases_on[first] == 1
+    assert may_gather() == [False, False]
+    scheduler.prefill_done(chunk)
+    chunk.seq.token_ids.append(1)
+    assert scheduler.schedule(first, []).decode
+    assert may_gather() == [True, False]
+
+
+def test_the_room_of_a_card_without_a_target():
+    """A third of a step of 1.5 decode steps; all of one that nobody's tokens wait for."""
+    scheduler = scheduler_of(cards(num_blocks=3000), None)
+    first, second = scheduler.cards
+    plain, streamed = (prefilled(scheduler, card, number, 5) for number, card in enumerate((first, second)))
+    plain.is_streamed, streamed.is_streamed = False, True
+    scheduler._streamed = {streamed}
+    assert all(scheduler.schedule(card, []).decode for card in (first, second))
+    sizes = scheduler._sizes_ahead()
+    rooms = [scheduler._other_prompts(long_sequence(9, 100), sizes).room(card) for card in (first, second)]
+    assert rooms == pytest.approx([1.0, 1 / 3])
+
+
+def test_a_plan_of_which_too_little_is_left_is_made_anew():
+    """It was made for a step with a limit, whose chunks are multiples of 2."""
+    both, shared = cards(), shared_prompt.SharedPrompt(None)
+    shared.planned_end = shared.pair_end = 1006
+    assert shared.planned_tokens(both, 1000, 500, 4096, 2) == 6
+    assert shared.planned_tokens(both, 1000, 500, 4096, 16) >= 16
+    assert shared.planned_end % 16 == 1000 % 16 or shared.planned_end == 1500
 
 
 def test_a_card_without_rows_keeps_to_the_target_while_the_other_has_some():

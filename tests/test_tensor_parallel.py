@@ -547,7 +547,7 @@ if __name__ == "__main__":
 
 
 def test_a_process_of_multiprocessing_that_does_not_close_ends_cleanly(even, tmp_path):
-    """It calls nothing of `atexit`, and ends its daemons, the other ranks, itself."""
+    """It ends its daemons, the other ranks, before it calls anything of `atexit`."""
     run = run_script(tmp_path, NOT_CLOSED_BY_A_CHILD, even["biased"])
     assert (run.returncode, run.stderr) == (0, "")
     assert len(json.loads(run.stdout)) == 3

@@ -89,7 +89,7 @@ def test_requests_do_not_gather_beside_many_prompts(monkeypatch):
     monkeypatch.setattr(placement, "MOST_TOKENS_LEFT", 10**9)
     many, itl_gathered_ms, ttft_gathered_ms = mean_of_courses()
     assert few < 0.9 * many
-    assert itl_ms < 0.97 * itl_gathered_ms
+    assert itl_ms < 0.99 * itl_gathered_ms
     assert ttft_ms < 1.05 * ttft_gathered_ms
 
 

@@ -18,7 +18,7 @@ Work = Callable[[int], object]
 
 
 def captured(works: Sequence[tuple[torch.cuda.Stream, Work, int, torch.Tensor]]) -> torch.cuda.CUDAGraph:
-    """Works on their streams, side by side, each some times, with stamps of the GPU's clock before and after each."""
+    """Works on their streams, side by side, each several times, between stamps of the GPU's clock."""
     graph, capturing = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     for stream, work, _, _ in works:
         with torch.cuda.stream(stream):
@@ -49,8 +49,8 @@ def measure_us(
 
     Args:
         works: each with its stream.
-        alone_us: what each takes alone, so that all run for `beside_ms`, and some times; none to run each
-            `times_alone`.
+        alone_us: what each takes alone, so that all run for `beside_ms` or longer, each at least LEAST_TIMES_BESIDE
+            times; none to run each `times_alone`.
         beside_ms: for how long, if each ran as fast as alone.
         times_alone: how often.
     """

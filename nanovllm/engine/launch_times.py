@@ -58,13 +58,9 @@ class LaunchTimes:
 
         So it is behind a step that has ended, or whose time nothing is known of yet.
         """
-        works = self._steps.on(card)
-        if not self._puts_off or len(works) != 1 or works[0].handle.is_done():
+        end_s = self._end_s(card)
+        if end_s is None:
             return AT_ONCE
-        predicted_s = card.step_time.predict(works[0].step.size)
-        if predicted_s is None:
-            return AT_ONCE
-        end_s = self._steps.began_s(works[0]) + predicted_s * (1 - UNSURE)
         due_s = end_s - self._leads_s[card]
         launch_at_s = self._clear_of_others(card, due_s, last_s=end_s - self._launch_s[card])
         if due_s > time.perf_counter():
@@ -72,6 +68,19 @@ class LaunchTimes:
         elif launch_at_s > due_s:
             self.excuse(card)
         return launch_at_s
+
+    def due_on(self, card: Card) -> float:
+        """The moment of `next_on` but for what other cards do; nothing is noted."""
+        end_s = self._end_s(card)
+        return AT_ONCE if end_s is None else end_s - self._leads_s[card]
+
+    def _end_s(self, card: Card) -> float | None:
+        """When the card's only step may end; None if it has another number, that one has ended, or nothing is known."""
+        works = self._steps.on(card)
+        if not self._puts_off or len(works) != 1 or works[0].handle.is_done():
+            return None
+        predicted_s = card.step_time.predict(works[0].step.size)
+        return None if predicted_s is None else self._steps.began_s(works[0]) + predicted_s * (1 - UNSURE)
 
     def _clear_of_others(self, card: Card, launch_at_s: float, last_s: float) -> float:
         """The moment of a launch, moved if another card's step ends during it: its tokens would wait for the launch.

@@ -194,17 +194,17 @@ class Loop:
         return launched
 
     def _by_urgency(self) -> list[Card]:
-        """The cards, those first whose next step has to be launched first, and idle ones last.
+        """The cards, those first whose next step has to be launched first; last those that are idle, or have as many
+        steps as they may.
 
-        In any fixed order one card's launches would give way to all others', and its requests would have longer gaps.
-        Steps of remote cards are launched at once.
+        In a fixed order the same card's launches would always give way to the others', and its requests would have
+        longer gaps. Steps of remote cards are launched at once.
         """
         cards = self._scheduler.cards
         if len(cards) == 1 or self._card_watch.has_cards or not self._scheduler.has_streamed_requests:
             return cards
-        return sorted(
-            cards, key=lambda card: self._launch_times.next_on(card) if self._steps.num_on(card) else math.inf
-        )
+        due_on, num_on = self._launch_times.due_on, self._steps.num_on
+        return sorted(cards, key=lambda card: due_on(card) if num_on(card) == 1 else math.inf)
 
     def _is_due(self, card: Card, before: Collection[int]) -> bool:
         """Whether the card is given its next step now. `before` is what was in flight when the turn began."""

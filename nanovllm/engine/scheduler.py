@@ -564,7 +564,7 @@ class Scheduler:
         if lease.shared is None:
             return Demand(num_left, LEAST_TOKENS, num_left)
         partner, block_size = lease.card_beside(card), card.block_manager.block_size
-        multiple = min(block_size, TOKEN_MULTIPLE)
+        multiple = fewest = min(block_size, TOKEN_MULTIPLE)
         if self.limits.verifies_handoffs:
             multiple = block_size  # blocks that are to be verified are pushed as a whole
         elif limit is not None:
@@ -577,11 +577,11 @@ class Scheduler:
         most = min(self._prefill_token_budget(card), self._prefill_token_budget(partner))
         if num_left > multiple + 1:  # else it is cut nowhere
             most = min(most, lease.shared.planned_tokens((card, partner), start, num_left, most, multiple))
-        rest = Demand(min(most, num_left), 0, num_left, multiple)
+        rest = Demand(min(most, num_left), 0, num_left, multiple, fewest)
         most, least = rest.rounded(rest.num_tokens), 0
         if not any(map(lease.shared.has_in_flight, self.cards)):
             least = rest.rounded(min(max(LEAST_TOKENS, multiple + 1), most))
-        return Demand(most, least, num_left, multiple)
+        return Demand(most, least, num_left, multiple, fewest)
 
     def _prefill_token_budget(self, card: Card) -> int:
         """Maximum number of prompt tokens in the card's next step."""
@@ -684,7 +684,8 @@ class Scheduler:
 
     def _may_gather(self, seq: Sequence, sizes: abc.Mapping[Card, StepSize], card: Card, share: float) -> bool:
         """Whether a streamed request may gather on the card: some decode there, and its steps would still take no more
-        than a share of the target with those of all cards and this one."""
+        than a share of the target, or STRETCH steps of one request without a target, with those of all cards and this
+        one."""
         is_backlog_full = len(self._prefill_backlog) >= self.limits.max_handoff_backlog
         if is_backlog_full or not (seq.is_streamed and self._decoding[card].leases):
             return False
@@ -704,7 +705,7 @@ class Scheduler:
         if decode_s is None:
             return 1.0
         if self._target is None:
-            return 1 - 1 / STRETCH if self.placement.bounds_steps and self._streamed else 1.0
+            return 1.0 if self._time_limit(card) is None else 1 - 1 / STRETCH
         return max(1 - decode_s / self._target.seconds, 0.0)
 
     def _sizes_ahead(self) -> dict[Card, StepSize]:

@@ -36,8 +36,8 @@ def end_process(status: int) -> NoReturn:
 def call_at_exit(function: Callable[[], object]) -> Callable[[], object]:
     """Has a function called when this process ends. Returns one that takes that back.
 
-    A process that `multiprocessing` has started calls nothing of `atexit`: it ends its own daemons, and would do so
-    before whoever talks to them knows.
+    A process that `multiprocessing` has started ends its daemons before it calls anything of `atexit`, if it does that
+    at all.
     """
     if multiprocessing.parent_process() is None:
         atexit.register(function)

@@ -39,6 +39,7 @@ class Demand:
         num_left: tokens that are left of it.
         multiple: what chunks that do not end the prompt are multiples of, if not 1. Those leave two tokens at least: a
             single token behind what another card has stored would not clear what follows it there.
+        fewest: fewer tokens, if they do not end the prompt, are none.
         reason: why it does not ask for more, for `explain`; None if it will get more elsewhere, or has no more.
     """
 
@@ -46,6 +47,7 @@ class Demand:
     least: int
     num_left: int
     multiple: int = 1
+    fewest: int = 1
     reason: str | None = None
 
     def rounded(self, num_tokens: int) -> int:
@@ -53,7 +55,8 @@ class Demand:
         if num_tokens == self.num_left or self.multiple == 1:
             return num_tokens
         rounded = num_tokens // self.multiple * self.multiple
-        return rounded if self.num_left - rounded > 1 else max(rounded - self.multiple, 0)
+        rounded = rounded if self.num_left - rounded > 1 else rounded - self.multiple
+        return rounded if rounded >= self.fewest else 0
 
 
 class ChunkRoom:

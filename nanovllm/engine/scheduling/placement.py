@@ -60,7 +60,8 @@ class OtherPrompts:
         tokens_left: prompt tokens that each card is to compute; half of those of a shared prompt. 0 where not given.
         has_time: whether a card's decode steps have time for the request.
         may_gather: whether a card, on which some requests decode, may decode all of them and the request: its steps
-            would still take no more than a share of the target.
+            would still take no more than a share of the target, or some longer than those of one request if there is
+            none.
         room: share of a step's time that a card has for prompts beside its decode rows: 1 without rows, or if steps
             have no limit.
         tokens_in_flight: prompt tokens of the steps that were launched on each card and have not ended.
@@ -193,7 +194,7 @@ class ElasticPlacement(Placement):
     Otherwise a prompt that is not shared is computed where its request decodes, on the card that then has fewer prompt
     tokens to compute for the room in its steps, its own among them but for what is in the card's prefix cache, or with
     less context if these are as many: one that is short, has many others beside it, has failed once, reports
-    log-probabilities, or is too long for one of the pools; any prompt where only one card has room; and every prompt
+    log-probabilities, or is too long for one of the pools; any prompt where a card has little room; and every prompt
     while too many fail whose KV crosses, or if the cards cannot write to each other's memory. It goes to the other card
     if this one has no blocks for it now, or no time beside its decode rows. A prompt that would be shared is computed
     on one card while the other one has more tokens in flight than that card and the prompt together.

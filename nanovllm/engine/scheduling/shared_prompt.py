@@ -39,11 +39,13 @@ class SharedPrompt:
     pair_end: int = 0
 
     def planned_tokens(self, cards: tuple[Card, Card], start: int, num_left: int, most: int, multiple: int) -> int:
-        """Tokens of the next chunk by the plan, which is made if there is none, for `cards[0]` to compute it.
+        """Tokens of the next chunk by the plan, which is made if there is none left, for `cards[0]` to compute it.
 
         See `tokens_of_pair` for what it goes by.
         """
-        if not start < self.planned_end:
+        left_of_plan = self.planned_end - start
+        # Less than `multiple` may be left of a plan that was made with a smaller one.
+        if left_of_plan <= 0 or left_of_plan < min(multiple, num_left):
             first, second = tokens_of_pair(cards, start, num_left, most, multiple)
             self.planned_end, self.pair_end = start + first, start + first + second
         return self.planned_end - start
