@@ -2,8 +2,8 @@
 
 Mixed steps are forward passes of decode rows and a chunk of a prompt together. On partitions (CUDA green contexts)
 decode steps run on some SMs and steps of a longer chunk on the rest, each at its own pace. Both are CUDA graphs of the
-same model without sampling, timed by the GPU's clock. In the last column is what mixed steps, of as many tokens of a
-prompt as make them as long as the partition's decode steps, compute of prompts in a second.
+same model without sampling, timed by the GPU's clock. In the last column are the prompt tokens that mixed steps compute
+in a millisecond if they have as many as make them as long as the partition's decode steps.
 """
 
 from __future__ import annotations
