@@ -99,6 +99,8 @@ class ModelRunner:
             self.stream = torch.cuda.Stream(device.index) if device.is_cuda else None
             # High priority: thread blocks of a push get free SMs before the waiting thread blocks of the layer.
             self.copy_stream = torch.cuda.Stream(device.index, priority=-1) if device.is_cuda else None
+            # Where steps wait for the other runner's layers.
+            self._wait_stream = torch.cuda.Stream(device.index, priority=-1) if device.is_cuda else None
         with self.on(self.stream):
             their_model = None if weights_of is None else weights_of.model
             self.model: CausalLM = load_model(spec, device, self._ranks, their_model)
@@ -236,7 +238,8 @@ class ModelRunner:
             if self.device.is_cuda:
                 enable_peer_access(self.device, other.device)
             push = PushToPool(other.kv_pool, self.copy_stream)
-            self.prefill.share(LayerExchange(self.arrivals, other.arrivals, push, self.device), self._graph_pool)
+            exchange = LayerExchange(self.arrivals, other.arrivals, push, self._wait_stream)
+            self.prefill.share(exchange, self._graph_pool)
             if self._graph_pool is not None:
                 self.mixed.capture_exchange(self._graph_pool)
         self.synchronize()
@@ -312,7 +315,8 @@ class ModelRunner:
         """
         step_timeout_s = self.spec.step_timeout_s
         deadline_s = time.monotonic() + step_timeout_s
-        for stream in (self.stream, self.copy_stream if copies else None):
+        # What a step that failed to launch waits for is behind none of its other work.
+        for stream in (self._wait_stream, self.stream, self.copy_stream if copies else None):
             # Polls, since Python handles no interrupt inside a driver call.
             while stream is not None and not stream.query():
                 if time.monotonic() > deadline_s:

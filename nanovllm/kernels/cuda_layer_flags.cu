@@ -26,18 +26,19 @@ extern "C" __global__ void raise_flag(i64* flags, const i64* numbers, int layer)
     asm volatile("fence.acq_rel.sys;\nst.release.sys.global.s64 [%0], %1;" ::"l"(flags + layer), "l"(number) : "memory");
 }
 
-// One thread, on the GPU that is about to push its own KV of the layer and to attend; `flags` are in its own memory.
-// Gives up after `limit_ms`, or when the host says that nothing will come: what is computed then means nothing, and the
-// report says so.
-//   state     nanoseconds that the step has waited so far, and the last number that did not come
-//   reports   for each step a layer, counted from 1, whose KV did not come, and the nanoseconds that it has waited
-extern "C" __global__ void wait_for_flag(const i64* flags, const i64* numbers, i64* state, i64* reports,
-                                         const volatile int* given_up, int layer, int limit_ms) {
+// One thread, on the GPU whose step attends to the layer; `flags` are in its own memory. It runs beside the step, since
+// what it waits for may come long before the layer is computed. Gives up after `limit_ms`, or when the host says that
+// nothing will come: what is computed then means nothing, and the report says so.
+//   missed      the last number that did not come
+//   arrived_ns  for each layer when its wait ended, 0 if there was none
+//   reports     for each step a layer, counted from 1, whose KV did not come, and the nanoseconds that it has waited
+extern "C" __global__ void wait_for_flag(const i64* flags, const i64* numbers, i64* missed, i64* arrived_ns,
+                                         i64* reports, const volatile int* given_up, int layer, int limit_ms) {
     const i64 number = numbers[WAITS_FOR];
-    i64* report = reports + 2 * numbers[REPORT];
-    i64 waited_ns = layer == 0 ? 0 : state[0];
-    if (number != 0 && state[1] == number) {
+    bool waited = false;
+    if (number != 0 && *missed == number) {
         // It did not come for an earlier layer, perhaps of the step before, which waited for the same chunk.
+        i64* report = reports + 2 * numbers[REPORT];
         if (report[0] == 0) report[0] = layer + 1;
     } else if (number != 0) {
         const i64 began_ns = now_ns();
@@ -45,14 +46,26 @@ extern "C" __global__ void wait_for_flag(const i64* flags, const i64* numbers, i
             i64 reached;
             asm volatile("ld.acquire.sys.global.s64 %0, [%1];" : "=l"(reached) : "l"(flags + layer) : "memory");
             if (reached >= number) break;
+            waited = true;
             if (tries % TRIES_TO_LOOK_UP == 0 && (*given_up || now_ns() - began_ns > limit_ms * NS_PER_MS)) {
-                state[1] = number;
-                report[0] = layer + 1;
+                *missed = number;
+                reports[2 * numbers[REPORT]] = layer + 1;
                 break;
             }
         }
-        waited_ns += now_ns() - began_ns;
     }
-    state[0] = waited_ns;
-    if (layer == NUM_LAYERS - 1) report[1] = waited_ns;
+    arrived_ns[layer] = waited ? now_ns() : 0;
+}
+
+// One thread, behind the kernel that stores the layer's KV of the step.
+extern "C" __global__ void note_stored(i64* stored_ns, int layer) { stored_ns[layer] = now_ns(); }
+
+// One thread, behind the step's last layer: by how much the flags came later than the step would have attended.
+extern "C" __global__ void report_waits(const i64* numbers, const i64* stored_ns, const i64* arrived_ns, i64* reports) {
+    i64 waited_ns = 0;
+    for (int layer = 0; layer < NUM_LAYERS; ++layer) {
+        const i64 late_ns = arrived_ns[layer] - stored_ns[layer];
+        if (late_ns > 0) waited_ns += late_ns;
+    }
+    reports[2 * numbers[REPORT] + 1] = waited_ns;
 }

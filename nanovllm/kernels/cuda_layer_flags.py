@@ -24,7 +24,8 @@ def raise_flag(flags: torch.Tensor, numbers: torch.Tensor, layer: int) -> None:
 def wait_for_flag(
     flags: torch.Tensor,
     numbers: torch.Tensor,
-    state: torch.Tensor,
+    missed: torch.Tensor,
+    arrived_ns: torch.Tensor,
     reports: torch.Tensor,
     given_up: torch.Tensor,
     layer: int,
@@ -34,14 +35,28 @@ def wait_for_flag(
 
     Args:
         flags, numbers: as of `raise_flag`, both on the current device.
-        state: [2] int64 on the current device.
+        missed: [1] int64 on the current device.
+        arrived_ns: [num_layers] int64 on the current device.
         reports: [N, 2] int64 in pinned memory of the host.
         given_up: [1] int32 in pinned memory of the host: not 0 if nothing will come.
         layer: which flag.
         limit_ms: milliseconds after which the work goes on without it.
     """
     kernel = _kernel("wait_for_flag", len(flags), numbers.device)
-    kernel.launch(1, 1, [flags, numbers, state, reports, given_up, layer, limit_ms], overlaps=False)
+    kernel.launch(1, 1, [flags, numbers, missed, arrived_ns, reports, given_up, layer, limit_ms], overlaps=False)
+
+
+def note_stored(stored_ns: torch.Tensor, layer: int) -> None:
+    """Notes when the work before it on the current stream had ended, in `stored_ns`, [num_layers] int64."""
+    _kernel("note_stored", len(stored_ns), stored_ns.device).launch(1, 1, [stored_ns, layer], overlaps=False)
+
+
+def report_waits(
+    numbers: torch.Tensor, stored_ns: torch.Tensor, arrived_ns: torch.Tensor, reports: torch.Tensor
+) -> None:
+    """Reports how long a step has waited for flags beyond the moments at which its KV was stored."""
+    kernel = _kernel("report_waits", len(stored_ns), numbers.device)
+    kernel.launch(1, 1, [numbers, stored_ns, arrived_ns, reports], overlaps=False)
 
 
 @functools.cache

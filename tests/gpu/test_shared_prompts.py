@@ -239,7 +239,9 @@ def test_every_step_that_waits_for_what_does_not_come_says_so():
         for report, number in zip(reports, (5, 5, 4), strict=True):
             numbers = torch.tensor([0, number, report], device="cuda")
             for layer in range(3):
+                arrivals.note_stored(layer)
                 arrivals.wait(numbers, layer)
+            arrivals.report_waits(numbers)
             if report == reports[1]:
                 raised = torch.tensor([4, 0, 0], device="cuda")
                 for layer in range(3):
@@ -248,6 +250,36 @@ def test_every_step_that_waits_for_what_does_not_come_says_so():
         assert [arrivals.report(report).missed_layer for report in reports] == [0, 0, None]
         assert arrivals.report(reports[0]).waited_s > 0.02
         assert arrivals.report(reports[1]).waited_s < 0.02
+
+
+def test_only_what_comes_after_the_own_kv_is_stored_counts_as_waited_for():
+    device, sleep_s = Device("cuda", 0), 0.02
+    with torch.cuda.device(0):
+        arrivals = LayerArrivals(device, num_layers=2, limit_s=5.0)
+        waits, stores = torch.cuda.Stream(), torch.cuda.Stream()
+        for number, is_late in ((1, False), (2, True)):
+            numbers = torch.tensor([number, number, arrivals.new_report()], device="cuda")
+            torch.cuda.synchronize()
+            with torch.cuda.stream(waits):
+                for layer in range(2):
+                    arrivals.wait(numbers, layer)
+            time.sleep(sleep_s)
+            for layer in range(2):
+                with torch.cuda.stream(stores):
+                    if is_late and layer == 0:
+                        arrivals.note_stored(layer)
+                        stores.synchronize()
+                        time.sleep(sleep_s)
+                    arrivals.raise_flag(numbers, layer)
+                    stores.synchronize()
+                    time.sleep(sleep_s)
+                    if not (is_late and layer == 0):
+                        arrivals.note_stored(layer)
+            torch.cuda.synchronize()
+            arrivals.report_waits(numbers)
+            torch.cuda.synchronize()
+            waited_s = arrivals.report(int(numbers[2])).waited_s
+            assert sleep_s <= waited_s < 1.8 * sleep_s if is_late else waited_s == 0
 
 
 def test_thousands_of_requests_leave_both_pools_whole(tiny_on_disk):

@@ -15,7 +15,7 @@ import torch
 
 from nanovllm.engine.execution.layer_push import PushToPool
 from nanovllm.kernels import LayerHooks
-from nanovllm.utils.device import Device, Event
+from nanovllm.utils.device import Device, wait_event
 
 NUM_REPORTS = 256
 """More than a runner has steps in flight, the parts of a step that failed to launch as a whole included."""
@@ -50,9 +50,10 @@ class LayerArrivals:
     def __init__(self, device: Device, num_layers: int, limit_s: float) -> None:
         self._device = device
         self._limit_s = limit_s
+        self.num_layers = num_layers
         where, pins = device.torch_device, device.is_cuda
-        self._flags = torch.zeros(num_layers, dtype=torch.int64, device=where)
-        self._state = torch.zeros(2, dtype=torch.int64, device=where)
+        self._flags, self._stored_ns, self._arrived_ns = torch.zeros(3, num_layers, dtype=torch.int64, device=where)
+        self._missed = torch.zeros(1, dtype=torch.int64, device=where)
         self._reports = torch.zeros(NUM_REPORTS, 2, dtype=torch.int64, device="cpu", pin_memory=pins)
         self._given_up = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=pins)
         self._next_report = 0
@@ -90,9 +91,32 @@ class LayerArrivals:
             from nanovllm.kernels.cuda_layer_flags import wait_for_flag
 
             limit_ms = int(self._limit_s * 1e3)
-            wait_for_flag(self._flags, numbers, self._state, self._reports, self._given_up, layer, limit_ms)
+            wait_for_flag(
+                self._flags,
+                numbers,
+                self._missed,
+                self._arrived_ns,
+                self._reports,
+                self._given_up,
+                layer,
+                limit_ms,
+            )
         elif int(self._flags[layer]) < int(numbers[1]) and not int(self._reports[numbers[2], 0]):
             self._reports[numbers[2], 0] = layer + 1
+
+    def note_stored(self, layer: int) -> None:
+        """Notes when the step has stored its own KV of the layer: from then on, a late flag delays it."""
+        if self._device.is_cuda:
+            from nanovllm.kernels.cuda_layer_flags import note_stored
+
+            note_stored(self._stored_ns, layer)
+
+    def report_waits(self, numbers: torch.Tensor) -> None:
+        """Completes the step's report, behind its last layer."""
+        if self._device.is_cuda:
+            from nanovllm.kernels.cuda_layer_flags import report_waits
+
+            report_waits(numbers, self._stored_ns, self._arrived_ns, self._reports)
 
 
 class LayerExchange:
@@ -102,14 +126,20 @@ class LayerExchange:
         arrivals: of this runner's pool.
         theirs: of the other one's.
         push: stores this runner's KV in the other pool.
-        device: of this runner.
+        wait_stream: where flags are waited for, a stream of this runner's device; None on a CPU.
     """
 
-    def __init__(self, arrivals: LayerArrivals, theirs: LayerArrivals, push: PushToPool, device: Device) -> None:
-        self._device = device
+    def __init__(
+        self,
+        arrivals: LayerArrivals,
+        theirs: LayerArrivals,
+        push: PushToPool,
+        wait_stream: torch.cuda.Stream | None,
+    ) -> None:
         self.arrivals = arrivals
         self._theirs = theirs
         self._push = push
+        self._wait_stream = wait_stream
 
     def hooks(self, pushed_blocks: torch.Tensor, numbers: torch.Tensor) -> LayerHooks:
         """What the layers of a step call.
@@ -120,24 +150,47 @@ class LayerExchange:
                 which it waits (0 for none of either), and its report.
         """
         push, layers = self._push.push_by_layer(pushed_blocks), itertools.count()
-        arrived: Event | None = None
+        arrived: torch.cuda.Event | None = None
+        awaited = self._await_first(numbers)
 
         def after_store(kv_cache: torch.Tensor) -> None:
-            nonlocal arrived
-            layer = next(layers)
+            nonlocal arrived, awaited
+            layer, arrived = next(layers), awaited
             with self._push.behind_store():
+                self.arrivals.note_stored(layer)
                 # Before the push, too: storing its last token, the other runner clears what follows in the block.
-                self.arrivals.wait(numbers, layer)
-                arrived = self._device.record_event()
+                if arrived is None:
+                    self.arrivals.wait(numbers, layer)
+                else:
+                    torch.cuda.current_stream().wait_event(arrived)
                 push(kv_cache)
                 self._theirs.raise_flag(numbers, layer)
+            if arrived is not None and layer + 1 < self.arrivals.num_layers:
+                awaited = self._await(numbers, layer + 1)
 
         def before_attend() -> None:
-            if isinstance(arrived, torch.cuda.Event):
-                torch.cuda.current_stream().wait_event(arrived)
+            wait_event(torch.cuda.current_stream() if arrived is not None else None, arrived)
 
         return LayerHooks(after_store, before_attend)
 
-    def join(self) -> None:
-        """Makes the current stream wait for what was pushed."""
+    def join(self, numbers: torch.Tensor) -> None:
+        """Makes the current stream wait for what was pushed by a step, and completes the step's report."""
+        with self._push.behind_store():
+            self.arrivals.report_waits(numbers)
         self._push.join()
+
+    def _await_first(self, numbers: torch.Tensor) -> torch.cuda.Event | None:
+        """An event for the first layer's KV; None on a CPU, which waits where the KV is stored.
+
+        Flags are waited for beside the step, each as soon as the one before has come: behind the layer's store even a
+        flag that has long come would cost the launch of a kernel.
+        """
+        if self._wait_stream is None:
+            return None
+        self._wait_stream.wait_stream(torch.cuda.current_stream())
+        return self._await(numbers, 0)
+
+    def _await(self, numbers: torch.Tensor, layer: int) -> torch.cuda.Event:
+        with torch.cuda.stream(self._wait_stream):
+            self.arrivals.wait(numbers, layer)
+            return torch.cuda.current_stream().record_event()
