@@ -15,9 +15,11 @@ from lib.ceilings import gemm_rate, median_ms
 from lib.report import report
 from lib.streaming import streaming_bandwidth
 from lib.tensors import decode_problem, random_normal
+from nanovllm.engine.scheduling.step import MAX_CHUNKS
 from nanovllm.kernels import ExpertWeights, triton_experts
 from nanovllm.kernels.triton_attention import Backend
 from nanovllm.kernels.triton_fp8 import quantize_tokens
+from nanovllm.layers.attention import PagedAttention
 from nanovllm.utils.fp8 import E4M3, Fp8Format, ScaledTokens, ScaledWeight
 
 
@@ -98,6 +100,44 @@ def measure_chunks(backend: Backend, block_size: int) -> Iterator[Measured]:
         flops = 4 * num_heads * 128 * num_tokens * (context - num_tokens / 2)
         name = f"attention of {num_tokens} tokens behind {context - num_tokens}, GQA {num_heads // 8}"
         yield Measured(name, time_us(partial(backend.attend, query, pool, metadata, 0.09)), flops=flops)
+
+
+def measure_mixed(backend: Backend, block_size: int) -> Iterator[Measured]:
+    """A chunk behind a prefix and decode rows beside it, as a layer of a mixed step runs them."""
+    size, where = 256, torch.device("cuda")
+    attention = PagedAttention(128, 1e-6, None, backend, qk_norm=False, dtype=torch.bfloat16, device=where)
+    stream = torch.cuda.Stream(priority=-1)
+    for (num_rows, context), start, num_tokens in itertools.product(
+        ((1, 6144), (4, 4096), (32, 1024)), (512, 2048, 4096, 7168), (124, 172, 224)
+    ):
+        calls = []
+        for _ in range(8):
+            lengths = [context] * num_rows + [start + num_tokens]
+            _, pool, decode = decode_problem(lengths, 32, 8, block_size)
+            places = torch.arange(size, device=where)
+            rows = replace(
+                decode,
+                slot_mapping=torch.zeros(num_rows + num_tokens, dtype=torch.int64, device=where),
+                block_tables=decode.block_tables[places.clamp(max=num_rows)],
+                context_lens=torch.where(places < num_rows, context, 0).int(),
+                query_starts=torch.arange(size + 1, dtype=torch.int32, device=where),
+            )
+            metadata = replace(
+                decode,
+                slot_mapping=torch.zeros(size, dtype=torch.int64, device=where),
+                block_tables=decode.block_tables[num_rows:].expand(MAX_CHUNKS, -1).contiguous(),
+                context_lens=torch.where(places[:MAX_CHUNKS] < 1, start + num_tokens, 0).int(),
+                query_starts=torch.where(places[: MAX_CHUNKS + 1] < 1, num_rows, num_rows + num_tokens).int(),
+                max_query_len=num_tokens,
+                decode=replace(rows, work_split=backend.split_work(rows, 32, pool)),
+                decode_stream=stream,
+            )
+            metadata = replace(metadata, work_split=backend.split_work(metadata, 32, pool))
+            calls.append(partial(attention.attend, random_normal(size, 32, 128), pool, metadata))
+        moved = (num_rows * context + start + num_tokens) * 2 * 8 * 128 * 2
+        flops = 4 * 32 * 128 * num_tokens * (start + num_tokens / 2)
+        name = f"{num_tokens} tokens behind {start}, {num_rows} x {context} beside"
+        yield Measured(name, time_us(*calls), bytes=moved, flops=flops)
 
 
 def measure_rest(backend: Backend, block_size: int) -> Iterator[Measured]:
@@ -257,6 +297,7 @@ SECTIONS = {
     "decode": measure_decode,
     "prefill": measure_prefill,
     "chunks": measure_chunks,
+    "mixed": measure_mixed,
     "rest": measure_rest,
     "fp8": measure_fp8,
     "experts": measure_experts,

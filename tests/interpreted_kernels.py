@@ -105,6 +105,16 @@ def test_decode_spread_over_any_number_of_sms(monkeypatch, num_sms):
     assert relative_error(Backend(), case) < TOLERANCE[torch.float16]
 
 
+@pytest.mark.parametrize("has_rows", [False, True])
+def test_contexts_are_divided_into_fewer_pieces_beside_decode_rows(has_rows):
+    """Else the pieces that find no SM beside the rows' programs would run after all others."""
+    spans, shape = [(33, 1700)], {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "block_size": 64}
+    case = make_case(spans, device="cpu", dtype=F16, **shape)
+    metadata = replace(case.metadata, num_sms=8, decode=case.metadata if has_rows else None)
+    plan = Backend().split_work(metadata, 4, case.kv_cache)
+    assert plan[0] == (2 if has_rows else 3)
+
+
 @pytest.mark.parametrize(
     ("spans", "num_sms", "num_splits", "dtype"),  # float32 is loaded by pointers
     [

@@ -26,8 +26,8 @@ NUM_LAYERS = 36
 STORED_SHARE = 0.3
 """Share of a layer's time before its KV is stored."""
 PUSH_S, LAUNCH_S, LEAD_S = 0.05 * MS, 0.5 * MS, 2.0 * MS
-EXCHANGE_S = 0.2 * MS
-"""What a step takes longer that exchanges KV: each layer's flag and push (0.27 and 0.13 ms on two H200s)."""
+EXCHANGE_S = 0.05 * MS
+"""What a step takes longer that exchanges KV: 0.01 to 0.02 ms for flags on two H200s, and the pushes."""
 NOISE = 0.015
 
 

@@ -51,7 +51,9 @@ PROGRAMS_PER_SM = 2
 """Programs per SM with chunks of up to CHUNK_TOKENS: enough to keep loads in flight."""
 MAX_PROGRAMS_PER_SM = 16
 """Programs per SM with longer chunks: so many that SMs that end early find more work."""
-COMBINED_CHUNKS = 4
+COMBINED_CHUNKS, FEW_COMBINED_CHUNKS = 4, 8
+"""Chunks of a context that are combined at a time, in general and where there are few requests: an SM has few programs
+then, and registers to spare."""
 PREFILL_TILE_M = 64
 PREFILL_TILE_N = triton_fused.MAX_TILE_TOKENS
 PREFILL_STAGES = 3
@@ -60,6 +62,7 @@ PREFILL_PROGRAMS_PER_SM = 2
 MOST_PLANNED_TILES = 64
 """Contexts are divided into pieces in steps that may have at most so many tiles of queries. Larger ones gain nothing by
 it, and without pieces the kernel is 3 to 5 % faster."""
+PADDED_ROWS = tl.constexpr(256)
 MAX_SPLITS = 16
 SPLIT_KEYS = 512
 """Fewest keys of a piece: with less, writing and combining what its queries attend to takes longer than it saves."""
@@ -68,6 +71,9 @@ MOST_ROUNDS = 4
 TILE_COST, PIECE_COST = tl.constexpr(4), tl.constexpr(9)
 """What a program takes besides its keys, as long as so many tiles of them: one for all of a tile's, and one for a
 piece."""
+ROWS_COST, ROW_KEYS = tl.constexpr(15), tl.constexpr(5600)
+"""For how many tiles of keys the programs of decode rows in the same step keep SMs from taking two programs of the
+prefill kernel: ROWS_COST, and one for ROW_KEYS keys of their contexts, of each KV head. They begin first."""
 COMBINE_PERCENT = tl.constexpr(120)
 """What it takes to combine a tile's pieces, for each of them, in percent of a tile of keys."""
 WORTH_PERCENT = tl.constexpr(93)
@@ -127,7 +133,7 @@ class Backend:
         if cuda_prefill_attention.can_serve(metadata, num_heads, kv_cache, _sms_of(metadata)):
             return cuda_prefill_attention.plan(metadata, num_heads, kv_cache, _sms_of(metadata))
         if _most_tiles(metadata) <= MOST_PLANNED_TILES:
-            return _plan_pieces(metadata, num_heads)
+            return _plan_pieces(metadata, num_heads, kv_cache)
         return _share_out(metadata.query_starts, metadata.query_starts[1:], PREFILL_TILE_M, num_counters=0)
 
     def attend(
@@ -187,7 +193,7 @@ def _share_out(
     return starts
 
 
-def _plan_pieces(metadata: AttentionMetadata, num_heads: int) -> torch.Tensor:
+def _plan_pieces(metadata: AttentionMetadata, num_heads: int, kv_cache: torch.Tensor) -> torch.Tensor:
     """Divides the contexts of a step of prompts into pieces, each computed by a program for each head.
 
     A program for each tile of queries and head is too few for a GPU where a short chunk attends to a long prefix, and
@@ -200,6 +206,7 @@ def _plan_pieces(metadata: AttentionMetadata, num_heads: int) -> torch.Tensor:
     """
     num_requests, most_parts = len(metadata.context_lens), _most_parts(metadata, num_heads)
     most_pieces = _most_tiles(metadata) + most_parts
+    context_of_rows = None if metadata.decode is None else metadata.decode.context_lens
     size = 1 + NUM_PIECE_FIELDS.value * most_pieces + most_parts * num_heads
     plan = torch.empty(size, dtype=torch.int32, device=metadata.context_lens.device)
     _plan_pieces_kernel[(1,)](
@@ -209,12 +216,16 @@ def _plan_pieces(metadata: AttentionMetadata, num_heads: int) -> torch.Tensor:
         num_requests,
         most_pieces,
         most_parts,
-        PREFILL_PROGRAMS_PER_SM * _sms_of(metadata),
+        _sms_of(metadata),
+        context_of_rows,
+        0 if context_of_rows is None else len(context_of_rows),
         NUM_HEADS=num_heads,
+        NUM_KV_HEADS=kv_cache.shape[2],
         TILE_M=PREFILL_TILE_M,
         TILE_N=PREFILL_TILE_N,
         LEAST=SPLIT_KEYS // PREFILL_TILE_N,
         MAX_SPLITS=MAX_SPLITS,
+        PROGRAMS_PER_SM=PREFILL_PROGRAMS_PER_SM,
         PADDED_REQUESTS=_padded(num_requests),
         PADDED_TILES=MOST_PLANNED_TILES,
         **overlap(plan.device),
@@ -328,7 +339,7 @@ def _decode(
         TILE=tile,
         USE_TMA=use_tma,
         STAGES=2 if is_wide else DECODE_STAGES,
-        COMBINED=COMBINED_CHUNKS,
+        COMBINED=FEW_COMBINED_CHUNKS if num_requests < FEW_REQUESTS else COMBINED_CHUNKS,
         HAS_SPLIT=metadata.work_split is not None,
         IS_CUDA=query.is_cuda,
         num_warps=4 if is_wide else 1,
@@ -423,7 +434,7 @@ def _share_out_kernel(
     tl.store(starts + 1 + requests, tl.cumsum(units, 0), mask=there)
 
 
-@triton.jit(do_not_specialize=["num_requests", "most_pieces", "most_parts", "at_a_time"])
+@triton.jit(do_not_specialize=["num_requests", "most_pieces", "most_parts", "num_sms", "num_rows"])
 def _plan_pieces_kernel(
     context_lens,
     query_starts,
@@ -431,18 +442,23 @@ def _plan_pieces_kernel(
     num_requests,
     most_pieces,
     most_parts,
-    at_a_time,
+    num_sms,
+    context_of_rows,
+    num_rows,
     NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     LEAST: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    PROGRAMS_PER_SM: tl.constexpr,
     PADDED_REQUESTS: tl.constexpr,
     PADDED_TILES: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """What `_plan_pieces` returns, where `at_a_time` programs run at a time."""
+    """What `_plan_pieces` returns; `context_of_rows` are the context lengths of decode rows in the same step."""
     begin(OVERLAPS)
+    at_a_time = PROGRAMS_PER_SM * num_sms
     requests, tiles = tl.arange(0, PADDED_REQUESTS), tl.arange(0, PADDED_TILES)
     there = requests < num_requests
     query_len = tl.load(query_starts + 1 + requests, mask=there, other=0)
@@ -461,7 +477,8 @@ def _plan_pieces_kernel(
     num_keys = tl.where(is_tile, tl.cdiv(end, TILE_N), 0)
 
     # What the step is estimated to take, in tiles of keys, by the longest piece: as many rounds as its long pieces
-    # come to, and no less than the programs have to do on average.
+    # come to, and no less than the programs have to do on average. Beside decode rows, those that are more than an SM
+    # for each run once the rows are done.
     longest = tl.max(num_keys, 0)
     choices = tl.arange(0, MAX_SPLITS)
     length = tl.maximum(tl.maximum(tl.cdiv(longest, choices + 1), tl.minimum(longest, LEAST)), 1)
@@ -475,6 +492,13 @@ def _plan_pieces_kernel(
     estimate = tl.maximum(rounds * (length + cost), average)
     estimate = 100 * estimate + tl.where(length < longest, tl.cdiv(longest, length) * COMBINE_PERCENT, 0)
     estimate = tl.where(length < longest, estimate, estimate * WORTH_PERCENT // 100)
+    if context_of_rows is not None:
+        keys = tl.zeros([PADDED_ROWS], tl.int32)
+        for some in range(0, num_rows, PADDED_ROWS):
+            rows = some + tl.arange(0, PADDED_ROWS)
+            keys += tl.load(context_of_rows + rows, mask=rows < num_rows, other=0)
+        of_rows = ROWS_COST + tl.sum(keys, 0) * NUM_KV_HEADS // ROW_KEYS
+        estimate += tl.where(num_long * NUM_HEADS > num_sms, 100 * of_rows, 0)
     num_parts = tl.sum(tl.where(num_splits > 1, num_splits, 0), 1)
     estimate = tl.where(num_parts <= most_parts, estimate, 0x7FFFFFFF)
     length = tl.sum(tl.where(choices == tl.argmin(estimate, 0), length, 0), 0)

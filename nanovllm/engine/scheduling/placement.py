@@ -34,9 +34,9 @@ COST_BESIDE_GATHERED = 2.0
 """A short prompt is computed on the card where requests gather only if the other one would need more than so many times
 as long: beside their rows it makes the gaps of all of them longer."""
 
-LEAST_ROOM = 0.25
+LEAST_ROOM = 0.18
 """A prompt is not shared if one of the cards has less of a step's time for prompts than this: chunks are cut to the
-shorter time, and what it takes to exchange KV, some tenths of a millisecond, leaves few tokens of it."""
+shorter time, and what pushes take leaves few tokens of it."""
 
 SMALL_ROOM = 0.05
 """Less room counts as this much: a step takes a few tokens of a prompt in any case."""
@@ -47,8 +47,7 @@ the gap behind its first token is shorter there, and decode steps hardly longer.
 
 MOST_OTHER_PROMPTS = 2
 """A prompt is shared beside at most so many others that are not computed to the end. With more, both cards have enough
-to do, and steps that exchange KV take a few tenths of a millisecond longer: time for a tenth of the tokens where a step
-has little time for prompts."""
+to do, and steps that exchange KV take longer."""
 
 
 @dataclass(frozen=True)
