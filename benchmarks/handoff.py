@@ -150,7 +150,7 @@ def main() -> None:
         with LLM(**options, cluster="local") as llm:
             exposure = measure_processes(llm, args.prompt_lens)
     for method in [] if args.processes else args.kv_handoff or ["auto"]:
-        with LLM(**options, enable_two_gpu_pd=True, kv_handoff=method) as llm:
+        with LLM(**options, enable_two_gpu_pd=True, card_roles="fixed", kv_handoff=method) as llm:
             copies = copies or measure_copies(llm, args.blocks or [1, 4, 16, 64, 128, 512])
             exposure += measure_exposure(llm, args.prompt_lens)
     result = {"model_shape": args.model_shape, "max_num_batched_tokens": args.max_num_batched_tokens}

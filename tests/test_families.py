@@ -21,7 +21,7 @@ from tests.test_tensor_parallel import fork_server
 from tests.transfers import poison_after_handoff
 
 README = Path(__file__).parent.parent / "README.md"
-TWO = {"enable_two_gpu_pd": True}
+TWO = {"enable_two_gpu_pd": True, "card_roles": "fixed"}
 MODES = {
     "plain": {},
     "chunked": {"max_num_batched_tokens": 24, "prefill_chunk_tokens": 7},

@@ -110,7 +110,7 @@ def test_signatures():
 def test_runners_of_one_device_and_of_two(tiny_path):
     with LLM(tiny_path, device="cpu") as llm:
         assert llm.prefill_runner is llm.decode_runner
-    with LLM(tiny_path, device="cpu", enable_two_gpu_pd=True) as llm:
+    with LLM(tiny_path, device="cpu", enable_two_gpu_pd=True, card_roles="fixed") as llm:
         assert isinstance(llm.prefill_runner, ModelRunner)
         assert not llm.prefill_runner.is_decode_runner
         assert llm.decode_runner.is_decode_runner
@@ -122,7 +122,7 @@ def test_a_request_goes_through_the_scheduler_by_its_three_methods(checkpoint, t
     """A loop of one's own over scheduler, runners and transfer."""
     path, reference = checkpoint("gqa2")
     prompt = [5, 6, 7, 8] * 9
-    with LLM(path, device="cpu", enable_two_gpu_pd=two_devices, max_num_batched_tokens=16) as llm:
+    with LLM(path, device="cpu", max_num_batched_tokens=16, **tiny.fixed_roles(two_devices)) as llm:
         scheduler = llm.scheduler
         seq = Sequence(1, prompt, GREEDY, seed=1, arrival_s=0.0, max_num_tokens=len(prompt) + 6)
         scheduler.add(seq)

@@ -32,7 +32,7 @@ from tests.test_tensor_parallel import ThreadRanks, make_model, on_ranks, prefil
 
 FORMS = list(fp8_checkpoints.CONFIGS)
 CPU = torch.device("cpu")
-TWO = {"enable_two_gpu_pd": True}
+TWO = {"enable_two_gpu_pd": True, "card_roles": "fixed"}
 QUERY = "model.layers.0.self_attn.q_proj"
 
 

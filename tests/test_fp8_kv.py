@@ -39,7 +39,7 @@ from tests.test_mixed_step import serve
 from tests.test_shared_prompts import assert_whole, make, num_shared
 from tests.transfers import poison_after_handoff
 
-TWO = {"enable_two_gpu_pd": True}
+TWO = {"enable_two_gpu_pd": True, "card_roles": "fixed"}
 FP8 = {"device": "cpu", "kv_cache_dtype": "fp8"}
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 SHAPE = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "block_size": 32, "device": "cpu"}

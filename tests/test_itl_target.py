@@ -282,7 +282,7 @@ def test_contexts_count_as_long_as_they_soon_may_be():
 
 
 def two_devices(path: str, **options) -> LLM:
-    return LLM(path, device="cpu", enable_two_gpu_pd=True, **options)
+    return LLM(path, device="cpu", enable_two_gpu_pd=True, card_roles="fixed", **options)
 
 
 def test_an_impossible_target_changes_no_token_and_explains_the_wait(tiny_path):

@@ -72,7 +72,7 @@ def first_gaps(path: str, prompts: list[list[int]], **options) -> tuple[list[flo
     params = SamplingParams(temperature=0, max_tokens=4)
     token_times: dict[int, list[float]] = {}
     tokens: dict[int, list[int]] = {}
-    with LLM(path, device="cpu", enable_two_gpu_pd=True, **options) as llm:
+    with LLM(path, device="cpu", enable_two_gpu_pd=True, card_roles="fixed", **options) as llm:
         llm.add_request(prompts[0], SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
         due_s, ids = time.perf_counter() + 8 * STEP_S, []  # the time of its steps is known by then
         while len(ids) < len(prompts) - 1 or any(number not in tokens or len(tokens[number]) < 4 for number in ids):
@@ -436,7 +436,7 @@ def test_a_prefill_step_is_launched_after_a_decode_step_that_it_would_make_late(
     """Requests arrive just before the moment of the decode step, and a launch on the prefill card takes a while."""
     path, _ = checkpoint("gqa2")
     launched: list[str] = []
-    with LLM(path, device="cpu", enable_two_gpu_pd=True) as llm:
+    with LLM(path, device="cpu", enable_two_gpu_pd=True, card_roles="fixed") as llm:
         for runner in llm._runners:
 
             def launch(step, launch=runner.launch):

@@ -41,7 +41,7 @@ def test_requests_and_tokens_are_counted_once(tmp_path, two_devices):
     path = tiny.save(tiny.make_reference(seed=3), tmp_path)
     prompts = tiny.random_prompts(6, seed=1, shared=32) + tiny.random_prompts(6, seed=2)
     params = [SamplingParams(temperature=0, max_tokens=1 + place) for place in range(len(prompts))]
-    with LLM(path, device="cpu", enable_two_gpu_pd=two_devices, num_kvcache_blocks=200, kvcache_block_size=16) as llm:
+    with LLM(path, device="cpu", num_kvcache_blocks=200, kvcache_block_size=16, **tiny.fixed_roles(two_devices)) as llm:
         assert llm.metrics()["ttft_s"]["count"] == 0
         started = time.perf_counter()
         answers = llm.generate(prompts, params, use_tqdm=False)
@@ -98,7 +98,7 @@ def test_states_aborts_and_preemptions_show(tmp_path):
 def test_prometheus_reads_them(tmp_path):
     prometheus_client = pytest.importorskip("prometheus_client")
     path = tiny.save(tiny.make_reference(seed=3), tmp_path)
-    with LLM(path, device="cpu", enable_two_gpu_pd=True) as llm:
+    with LLM(path, device="cpu", enable_two_gpu_pd=True, card_roles="fixed") as llm:
         llm.generate(tiny.random_prompts(3, seed=4), SamplingParams(max_tokens=5), use_tqdm=False)
         registry = prometheus_client.CollectorRegistry()
         registry.register(Collector(llm))
@@ -120,7 +120,7 @@ def test_a_request_can_be_explained(tmp_path):
     prompt = tiny.random_prompts(1, seed=4, shared=40)[0]
     n = len(prompt)
     options = {"max_num_batched_tokens": 32, "max_num_seqs": 1, "kvcache_block_size": 16}
-    with LLM(path, device="cpu", enable_two_gpu_pd=True, **options) as llm:
+    with LLM(path, device="cpu", enable_two_gpu_pd=True, card_roles="fixed", **options) as llm:
         first = llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=5))
         second = llm.add_request(prompt[::-1], SamplingParams(temperature=0, max_tokens=5))
         while not llm.is_finished():

@@ -48,7 +48,7 @@ MODES = {
     "one row or prompt at a time": {"max_num_seqs": 2},
     "preempting": {"num_kvcache_blocks": 9, "kvcache_block_size": 16},
     "without prefix cache": {"enable_prefix_caching": False},
-    "two devices": {"enable_two_gpu_pd": True},
+    "two devices": {"enable_two_gpu_pd": True, "card_roles": "fixed"},
     "pipeline": {"enable_two_gpu_pd": True, "enable_decode_pipeline": True, "decode_pipeline": "static"},
 }
 
@@ -96,8 +96,8 @@ def test_sampled_tokens_and_logprobs_are_those_of_steps_with_one_part(tiny_path,
     params = [EVERY_PARAMETER[index % len(EVERY_PARAMETER)] for index in range(16)]
     found, logprobs = {}, {}
     for mixed in (False, True):
-        # On two devices no step has both parts.
-        options = {**SMALL_STEPS, "enable_two_gpu_pd": not mixed, "kvcache_block_size": 16}
+        # With fixed roles no step has both parts.
+        options = {**SMALL_STEPS, **tiny.fixed_roles(not mixed), "kvcache_block_size": 16}
         with LLM(tiny_path, **options, num_kvcache_blocks=blocks, max_num_seqs=8) as llm:
             found[mixed], kinds = serve(llm, prompts, params, steps_ahead=steps_ahead)
             assert ("mixed" in kinds) == mixed

@@ -27,7 +27,7 @@ from tests.transfers import FaultyTransfer, LazyTransfer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 ONE = {"device": "cpu"}
-TWO = {"device": "cpu", "enable_two_gpu_pd": True}
+TWO = {"device": "cpu", "enable_two_gpu_pd": True, "card_roles": "fixed"}
 PREFILL, HANDOFF, DECODE = "prefill device cpu:0", "handoff cpu:0 to cpu:1", "decode device cpu:1"
 MODES = {
     "one": ONE,
@@ -499,7 +499,7 @@ def test_the_log_tells_no_arrival_of_a_copy_that_failed(tiny_path, caplog):
 @pytest.mark.parametrize("two_devices", [False, True], ids=["one", "two"])
 def test_the_log_has_every_option_with_what_it_has_come_to(tiny_path, caplog, two_devices):
     caplog.set_level(logging.INFO, "nanovllm")
-    options = {"enable_two_gpu_pd": True, "decode_device_id": 5} if two_devices else {}
+    options = tiny.fixed_roles(two_devices) | ({"decode_device_id": 5} if two_devices else {})
     with LLM(tiny_path, device="cpu", num_kvcache_blocks=50, **options):
         pass
     (line,) = [text for text in caplog.messages if text.startswith("resolved options: ")]

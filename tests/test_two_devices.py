@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 
@@ -31,7 +32,7 @@ from tests.test_engine import drain, tokens_of
 from tests.transfers import FaultyTransfer, LazyTransfer, SabotagedTransfer, poison_after_handoff
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
-TWO = {"device": "cpu", "enable_two_gpu_pd": True}
+TWO = {"device": "cpu", "enable_two_gpu_pd": True, "card_roles": "fixed"}
 
 MODES = {
     "plain": {},
@@ -465,7 +466,6 @@ def test_the_tests_above_would_notice_a_wrong_handoff(checkpoint, mistake):
         ({"device": "cuda:1"}, "names one GPU, enable_two_gpu_pd uses two"),
         ({"enable_two_gpu_pd": False, "kv_handoff": "copy"}, "kv_handoff given without enable_two_gpu_pd=True"),
         ({"enable_two_gpu_pd": "yes"}, "enable_two_gpu_pd='yes' is not a bool"),
-        ({"enable_two_gpu_pd": False, "enable_decode_pipeline": True}, "enable_decode_pipeline=True needs enable_two"),
         ({"decode_attention_sm": 48}, "decode_attention_sm given without enable_decode_pipeline=True"),
         ({"enable_decode_pipeline": True, "decode_ffn_sm": 0}, "decode_ffn_sm=0 is not a positive integer"),
         ({"enable_decode_pipeline": True, "decode_micro_batches": 1}, "decode_micro_batches=1 is not an integer from"),
@@ -475,6 +475,30 @@ def test_the_tests_above_would_notice_a_wrong_handoff(checkpoint, mistake):
 def test_refused_options(tiny_path, options, message):
     with pytest.raises(ConfigError, match=message):
         LLM(tiny_path, **{**TWO, **options})
+
+
+def test_a_pipeline_needs_two_devices(tiny_path):
+    with pytest.raises(ConfigError, match="enable_decode_pipeline=True needs enable_two"):
+        LLM(tiny_path, device="cpu", enable_decode_pipeline=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "roles"),
+    [
+        ({"enable_two_gpu_pd": True}, "elastic"),
+        ({"enable_two_gpu_pd": True, "kv_handoff": "direct"}, "elastic"),
+        ({"enable_two_gpu_pd": True, "kv_handoff": "copy"}, "fixed"),
+        ({"enable_two_gpu_pd": True, "enable_decode_pipeline": True}, "fixed"),
+        ({"enable_two_gpu_pd": True, "card_roles": "fixed"}, "fixed"),
+        ({}, None),
+    ],
+)
+def test_both_cards_prefill_and_decode_unless_something_else_is_asked_for(tiny_path, caplog, options, roles):
+    caplog.set_level(logging.INFO, "nanovllm")
+    with LLM(tiny_path, device="cpu", num_kvcache_blocks=20, **options) as llm:
+        runners = {id(runner): runner.is_decode_runner for runner in (llm.prefill_runner, llm.decode_runner)}
+    assert list(runners.values()) == {"elastic": [True, True], "fixed": [False, True], None: [True]}[roles]
+    assert f"card_roles={roles}," in caplog.text
 
 
 def test_ways_of_handing_over(monkeypatch):

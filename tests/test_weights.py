@@ -23,7 +23,7 @@ from tests.transfers import LazyTransfer
 pytestmark = [pytest.mark.weights, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parent.parent
-TWO = {"enable_two_gpu_pd": True}
+TWO = {"enable_two_gpu_pd": True, "card_roles": "fixed"}
 MODES = {
     "plain": {},
     "chunked": {"max_num_batched_tokens": 96, "prefill_chunk_tokens": 40},

@@ -110,6 +110,11 @@ FAMILY_VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+def fixed_roles(two_devices: bool) -> dict[str, Any]:
+    """Options for one device, or for one that prefills and one that decodes."""
+    return {"enable_two_gpu_pd": True, "card_roles": "fixed"} if two_devices else {}
+
+
 def make_reference(seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random model with weights large enough that its greedy tokens vary and its logits do not tie."""
     torch.manual_seed(seed)

@@ -197,7 +197,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         return options | {"tensor_parallel_size": 2}
     if args.mode != "pd":
         return options
-    options |= {"enable_two_gpu_pd": True, "kv_handoff": args.kv_handoff or "auto"}
+    options |= {"enable_two_gpu_pd": True, "card_roles": "fixed", "kv_handoff": args.kv_handoff or "auto"}
     if args.decode_pipeline:
         options |= {"enable_decode_pipeline": True, "decode_pipeline": args.decode_pipeline}
     return options

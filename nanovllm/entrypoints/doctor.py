@@ -223,6 +223,7 @@ def check_handoff(on_gpus: bool, prefill_device_id: int, decode_device_id: int) 
         DEMO_MODEL_PATH,
         device=device,
         enable_two_gpu_pd=True,
+        card_roles="fixed",  # each prompt's KV crosses
         verify_kv_handoff=True,
         enforce_eager=True,
         max_num_seqs=8,

@@ -154,7 +154,7 @@ import torch
 from nanovllm import LLM, SamplingParams
 
 path, how, two = sys.argv[1], sys.argv[2], sys.argv[3] == "two"
-options = {"enable_two_gpu_pd": True} if two else {}
+options = {"enable_two_gpu_pd": True, "card_roles": "fixed"} if two else {}
 llm = LLM(path, device="cuda", dtype="float32", num_kvcache_blocks=2000, max_num_seqs=8, step_timeout_s=1.0, **options)
 ids = [llm.add_request([1, 2, 3, place], SamplingParams(temperature=0, max_tokens=200)) for place in range(12)]
 for _ in range(20):

@@ -18,7 +18,7 @@ ONE_CARD = {
     "torch": {"attention_backend": "torch"},
 }
 TWO_CARDS = {
-    "direct": {"enable_two_gpu_pd": True, "kv_handoff": "direct"},
+    "direct": {"enable_two_gpu_pd": True, "card_roles": "fixed", "kv_handoff": "direct"},
     "push": {"enable_two_gpu_pd": True, "kv_handoff": "push", "verify_kv_handoff": True},
     "pipeline": {"enable_two_gpu_pd": True, "enable_decode_pipeline": True, "decode_pipeline": "static"},
     "ranks": {"tensor_parallel_size": 2},

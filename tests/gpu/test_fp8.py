@@ -134,7 +134,7 @@ ONE_CARD = {
     "bfloat16": {"dtype": "bfloat16"},
 }
 TWO_CARDS = {
-    "direct": {"enable_two_gpu_pd": True, "kv_handoff": "direct", "verify_kv_handoff": True},
+    "direct": {"enable_two_gpu_pd": True, "card_roles": "fixed", "kv_handoff": "direct", "verify_kv_handoff": True},
     "pipeline": {"enable_two_gpu_pd": True, "enable_decode_pipeline": True, "decode_pipeline": "static"},
     "elastic": {"enable_two_gpu_pd": True, "card_roles": "elastic"},
     "ranks": {"tensor_parallel_size": 2},

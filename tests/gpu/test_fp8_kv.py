@@ -166,7 +166,7 @@ OPTIONS = {
     "max_model_len": 256,
     "kv_cache_dtype": "fp8",
 }
-TWO = {"enable_two_gpu_pd": True}
+TWO = {"enable_two_gpu_pd": True, "card_roles": "fixed"}
 ONE_CARD = {
     "plain": {},
     "eager": {"enforce_eager": True},

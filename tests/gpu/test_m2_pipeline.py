@@ -29,7 +29,13 @@ from tests import tiny
 pytestmark = [pytest.mark.gpu]
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
-TWO_GPUS = {"device": "cuda", "dtype": "float32", "enable_two_gpu_pd": True, "kvcache_block_size": 16}
+TWO_GPUS = {
+    "device": "cuda",
+    "dtype": "float32",
+    "enable_two_gpu_pd": True,
+    "card_roles": "fixed",
+    "kvcache_block_size": 16,
+}
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ OPTIONS = {
     "device": "cuda",
     "dtype": "float32",
     "enable_two_gpu_pd": True,
+    "card_roles": "fixed",
     "kvcache_block_size": 16,
     "num_kvcache_blocks": 2000,  # few, since check_integrity looks at each of them after every step
 }
@@ -181,7 +182,8 @@ def test_faulty_copies_cost_a_retry(tiny_on_disk, fault):
 def test_demo_answers_in_bfloat16_equal_the_written_ones(handoff):
     pairs = json.loads((Path(DEMO_MODEL_PATH) / "questions.json").read_text(encoding="utf-8"))
     conversations = [[{"role": "user", "content": pair["question"]}] for pair in pairs]
-    with LLM(DEMO_MODEL_PATH, enable_two_gpu_pd=True, kv_handoff=handoff, gpu_memory_utilization=0.2) as llm:
+    options = {"enable_two_gpu_pd": True, "card_roles": "fixed", "kv_handoff": handoff}
+    with LLM(DEMO_MODEL_PATH, gpu_memory_utilization=0.2, **options) as llm:
         assert llm.decode_runner.kv_pool.dtype == torch.bfloat16
         answers = llm.chat(conversations, SamplingParams(temperature=0, max_tokens=512), use_tqdm=False)
         assert_whole(llm)

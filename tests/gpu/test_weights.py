@@ -11,7 +11,7 @@ from tests import weights
 pytestmark = [pytest.mark.gpu, pytest.mark.weights]
 
 OPTIONS = {"device": "cuda", "dtype": "bfloat16", "max_model_len": 1024, "num_kvcache_blocks": 512}
-TWO = {"enable_two_gpu_pd": True}
+TWO = {"enable_two_gpu_pd": True, "card_roles": "fixed"}
 MODES = [
     pytest.param({}, id="one_card"),
     pytest.param({"enforce_eager": True}, id="eager"),
