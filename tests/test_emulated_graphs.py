@@ -82,7 +82,7 @@ def test_graphs_give_the_tokens_of_eager_steps(checkpoint, emulated, monkeypatch
     monkeypatch.setattr(cuda_graph, "MAX_PREFILL_GRAPH_TOKENS", 110)
     path, reference = checkpoint("gqa2")
     prompts = tiny.random_prompts(8, seed=71, longest=60) + tiny.random_prompts(4, seed=72, longest=30, shared=48)
-    options = {"enable_two_gpu_pd": two_devices, "max_num_batched_tokens": 200, "prefill_chunk_tokens": 48}
+    options = {"max_num_batched_tokens": 200, "prefill_chunk_tokens": 48, **tiny.fixed_roles(two_devices)}
     with LLM(path, device="cpu", max_num_seqs=6, **options) as llm:
         prefill, sizes = llm.prefill_runner.prefill, []
         run = prefill._run

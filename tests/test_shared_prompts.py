@@ -598,7 +598,7 @@ def test_a_card_that_is_busy_for_longer_than_a_prompt_takes_is_given_no_part_of_
 
 def test_a_card_without_rows_takes_a_prompt_of_its_own_in_large_chunks():
     """Nobody waits for its steps, while the other card has no room."""
-    scheduler = scheduler_of(cards(), 0.002)
+    scheduler = scheduler_of(cards(), 0.0018)
     first, second = scheduler.cards
     prefilled(scheduler, first, 0, 5)
     assert scheduler.schedule(first, []).decode
@@ -735,7 +735,7 @@ def test_requests_gather_on_a_card_that_decodes_now():
 
     def may_gather() -> list[bool]:
         others = scheduler._other_prompts(joining, scheduler._sizes_ahead())
-        return [others.may_gather(card, 0.85) for card in (first, second)]
+        return [others.may_gather(card) for card in (first, second)]
 
     scheduler.add(long_sequence(0, 5))
     chunk = scheduler.schedule(first, []).chunks[0]

@@ -18,7 +18,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
 MODES = {
     "one": {"device": "cpu", "max_num_batched_tokens": 24},
-    "two": {"device": "cpu", "max_num_batched_tokens": 24, "enable_two_gpu_pd": True},
+    "two": {"device": "cpu", "max_num_batched_tokens": 24, **tiny.fixed_roles(True)},
 }
 DEVICES = {
     "one": dict.fromkeys(("prefill", "decode", "mixed"), "cpu:0"),

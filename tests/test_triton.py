@@ -94,8 +94,10 @@ def other_cases(capability: int):
     chunks = {"CHUNK_TILES": 32, "PROGRAMS_PER_SM": 2, "MAX_PROGRAMS_PER_SM": 16, "PADDED_REQUESTS": 512}
     yield "_share_out_kernel", "words", {"TILE": 32, "ends": None, "NUM_KV_HEADS": 8, **chunks}, {}
     yield "_share_out_kernel", "words", {"TILE": 64, "NUM_KV_HEADS": None, **chunks}, {}
-    pieces = {"LEAST": 8, "MAX_SPLITS": 16, "PADDED_REQUESTS": 64, "PADDED_TILES": 64}
-    yield "_plan_pieces_kernel", "words", {"NUM_HEADS": 32, "TILE_M": 64, "TILE_N": 64, **pieces}, {}
+    pieces = {"LEAST": 8, "MAX_SPLITS": 16, "PROGRAMS_PER_SM": 2, "PADDED_REQUESTS": 64, "PADDED_TILES": 64}
+    for beside_rows in ({}, {"context_of_rows": None}):
+        heads = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, **beside_rows}
+        yield "_plan_pieces_kernel", "words", {**heads, "TILE_M": 64, "TILE_N": 64, **pieces}, {}
     for dtype in FLOAT_TYPES:
         for gated, has_bias in ((False, True), (True, False), (True, True)):
             tiles = {"TILE_N": 2 if gated else 4, "TILE_K": 1024, "PADDED_INPUTS": 4096}
@@ -247,6 +249,7 @@ INTEGER_POINTERS = {
     "context_lens": "*i32",
     "query_starts": "*i32",
     "plan": "*i32",
+    "context_of_rows": "*i32",
     "chunk_starts": "*i32",
     "slots": "*i64",
     "numbers": "*i64",
@@ -264,7 +267,6 @@ INTEGERS = {
     "splits",
     "most_pieces",
     "most_parts",
-    "at_a_time",
     "num_sms",
     "num_rows",
     "num_stored",

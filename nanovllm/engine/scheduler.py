@@ -18,7 +18,7 @@ from nanovllm.engine.scheduling.chunk_room import LEAST_TOKENS, MOST_PASSED_BY, 
 from nanovllm.engine.scheduling.decode_batch import NO_DECODE_ROWS, DecodeRow, DecodeRows
 from nanovllm.engine.scheduling.decode_set import LOOK_AHEAD_STEPS, DecodeSet
 from nanovllm.engine.scheduling.lease import Allocation, Lease
-from nanovllm.engine.scheduling.placement import MOST_EXCESS_PROMPTS, OtherPrompts, Placement, Places
+from nanovllm.engine.scheduling.placement import GATHERED_SHARE, MOST_EXCESS_PROMPTS, OtherPrompts, Placement, Places
 from nanovllm.engine.scheduling.shared_prompt import SharedPrompt
 from nanovllm.engine.scheduling.step import MAX_CHUNKS, BlockPair, PrefillChunk, Step
 from nanovllm.engine.scheduling.step_time import TOKEN_MULTIPLE, StepSize
@@ -682,17 +682,17 @@ class Scheduler:
         is_alone = size.num_tokens == 1  # then it makes the shortest possible steps
         return self._target is None or is_alone or not card.step_time.may_exceed(self._target.seconds, size)
 
-    def _may_gather(self, seq: Sequence, sizes: abc.Mapping[Card, StepSize], card: Card, share: float) -> bool:
+    def _may_gather(self, seq: Sequence, sizes: abc.Mapping[Card, StepSize], card: Card) -> bool:
         """Whether a streamed request may gather on the card: some decode there, and its steps would still take no more
-        than a share of the target, or STRETCH steps of one request without a target, with those of all cards and this
-        one."""
+        than GATHERED_SHARE of the target, or STRETCH steps of one request without a target, with those of all cards and
+        this one."""
         is_backlog_full = len(self._prefill_backlog) >= self.limits.max_handoff_backlog
         if is_backlog_full or not (seq.is_streamed and self._decoding[card].leases):
             return False
         size = StepSize(sum(each.num_tokens for each in sizes.values()), sum(each.context for each in sizes.values()))
         size = size.with_row(seq.num_tokens_ahead(LOOK_AHEAD_STEPS))
         if self._target is not None:
-            limit_s = share * self._target.seconds
+            limit_s = GATHERED_SHARE * self._target.seconds
         else:
             limit_s = STRETCH * (card.step_time.predict(StepSize(1, 1)) or 0.0)
         decode_s = card.step_time.predict(size)

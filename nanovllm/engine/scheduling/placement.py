@@ -19,12 +19,10 @@ LEAST_SHARED_WHEN_GATHERED = 2048
 """The same while the requests that decode are gathered on one card: the other one computes a shorter prompt as soon
 alone, and is left without decode rows for the next."""
 
-GATHERED_SHARE = 0.85
-"""Requests gather on one card while a decode step of all of them takes no more of `itl_target_ms` than this."""
-
-GATHERED_SHARE_OF_LONG = 0.5
-"""The same for a request whose prompt both cards compute: its first gap may be two such steps, where it would be one if
-the request decoded where its last chunk runs."""
+GATHERED_SHARE = 0.5
+"""Requests gather on one card while a decode step of all of them takes no more of `itl_target_ms` than this: the first
+gap of one that joins them is nearly two such steps, where it would be one if the request decoded where its last chunk
+runs. A longer first gap would leave it none that a hitch of the card may make longer, too."""
 
 MOST_TOKENS_LEFT = 4096
 """With more prompt tokens of others left to compute, requests do not gather: both cards have prompts enough, and where
@@ -59,8 +57,8 @@ class OtherPrompts:
         tokens_left: prompt tokens that each card is to compute; half of those of a shared prompt. 0 where not given.
         has_time: whether a card's decode steps have time for the request.
         may_gather: whether a card, on which some requests decode, may decode all of them and the request: its steps
-            would still take no more than a share of the target, or some longer than those of one request if there is
-            none.
+            would still take no more than GATHERED_SHARE of the target, or some longer than those of one request if
+            there is none.
         room: share of a step's time that a card has for prompts beside its decode rows: 1 without rows, or if steps
             have no limit.
         tokens_in_flight: prompt tokens of the steps that were launched on each card and have not ended.
@@ -69,7 +67,7 @@ class OtherPrompts:
     number: int = 0
     tokens_left: Mapping[Card, float] = field(default_factory=dict)
     has_time: Callable[[Card], bool] = lambda card: True
-    may_gather: Callable[[Card, float], bool] = lambda card, share: False
+    may_gather: Callable[[Card], bool] = lambda card: False
     room: Callable[[Card], float] = lambda card: 1.0
     tokens_in_flight: Mapping[Card, float] = field(default_factory=dict)
 
@@ -230,7 +228,7 @@ class ElasticPlacement(Placement):
         if rest and self._may_cross(seq):
             busier, num_to_compute = rest[0], self._num_to_compute(seq, decode)
             is_short = min(num_to_compute, self._num_to_compute(seq, busier)) < self.least_shared_when_gathered
-            if is_short and self._may_gather(seq, busier, others, GATHERED_SHARE):
+            if is_short and self._may_gather(seq, busier, others):
 
                 def cost_apart(card: Card) -> tuple[bool, float, int]:
                     is_full, tokens, context = cost(card, num_before(card, others))
@@ -247,7 +245,7 @@ class ElasticPlacement(Placement):
                 ahead = others.tokens_in_flight.get(more_busy, 0.0) - others.tokens_in_flight.get(less_busy, 0.0)
                 if ahead > num_to_compute and others.has_time(less_busy):
                     return Places(less_busy, less_busy)
-                if self._may_gather(seq, busier, others, GATHERED_SHARE_OF_LONG):
+                if self._may_gather(seq, busier, others):
                     return Places(decode, busier, is_shared=True, gathers=True)
                 return Places(busier, decode, is_shared=True)
         card = min(holding, key=lambda card: cost(card, others.tokens_left.get(card, 0.0)))
@@ -255,14 +253,13 @@ class ElasticPlacement(Placement):
             card = decode
         return Places(card, card)
 
-    def _may_gather(self, seq: Sequence, card: Card, others: OtherPrompts, share: float) -> bool:
-        """Whether the request may join those that decode on the card, which keep half of its blocks free, and whose
-        steps take no more than this share of the target."""
+    def _may_gather(self, seq: Sequence, card: Card, others: OtherPrompts) -> bool:
+        """Whether the request may join those that decode on the card, which keep half of its blocks free."""
         if sum(others.tokens_left.values()) > MOST_TOKENS_LEFT:
             return False
         pool = card.block_manager
         num_held = pool.num_held_blocks + pool.blocks_for(seq.num_tokens)
-        return 2 * num_held <= pool.num_blocks and others.has_time(card) and others.may_gather(card, share)
+        return 2 * num_held <= pool.num_blocks and others.has_time(card) and others.may_gather(card)
 
     def _num_to_compute(self, seq: Sequence, card: Card) -> int:
         """Tokens of the request that the card's prefix cache lacks.
