@@ -27,7 +27,7 @@ def main() -> None:
     with LLM(
         args.model,
         enable_two_gpu_pd=True,
-        card_roles="fixed",  # without it both cards prefill and decode
+        card_roles="fixed",
         prefill_device_id=args.prefill_device_id,
         decode_device_id=args.decode_device_id,
         kv_handoff=args.kv_handoff,

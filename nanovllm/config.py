@@ -18,8 +18,6 @@ KV_CACHE_DTYPES = ("auto", "fp8")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 ATTENTION_BACKENDS = ("auto", "torch", "triton", "flash_attn")
 KV_HANDOFFS = ("auto", "copy", "push", "direct")
-ELASTIC_HANDOFFS = ("auto", "direct")
-"""Those of cards that both prefill and decode: KV crosses within the steps that compute it."""
 BLOCK_SIZE_MULTIPLE = 16
 TWO_GPU_OPTIONS = (
     "card_roles",
@@ -83,13 +81,11 @@ class EngineConfig:
         step_timeout_s: seconds after which a step that has not ended is taken for a lost GPU: all requests end with a
             `DeviceError`. In a cluster only that card is given up, also one whose main thread stands still for so
             long.
-        enable_two_gpu_pd: serve on two GPUs, in the roles of `card_roles`; with `device="cpu"`, on two logical CPU
-            devices.
+        enable_two_gpu_pd: prefill on one GPU and decode on another; with `device="cpu"`, on two logical CPU devices.
         card_roles: `fixed` (one GPU prefills, the other one decodes) or `elastic` (both prefill and decode: they
-            compute long prompts together, in chunks by turns; requests with short ones decode on one card while it has
-            time for all, else where fewer tokens of context are). In a cluster with elastic cards all of them prefill
-            and decode, and none computes a prompt together with another. None takes `elastic` for two GPUs, unless
-            `enable_decode_pipeline` or a `kv_handoff` of whole steps is for fixed roles, and `fixed` in a cluster.
+            compute long prompts together, in chunks by turns; requests with short ones decode on one card while its
+            steps are short, else where fewer tokens of context are). In a cluster with elastic cards all of them prefill
+            and decode, and none computes a prompt together with another.
         prefill_device_id, decode_device_id: two different GPUs, by torch's ids (after `CUDA_VISIBLE_DEVICES`).
         kv_handoff: how KV is transferred to the decode GPU: `copy` (torch's copies, after each prefill step), `push`
             (the same by one kernel, over peer access), `direct` (each layer's KV within the step, while the layer
@@ -146,7 +142,7 @@ class EngineConfig:
     seed: int = 0
     step_timeout_s: float = 120.0
     enable_two_gpu_pd: bool = False
-    card_roles: str | None = None
+    card_roles: str = "fixed"
     prefill_device_id: int = 0
     decode_device_id: int = 1
     kv_handoff: str = "auto"
@@ -225,13 +221,6 @@ class EngineConfig:
         has_split = self.decode_attention_sm is not None or self.decode_ffn_sm is not None
         return self.decode_pipeline or ("static" if has_split else "auto")
 
-    @property
-    def has_elastic_cards(self) -> bool:
-        """`card_roles` with its defaults."""
-        if self.card_roles is not None:
-            return self.card_roles == "elastic"
-        return self.enable_two_gpu_pd and not self.enable_decode_pipeline and self.kv_handoff in ELASTIC_HANDOFFS
-
     def _check_pipeline_options(self) -> None:
         _check_bool("enable_decode_pipeline", self.enable_decode_pipeline)
         _check_bool("decode_pipeline_profiling", self.decode_pipeline_profiling)
@@ -272,8 +261,7 @@ class EngineConfig:
         _check_bool("enable_two_gpu_pd", self.enable_two_gpu_pd)
         _check_bool("verify_kv_handoff", self.verify_kv_handoff)
         _check_choice("kv_handoff", self.kv_handoff, KV_HANDOFFS)
-        if self.card_roles is not None:
-            _check_choice("card_roles", self.card_roles, CARD_ROLES)
+        _check_choice("card_roles", self.card_roles, CARD_ROLES)
         _check_positive("max_handoff_backlog", self.max_handoff_backlog)
         for name in ("prefill_device_id", "decode_device_id"):
             value = getattr(self, name)
@@ -282,7 +270,7 @@ class EngineConfig:
         _check_seconds("handoff_timeout_s", self.handoff_timeout_s)
         if self.itl_target_ms is not None:
             _check_seconds("itl_target_ms", self.itl_target_ms, "milliseconds")
-        if self.card_roles == "elastic" and self.kv_handoff not in ELASTIC_HANDOFFS:
+        if self.card_roles == "elastic" and self.kv_handoff not in ("auto", "direct"):
             raise ConfigError(
                 f"card_roles='elastic' pushes KV within the steps that compute it, kv_handoff={self.kv_handoff!r} is "
                 "for fixed roles; leave one of them out"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 
@@ -480,25 +479,6 @@ def test_refused_options(tiny_path, options, message):
 def test_a_pipeline_needs_two_devices(tiny_path):
     with pytest.raises(ConfigError, match="enable_decode_pipeline=True needs enable_two"):
         LLM(tiny_path, device="cpu", enable_decode_pipeline=True)
-
-
-@pytest.mark.parametrize(
-    ("options", "roles"),
-    [
-        ({"enable_two_gpu_pd": True}, "elastic"),
-        ({"enable_two_gpu_pd": True, "kv_handoff": "direct"}, "elastic"),
-        ({"enable_two_gpu_pd": True, "kv_handoff": "copy"}, "fixed"),
-        ({"enable_two_gpu_pd": True, "enable_decode_pipeline": True}, "fixed"),
-        ({"enable_two_gpu_pd": True, "card_roles": "fixed"}, "fixed"),
-        ({}, None),
-    ],
-)
-def test_both_cards_prefill_and_decode_unless_something_else_is_asked_for(tiny_path, caplog, options, roles):
-    caplog.set_level(logging.INFO, "nanovllm")
-    with LLM(tiny_path, device="cpu", num_kvcache_blocks=20, **options) as llm:
-        runners = {id(runner): runner.is_decode_runner for runner in (llm.prefill_runner, llm.decode_runner)}
-    assert list(runners.values()) == {"elastic": [True, True], "fixed": [False, True], None: [True]}[roles]
-    assert f"card_roles={roles}," in caplog.text
 
 
 def test_ways_of_handing_over(monkeypatch):

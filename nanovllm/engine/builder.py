@@ -207,7 +207,7 @@ def _cluster_parts(
 ) -> EngineParts:
     from nanovllm.engine.distributed.remote_card import RemoteTransfer
 
-    is_elastic = config.has_elastic_cards
+    is_elastic = config.card_roles == "elastic"
     prefill, decode = (
         {
             make_card(config, runner, f"{runner.device}" if is_elastic else f"{role} {runner.device}"): runner
@@ -282,7 +282,6 @@ def resolved_options(
         "kv_cache_dtype": "fp8" if spec.model_config.has_fp8_kv else str(spec.dtype).removeprefix("torch."),
         "load_format": "safetensors" if spec.load_format == "auto" else spec.load_format,
         "attention_backend": spec.attention.backend.name,
-        "card_roles": None if prefill_runner is decode_runner else "elastic" if config.has_elastic_cards else "fixed",
         "prefill_device_id": prefill_runner.device.index,
         "decode_device_id": decode_runner.device.index,
         "kv_handoff": kv_transfer.name,
@@ -525,7 +524,7 @@ def build_runners(
             spec, decode_device, is_decode_runner=True, max_prefill_tokens=config.max_num_batched_tokens
         )
         return runner, runner, (NoTransfer(), NoTransfer())
-    if config.has_elastic_cards:
+    if config.card_roles == "elastic":
         return build_elastic_runners(config, spec, devices)
     method = resolve_handoff(config.kv_handoff, prefill_device, decode_device)
     # A request that failed once is prefilled here, in chunks.
@@ -560,7 +559,7 @@ def build_elastic_runners(
     """Two runners that both prefill and decode, and push the KV of prompts that they share into each other's pool."""
     reason = reason_not_to_share(config, spec, devices)
     if reason is not None:
-        logger.warning("prompts are not shared, each runs on one card: %s", reason)
+        logger.warning("card_roles='elastic': prompts are not shared, each runs on one card: %s", reason)
     # A card that does not answer is lost after `step_timeout_s`: the other one gives up on its layers before.
     limit_s = None if reason is not None else min(config.handoff_timeout_s, config.step_timeout_s / 2, MAX_WAIT_S)
     runners: list[ModelRunner] = []
@@ -658,7 +657,7 @@ def build_placement(config: EngineConfig, prefill_runner: ModelRunner, decode_ru
     if prefill_runner is decode_runner:
         card = make_card(config, decode_runner, f"device {decode_runner.device}")
         return Placement(card, card)
-    if config.has_elastic_cards:
+    if config.card_roles == "elastic":
         first, second = (
             make_card(config, runner, f"device {runner.device}") for runner in (prefill_runner, decode_runner)
         )

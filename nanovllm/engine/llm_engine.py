@@ -132,7 +132,7 @@ class LLMEngine:
     def kv_transfer(self) -> KVTransfer:
         """Carries KV from the prefill pool to the other one. May be replaced while no handoff is under way.
 
-        With elastic cards it tells of blocks that steps push themselves, and is not replaced.
+        With `card_roles="elastic"` it tells of blocks that steps push themselves, and is not replaced.
         """
         placement = self.scheduler.placement
         return self._handoffs.transfers[placement.prefill_card, placement.decode_card]
@@ -141,11 +141,8 @@ class LLMEngine:
     def kv_transfer(self, transfer: KVTransfer) -> None:
         if self.config.cluster is not None:
             raise ConfigError("kv_transfer cannot be replaced in a cluster: its processes push KV themselves")
-        if self.config.has_elastic_cards:
-            raise ConfigError(
-                "kv_transfer cannot be replaced while both cards prefill and decode: their steps push KV themselves; "
-                "pass card_roles='fixed'"
-            )
+        if self.config.card_roles == "elastic":
+            raise ConfigError("kv_transfer cannot be replaced with card_roles='elastic': steps push KV themselves")
         placement = self.scheduler.placement
         self._handoffs.transfers[placement.prefill_card, placement.decode_card] = transfer
 
