@@ -84,8 +84,8 @@ class EngineConfig:
         enable_two_gpu_pd: prefill on one GPU and decode on another; with `device="cpu"`, on two logical CPU devices.
         card_roles: `fixed` (one GPU prefills, the other one decodes) or `elastic` (both prefill and decode: they
             compute long prompts together, in chunks by turns; requests with short ones decode on one card while its
-            steps are short, else where fewer tokens of context are). In a cluster with elastic cards all of them prefill
-            and decode, and none computes a prompt together with another.
+            steps are short, else where fewer tokens of context are). In a cluster with elastic cards all of them
+            prefill and decode, and none computes a prompt together with another.
         prefill_device_id, decode_device_id: two different GPUs, by torch's ids (after `CUDA_VISIBLE_DEVICES`).
         kv_handoff: how KV is transferred to the decode GPU: `copy` (torch's copies, after each prefill step), `push`
             (the same by one kernel, over peer access), `direct` (each layer's KV within the step, while the layer
