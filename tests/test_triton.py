@@ -83,6 +83,7 @@ def attention_cases(capability: int):
         for use_tma, heads in itertools.product((False, True)[: 1 + has_tma], ({}, {"NUM_KV_HEADS": 3, "GROUP": 3})):
             constants = {**DECODE, **heads, **stages, "USE_TMA": use_tma, "HEAD_DIM": head_dim, "kv_scales": None}
             yield "_decode_kernel", dtype, constants, {"num_warps": 4 if wide else 1}
+        yield "_decode_kernel", dtype, {**constants, "TILE": 32, "COMBINED": 8}, {"num_warps": 4 if wide else 1}
         for changes in ({}, NO_NORM, NO_ROPE, {**NO_NORM, **NO_ROPE}, NINE_HEADS):
             constants = {**STORE, "HEAD_DIM": head_dim, **changes, "kv_scales": None}
             yield "_norm_rotate_store_kernel", dtype, constants, {}
@@ -132,7 +133,8 @@ def fp8_kv_cases(dtype: str, head_dim: int, *, has_tma: bool):
             tiles = {"TILE_N": 16 if wide else 64, "STAGES": 1 if wide else 3}
             yield "_prefill_kernel", dtype, {**PREFILL, **changes, **tiles, **common}, {"num_warps": 8 if wide else 4}
         for tile in (triton_attention.FP8_DECODE_TILE, triton_attention.FP8_FEW_REQUESTS_TILE):
-            stages = {"STAGES": 2 if wide else triton_attention.DECODE_STAGES, "COMBINED": 4, "HAS_SPLIT": True}
+            stages = {"STAGES": 2 if wide else triton_attention.DECODE_STAGES, "HAS_SPLIT": True}
+            stages["COMBINED"] = 4 if tile == triton_attention.FP8_DECODE_TILE else 8
             constants = {**DECODE, **stages, **common, "TILE": tile, "IS_CUDA": True}
             yield "_decode_kernel", dtype, constants, {"num_warps": 4 if wide else 1}
     yield "_norm_rotate_store_kernel", dtype, {**STORE, "HEAD_DIM": head_dim}, {}

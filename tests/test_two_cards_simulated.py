@@ -93,7 +93,7 @@ def test_requests_do_not_gather_beside_many_prompts(monkeypatch):
     monkeypatch.setattr(placement, "MOST_TOKENS_LEFT", 10**9)
     many, itl_gathered_ms, ttft_gathered_ms = mean_of_courses()
     assert few < 0.9 * many
-    assert itl_ms < 1.01 * itl_gathered_ms
+    assert itl_ms < 1.01 * itl_gathered_ms, "gaps are no longer for it"
     assert ttft_ms < 1.05 * ttft_gathered_ms
 
 
@@ -133,9 +133,9 @@ def test_no_first_gap_is_longer_than_the_target_because_requests_gather(load):
 
 
 @pytest.mark.parametrize(("per_s", "most"), [(12.0, 1.1), (28.0, 1.25), (40.0, 1.15)])
-def test_a_long_prompt_among_short_ones_leaves_one_card_without_rows(per_s, most):
-    """Its request decodes where the others do, though both cards compute it: else short prompts would wait for steps of
-    rows on either. With more requests the first gap of either, two steps, would be longer than the target."""
+def test_a_long_prompt_among_short_ones_costs_these_little(per_s, most):
+    """While few are there, its request decodes where the others do, though both cards compute it: else short prompts
+    would wait for steps of rows on either. With more, any first gap of two steps would be longer than the target."""
 
     def num_input(rng: random.Random) -> int:
         return min(max(int(rng.lognormvariate(6.1, 0.8)), 16), 4096)

@@ -99,7 +99,7 @@ class ModelRunner:
             self.stream = torch.cuda.Stream(device.index) if device.is_cuda else None
             # High priority: thread blocks of a push get free SMs before the waiting thread blocks of the layer.
             self.copy_stream = torch.cuda.Stream(device.index, priority=-1) if device.is_cuda else None
-            # Where steps wait for the other runner's layers.
+            # Where flags of the other runner's layers are waited for; no block of a layer delays that either.
             self._wait_stream = torch.cuda.Stream(device.index, priority=-1) if device.is_cuda else None
         with self.on(self.stream):
             their_model = None if weights_of is None else weights_of.model
@@ -315,7 +315,7 @@ class ModelRunner:
         """
         step_timeout_s = self.spec.step_timeout_s
         deadline_s = time.monotonic() + step_timeout_s
-        # What a step that failed to launch waits for is behind none of its other work.
+        # A step that failed midway may have left a wait that no other stream waits for.
         for stream in (self._wait_stream, self.stream, self.copy_stream if copies else None):
             # Polls, since Python handles no interrupt inside a driver call.
             while stream is not None and not stream.query():

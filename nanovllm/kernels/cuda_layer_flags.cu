@@ -31,7 +31,7 @@ extern "C" __global__ void raise_flag(i64* flags, const i64* numbers, int layer)
 // nothing will come: what is computed then means nothing, and the report says so.
 //   missed      the last number that did not come
 //   arrived_ns  for each layer when its wait ended, 0 if there was none
-//   reports     for each step a layer, counted from 1, whose KV did not come, and the nanoseconds that it has waited
+//   reports     for each step a layer, counted from 1, whose KV did not come; what `report_waits` adds
 extern "C" __global__ void wait_for_flag(const i64* flags, const i64* numbers, i64* missed, i64* arrived_ns,
                                          i64* reports, const volatile int* given_up, int layer, int limit_ms) {
     const i64 number = numbers[WAITS_FOR];
@@ -57,10 +57,10 @@ extern "C" __global__ void wait_for_flag(const i64* flags, const i64* numbers, i
     arrived_ns[layer] = waited ? now_ns() : 0;
 }
 
-// One thread, behind the kernel that stores the layer's KV of the step.
+// One thread, behind the kernels that store the layer's KV of the step and push that of the layer before.
 extern "C" __global__ void note_stored(i64* stored_ns, int layer) { stored_ns[layer] = now_ns(); }
 
-// One thread, behind the step's last layer: by how much the flags came later than the step would have attended.
+// One thread, behind the last layer's push: the nanoseconds by which flags came after the step's own KV was stored.
 extern "C" __global__ void report_waits(const i64* numbers, const i64* stored_ns, const i64* arrived_ns, i64* reports) {
     i64 waited_ns = 0;
     for (int layer = 0; layer < NUM_LAYERS; ++layer) {

@@ -54,7 +54,7 @@ def note_stored(stored_ns: torch.Tensor, layer: int) -> None:
 def report_waits(
     numbers: torch.Tensor, stored_ns: torch.Tensor, arrived_ns: torch.Tensor, reports: torch.Tensor
 ) -> None:
-    """Reports how long a step has waited for flags beyond the moments at which its KV was stored."""
+    """Reports how long a step has waited for flags after its own KV was stored."""
     kernel = _kernel("report_waits", len(stored_ns), numbers.device)
     kernel.launch(1, 1, [numbers, stored_ns, arrived_ns, reports], overlaps=False)
 

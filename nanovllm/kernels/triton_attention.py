@@ -62,7 +62,6 @@ PREFILL_PROGRAMS_PER_SM = 2
 MOST_PLANNED_TILES = 64
 """Contexts are divided into pieces in steps that may have at most so many tiles of queries. Larger ones gain nothing by
 it, and without pieces the kernel is 3 to 5 % faster."""
-PADDED_ROWS = tl.constexpr(256)
 MAX_SPLITS = 16
 SPLIT_KEYS = 512
 """Fewest keys of a piece: with less, writing and combining what its queries attend to takes longer than it saves."""
@@ -72,12 +71,15 @@ TILE_COST, PIECE_COST = tl.constexpr(4), tl.constexpr(9)
 """What a program takes besides its keys, as long as so many tiles of them: one for all of a tile's, and one for a
 piece."""
 ROWS_COST, ROW_KEYS = tl.constexpr(15), tl.constexpr(5600)
-"""For how many tiles of keys the programs of decode rows in the same step keep SMs from taking two programs of the
-prefill kernel: ROWS_COST, and one for ROW_KEYS keys of their contexts, of each KV head. They begin first."""
+"""How long decode rows in the same step, which begin first, keep each SM from taking a second program of the prefill
+kernel, in tiles of keys: ROWS_COST, and one more for ROW_KEYS keys of their contexts, counted for each KV head."""
+PADDED_ROWS = tl.constexpr(256)
+"""Rows whose contexts are added up at a time."""
 COMBINE_PERCENT = tl.constexpr(120)
 """What it takes to combine a tile's pieces, for each of them, in percent of a tile of keys."""
 WORTH_PERCENT = tl.constexpr(93)
-"""Contexts are divided if a step is estimated to take at most so much of the time that it takes otherwise."""
+"""Contexts are divided if a step is estimated to take at most so much of the time that it takes otherwise, the time of
+decode rows in it left out."""
 COMBINE_STAGES = tl.constexpr(2)
 PIECE_REQUEST = tl.constexpr(0)
 PIECE_FIRST_ROW = tl.constexpr(1)
@@ -477,8 +479,8 @@ def _plan_pieces_kernel(
     num_keys = tl.where(is_tile, tl.cdiv(end, TILE_N), 0)
 
     # What the step is estimated to take, in tiles of keys, by the longest piece: as many rounds as its long pieces
-    # come to, and no less than the programs have to do on average. Beside decode rows, those that are more than an SM
-    # for each run once the rows are done.
+    # come to, and no less than the programs have to do on average. Beside decode rows, programs beyond one for each SM
+    # run only once the rows are done.
     longest = tl.max(num_keys, 0)
     choices = tl.arange(0, MAX_SPLITS)
     length = tl.maximum(tl.maximum(tl.cdiv(longest, choices + 1), tl.minimum(longest, LEAST)), 1)
@@ -497,7 +499,7 @@ def _plan_pieces_kernel(
         for some in range(0, num_rows, PADDED_ROWS):
             rows = some + tl.arange(0, PADDED_ROWS)
             keys += tl.load(context_of_rows + rows, mask=rows < num_rows, other=0)
-        of_rows = ROWS_COST + tl.sum(keys, 0) * NUM_KV_HEADS // ROW_KEYS
+        of_rows = ROWS_COST + tl.sum(keys, 0) // (ROW_KEYS // NUM_KV_HEADS)
         estimate += tl.where(num_long * NUM_HEADS > num_sms, 100 * of_rows, 0)
     num_parts = tl.sum(tl.where(num_splits > 1, num_splits, 0), 1)
     estimate = tl.where(num_parts <= most_parts, estimate, 0x7FFFFFFF)

@@ -15,7 +15,7 @@ import torch
 
 from nanovllm.engine.execution.layer_push import PushToPool
 from nanovllm.kernels import LayerHooks
-from nanovllm.utils.device import Device, wait_event
+from nanovllm.utils.device import Device
 
 NUM_REPORTS = 256
 """More than a runner has steps in flight, the parts of a step that failed to launch as a whole included."""
@@ -105,7 +105,10 @@ class LayerArrivals:
             self._reports[numbers[2], 0] = layer + 1
 
     def note_stored(self, layer: int) -> None:
-        """Notes when the step has stored its own KV of the layer: from then on, a late flag delays it."""
+        """Notes when the step has stored its own KV of the layer: from then on, a late flag delays it.
+
+        The note is taken behind the push of the layer before: where pushes lag behind layers, less is counted.
+        """
         if self._device.is_cuda:
             from nanovllm.kernels.cuda_layer_flags import note_stored
 
@@ -165,25 +168,27 @@ class LayerExchange:
                     torch.cuda.current_stream().wait_event(arrived)
                 push(kv_cache)
                 self._theirs.raise_flag(numbers, layer)
+                if layer + 1 == self.arrivals.num_layers:
+                    self.arrivals.report_waits(numbers)
             if arrived is not None and layer + 1 < self.arrivals.num_layers:
                 awaited = self._await(numbers, layer + 1)
 
         def before_attend() -> None:
-            wait_event(torch.cuda.current_stream() if arrived is not None else None, arrived)
+            if arrived is not None:
+                torch.cuda.current_stream().wait_event(arrived)
 
         return LayerHooks(after_store, before_attend)
 
-    def join(self, numbers: torch.Tensor) -> None:
-        """Makes the current stream wait for what was pushed by a step, and completes the step's report."""
-        with self._push.behind_store():
-            self.arrivals.report_waits(numbers)
+    def join(self) -> None:
+        """Makes the current stream wait for what was pushed."""
         self._push.join()
 
     def _await_first(self, numbers: torch.Tensor) -> torch.cuda.Event | None:
         """An event for the first layer's KV; None on a CPU, which waits where the KV is stored.
 
         Flags are waited for beside the step, each as soon as the one before has come: behind the layer's store even a
-        flag that has long come would cost the launch of a kernel.
+        flag that has long come would cost the launch of a kernel. Without a graph a layer's wait is launched with the
+        layer before it, so that the first layer need not wait for the launches of all.
         """
         if self._wait_stream is None:
             return None

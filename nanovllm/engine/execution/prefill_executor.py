@@ -131,11 +131,7 @@ class PrefillExecutor:
 
     def join(self, *, exchanges: bool) -> None:
         """Makes the current stream wait for what the layers of a step have pushed."""
-        if exchanges:
-            assert self._exchange is not None, "KV is exchanged by runners that are connected"
-            self._exchange.join(self.buffers.step_numbers())
-        else:
-            self._push.join()
+        (self._exchange if exchanges and self._exchange is not None else self._push).join()
 
     def _run(self, size: int, num_sampled: int, *, exchanges: bool) -> tuple[torch.Tensor, StepOutput | None]:
         inputs = self.buffers.gather(size, num_sampled)

@@ -22,7 +22,7 @@ alone, and is left without decode rows for the next."""
 GATHERED_SHARE = 0.5
 """Requests gather on one card while a decode step of all of them takes no more of `itl_target_ms` than this: the first
 gap of one that joins them is nearly two such steps, where it would be one if the request decoded where its last chunk
-runs. A longer first gap would leave it none that a hitch of the card may make longer, too."""
+runs. With a first gap beyond the target, a single hitch of the card would be one long gap too many."""
 
 MOST_TOKENS_LEFT = 4096
 """With more prompt tokens of others left to compute, requests do not gather: both cards have prompts enough, and where
@@ -34,7 +34,7 @@ as long: beside their rows it makes the gaps of all of them longer."""
 
 LEAST_ROOM = 0.18
 """A prompt is not shared if one of the cards has less of a step's time for prompts than this: chunks are cut to the
-shorter time, and what pushes take leaves few tokens of it."""
+shorter time."""
 
 SMALL_ROOM = 0.05
 """Less room counts as this much: a step takes a few tokens of a prompt in any case."""
@@ -45,7 +45,7 @@ the gap behind its first token is shorter there, and decode steps hardly longer.
 
 MOST_OTHER_PROMPTS = 2
 """A prompt is shared beside at most so many others that are not computed to the end. With more, both cards have enough
-to do, and steps that exchange KV take longer."""
+to do."""
 
 
 @dataclass(frozen=True)
@@ -184,9 +184,9 @@ class Placement:
 class ElasticPlacement(Placement):
     """Both cards prefill and decode. Long prompts are shared: the cards compute their chunks in turns.
 
-    While one card may decode all requests, streamed ones gather there, so that the other card has no decode rows. A
-    short prompt of theirs is computed on that other card, and its KV crosses meanwhile, unless it would end much sooner
-    where they decode; a longer one is shared, and its request joins them if two of their steps fit into the target.
+    While two decode steps of all requests fit into the target, streamed ones gather on one card, so that the other one
+    has no decode rows. A short prompt of theirs is computed on that other card, and its KV crosses meanwhile, unless it
+    would end much sooner where they decode; a longer one is shared, and its request joins them, too.
 
     Otherwise a prompt that is not shared is computed where its request decodes, on the card that then has fewer prompt
     tokens to compute for the room in its steps, its own among them but for what is in the card's prefix cache, or with
@@ -254,7 +254,8 @@ class ElasticPlacement(Placement):
         return Places(card, card)
 
     def _may_gather(self, seq: Sequence, card: Card, others: OtherPrompts) -> bool:
-        """Whether the request may join those that decode on the card, which keep half of its blocks free."""
+        """Whether the request may join those that decode on the card: few prompt tokens of others are left to compute,
+        half of the card's blocks stay free, and its steps stay short."""
         if sum(others.tokens_left.values()) > MOST_TOKENS_LEFT:
             return False
         pool = card.block_manager
