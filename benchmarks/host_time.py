@@ -109,7 +109,7 @@ def serve(rows: int, what: str, num_turns: int, measure: Callable[[LLM, int], An
         options |= {"itl_target_ms": 2e3 * STEP_S}
     with LLM(DEMO_MODEL_PATH, device="cpu", kvcache_block_size=64, max_model_len=MAX_MODEL_LEN, **options) as llm:
         step_took = llm.scheduler.step_took
-        llm.scheduler.step_took = lambda step, *_: step_took(step, STEP_S)  # type: ignore[method-assign]
+        llm.scheduler.step_took = lambda step, *_, **__: step_took(step, STEP_S)  # type: ignore[method-assign]
         words = tokens_of_answers(llm)
         compute_nothing(llm.decode_runner, words)
         rng = random.Random(0)

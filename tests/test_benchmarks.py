@@ -330,6 +330,31 @@ def test_it_runs_on_a_cpu_and_ends_with_a_line_of_json(mode):
     assert "TTFT" in run.stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "results"),
+    [
+        (("host_time.py", "--rows", "4", "--turns", "5"), "results"),
+        (("text_streams.py", "--model", str(DEMO_MODEL_PATH), "--rounds", "1"), "us_per_token"),
+        (
+            (
+                *("prompt_latency.py", "--model", str(DEMO_MODEL_PATH), "--device", "cpu", "--mode", "elastic"),
+                *("--lengths", "64", "--repeats", "2", *SMALL_POOLS),
+            ),
+            "rows",
+        ),
+    ],
+    ids=lambda part: part[0] if isinstance(part, tuple) else part,
+)
+def test_what_needs_no_gpu_ends_with_a_line_of_json(command, results):
+    script, *options = command
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(BENCHMARKS / script), *options]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert result["benchmark"] == script.removesuffix(".py")
+    assert result[results]
+
+
 @pytest.mark.slow
 def test_the_controller_is_measured_with_cards_that_compute_nothing(tmp_path):
     pytest.importorskip("nixl_cu13")
