@@ -117,7 +117,6 @@ def measure_mixed(backend: Backend, block_size: int) -> Iterator[Measured]:
             places = torch.arange(size, device=where)
             rows = replace(
                 decode,
-                slot_mapping=torch.zeros(num_rows + num_tokens, dtype=torch.int64, device=where),
                 block_tables=decode.block_tables[places.clamp(max=num_rows)],
                 context_lens=torch.where(places < num_rows, context, 0).int(),
                 query_starts=torch.arange(size + 1, dtype=torch.int32, device=where),

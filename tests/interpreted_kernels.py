@@ -36,6 +36,7 @@ from tests.kernel_cases import (
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/test_triton.py"
 from nanovllm.kernels import (  # noqa: E402 - only once the mode is known
+    AttentionMetadata,
     ExpertWeights,
     triton_attention,
     triton_experts,
@@ -113,6 +114,29 @@ def test_contexts_are_divided_into_fewer_pieces_beside_decode_rows(has_rows):
     metadata = replace(case.metadata, num_sms=8, decode=case.metadata if has_rows else None)
     plan = Backend().split_work(metadata, 4, case.kv_cache)
     assert plan[0] == (2 if has_rows else 3)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "prefix", "rows", "num_pieces"),
+    [
+        (124, 2048, [4096] * 4, 4),
+        (224, 2048, [4096] * 4, 4),
+        (224, 4096, [4096] * 4, 4),
+        (224, 7168, [4096] * 4, 8),
+        (224, 7168, [6144], 8),
+        (124, 7168, [1024] * 32, 4),
+    ],
+)
+def test_pieces_beside_decode_rows_are_as_many_as_end_first_on_a_gpu(chunk, prefix, rows, num_pieces):
+    """The faster of both divisions on an H200: docs/records/benchmarks.md, "Kernels"."""
+    requests = 32
+    context_lens = torch.tensor([prefix + chunk] + [0] * (requests - 1), dtype=torch.int32)
+    query_starts = torch.tensor([len(rows)] + [len(rows) + chunk] * requests, dtype=torch.int32)
+    slots, tables = torch.zeros(256, dtype=torch.int64), torch.zeros(requests, 8, dtype=torch.int32)
+    metadata = AttentionMetadata(slots, tables, context_lens, query_starts, chunk, prefix + chunk, num_sms=132)
+    context_of_rows = torch.tensor(rows + [0] * (256 - len(rows)), dtype=torch.int32)
+    metadata = replace(metadata, decode=replace(metadata, context_lens=context_of_rows))
+    assert Backend().split_work(metadata, 32, torch.zeros(1, 2, 8, 64, 128, dtype=F16))[0] == num_pieces
 
 
 @pytest.mark.parametrize(
